@@ -1,0 +1,3133 @@
+#!/usr/bin/env python3
+"""neuroengine relay: where people meet an LLM that somebody shares from home.
+
+A provider beside the LLM dials out to this relay and holds a long poll here.
+A client sends a prompt for a service, the name under which the LLM is shared.
+The relay queues it, hands it to a provider, and streams the answer back while
+it is being made. It hosts no LLM, and neither stores nor logs a prompt or reply.
+
+    python3 neuroengine_server.py --demo        # a working chat on this machine
+    python3 neuroengine_server.py --port 8000   # a relay behind a TLS proxy
+    python3 neuroengine_server.py --port 443 --cert fullchain.pem --key privkey.pem
+
+    GET  /, /{service}                     the page (chat.html beside this file)
+    POST /{service}                        native API: a prompt, or a command
+    GET  /api/models                       the directory of services
+    POST /api/services                     register a service, get its key
+    GET, PATCH, DELETE /api/services/{name}            manage it with that key
+    POST /provider/{service}/login, poll, reply, logout      for the provider
+    GET  /v1/models; POST /v1/chat/completions, /v1/completions, /v1/embeddings
+                                           for OpenAI clients; also without /v1,
+                                           and below /{service}/v1
+    GET  /healthz, /metrics                for whoever looks after the relay
+
+README.md holds the tables of fields, errors and limits. What this does not
+protect against: the relay and the provider read what passes through them.
+
+Read from top to bottom: Limits, Errors, Records, Broker (who gets which job;
+knows nothing of HTTP), Store, HTTP, Serving, Demo, Command line.
+"""
+
+import argparse
+import contextlib
+import errno
+import functools
+import hashlib
+import heapq
+import hmac
+import http
+import ipaddress
+import itertools
+import json
+import math
+import os
+import re
+import secrets
+import selectors
+import select
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from collections import OrderedDict
+from collections import deque
+from email.utils import formatdate
+from http.server import ThreadingHTTPServer
+
+__version__ = "1.0.0"
+__all__ = ["Broker", "Limits", "Relay", "RelayError", "Store", "main"]
+
+##############################################################################
+# Limits: every bound and every length of time, each a command-line option
+##############################################################################
+
+MIB = 1 << 20
+
+LIMITS = (  # (name, default, what it bounds)
+    ("max_connections", 2000, "connections in all (about 30 KB each, with TLS 75 KB)"),
+    ("max_connections_per_address", 200, "connections of one address, save loopback"),
+    ("max_head_bytes", 16384, "request line and headers of one request"),
+    ("max_request_bytes", 20 * MIB, "body of one request (the figure Ollama uses)"),
+    ("max_reply_bytes", 8 * MIB, "reply of one job"),
+    ("max_held_bytes", 256 * MIB, "all prompts and replies held in memory"),
+    ("max_queue", 1000, "jobs waiting for one service"),
+    ("max_queue_per_caller", 100, "jobs of one caller waiting for one service"),
+    ("max_services", 10000, "registered services"),
+    ("max_sessions", 100, "logged-in providers of one service"),
+    ("max_workers", 1024, "jobs that one session may run at once"),
+    ("handshake_seconds", 10, "a TLS handshake, in all"),
+    ("head_seconds", 10, "a request's headers, in all, from their first byte"),
+    ("body_seconds", 20, "a request's body, plus a second for each 16 KiB"),
+    ("idle_seconds", 60, "a kept-alive connection waits for the next request"),
+    ("write_seconds", 30, "one write to a peer that reads slowly"),
+    ("poll_seconds", 25, "an idle provider's poll is held"),
+    ("busy_poll_seconds", 5, "the poll of a provider with running jobs is held"),
+    ("lease_seconds", 15, "silence after which a provider's jobs are taken back"),
+    ("handover_seconds", 5, "time to confirm a job that was handed out"),
+    ("close_seconds", 0.5, "time for a provider whose poll broke to poll again"),
+    ("offline_seconds", 15, "queued jobs wait when the last provider has left"),
+    ("grace_seconds", 30, "a job waits for a client that went away"),
+    ("keep_seconds", 300, "a finished stream stays readable"),
+    ("wait_seconds", 18, "a polled read without a token (old clients give up at 20)"),
+    ("heartbeat_seconds", 9, "silence within a streamed answer"),
+    ("job_seconds", 3600, "one job, from prompt to the end of its reply"),
+    ("drain_seconds", 30, "running jobs may finish after SIGTERM"),
+)
+
+
+class Limits:
+    """The values of LIMITS as attributes; Limits(grace_seconds=5) changes one."""
+
+    def __init__(self, **changes):
+        values = {name: default for name, default, _ in LIMITS}
+        unknown = set(changes) - set(values)
+        if unknown:
+            raise TypeError("unknown limits: " + ", ".join(sorted(unknown)))
+        self.__dict__.update(values, **changes)
+
+
+MAX_SESSIONS_PER_JOB = 3     # a job goes to no more sessions than this
+MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
+MAX_FIELDS = 64              # headers of one request; browsers send about 20
+BODY_BYTES_PER_SECOND = 16384
+WATCH_AFTER_SECONDS = 0.25   # shorter waits are not worth two system calls
+QUEUE_NEWS_SECONDS = 2       # how often a waiting stream hears of its place
+LATE_HEAD_SECONDS = 60       # /v1: a status line must come; then spaces keep it open
+SAVE_SECONDS = 0.5           # counters reach the disk this often
+STACK_BYTES = 256 * 1024     # of a connection's thread
+TOTAL_TEXT = {"operator": 100, "comment": 500}   # characters of a service's texts
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+RESERVED_NAMES = frozenset("""
+    v1 api provider healthz metrics models chat completions embeddings responses
+    messages images audio files admin login logout register services keys static
+    assets favicon.ico robots.txt index.html chat.html sitemap.xml manifest.json
+    .well-known""".split())
+
+SAMPLING = {  # field: (type, lowest, highest); what the native API checks
+    "temperature": (float, 0, 100),
+    "top_p": (float, 0, 1),
+    "top_k": (int, -1, 10**6),
+    "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 0, 100),
+    "max_new_len": (int, 1, 10**7),
+    "seed": (int, -2**63, 2**64 - 1),
+    "gettokens": (int, 1, 10**5),
+    "at": (int, 0, 10**9),
+}
+OPENAI_SAMPLING = {
+    "temperature": SAMPLING["temperature"],
+    "top_p": SAMPLING["top_p"],
+    "max_tokens": SAMPLING["max_new_len"],
+    "max_completion_tokens": SAMPLING["max_new_len"],
+    "seed": SAMPLING["seed"],
+}
+
+##############################################################################
+# Errors: one table for every face of the relay
+##############################################################################
+
+ERRORS = {  # name: (errorcode, HTTP status, OpenAI type, OpenAI code, retry helps)
+    "internal_error": (1, 500, "server_error", "internal_error", True),
+    "invalid_request": (10, 400, "invalid_request_error", "invalid_value", False),
+    "invalid_json": (11, 400, "invalid_request_error", "invalid_json", False),
+    "invalid_name": (12, 400, "invalid_request_error", "invalid_name", False),
+    "context_length_exceeded": (
+        13, 400, "invalid_request_error", "context_length_exceeded", False),
+    "bad_http": (14, 400, "invalid_request_error", "bad_http", False),
+    "not_found": (15, 404, "invalid_request_error", "unknown_url", False),
+    "method_not_allowed": (
+        16, 405, "invalid_request_error", "method_not_allowed", False),
+    "length_required": (17, 411, "invalid_request_error", "length_required", False),
+    "request_too_large": (
+        18, 413, "invalid_request_error", "request_too_large", False),
+    "unsupported_encoding": (
+        19, 415, "invalid_request_error", "unsupported_encoding", False),
+    "head_too_large": (20, 431, "invalid_request_error", "head_too_large", False),
+    "request_timeout": (21, 408, "invalid_request_error", "request_timeout", True),
+    "invalid_key": (30, 401, "invalid_request_error", "invalid_api_key", False),
+    "forbidden": (31, 403, "permission_error", "service_forbidden", False),
+    "name_taken": (32, 409, "invalid_request_error", "name_taken", False),
+    "key_reused": (33, 422, "invalid_request_error", "key_reused", False),
+    "service_unknown": (40, 404, "invalid_request_error", "model_not_found", False),
+    "service_offline": (41, 503, "server_error", "provider_offline", True),
+    "queue_full": (42, 503, "server_error", "queue_full", True),
+    "rate_limited": (43, 429, "rate_limit_error", "rate_limit_exceeded", True),
+    "relay_busy": (44, 503, "server_error", "relay_busy", True),
+    "shutting_down": (45, 503, "server_error", "shutting_down", True),
+    "still_waiting": (46, 202, "server_error", "still_waiting", True),
+    "stream_unknown": (47, 404, "invalid_request_error", "stream_unknown", False),
+    "provider_error": (50, 502, "server_error", "provider_error", False),
+    "provider_lost": (51, 502, "server_error", "provider_disconnected", True),
+    "provider_timeout": (52, 504, "server_error", "provider_timeout", False),
+    "reply_too_large": (53, 502, "server_error", "reply_too_large", False),
+    "cancelled": (54, 409, "invalid_request_error", "cancelled", False),
+    "unsupported": (55, 400, "invalid_request_error", "unsupported_parameter", False),
+    "session_unknown": (60, 404, "invalid_request_error", "session_unknown", False),
+}
+# What a provider may say of a job it could not answer; all else is provider_error.
+PROVIDER_ERRORS = frozenset(
+    ("provider_error", "invalid_request", "context_length_exceeded",
+     "provider_timeout", "unsupported"))
+
+
+class RelayError(Exception):
+    """What went wrong, in words for whoever asked.
+
+    name: a row of ERRORS. param: the field at fault. retry_after: seconds.
+    """
+
+    def __init__(self, name, words, *, param=None, retry_after=None, allow=None):
+        super().__init__(words)
+        self.name, self.words, self.param = name, words, param
+        self.retry_after, self.allow = retry_after, allow
+
+    def native(self):
+        """The error as the native, the operator's and the provider's API say it."""
+        return {"reply": self.words, "errorcode": ERRORS[self.name][0],
+                "error": self.name}
+
+    def openai(self):
+        """The error as OpenAI clients expect it."""
+        _, _, kind, code, _ = ERRORS[self.name]
+        return {"error": {"message": self.words, "type": kind,
+                          "param": self.param, "code": code}}
+
+
+class PeerGone(Exception):
+    """The other end of a connection went away: normal, nobody to tell."""
+
+
+##############################################################################
+# Records
+##############################################################################
+
+
+class Service:
+    """A name under which an LLM is shared, and who waits and works for it."""
+
+    def __init__(self, name, key_digest, operator="", comment="", created=0,
+                 numreq=0, last_seen=None):
+        self.name, self.key_digest = name, key_digest
+        self.operator, self.comment, self.created = operator, comment, created
+        self.numreq, self.last_seen = numreq, last_seen   # last_seen: wall clock
+        self.sessions = {}            # id -> Session, those that are connected
+        self.idle = OrderedDict()     # sessions with a parked poll and a free worker
+        self.returned = deque()       # jobs a provider did not finish: they go first
+        self.own = deque()            # then the operator's own
+        self.turns = OrderedDict()    # then caller -> deque of jobs, taking turns
+        self.waiting = 0              # jobs in those three
+        self.job_seconds = None       # measured, as a moving average
+        self.tokens_per_second = None
+        self.context_length = None    # as a provider told
+
+
+class Session:
+    """One logged-in provider."""
+
+    def __init__(self, service, workers, continues, embeddings, lock):
+        self.id = secrets.token_hex(16)
+        self.service, self.workers = service, workers
+        self.continues, self.embeddings = continues, embeddings   # what it can do
+        self.jobs = {}                # id -> Job, those it has a lease of
+        self.cancelling = set()       # (id, attempt) that still occupy a worker there
+        self.outbox = []              # jobs to hand over with the next response
+        self.cancels = []             # (id, attempt) to tell it of in the next response
+        self.unconfirmed = OrderedDict()   # id -> (when, Job): handed over, not heard of
+        self.arrived = threading.Condition(lock)   # outbox, cancels, or a reason to go
+        self.poll = None              # token of the newest poll
+        self.parked = False
+        self.deadline = 0.0           # when silence becomes loss
+        self.watching_handover = False
+        self.closed = False
+
+    def free(self):
+        """How many more jobs it can run now."""
+        return self.workers - len(self.jobs) - len(self.cancelling)
+
+
+class Job:
+    """One prompt on its way, and what has come of it."""
+
+    __slots__ = (
+        "id", "service", "caller", "payload", "name", "fingerprint", "twin", "grace",
+        "own", "returned", "wait", "state", "items", "size", "seen", "place", "wanted", "attempt",
+        "deaths", "avoid", "session", "readers", "left_at", "error", "error_told",
+        "progress", "timer", "created", "leased_at", "first_at", "ended_at")
+
+    def __init__(self, service, caller, payload, lock, now):
+        self.id = secrets.token_hex(16)
+        self.service, self.caller, self.payload = service, caller, payload
+        self.name = self.fingerprint = self.twin = None
+        self.grace, self.own, self.wait = 0.0, False, False
+        self.returned = False         # a provider had it: it goes before all others
+        self.state, self.items, self.size = "queued", [], len(payload)
+        self.seen = 0                 # items of which some client has been told
+        self.place = 0                # items given to a client that does not count
+        self.wanted = math.inf        # number of items that somebody waits for
+        self.attempt = self.deaths = 0
+        self.avoid = self.session = None
+        self.readers, self.left_at = 0, None
+        self.error, self.error_told = None, False
+        self.progress = threading.Condition(lock)   # items came, or the job ended
+        self.timer = False            # whether _check_job_locked is going to be called
+        self.created, self.leased_at = now, None
+        self.first_at = self.ended_at = None
+
+    def stats(self):
+        """The receipt: what this answer took."""
+        end = self.ended_at if self.ended_at is not None else self.created
+        leased = self.leased_at if self.leased_at is not None else end
+        first = self.first_at if self.first_at is not None else end
+        tokens = sum(1 for item in self.items if type(item) is str)
+        stats = {"id": self.id, "queue_ms": round(1000 * (leased - self.created), 1),
+                 "first_token_ms": round(1000 * (first - self.created), 1),
+                 "total_ms": round(1000 * (end - self.created), 1), "tokens": tokens}
+        for item in self.items[-3:]:
+            if type(item) is dict and isinstance(item.get("usage"), dict):
+                stats["usage"] = item["usage"]
+                count = item["usage"].get("completion_tokens")
+                stats["tokens"] = count if isinstance(count, int) else tokens
+        if end - first > 0.001 and tokens > 1:
+            stats["tokens_per_s"] = round((stats["tokens"] - 1) / (end - first), 1)
+        return stats
+
+
+class Reader:
+    """One client's hold on a job: it waits there, and has read up to `at`."""
+
+    __slots__ = ("job", "at", "attached", "gone")
+
+    def __init__(self, job, at):
+        self.job, self.at, self.attached, self.gone = job, at, True, False
+
+
+MOVES = {  # the only ways a job changes its state
+    "queued": ("leased", "failed", "cancelled"),
+    "leased": ("queued", "done", "failed", "cancelled"),
+    "done": (), "failed": (), "cancelled": (),
+}
+
+##############################################################################
+# Broker: matches jobs with polls and carries items back. Knows nothing of HTTP.
+##############################################################################
+
+
+class Broker:
+    """All services, sessions and jobs, in memory.
+
+    Clients: submit or open, then read until the job has ended, then leave.
+    Providers: login, then poll and reply, then logout. Whoever sees a connection
+    break says hangup (a client's) or lost (a provider's). One thread runs upkeep.
+    """
+
+    def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
+        self.limits = limits or Limits()
+        self._clock, self._wall = clock, wall
+        # Guards everything below, every Job and every Session. Each condition is
+        # built on it: waiting on one lets go of it, waking takes it back.
+        self._lock = threading.Lock()
+        self._services = {}           # lower-case name -> Service
+        self._sessions = {}           # id -> Session, lost ones until their deadline
+        self._jobs = {}               # id -> Job, all that are not forgotten
+        self._named = {}              # (service, name) -> Job, to be found again
+        self._left = {}               # twin -> Job whose client went away
+        self._kept = OrderedDict()    # id -> Job, ended ones that stay readable
+        self._held = 0                # bytes of all jobs
+        self._timers = []             # heap of (deadline, number, method, argument)
+        self._numbers = itertools.count()
+        self._timer_set = threading.Condition(self._lock)   # upkeep must look again
+        self._changed = {}            # name -> Service whose counters are not saved
+        self.counters_changed = threading.Event()
+        self.draining = self.closed = False
+        self.counts = {"jobs": 0, "done": 0, "failed": 0, "cancelled": 0,
+                       "requeued": 0, "tokens": 0}
+
+    # -- services --
+
+    def add(self, service):
+        """Make a registered service known. Raises RelayError if the name is taken."""
+        with self._lock:
+            if service.name.lower() in self._services:
+                raise RelayError("name_taken",
+                                 "The name %r is taken: choose another." % service.name)
+            if len(self._services) >= self.limits.max_services:
+                raise RelayError("relay_busy", "This relay holds no more services.")
+            self._services[service.name.lower()] = service
+
+    def remove(self, service):
+        """Forget a service: its jobs fail, its sessions end."""
+        with self._lock:
+            self._services.pop(service.name.lower(), None)
+            self._changed.pop(service.name, None)
+            for session in [s for s in self._sessions.values() if s.service is service]:
+                self._end_session_locked(session)
+            self._fail_waiting_locked(service, RelayError(
+                "service_unknown", "The service %s was deleted." % service.name))
+
+    def close_sessions(self, service):
+        """End every session of a service, as when its key was changed."""
+        with self._lock:
+            for session in [s for s in self._sessions.values() if s.service is service]:
+                self._end_session_locked(session)
+
+    def find(self, name):
+        """Return the Service of that name, in any case. Raises RelayError."""
+        service = self._services.get(name.lower())
+        if service is None:
+            if not NAME.match(name) or name.lower() in RESERVED_NAMES:
+                raise RelayError("invalid_name", invalid_name_words(name), param="model")
+            raise RelayError("service_unknown", "There is no service %s here. GET "
+                             "/api/models lists those there are." % name, param="model")
+        return service
+
+    def models(self):
+        """What `getmodels` answers: one dict for each service, by name."""
+        with self._lock:
+            return [self._model_locked(self._services[name])
+                    for name in sorted(self._services)]
+
+    def model(self, service):
+        """The entry of one service in models()."""
+        with self._lock:
+            return self._model_locked(service)
+
+    def totals(self):
+        """Counters and gauges for /metrics."""
+        with self._lock:
+            services = self._services.values()
+            return dict(self.counts, held_bytes=self._held, jobs_held=len(self._jobs),
+                        services=len(self._services), timers=len(self._timers),
+                        sessions=sum(len(s.sessions) for s in services),
+                        waiting=sum(s.waiting for s in services),
+                        running=sum(len(s.jobs) for s in self._sessions.values()))
+
+    def take_changed(self):
+        """Return the services whose counters changed since the last call."""
+        with self._lock:
+            changed, self._changed = self._changed, {}
+            self.counters_changed.clear()
+            return list(changed.values())
+
+    # -- clients, in the order a job lives --
+
+    def submit(self, service, payload, *, caller="", name=None, fingerprint=None,
+               twin=None, at=None, own=False, wait=False, grace=None):
+        """Accept a prompt, or find the job it already is, and return a Reader of it.
+
+        payload: the request as JSON text, for the provider. name: what the job can be
+        found by again (a stream key, or an Idempotency-Key with its caller), provided
+        the fingerprint is the same. twin: what an identical prompt of this caller
+        would have; a job that its client left is found by it. at: where to read from.
+        own: the operator's, goes first. wait: queue even if no provider is connected.
+        grace: seconds to live without a reader, instead of the limit. Does not block.
+        """
+        with self._lock:
+            job = self._named.get((service, name)) if name else self._left.get(twin)
+            if job is not None:
+                if name and fingerprint is not None and job.fingerprint != fingerprint:
+                    raise RelayError("key_reused", "This key already names another "
+                                     "prompt: use a new random one for each prompt.")
+                return self._attach_locked(job, at)
+            if at:
+                raise self._stream_unknown()
+            self._admit_locked(service, len(payload), caller, own, wait)
+            job = Job(service, caller, payload, self._lock, self._clock())
+            job.name, job.fingerprint, job.twin = name, fingerprint, twin
+            job.grace = self.limits.grace_seconds if grace is None else grace
+            job.own, job.wait = own, wait
+            self._jobs[job.id] = job
+            if name:
+                self._named[service, name] = job
+            self._held += job.size
+            self.counts["jobs"] += 1
+            service.numreq += 1
+            self._count_locked(service)
+            reader = self._attach_locked(job, at)
+            self._enqueue_locked(job)
+            return reader
+
+    def open(self, service, name, at=None):
+        """Return a Reader of a job that was submitted before. Raises RelayError."""
+        with self._lock:
+            job = self._named.get((service, name))
+            if job is None:
+                raise self._stream_unknown()
+            return self._attach_locked(job, at)
+
+    def read(self, reader, want=1, timeout=0.0, most=None):
+        """Wait for items and return (items, ended).
+
+        Waits up to timeout seconds until `want` items are there that this reader has
+        not had, or the job has ended, or the reader is gone. Returns at most `most`
+        of them; ended tells that none will follow those returned. With want None it
+        waits for the end, and returns no items before.
+        """
+        job = reader.job
+        with self._lock:
+            target = math.inf if want is None else reader.at + want
+            if timeout > 0:
+                deadline = time.monotonic() + timeout
+                while not (len(job.items) >= target or job.ended_at is not None
+                           or reader.gone):
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        break
+                    # Whoever brings items wakes us only when there are so many.
+                    job.wanted = min(job.wanted, target)
+                    job.progress.wait(left)
+            if want is None and job.ended_at is None:
+                return [], False
+            items = job.items[reader.at:None if most is None else reader.at + most]
+            if items:
+                reader.at += len(items)
+                job.seen = max(job.seen, reader.at)
+            return items, job.ended_at is not None and reader.at >= len(job.items)
+
+    def place(self, job):
+        """Where a queued job stands: position, waiting, eta_s; None if not queued."""
+        with self._lock:
+            if job.state != "queued":
+                return None
+            service = job.service
+            position = self._position_locked(job)
+            return {"position": position, "waiting": service.waiting,
+                    "eta_s": self._eta_locked(service, position)}
+
+    def leave(self, reader, delivered=False):
+        """The reader goes. delivered: the client has what was read, as far as we know."""
+        with self._lock:
+            self._leave_locked(reader, delivered)
+
+    def hangup(self, reader):
+        """The reader's client has hung up: wake whoever waits for it."""
+        with self._lock:
+            reader.gone = True
+            self._leave_locked(reader, False)
+            reader.job.progress.notify_all()
+
+    def cancel(self, job, error=None):
+        """Stop a job, whatever it is doing; nothing happens if it has ended."""
+        with self._lock:
+            self._cancel_locked(job, error)
+
+    # -- providers --
+
+    def login(self, service, workers=1, continues=False, embeddings=False,
+              context_length=None):
+        """Open a session for a provider that runs up to `workers` jobs; its id."""
+        with self._lock:
+            if self.draining:
+                raise self._shutting_down()
+            if len(service.sessions) >= self.limits.max_sessions:
+                raise RelayError("relay_busy", "Too many providers of %s are logged in."
+                                 % service.name, retry_after=60)
+            session = Session(service, workers, continues, embeddings, self._lock)
+            service.context_length = context_length or service.context_length
+            self._sessions[session.id] = session
+            self._connect_locked(session)
+            self._heard_locked(session)
+            self._later_locked(self.limits.lease_seconds, self._silent_locked, session)
+            return session.id
+
+    def poll(self, service, session_id, token, running=None, timeout=None):
+        """Wait for work; return (jobs, cancelled).
+
+        jobs: tuples (Job, attempt, position of its next item, text so far or None).
+        cancelled: tuples (job id, attempt). running: the same, of what the provider has
+        in hand, or None if it was just told. A job it was given and does not name is
+        handed out again; one it names and no longer has a right to is cancelled.
+        token: whatever names this poll; if its connection breaks, call lost with it.
+        Blocks up to timeout seconds (limits.poll_seconds), less if jobs are running, so
+        that a silent provider is noticed within its lease.
+        """
+        with self._lock:
+            session = self._session_locked(service, session_id)
+            session.poll = token
+            session.arrived.notify_all()        # an older poll of this session ends
+            if session.id not in service.sessions:
+                self._connect_locked(session)
+            if running is not None:
+                self._confirm_locked(session, set(running))
+            self._fill_locked(session)
+            hold = (self.limits.busy_poll_seconds if session.jobs
+                    else self.limits.poll_seconds)
+            if session.unconfirmed:             # one may have to be handed out again
+                hold = min(hold, self.limits.handover_seconds / 2)
+            hold = hold if timeout is None else min(hold, timeout)
+            self._heard_locked(session, 0 if session.jobs else hold)
+            try:
+                self._park_locked(session, token, hold)
+            finally:
+                if session.poll is token:
+                    session.parked = False
+                    service.idle.pop(session, None)
+            if session.poll is not token:
+                return [], []                   # its successor speaks for the session
+            if session.closed:
+                raise self._session_unknown()
+            session.deadline = min(session.deadline,
+                                   self._clock() + self.limits.lease_seconds)
+            return self._hand_over_locked(session)
+
+    def reply(self, service, session_id, entries):
+        """Take items for many jobs; return (refused, jobs, cancelled), as poll does.
+
+        Each entry is a dict: job, attempt, at (position of its first item), items,
+        and done or error at the end. A repeat is dropped; refused lists gaps, with the
+        position wanted, and jobs that are not, or no longer, this session's.
+        """
+        with self._lock:
+            session = self._session_locked(service, session_id)
+            self._heard_locked(session)
+            refused = []
+            for entry in entries:
+                refusal = self._push_locked(session, entry)
+                if refusal:
+                    refused.append(refusal)
+            self._fill_locked(session)
+            return (refused,) + self._hand_over_locked(session)
+
+    def now(self):
+        """The instant, on the clock of every time in a Job."""
+        return self._clock()
+
+    def logout(self, service, session_id):
+        """End a session; its unfinished jobs go back to the front of the queue."""
+        with self._lock:
+            self._end_session_locked(self._session_locked(service, session_id))
+
+    def lost(self, session_id, token):
+        """The connection of the session's poll of that token has closed."""
+        with self._lock:
+            session = self._sessions.get(session_id)
+            if session is not None and session.poll is token and not session.closed:
+                session.service.idle.pop(session, None)
+                session.parked = False
+                session.deadline = min(session.deadline,
+                                       self._clock() + self.limits.lease_seconds)
+                for job_id, (_, job) in session.unconfirmed.items():
+                    session.unconfirmed[job_id] = (-math.inf, job)   # hand out again
+                self._later_locked(self.limits.close_seconds, self._broken_locked,
+                                   (session, token))
+
+    # -- time --
+
+    def upkeep(self):
+        """Do what is due at the next deadline, waiting for it; False once closed."""
+        with self._lock:
+            while not self.closed:
+                delay = self._timers[0][0] - self._clock() if self._timers else None
+                if delay is not None and delay <= 0:
+                    self._expire_locked()
+                    return True
+                self._timer_set.wait(delay)
+            return False
+
+    def expire(self):
+        """Do whatever is due now. Does not block."""
+        with self._lock:
+            self._expire_locked()
+
+    def drain(self):
+        """Take no new jobs and fail those that wait; running ones go on."""
+        with self._lock:
+            self.draining = True
+            for service in self._services.values():
+                self._fail_waiting_locked(service, self._shutting_down())
+            for session in self._sessions.values():
+                session.arrived.notify_all()
+
+    def idle(self):
+        """Whether no job is in a provider's hands."""
+        with self._lock:
+            return not any(session.jobs for session in self._sessions.values())
+
+    def close(self):
+        """Wake every waiter; what is unfinished ends with an error."""
+        with self._lock:
+            self.draining = self.closed = True
+            for job in list(self._jobs.values()):
+                if job.ended_at is None:
+                    self._end_locked(job, "failed", self._shutting_down())
+            for session in self._sessions.values():
+                session.arrived.notify_all()
+            self._timer_set.notify_all()
+
+    # -- below here the lock is held --
+
+    def _stream_unknown(self):
+        return RelayError("stream_unknown", "No stream of that key is here: it ended "
+                          "more than %d s ago, or the relay was restarted. Send the "
+                          "prompt again with a new key." % self.limits.keep_seconds)
+
+    def _session_unknown(self):
+        return RelayError("session_unknown", "This session has ended: log in again.")
+
+    def _shutting_down(self):
+        return RelayError("shutting_down", "The relay is restarting: try again in a "
+                          "few seconds.", retry_after=3)
+
+    def _session_locked(self, service, session_id):
+        session = self._sessions.get(session_id)
+        if session is None or session.service is not service:
+            raise self._session_unknown()
+        return session
+
+    def _model_locked(self, service):
+        eta = self._eta_locked(service, service.waiting + 1)
+        model = {"name": service.name, "numreq": service.numreq,
+                 "connected": bool(service.sessions), "comment": service.comment,
+                 "operator": service.operator, "queuelen": service.waiting,
+                 "workers": sum(s.workers for s in service.sessions.values()),
+                 "running": sum(len(s.jobs) for s in service.sessions.values()),
+                 "created": int(service.created)}
+        if service.last_seen is not None and not service.sessions:
+            model["last_seen"] = int(service.last_seen)
+        if service.sessions and eta is not None:
+            model["eta_s"] = 0 if service.idle else eta
+        if service.context_length:
+            model["context_length"] = service.context_length
+        if service.tokens_per_second:
+            model["tokens_per_s"] = round(service.tokens_per_second, 1)
+        return model
+
+    def _count_locked(self, service):
+        if not self._changed:
+            self.counters_changed.set()
+        self._changed[service.name] = service
+
+    def _admit_locked(self, service, size, caller, own, wait):
+        if self.draining:
+            raise self._shutting_down()
+        if not (service.sessions or wait):
+            raise self._offline(service)
+        queue = service.own if own else service.turns.get(caller, ())
+        if service.waiting >= self.limits.max_queue:
+            raise RelayError("queue_full", "%d prompts wait for %s already: try again "
+                             "later." % (service.waiting, service.name),
+                             retry_after=self._retry_after_locked(service))
+        if len(queue) >= self.limits.max_queue_per_caller:
+            raise RelayError("rate_limited", "You have %d prompts waiting for %s: let "
+                             "some be answered first." % (len(queue), service.name),
+                             retry_after=self._retry_after_locked(service))
+        while self._held + size > self.limits.max_held_bytes and self._kept:
+            self._forget_locked(next(iter(self._kept.values())))
+        if self._held + size > self.limits.max_held_bytes:
+            raise RelayError("relay_busy", "The relay's memory is full of other "
+                             "prompts: try again later.", retry_after=10)
+
+    def _retry_after_locked(self, service):
+        eta = self._eta_locked(service, service.waiting)
+        return 10 if eta is None else min(max(math.ceil(eta), 1), 120)
+
+    def _offline(self, service):
+        since = "" if service.last_seen is None else " since %s UTC" % time.strftime(
+            "%Y-%m-%d %H:%M", time.gmtime(service.last_seen))
+        return RelayError("service_offline", "No provider of %s is connected%s. Try "
+                          "again later, or send \"wait\": true to queue." % (
+                              service.name, since), retry_after=30)
+
+    def _attach_locked(self, job, at):
+        job.readers += 1
+        job.left_at = None
+        if self._left.get(job.twin) is job:
+            del self._left[job.twin]
+        return Reader(job, job.place if at is None else min(at, len(job.items)))
+
+    def _leave_locked(self, reader, delivered):
+        if not reader.attached:
+            return
+        reader.attached = False
+        job = reader.job
+        job.readers -= 1
+        if delivered:
+            job.place = max(job.place, reader.at)
+        if job.readers:
+            return
+        if job.ended_at is not None and job.name is None and delivered:
+            self._forget_locked(job)
+        elif job.ended_at is None and job.grace <= 0:
+            self._cancel_locked(job, None)
+        elif job.id in self._jobs:
+            job.left_at = self._clock()
+            if job.twin is not None:
+                self._left[job.twin] = job
+            self._check_later_locked(job)
+
+    def _move_locked(self, job, state):
+        if state not in MOVES[job.state]:
+            raise AssertionError("job %s cannot go from %s to %s" % (
+                job.id, job.state, state))
+        job.state = state
+
+    # Queues. A job is in one of its service's three while it is "queued".
+
+    def _enqueue_locked(self, job):
+        service = job.service
+        if job.returned:
+            service.returned.appendleft(job)
+        elif job.own:
+            service.own.append(job)
+        else:
+            service.turns.setdefault(job.caller, deque()).append(job)
+        service.waiting += 1
+        if service.idle:
+            self._dispatch_locked(service)
+        elif not service.sessions:
+            self._later_locked(self.limits.offline_seconds, self._deserted_locked, service)
+
+    def _unqueue_locked(self, job):
+        service = job.service
+        service.waiting -= 1
+        if job.returned:
+            service.returned.remove(job)
+        elif job.own:
+            service.own.remove(job)
+        else:
+            queue = service.turns[job.caller]
+            queue.remove(job)
+            if not queue:
+                del service.turns[job.caller]
+
+    def _next_locked(self, session):
+        """Take the job that this session should have next; None if there is none."""
+        service = session.service
+        if not service.waiting:
+            return None
+        for job in service.returned:
+            other = job.avoid is session and len(service.sessions) > 1
+            if not other and (session.continues or not job.seen):
+                break
+        else:
+            if service.own:
+                job = service.own[0]
+            elif service.turns:
+                caller, queue = next(iter(service.turns.items()))
+                job = queue[0]
+                service.turns.move_to_end(caller)     # the next caller's turn
+            else:
+                return None
+        self._unqueue_locked(job)
+        return job
+
+    def _position_locked(self, job):
+        """How many jobs will be taken up to and including this one."""
+        service = job.service
+        if job.returned:
+            return service.returned.index(job) + 1
+        ahead = len(service.returned)
+        if job.own:
+            return ahead + service.own.index(job) + 1
+        ahead += len(service.own)
+        turn = service.turns[job.caller].index(job)
+        before = True                                 # callers whose turn is sooner
+        for caller, queue in service.turns.items():
+            if caller == job.caller:
+                before = False
+            else:
+                ahead += min(len(queue), turn + before)
+        return ahead + turn + 1
+
+    def _eta_locked(self, service, position):
+        workers = sum(s.workers for s in service.sessions.values())
+        if service.job_seconds is None or not workers:
+            return None
+        return round(service.job_seconds * position / workers, 1)
+
+    def _fail_waiting_locked(self, service, error):
+        for job in list(service.returned) + list(service.own) + [
+                job for queue in service.turns.values() for job in queue]:
+            self._end_locked(job, "failed", error)
+
+    # Leases.
+
+    def _dispatch_locked(self, service):
+        """Give waiting jobs to sessions with a parked poll, which take turns."""
+        while service.waiting:
+            for session in service.idle:
+                job = self._next_locked(session)
+                if job is not None:
+                    break
+            else:
+                return
+            self._lease_locked(job, session)
+            service.idle.pop(session)
+            self._idle_locked(session)
+            session.arrived.notify()
+
+    def _park_locked(self, session, token, timeout):
+        """Wait until this poll has something to tell, or a newer one has come."""
+        deadline = time.monotonic() + timeout
+        while not (session.outbox or session.cancels or session.closed
+                   or self.closed or session.poll is not token):
+            if self.draining and not session.jobs:
+                raise self._shutting_down()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            session.parked = True
+            self._idle_locked(session)
+            session.arrived.wait(left)
+
+    def _fill_locked(self, session):
+        """Lease it jobs for its free workers, to go with the response being made."""
+        connected = session.id in session.service.sessions
+        while connected and session.free() > 0 and not self.draining:
+            job = self._next_locked(session)
+            if job is None:
+                break
+            self._lease_locked(job, session)
+        self._idle_locked(session)
+
+    def _idle_locked(self, session):
+        if session.parked and session.free() > 0 and not session.closed:
+            session.service.idle.setdefault(session)
+        else:
+            session.service.idle.pop(session, None)
+
+    def _lease_locked(self, job, session):
+        self._move_locked(job, "leased")
+        job.attempt += 1
+        job.session = session
+        if job.leased_at is None:
+            job.leased_at = self._clock()
+        session.jobs[job.id] = job
+        session.outbox.append(job)
+
+    def _hand_over_locked(self, session):
+        jobs, session.outbox = session.outbox, []
+        cancels, session.cancels = session.cancels, []
+        if jobs:
+            now = self._clock()
+            for job in jobs:
+                session.unconfirmed[job.id] = (now, job)
+            if not session.watching_handover:
+                session.watching_handover = True
+                self._later_locked(self.limits.handover_seconds,
+                                   self._unconfirmed_locked, session)
+        return [(job, job.attempt, len(job.items), self._text_locked(job))
+                for job in jobs], cancels
+
+    def _text_locked(self, job):
+        """The text so far of a job that goes on with another provider, else None."""
+        if not job.items:
+            return None
+        return "".join(item for item in job.items if type(item) is str)
+
+    def _confirm_locked(self, session, running):
+        """Compare what the provider has in hand with what we think it has."""
+        now = self._clock()
+        for job_id, attempt in running:
+            job = session.jobs.get(job_id)
+            if job is not None and job.attempt == attempt:
+                session.unconfirmed.pop(job_id, None)
+                if job in session.outbox:
+                    session.outbox.remove(job)
+            elif not self._reclaim_locked(session, job_id, attempt):
+                session.cancels.append((job_id, attempt))
+                session.cancelling.add((job_id, attempt))
+        session.cancelling &= running
+        for job in session.jobs.values():
+            if (job.id, job.attempt) in running or job in session.outbox:
+                continue
+            when, _ = session.unconfirmed.get(job.id, (-math.inf, job))
+            # A reply's response that carries it may be on its way just now.
+            if now - when >= self.limits.handover_seconds / 5:
+                session.unconfirmed.pop(job.id, None)
+                session.outbox.append(job)
+
+    def _reclaim_locked(self, session, job_id, attempt):
+        """Give a job back that was taken when its provider seemed to be gone."""
+        job = self._jobs.get(job_id)
+        if (job is None or job.state != "queued" or job.attempt != attempt
+                or job.service is not session.service):
+            return False
+        self._unqueue_locked(job)
+        self._move_locked(job, "leased")
+        job.deaths = max(0, job.deaths - 1)
+        job.session, session.jobs[job_id] = session, job
+        return True
+
+    def _push_locked(self, session, entry):
+        """Add one entry's items to its job; a refusal as a dict, or None."""
+        job = session.jobs.get(entry["job"])
+        ending = entry.get("done") or entry.get("error")
+        if job is None or job.attempt != entry["attempt"]:
+            if ending:
+                session.cancelling.discard((entry["job"], entry["attempt"]))
+            return {"job": entry["job"], "error": "fenced"}
+        session.unconfirmed.pop(job.id, None)
+        have, items = len(job.items), entry.get("items", ())
+        if entry["at"] > have:
+            return {"job": job.id, "error": "gap", "at": have}
+        if entry["at"] < have:
+            items = items[have - entry["at"]:]        # we have the others already
+        if items:
+            size = size_of(items)
+            if job.size + size > self.limits.max_reply_bytes + len(job.payload):
+                self._cancel_locked(job, RelayError(
+                    "reply_too_large", "The reply is larger than %d bytes." %
+                    self.limits.max_reply_bytes))
+                return {"job": job.id, "error": "fenced"}
+            job.size += size
+            self._held += size
+            self.counts["tokens"] += len(items)
+            if not have:
+                job.first_at = self._clock()
+            job.items.extend(items)
+            if len(job.items) >= job.wanted:
+                job.wanted = math.inf
+                job.progress.notify_all()
+        if entry.get("error"):
+            self._end_locked(job, "failed", entry["error"])
+        elif ending:
+            self._end_locked(job, "done")
+        return None
+
+    def _end_locked(self, job, state, error=None):
+        if job.state == "queued":
+            self._unqueue_locked(job)
+        self._move_locked(job, state)
+        job.ended_at, job.error = self._clock(), error
+        self.counts[state] += 1
+        session = job.session
+        if session is not None:
+            session.jobs.pop(job.id, None)
+            session.unconfirmed.pop(job.id, None)
+        if state == "done":
+            self._measure_locked(job)
+        job.progress.notify_all()
+        if job.name is not None:
+            self._kept[job.id] = job
+            self._check_later_locked(job)
+        elif not job.readers and (state != "done" or job.twin is None):
+            self._forget_locked(job)
+
+    def _measure_locked(self, job):
+        service, took = job.service, job.ended_at - job.leased_at
+        old = service.job_seconds
+        service.job_seconds = took if old is None else 0.8 * old + 0.2 * took
+        if len(job.items) > 8 and job.ended_at - job.first_at > 0.05:
+            rate = (len(job.items) - 1) / (job.ended_at - job.first_at)
+            old = service.tokens_per_second
+            service.tokens_per_second = rate if old is None else 0.8 * old + 0.2 * rate
+
+    def _cancel_locked(self, job, error):
+        if job.ended_at is not None:
+            return
+        session = job.session if job.state == "leased" else None
+        if session is not None:
+            if job in session.outbox:
+                session.outbox.remove(job)            # it never got there
+            else:
+                session.cancels.append((job.id, job.attempt))
+                session.cancelling.add((job.id, job.attempt))
+                session.arrived.notify()
+        error = error or RelayError("cancelled", "This request was cancelled.")
+        self._end_locked(job, "failed" if error.name != "cancelled" else "cancelled",
+                         error)
+        if session is not None:
+            self._idle_locked(session)
+            self._dispatch_locked(session.service)
+
+    def _forget_locked(self, job):
+        if self._jobs.pop(job.id, None) is None:
+            return
+        self._held -= job.size
+        self._kept.pop(job.id, None)
+        if job.name is not None:
+            self._named.pop((job.service, job.name), None)
+        if self._left.get(job.twin) is job:
+            del self._left[job.twin]
+
+    # Sessions that come and go.
+
+    def _connect_locked(self, session):
+        session.service.sessions[session.id] = session
+        session.service.last_seen = self._wall()
+        self._count_locked(session.service)
+
+    def _disconnect_locked(self, session):
+        """Not connected any more: no new jobs, and the directory says so."""
+        service = session.service
+        service.idle.pop(session, None)
+        if service.sessions.pop(session.id, None) is None:
+            return
+        service.last_seen = self._wall()
+        self._count_locked(service)
+        if not service.sessions and service.waiting:
+            self._later_locked(self.limits.offline_seconds, self._deserted_locked, service)
+
+    def _heard_locked(self, session, hold=0.0):
+        session.deadline = self._clock() + hold + self.limits.lease_seconds
+
+    def _release_locked(self, job, died):
+        """Take a job from its session: back to the queue, or to its end."""
+        session, service = job.session, job.service
+        session.jobs.pop(job.id, None)
+        session.unconfirmed.pop(job.id, None)
+        if job in session.outbox:                     # it was never handed out
+            session.outbox.remove(job)
+            job.attempt, died = job.attempt - 1, False
+        job.session = None
+        job.deaths += died
+        if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
+            error = RelayError("provider_lost", "%d providers of %s went away while "
+                               "they worked on this prompt." % (job.attempt, service.name))
+        elif job.seen and not any(s.continues for s in service.sessions.values()
+                                  if s is not session):
+            error = RelayError("provider_lost", "The provider of %s went away in the "
+                               "middle of this answer. Ask again." % service.name)
+        elif self.draining:
+            error = self._shutting_down()
+        else:
+            self._move_locked(job, "queued")
+            self.counts["requeued"] += 1
+            job.avoid = session
+            if not job.seen:                          # another will start afresh
+                self._held -= job.size - len(job.payload)
+                job.size, job.first_at = len(job.payload), None
+                job.items.clear()
+            job.returned = True
+            self._enqueue_locked(job)
+            return
+        self._end_locked(job, "failed", error)
+
+    def _end_session_locked(self, session, died=False):
+        self._sessions.pop(session.id, None)
+        session.closed = True
+        self._disconnect_locked(session)
+        for job in reversed(list(session.jobs.values())):   # the oldest ends up first
+            self._release_locked(job, died)
+        session.arrived.notify_all()
+
+    # Timers: each of these looks at the facts again, for they may have changed.
+
+    def _later_locked(self, delay, method, argument):
+        deadline = self._clock() + delay
+        if not self._timers or deadline < self._timers[0][0]:
+            self._timer_set.notify()
+        heapq.heappush(self._timers, (deadline, next(self._numbers), method, argument))
+
+    def _expire_locked(self):
+        while self._timers and self._timers[0][0] <= self._clock():
+            _, _, method, argument = heapq.heappop(self._timers)
+            method(argument)
+
+    def _check_later_locked(self, job):
+        if not job.timer:
+            job.timer = True
+            self._check_job_locked(job)
+
+    def _check_job_locked(self, job):
+        """Cancel a job that nobody came back for; forget one kept long enough."""
+        job.timer = False
+        if job.id not in self._jobs:
+            return
+        now = self._clock()
+        if job.ended_at is not None:
+            since = max(job.ended_at, job.left_at or 0)
+            due = since + (self.limits.keep_seconds if job.name else job.grace)
+        elif job.left_at is not None:
+            due = job.left_at + job.grace
+        else:
+            return
+        if due > now or job.readers:
+            job.timer = True
+            self._later_locked(max(due - now, 1), self._check_job_locked, job)
+        elif job.ended_at is not None:
+            self._forget_locked(job)
+        else:
+            self._cancel_locked(job, None)
+
+    def _silent_locked(self, session):
+        """Once per session and lease: is its provider still heard of?"""
+        if session.closed:
+            return
+        left = session.deadline - self._clock()
+        if left > 0:
+            self._later_locked(left, self._silent_locked, session)
+        else:
+            self._end_session_locked(session, died=True)
+
+    def _broken_locked(self, argument):
+        """Some time after a poll's connection broke: did the provider poll again?"""
+        session, token = argument
+        if session.closed or session.poll is not token:
+            return
+        self._disconnect_locked(session)
+        # What a client has seen the start of waits out the lease: a provider that
+        # only lost its connection comes back, and goes on where it was.
+        for job in reversed(list(session.jobs.values())):
+            if not job.seen:
+                self._release_locked(job, died=True)
+
+    def _unconfirmed_locked(self, session):
+        """Were the jobs handed over some time ago heard of since?"""
+        session.watching_handover = False
+        now = self._clock()
+        while session.unconfirmed and not session.closed:
+            when, job = next(iter(session.unconfirmed.values()))
+            left = when + self.limits.handover_seconds - now
+            if left > 0:
+                session.watching_handover = True
+                self._later_locked(left, self._unconfirmed_locked, session)
+                return
+            self._release_locked(job, died=False)
+
+    def _deserted_locked(self, service):
+        """Some time after the last provider left: did one come back?"""
+        if service.sessions:
+            return
+        for job in list(service.returned) + list(service.own) + [
+                job for queue in service.turns.values() for job in queue]:
+            if not job.wait:
+                self._end_locked(job, "failed", self._offline(service))
+
+
+def size_of(items):
+    """Roughly the bytes that these items hold."""
+    return sum(len(item) if type(item) is str else len(str(item)) for item in items)
+
+
+def invalid_name_words(name):
+    """Say why a service cannot have this name."""
+    if name.lower() in RESERVED_NAMES:
+        return "The name %s is one of the relay's own words: choose another." % name
+    return ("A service name is 1 to 64 of letters, digits, '.', '_' and '-', and begins "
+            "with a letter or digit.")
+
+
+##############################################################################
+# Store: what survives a restart. Services, hashes of keys, counters; no prompts.
+##############################################################################
+
+SCHEMA = """
+    CREATE TABLE services (
+        name TEXT PRIMARY KEY COLLATE NOCASE, key_digest TEXT NOT NULL,
+        operator TEXT NOT NULL, comment TEXT NOT NULL, created REAL NOT NULL,
+        numreq INTEGER NOT NULL, last_seen REAL)
+"""
+SCHEMA_VERSION = 1
+
+
+class StoreError(Exception):
+    """The data file cannot be used; the words say why and what to do."""
+
+
+class Store:
+    """The services in an SQLite file (write-ahead log), or in memory: ":memory:"."""
+
+    def __init__(self, path):
+        self._lock = threading.Lock()      # one connection, one statement at a time
+        try:
+            if path != ":memory:":         # private from its first moment on
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._db = sqlite3.connect(path, timeout=5, isolation_level=None,
+                                       check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")   # keys outlive a power cut
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                with self._transaction():
+                    self._db.execute(SCHEMA)
+                    self._db.execute("PRAGMA user_version=%d" % SCHEMA_VERSION)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError("The data file %s cannot be used: %s." % (path, error))
+        if version > SCHEMA_VERSION:
+            raise StoreError("The data file %s is of a newer neuroengine: use that "
+                             "version, or name another file with --data." % path)
+
+    @contextlib.contextmanager
+    def _transaction(self):
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def load(self):
+        """Return every Service of the file."""
+        with self._lock:
+            return [Service(*row) for row in self._db.execute(
+                "SELECT name, key_digest, operator, comment, created, numreq, last_seen "
+                "FROM services")]
+
+    def add(self, service):
+        """Write a new service; it is on the disk when this returns."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO services VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (service.name, service.key_digest, service.operator, service.comment,
+                 service.created, service.numreq, service.last_seen))
+
+    def save(self, services):
+        """Write what may have changed of these services, in one transaction."""
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE services SET key_digest=?, operator=?, comment=?, numreq=?, "
+                "last_seen=? WHERE name=?",
+                [(s.key_digest, s.operator, s.comment, s.numreq, s.last_seen, s.name)
+                 for s in services])
+
+    def remove(self, service):
+        """Delete a service."""
+        with self._transaction():
+            self._db.execute("DELETE FROM services WHERE name=?", (service.name,))
+
+    def close(self):
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+
+def new_key():
+    """A service key: 256 random bits, with a prefix that scanners recognise."""
+    return "ne_" + secrets.token_urlsafe(32)
+
+
+def digest(key):
+    """What is stored of a key. Plain SHA-256 is right for random keys of 256 bits."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+##############################################################################
+# HTTP: the reader of requests (RFC 9112, strictly)
+##############################################################################
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(
+    rb"(" + _TOKEN + rb") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
+# Control characters, a bare CR or LF, white space before the colon and folded lines
+# all fail to match: each of them has been used to smuggle requests past proxies.
+_FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)\r\n")
+_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization",
+                   "content-type", "content-encoding", "expect", "idempotency-key"))
+_HOST = re.compile(r"[A-Za-z0-9.:_\[\]-]*\Z")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,256})?\Z")
+
+
+class Head:
+    """The request line and headers of one request."""
+
+    __slots__ = ("method", "target", "path", "version", "fields", "length", "keep_alive")
+
+
+def parse_head(data):
+    """Parse a request's head, from its first byte to the CRLF before the blank line.
+
+    data: bytes. Returns a Head, whose length is the body's: a number of bytes, or None
+    for a chunked one. Raises RelayError for whatever RFC 9112 does not allow, and for
+    what it allows but two readers could understand differently.
+    """
+    match = _REQUEST_LINE.match(data)
+    if not match:
+        raise RelayError("bad_http", "That is not an HTTP/1.1 request line.")
+    head = Head()
+    head.method, head.target = match[1].decode("ascii"), match[2].decode("ascii")
+    head.version, head.fields = int(match[3]), {}
+    position, fields, count = match.end(), head.fields, 0
+    while position < len(data):
+        match = _FIELD.match(data, position)
+        count += 1
+        if not match or count > MAX_FIELDS:
+            raise RelayError("bad_http", "A header of this request is malformed."
+                             if not match else "This request has too many headers.")
+        name = match[1].decode("ascii").lower()
+        value = match[2].strip(b" \t").decode("latin-1")
+        if name not in fields:
+            fields[name] = value
+        elif name in _ONCE:
+            raise RelayError("bad_http", "The header %s stands here twice." % name)
+        else:
+            fields[name] += ", " + value
+        position = match.end()
+    if head.version and "host" not in fields or not _HOST.match(fields.get("host", "")):
+        raise RelayError("bad_http", "A request names the relay in one Host header.")
+    head.path = _path_of(head.target)
+    head.length = _length_of(head)
+    options = fields.get("connection", "").lower()
+    head.keep_alive = bool(head.version) and not (
+        options and "close" in [option.strip() for option in options.split(",")])
+    return head
+
+
+def _path_of(target):
+    """The decoded path, as a tuple of its segments; empty ones do not count."""
+    if target[0] != "/":
+        if target == "*":
+            return ()
+        _, found, rest = target.partition("://")     # the absolute form
+        if not found:
+            raise RelayError("bad_http", "The request's target is not a path.")
+        target = "/" + rest.partition("/")[2]
+    path = target.partition("?")[0]
+    if "%" in path:
+        path = urllib.parse.unquote(path)
+    return tuple(part for part in path.split("/") if part)
+
+
+def _length_of(head):
+    length, coding = (head.fields.get("content-length"),
+                      head.fields.get("transfer-encoding"))
+    if coding is not None:
+        if length is not None or not head.version or coding.lower() != "chunked":
+            raise RelayError("bad_http", "This request's length is ambiguous: send "
+                             "either Content-Length or Transfer-Encoding: chunked.")
+        return None
+    if length is None:
+        if head.method in ("POST", "PUT", "PATCH"):
+            raise RelayError("length_required", "Send the body's Content-Length.")
+        return 0
+    if not (1 <= len(length) <= 15 and length.isascii() and length.isdigit()):
+        raise RelayError("bad_http", "The Content-Length is not a number.")
+    return int(length)
+
+
+class Wire:
+    """Bytes in and out of one connection, each wait under a deadline."""
+
+    def __init__(self, sock, limits):
+        self.sock, self._limits = sock, limits
+        self._buffer = b""
+        self._timeout = None
+
+    def _receive(self, seconds):
+        """Add what comes within so many seconds to the buffer. Raises PeerGone."""
+        if seconds <= 0:
+            raise socket.timeout()
+        if seconds != self._timeout:
+            self._timeout = seconds
+            self.sock.settimeout(seconds)
+        data = self.sock.recv(65536)
+        if not data:
+            raise PeerGone()
+        self._buffer = self._buffer + data if self._buffer else data
+
+    def read_head(self):
+        """Return the next request's Head, waiting for it while the connection may idle.
+
+        Raises PeerGone if it closes or stays idle, RelayError if it is malformed.
+        """
+        limits = self._limits
+        try:
+            if not self._buffer:
+                self._receive(limits.idle_seconds)
+        except socket.timeout:
+            raise PeerGone()
+        deadline = None
+        while True:
+            if self._buffer[:2] == b"\r\n":          # RFC 9112, 2.2: one is forgiven
+                self._buffer = self._buffer[2:]
+            end = self._buffer.find(b"\r\n\r\n")
+            if 0 <= end <= limits.max_head_bytes:
+                break
+            if len(self._buffer) > limits.max_head_bytes:
+                raise RelayError("head_too_large", "The headers are larger than %d bytes."
+                                 % limits.max_head_bytes)
+            if deadline is None:
+                deadline = time.monotonic() + limits.head_seconds
+            try:
+                self._receive(deadline - time.monotonic())
+            except socket.timeout:
+                raise RelayError("request_timeout", "The headers did not come within "
+                                 "%g s." % limits.head_seconds)
+        data, self._buffer = self._buffer[:end + 2], self._buffer[end + 4:]
+        return parse_head(data)
+
+    def read_body(self, head):
+        """Return a request's body as bytes. Raises RelayError, PeerGone."""
+        length, most = head.length, self._limits.max_request_bytes
+        too_large = RelayError("request_too_large",
+                               "The request is larger than %d bytes." % most)
+        if length is not None and length > most:
+            raise too_large
+        if head.fields.get("expect"):
+            if head.fields["expect"].lower() != "100-continue":
+                raise RelayError("bad_http", "This relay knows no such Expect.")
+            if head.version:
+                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + self._limits.body_seconds
+        try:
+            if length is not None:
+                return self._take(length, deadline)
+            return self._read_chunked(most, too_large, deadline)
+        except socket.timeout:
+            raise RelayError("request_timeout", "The body came too slowly.")
+
+    def _take(self, length, deadline):
+        if len(self._buffer) < length:
+            deadline += length / BODY_BYTES_PER_SECOND
+            parts, have = [self._buffer], len(self._buffer)
+            while have < length:
+                self._buffer = b""
+                self._receive(deadline - time.monotonic())
+                parts.append(self._buffer)
+                have += len(self._buffer)
+            self._buffer = b"".join(parts)
+        data, self._buffer = self._buffer[:length], self._buffer[length:]
+        return data
+
+    def _take_line(self, deadline):
+        while True:
+            end = self._buffer.find(b"\r\n")
+            if end >= 0:
+                break
+            if len(self._buffer) > 512:
+                raise RelayError("bad_http", "A chunk's first line is too long.")
+            self._receive(deadline - time.monotonic())
+        line, self._buffer = self._buffer[:end], self._buffer[end + 2:]
+        return line
+
+    def _read_chunked(self, most, too_large, deadline):
+        parts, total = [], 0
+        while True:
+            match = _CHUNK_LINE.match(self._take_line(deadline))
+            if not match:
+                raise RelayError("bad_http", "The chunked body is malformed.")
+            size = int(match[1], 16)
+            total += size
+            if total > most or len(parts) > most // 16 + 4096:   # many tiny ones
+                raise too_large
+            if size == 0:
+                if self._take_line(deadline):
+                    raise RelayError("bad_http", "Trailers are not accepted.")
+                return b"".join(parts)
+            parts.append(self._take(size, deadline))
+            deadline += size / BODY_BYTES_PER_SECOND
+            if self._take(2, deadline) != b"\r\n":
+                raise RelayError("bad_http", "The chunked body is malformed.")
+
+    def write(self, data):
+        """Send all of data, at most write_seconds for each 64 KiB. Raises PeerGone."""
+        if self._limits.write_seconds != self._timeout:
+            self._timeout = self._limits.write_seconds
+            self.sock.settimeout(self._timeout)
+        try:
+            if len(data) <= 65536:
+                self.sock.sendall(data)
+            else:
+                view = memoryview(data)
+                for start in range(0, len(data), 65536):
+                    self.sock.sendall(view[start:start + 65536])
+        except (OSError, ValueError):
+            raise PeerGone()
+
+    def linger(self):
+        """Let the peer read our last words before the connection is reset.
+
+        Closing with its bytes unread would make the kernel send RST, which destroys
+        the response at the peer. nginx does the same (lingering_close).
+        """
+        try:
+            if isinstance(self.sock, ssl.SSLSocket):
+                return                               # a TLS socket cannot half-close
+            self.sock.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + 2
+            for _ in range(512):                     # 32 MiB at the most
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self.sock.settimeout(left)
+                if not self.sock.recv(65536):
+                    break
+        except OSError:
+            pass
+
+
+class Watcher:
+    """One thread that sees connections hang up while their own threads wait elsewhere.
+
+    A watched connection has an answer coming, so nothing should be readable on it
+    before its end is. It looks without taking a byte and without the TLS object,
+    which belongs to the connection's thread.
+    """
+
+    def __init__(self):
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()      # held by whoever looks for events
+        self._watched = 0
+
+    @contextlib.contextmanager
+    def watching(self, sock, on_gone):
+        """Call on_gone(), in some thread, if the peer hangs up meanwhile."""
+        with self._lock:
+            try:
+                self._selector.register(sock, selectors.EVENT_READ, on_gone)
+            except (KeyError, ValueError, OSError):
+                sock = None                # closed already: the next write will tell
+            self._watched += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watched -= 1
+                if sock is not None:
+                    with contextlib.suppress(KeyError, ValueError, OSError):
+                        self._selector.unregister(sock)
+
+    def look(self):
+        """Deal with the hang-ups that the kernel knows of at this moment.
+
+        Also called before a prompt is matched with one that a client has left: the
+        client may have hung up a moment before it asked again.
+        """
+        if not self._watched:
+            return
+        with self._lock:
+            gone = []
+            for key, _ in self._selector.select(0):
+                self._selector.unregister(key.fileobj)
+                if _has_hung_up(key.fileobj):
+                    gone.append(key.data)
+            for on_gone in gone:
+                on_gone()
+
+    def run(self):
+        """Watch for ever; for a thread of its own."""
+        fileno = getattr(self._selector, "fileno", None)
+        while True:
+            if fileno is None:             # Windows: a select() that cannot be nested
+                time.sleep(0.25)
+            else:
+                select.select([fileno()], [], [])
+            self.look()
+
+
+def _has_hung_up(sock):
+    """Whether the peer has closed; bytes that merely came early do not count."""
+    try:
+        # Below the TLS layer, if there is one: socket.socket's own recv.
+        start = socket.socket.recv(sock, 5, socket.MSG_PEEK)
+    except (BlockingIOError, InterruptedError):
+        return False
+    except (OSError, ValueError):
+        return True
+    if not start or not isinstance(sock, ssl.SSLSocket):
+        return not start
+    # A TLS record: an alert (21), or encrypted (23) and of the one size that an alert
+    # has in TLS 1.3 (RFC 8446, 5.2: 2 bytes, 1 of type, 16 of tag): close_notify.
+    return start[0] == 21 or start[0] == 23 and start[3:5] == b"\x00\x13"
+
+
+##############################################################################
+# HTTP: requests and responses
+##############################################################################
+
+SECURITY_HEADERS = (
+    b"Server: neuroengine\r\nX-Content-Type-Options: nosniff\r\n"
+    b"Referrer-Policy: no-referrer\r\n")
+NO_STORE = b"Cache-Control: no-store\r\n"
+JSON = "application/json"
+_HEADER_VALUE = re.compile(r"[\x20-\x7e]*\Z")
+_HEADER_NAME = re.compile(r"[A-Za-z0-9-]+\Z")
+STATUS_LINES = {status.value: ("HTTP/1.1 %d %s\r\n" % (status, status.phrase)).encode()
+                for status in http.HTTPStatus}
+NATIVE_ONLY = ("key", "at", "gettokens", "stream", "wait", "command")
+
+
+def dumps(value):
+    """JSON as bytes. Pure ASCII: others' text cannot break a line or an encoding."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def _no_constant(name):
+    raise ValueError(name + " is not JSON")
+
+
+def parse_json(body):
+    """Return the JSON object that body is. Raises RelayError."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RelayError("invalid_json", "The body is not JSON: %s." % printable(error))
+    if type(value) is not dict:
+        raise RelayError("invalid_json", "The body is not a JSON object: {...}.")
+    return value
+
+
+def printable(value, most=200):
+    """Someone else's text made fit for one line of ours."""
+    text = str(value)
+    text = text if len(text) <= most else text[:most] + "..."
+    return text.encode("ascii", "backslashreplace").decode("ascii").translate(
+        {code: "?" for code in range(32)})
+
+
+def check_fields(request, fields):
+    """Check the numbers of a request and drop those that are null. Raises RelayError."""
+    for field, (kind, lowest, highest) in fields.items():
+        value = request.get(field)
+        if value is None:
+            request.pop(field, None)
+            continue
+        if type(value) not in (int, float):
+            raise RelayError("invalid_request", "%s must be a number." % field,
+                             param=field)
+        if not lowest <= value <= highest:
+            raise RelayError("invalid_request", "%s must be from %s to %s." % (
+                field, lowest, highest), param=field)
+        if kind is int and value != int(value):
+            raise RelayError("invalid_request", "%s must be a whole number." % field,
+                             param=field)
+        if kind is int:
+            request[field] = int(value)
+
+
+def check_messages(messages):
+    """Check that messages is a list of {"role", "content"}. Raises RelayError."""
+    if not isinstance(messages, list) or not messages:
+        raise RelayError("invalid_request", "messages must be a list of "
+                         '{"role", "content"}, and not empty.', param="messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RelayError("invalid_request", "Each message must be an object with a "
+                             "role and a content.", param="messages")
+        if not isinstance(message.get("content"), (str, list, type(None))):
+            raise RelayError("invalid_request", "A message's content must be a text or a "
+                             "list of parts.", param="messages")
+
+
+def text_of(items):
+    """The text of a stream's items, or of some of them."""
+    return "".join(item for item in items if type(item) is str)
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """One connection: reads requests and answers them, one after the other.
+
+    Here is what all handlers share. The handlers themselves, in the faces below, are
+    alike: read, check the key, call the Broker, write.
+    """
+
+    # -- the life of a connection --
+
+    def setup(self):
+        self.broker, self.limits = self.server.broker, self.server.limits
+        self.wire = Wire(self.request, self.limits)
+        self.address = canonical_address(self.client_address[0])
+        self.polled = None                 # (session id, token) of its last poll
+
+    def handle(self):
+        try:
+            if isinstance(self.request, ssl.SSLSocket):
+                self.request.settimeout(self.limits.handshake_seconds)   # a total
+                self.request.do_handshake()
+            while self._exchange():
+                pass
+        except (PeerGone, OSError):
+            pass                           # normal: they leave when they like
+
+    def finish(self):
+        if self.polled:
+            self.broker.lost(*self.polled)
+
+    def _exchange(self):
+        """Read one request and answer it; whether the connection may be used again."""
+        self.started, self.body_read, self.head = False, True, None
+        self.id = secrets.token_hex(8)
+        self.openai = False
+        try:
+            self.head = head = self.wire.read_head()
+            self.body_read = head.length == 0
+            self.keep_alive = head.keep_alive and not self.server.stopping
+            self.began = time.monotonic()
+            self.server.active.add(self)
+            self._dispatch(head)
+        except RelayError as error:
+            self._fail(error)
+        except (PeerGone, socket.timeout, ConnectionError):
+            raise PeerGone()
+        except Exception as error:         # ours: tell the log all, the peer nothing
+            log("internal_error", request=self.id, error=repr(error), traceback=True)
+            self._fail(RelayError("internal_error", "The relay made a mistake; it is "
+                                  "logged as %s." % self.id))
+        finally:
+            self.server.active.discard(self)
+        if self.head is None or not self.body_read:
+            self.wire.linger()
+            return False
+        return self.keep_alive
+
+    def _fail(self, error):
+        self.server.count_error(error.name)
+        if self.head is None or not self.body_read:
+            self.keep_alive = False        # where the next request starts is unknown
+        if self.started:
+            raise PeerGone()               # too late for a status: cut it short
+        self.reply(ERRORS[error.name][1],
+                   error.openai() if self.openai else error.native(), error=error)
+
+    def _dispatch(self, head):
+        route, arguments = find_route(head.path)
+        if route is None:
+            self.openai = "v1" in head.path[:2]
+            raise RelayError("not_found", "There is no %s here." %
+                             printable("/" + "/".join(head.path)))
+        self.openai = route.face == "openai"
+        if self.openai and head.method == "OPTIONS":
+            return self.preflight()
+        method = "GET" if head.method == "HEAD" else head.method
+        handler = route.handlers.get(method)
+        if handler is None:
+            allowed = ", ".join(route.handlers)
+            if method == "OPTIONS":
+                return self.reply(204, b"", allow=allowed)
+            raise RelayError("method_not_allowed", "%s is not done here; %s is." % (
+                printable(method, 20), allowed), allow=allowed)
+        if route.face == "operator" and head.fields.get(
+                "sec-fetch-site", "none") not in ("same-origin", "none"):
+            raise RelayError("forbidden", "Another site's page may not do this.")
+        getattr(self, handler)(*arguments)
+
+    # -- what handlers share --
+
+    def read_object(self):
+        """The request's body as a dict."""
+        coding = self.head.fields.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            raise RelayError("unsupported_encoding", "Send the body without a "
+                             "Content-Encoding.")
+        body = self.wire.read_body(self.head)
+        self.body_read = True
+        self.raw_body = body
+        return parse_json(body)
+
+    def key(self):
+        """The key this request came with, or ""."""
+        fields = self.head.fields
+        scheme, _, key = fields.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return key.strip()
+        return fields.get("api-key") or fields.get("x-api-key") or ""
+
+    def is_operator(self, service):
+        key = self.key()
+        return bool(key) and hmac.compare_digest(digest(key), service.key_digest)
+
+    def authorized(self, name):
+        """The service of that name, if this request came with its key."""
+        service = self.broker.find(name)
+        if not self.is_operator(service):
+            raise RelayError("invalid_key", "This needs the service key of %s, as "
+                             "\"Authorization: Bearer KEY\"." % service.name)
+        return service
+
+    def reply(self, status, body, kind=JSON, error=None, **headers):
+        """Send one whole response; body is bytes, or a value to be sent as JSON."""
+        if not isinstance(body, bytes):
+            body = dumps(body)
+        if error is not None:
+            if error.retry_after is not None:
+                headers["retry_after"] = str(math.ceil(error.retry_after))
+            if error.allow is not None:
+                headers["allow"] = error.allow
+            if status == 401:
+                headers["www_authenticate"] = "Bearer"
+            if self.openai and status >= 500 and not ERRORS[error.name][4]:
+                headers["x_should_retry"] = "false"
+        head = self.head_bytes(status, kind, headers)
+        length = b"" if status == 204 else b"Content-Length: %d\r\n" % len(body)
+        if self.head is not None and self.head.method == "HEAD":
+            body = b""
+        self.started = True
+        self.wire.write(head + length + b"\r\n" + body)
+
+    def head_bytes(self, status, kind, headers):
+        """A response's head, without its end; refuses what would not be one line."""
+        lines = [STATUS_LINES[status], SECURITY_HEADERS, self.server.date(),
+                 b"Content-Type: " + kind.encode("ascii"),
+                 b"\r\nX-Request-Id: ", self.id.encode("ascii"), b"\r\n"]
+        if "cache_control" not in headers:
+            lines.append(NO_STORE)
+        if self.openai:
+            lines.append(CORS_HEADERS)
+        if not self.keep_alive:
+            lines.append(b"Connection: close\r\n")
+        for name, value in headers.items():
+            name = name.replace("_", "-")
+            if not _HEADER_NAME.match(name) or not _HEADER_VALUE.match(value):
+                raise ValueError("ill-formed header %r: %r" % (name, value))
+            lines.append(("%s: %s\r\n" % (name, value)).encode("ascii"))
+        return b"".join(lines)
+
+    def begin(self, kind, **headers):
+        """Send nothing yet, but make ready for a body whose length is not known."""
+        self.started = True
+        if self.head.version == 0:
+            self.keep_alive = False        # its end is the connection's
+        else:
+            headers["transfer_encoding"] = "chunked"
+        self._pending = self.head_bytes(200, kind, headers) + b"\r\n"
+
+    def send_piece(self, data, last=False):
+        """Send a piece of that body, with what is pending, as one write."""
+        if self.head.version:
+            data = b"%x\r\n%s\r\n" % (len(data), data) if data else b""
+            if last:
+                data += b"0\r\n\r\n"
+        pending, self._pending = self._pending, b""
+        self.wire.write(pending + data)
+
+    def read_items(self, reader, want, timeout, most=None):
+        """broker.read, but notice it when the client hangs up. Raises PeerGone."""
+        items, ended = self.broker.read(reader, want, min(timeout, WATCH_AFTER_SECONDS),
+                                        most)
+        timeout -= WATCH_AFTER_SECONDS
+        if not items and not ended and timeout > 0:
+            with self.server.watcher.watching(
+                    self.request, functools.partial(self.broker.hangup, reader)):
+                items, ended = self.broker.read(reader, want, timeout, most)
+        if reader.gone:
+            raise PeerGone()
+        return items, ended
+
+    @contextlib.contextmanager
+    def attached(self, reader):
+        """Leave the job at the end; a clean end means that the client has its items."""
+        delivered = False
+        try:
+            yield reader
+            delivered = True
+        except RelayError:                 # the answer is an error, and arrives
+            delivered = True
+            raise
+        finally:
+            self.broker.leave(reader, delivered)
+
+    def events(self, reader):
+        """What a streamed answer is made of, as it happens.
+
+        Yields ("items", list), ("queue", dict) when the place changes, and ("beat",
+        None) in long silences; returns at the end of the job.
+        """
+        job, place, quiet = reader.job, None, time.monotonic()
+        deadline = time.monotonic() + self.limits.job_seconds
+        while True:
+            queued = job.state == "queued"
+            now = time.monotonic()
+            wait = min(QUEUE_NEWS_SECONDS if queued else self.limits.heartbeat_seconds,
+                       max(0.01, quiet + self.limits.heartbeat_seconds - now))
+            items, ended = self.read_items(reader, 1, wait)
+            if items:
+                quiet = time.monotonic()
+                yield "items", items
+            elif not ended:
+                news = self.broker.place(job)
+                if news is not None and news != place:
+                    place, quiet = news, time.monotonic()
+                    yield "queue", news
+                elif time.monotonic() - quiet >= self.limits.heartbeat_seconds - 0.05:
+                    quiet = time.monotonic()
+                    yield "beat", None
+                if now > deadline:
+                    self.broker.cancel(job, self._took_too_long())
+            if ended:
+                return
+
+    def wait_whole(self, reader, timeout):
+        """Wait for the end of a job; its items, or None if it has not ended by then."""
+        items, ended = self.read_items(reader, None, timeout)
+        if not ended:
+            return None
+        if reader.job.error is not None:
+            raise reader.job.error
+        return items
+
+    def _took_too_long(self):
+        return RelayError("provider_timeout", "This answer took longer than %d s."
+                          % self.limits.job_seconds)
+
+    def caller(self):
+        """Who this client is, for turns and limits: its address."""
+        return self.address
+
+
+class PageFace:
+    """The page, and what looks after the relay."""
+
+    def page(self, name=None):
+        """GET / and GET /{service}"""
+        if name is not None and (not NAME.match(name) or name.lower() in RESERVED_NAMES):
+            raise RelayError("not_found", "There is no /%s here." % printable(name))
+        if self.server.page is None:
+            raise RelayError("not_found", "This relay has no chat.html beside it, so it "
+                             "has no page. Its API is there: GET /api/models.")
+        self.reply(200, self.server.page, "text/html; charset=utf-8",
+                   cache_control="no-cache", content_security_policy=self.server.csp)
+
+    def health(self):
+        """GET /healthz"""
+        if self.broker.draining:
+            raise RelayError("shutting_down", "The relay is shutting down.")
+        self.reply(200, {"status": "ok", "version": __version__})
+
+    def metrics(self):
+        """GET /metrics, in the text format of Prometheus"""
+        if not ipaddress.ip_address(self.address.partition("/")[0]).is_loopback:
+            raise RelayError("forbidden", "Metrics are for this machine only.")
+        lines = ["neuroengine_%s %d" % item for item in
+                 sorted(dict(self.broker.totals(),
+                             connections=self.server.connections).items())]
+        lines += ['neuroengine_errors{error="%s"} %d' % item
+                  for item in sorted(self.server.errors.items())]
+        self.reply(200, ("\n".join(lines) + "\n").encode("ascii"),
+                   "text/plain; version=0.0.4")
+
+
+class NativeFace:
+    """The native API: one JSON object in, one out, or a stream of them."""
+
+    def models(self):
+        """GET /api/models"""
+        self.reply(200, self.broker.models())
+
+    def native(self, name=None):
+        """POST /{service}: a prompt, or a command"""
+        request = self.read_object()
+        command = request.get("command")
+        if command == "getmodels":
+            return self.reply(200, self.broker.models())
+        if name is None:
+            raise RelayError("invalid_request", "Send prompts to /{service}.")
+        service = self.broker.find(name)
+        key, at, wanted = self._check_native(request)
+        if command == "cancel":
+            reader = self.broker.open(service, key, 0)
+            self.broker.cancel(reader.job)
+            self.broker.leave(reader, True)
+            return self.reply(200, {"reply": "", "errorcode": 0})
+        if command is not None:
+            raise RelayError("invalid_request", "There is no command %s; there are "
+                             "getmodels and cancel." % printable(command, 40),
+                             param="command")
+        reader = self._submit_native(service, request, key, at)
+        with self.attached(reader):
+            if request.get("stream"):
+                self._stream_native(reader)
+            elif key:
+                self._poll_native(reader, wanted, counts=at is not None)
+            else:
+                self._whole_native(reader)
+
+    def _check_native(self, request):
+        """Check a native request; return its stream key, place, and tokens wanted."""
+        check_fields(request, SAMPLING)
+        key = request.get("key") or ""
+        if not isinstance(key, str) or len(key) > 512:
+            raise RelayError("invalid_request", "key must be a text of at most 512 "
+                             "characters.", param="key")
+        if "message" in request and not isinstance(request["message"], str):
+            if isinstance(request["message"], list):
+                request["messages"] = request.pop("message")
+            else:
+                raise RelayError("invalid_request", "message must be a text.",
+                                 param="message")
+        if "messages" in request:
+            check_messages(request["messages"])
+        if "raw" in request:
+            if str(request["raw"]).lower() not in ("true", "false", "", "0", "1", "none"):
+                raise RelayError("invalid_request", "raw must be true or false.",
+                                 param="raw")
+        for field in ("stream", "wait"):
+            if not isinstance(request.get(field, False), bool):
+                raise RelayError("invalid_request", "%s must be true or false." % field,
+                                 param=field)
+        return key, request.get("at"), request.get("gettokens", 20)
+
+    def _submit_native(self, service, request, key, at):
+        prompt = request.get("message", request.get("messages"))
+        if prompt is None:
+            if key and "command" not in request:
+                return self.broker.open(service, key, at)
+            raise RelayError("invalid_request", "message is missing: the prompt, a text.",
+                             param="message")
+        repeat = self.head.fields.get("idempotency-key")
+        name, fingerprint, twin = key, prompt, None
+        if not key and repeat:
+            name, fingerprint = ("repeat", self.caller(), repeat[:512]), self.raw_body
+        elif not key:
+            twin = (service, self.caller(), self.raw_body)
+            self.server.watcher.look()
+        payload = dumps({field: value for field, value in request.items()
+                         if field not in NATIVE_ONLY})
+        return self.broker.submit(
+            service, payload, caller=self.caller(), name=name or None, twin=twin, at=at,
+            fingerprint=fingerprint, own=self.is_operator(service),
+            wait=request.get("wait", False))
+
+    def _whole_native(self, reader):
+        items = self.wait_whole(reader, self.limits.job_seconds)
+        if items is None:
+            self.broker.cancel(reader.job, self._took_too_long())
+            raise reader.job.error
+        self.reply(200, {"reply": text_of(items), "errorcode": 0,
+                         "stats": reader.job.stats()})
+
+    def _poll_native(self, reader, wanted, counts):
+        """The next `wanted` tokens: those that are there a second after the first."""
+        job, texts, ended = reader.job, [], False
+        deadline = time.monotonic() + self.limits.wait_seconds
+        while len(texts) < wanted and not ended:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            # Until there is a first token, one is enough to wake up for.
+            want = wanted - len(texts) if texts else 1
+            items, ended = self.read_items(reader, want, left, wanted - len(texts))
+            if not texts and any(type(i) is str and i for i in items):
+                deadline = min(deadline, time.monotonic() + 1)
+            texts += [item for item in items if type(item) is str and item]
+        reply = {"reply": "".join(texts), "errorcode": 0, "at": reader.at}
+        if texts or not ended:
+            if not texts:
+                raise RelayError("still_waiting", "No token yet: ask again with the same "
+                                 "key.", retry_after=0)
+            return self.reply(200, reply)
+        if job.error is not None and (counts or not job.error_told):
+            job.error_told = True          # a client that does not count would loop
+            raise job.error
+        reply.update(done=True, stats=job.stats())
+        self.reply(200, reply)
+
+    def _stream_native(self, reader):
+        """NDJSON. A stream without its last record, done or an error, is not complete."""
+        job = reader.job
+        for kind, value in self.events(reader):
+            if not self.started:
+                self.begin("application/x-ndjson", x_accel_buffering="no")
+            if kind == "items":
+                record = {"at": reader.at - len(value), "items": value}
+            else:
+                record = {"queue": value} if kind == "queue" else {}
+            self.send_piece(dumps(record) + b"\n")
+        if job.error is not None and not self.started:
+            raise job.error
+        if not self.started:
+            self.begin("application/x-ndjson", x_accel_buffering="no")
+        last = (job.error.native() if job.error is not None
+                else {"done": True, "stats": job.stats()})
+        self.send_piece(dumps(last) + b"\n", last=True)
+
+
+##############################################################################
+# HTTP: the OpenAI face
+##############################################################################
+
+CORS_HEADERS = (
+    b"Access-Control-Allow-Origin: *\r\n"
+    b"Access-Control-Expose-Headers: x-request-id, retry-after, x-should-retry, "
+    b"x-neuroengine-queue-ms, x-neuroengine-overhead-ms\r\n")
+DROPPED_FIELDS = ("model", "stream", "stream_options")
+_HEADER_LIST = re.compile(r"[A-Za-z0-9,_ -]{0,2000}\Z")
+
+
+class OpenAIFace:
+    """What any OpenAI client understands. An item that is a dict stands for what text
+    cannot say: {"reasoning": text}, {"tool_calls": [delta]}, {"finish_reason": text},
+    {"usage": {...}}, and {"result": {...}}, a whole answer passed through."""
+
+    def preflight(self):
+        """OPTIONS: a browser asks what another site's page may send."""
+        asked = self.head.fields.get("access-control-request-headers", "")
+        self.reply(204, b"", access_control_allow_methods="GET, POST, OPTIONS",
+                   access_control_allow_headers=(
+                       asked if _HEADER_LIST.match(asked) and asked else "*"),
+                   access_control_max_age="86400")
+
+    def openai_models(self, name=None):
+        """GET /v1/models: the services that answer now, or with ?all=1 all of them"""
+        models = self.broker.models()
+        if name is not None:
+            models = [self.broker.model(self.broker.find(name))]
+        elif "all=1" not in self.head.target.partition("?")[2].split("&"):
+            models = [model for model in models if model["connected"]]
+        self.reply(200, {"object": "list", "data": [_openai_model(m) for m in models]})
+
+    def openai_model(self, name):
+        """GET /v1/models/{id}"""
+        self.reply(200, _openai_model(self.broker.model(self.broker.find(name))))
+
+    def chat(self, name=None):
+        """POST /v1/chat/completions"""
+        self._answer("chat", name)
+
+    def completions(self, name=None):
+        """POST /v1/completions"""
+        self._answer("completions", name)
+
+    def embeddings(self, name=None):
+        """POST /v1/embeddings: passed through to a provider that has it"""
+        self._answer("embeddings", name)
+
+    def not_here(self, name=None):
+        """What OpenAI has and this relay has not"""
+        raise RelayError("not_found", "This relay has /v1/chat/completions, "
+                         "/v1/completions, /v1/embeddings and /v1/models.")
+
+    def _answer(self, api, name):
+        request = self.read_object()
+        model = request.get("model") if name is None else name
+        if not isinstance(model, str):
+            raise RelayError("invalid_request", "model is missing: the name of a "
+                             "service.", param="model")
+        service = self.broker.find(model)
+        self._check_openai(api, service, request)
+        options = request.get("stream_options") or {}
+        stream = request.get("stream") or False
+        repeat = self.head.fields.get("idempotency-key")
+        payload = dict(request, api=api)
+        for field in DROPPED_FIELDS:
+            payload.pop(field, None)
+        reader = self.broker.submit(
+            service, dumps(payload), caller=self.caller(),
+            own=self.is_operator(service), grace=None if repeat else 0.0,
+            name=("repeat", self.caller(), repeat[:512]) if repeat else None, at=0,
+            fingerprint=self.raw_body)
+        answer = _Answer(api, service.name, reader.job, len(payload))
+        with self.attached(reader):
+            if stream and api != "embeddings":
+                self._stream_openai(reader, answer, options)
+            else:
+                self._whole_openai(reader, answer)
+
+    def _check_openai(self, api, service, request):
+        check_fields(request, OPENAI_SAMPLING)
+        if not isinstance(request.get("stream") or False, bool):
+            raise RelayError("invalid_request", "stream must be true or false.",
+                             param="stream")
+        if not isinstance(request.get("stream_options") or {}, dict):
+            raise RelayError("invalid_request", "stream_options must be an object.",
+                             param="stream_options")
+        if request.get("n") not in (None, 1):
+            raise RelayError("invalid_request", "Only one answer at a time: n must be 1.",
+                             param="n")
+        if api == "chat":
+            check_messages(request.get("messages"))
+        elif api == "completions":
+            prompt = request.get("prompt")
+            if isinstance(prompt, list) and len(prompt) == 1:
+                prompt = request["prompt"] = prompt[0]
+            if not isinstance(prompt, str):
+                raise RelayError("invalid_request", "prompt must be a text.",
+                                 param="prompt")
+        elif service.sessions and not any(
+                session.embeddings for session in list(service.sessions.values())):
+            raise RelayError("not_found", "The provider of %s makes no embeddings."
+                             % service.name)
+
+    def _times(self, job):
+        """Headers that tell how long the prompt queued, and what the relay added."""
+        now = self.broker.now()
+        leased = job.leased_at if job.leased_at is not None else now
+        spent = time.monotonic() - self.began
+        provider = (job.ended_at or now) - leased
+        queued = leased - job.created
+        return {"x_neuroengine_queue_ms": "%d" % max(0, 1000 * queued),
+                "x_neuroengine_overhead_ms": "%.1f" % max(
+                    0, 1000 * (spent - provider - queued))}
+
+    def _whole_openai(self, reader, answer):
+        items = self.wait_whole(reader, LATE_HEAD_SECONDS)
+        if items is not None:
+            return self.reply(200, answer.whole(items), **self._times(reader.job))
+        # It is late: commit to a 200 and keep the connection alive with spaces, which
+        # may stand before JSON. An error can then only be told in the body.
+        self.begin(JSON)
+        deadline = time.monotonic() + self.limits.job_seconds
+        try:
+            while items is None:
+                self.send_piece(b" ")
+                items = self.wait_whole(reader, self.limits.heartbeat_seconds)
+                if time.monotonic() > deadline:
+                    self.broker.cancel(reader.job, self._took_too_long())
+            body = answer.whole(items)
+        except RelayError as error:
+            body = error.openai()
+        self.send_piece(dumps(body), last=True)
+
+    def _stream_openai(self, reader, answer, options):
+        job = reader.job
+        news = options.get("include_queue") or \
+            self.head.fields.get("x-neuroengine-queue") == "1"
+        for kind, value in self.events(reader):
+            if not self.started:
+                self._begin_sse(job)
+            if kind == "items":
+                self.send_piece(answer.pieces(value))
+            elif kind == "beat":
+                self.send_piece(b": waiting\n\n")
+            elif news:
+                self.send_piece(answer.chunk({}, queue=value))
+            else:
+                self.send_piece(b": queue %d/%d\n\n" % (
+                    value["position"], value["waiting"]))
+        if job.error is not None:
+            if not self.started:
+                raise job.error
+            last = b"data: " + dumps(job.error.openai()) + b"\n\n"
+        else:
+            if not self.started:
+                self._begin_sse(job)
+            last = answer.end(options.get("include_usage")) + b"data: [DONE]\n\n"
+        self.send_piece(last, last=True)
+
+    def _begin_sse(self, job):
+        self.begin("text/event-stream", cache_control="no-cache",
+                   x_accel_buffering="no", **self._times(job))
+
+
+def _openai_model(model):
+    entry = {"id": model["name"], "object": "model", "created": model["created"],
+             "owned_by": "neuroengine"}
+    if model.get("context_length"):
+        entry["context_length"] = entry["max_model_len"] = model["context_length"]
+    if not model["connected"]:
+        entry["status"] = "offline"
+    return entry
+
+
+class _Answer:
+    """Puts the items of one job into OpenAI's words."""
+
+    def __init__(self, api, model, job, prompt_bytes):
+        self.job, self.api = job, api
+        self.chat = api == "chat"
+        self.base = {"id": ("chatcmpl-" if self.chat else "cmpl-") + job.id[:24],
+                     "object": ("chat.completion" if self.chat else "text_completion"),
+                     "created": int(time.time()), "model": model}
+        self.finish_reason = self.usage = None
+        self.begun = False
+        self.tokens = 0
+
+    def _note(self, item):
+        self.finish_reason = item.get("finish_reason") or self.finish_reason
+        self.usage = item.get("usage") or self.usage
+
+    def _usage(self):
+        """The upstream's own count; else items, and four bytes of prompt to a token."""
+        if isinstance(self.usage, dict):
+            return self.usage
+        prompt = len(self.job.payload) // 4
+        return {"prompt_tokens": prompt, "completion_tokens": self.tokens,
+                "total_tokens": prompt + self.tokens}
+
+    def whole(self, items):
+        """The answer as one object."""
+        text, reasoning, calls = [], [], []
+        for item in items:
+            if type(item) is str:
+                text.append(item)
+                self.tokens += 1
+                continue
+            if "result" in item:
+                return dict(item["result"], model=self.base["model"])
+            self._note(item)
+            reasoning.append(item.get("reasoning") or "")
+            for delta in item.get("tool_calls") or ():
+                _merge_call(calls, delta)
+        choice = {"index": 0, "logprobs": None,
+                  "finish_reason": self.finish_reason or ("tool_calls" if calls
+                                                          else "stop")}
+        if self.chat:
+            choice["message"] = {"role": "assistant",
+                                 "content": "".join(text) or (None if calls else "")}
+            if any(reasoning):
+                choice["message"]["reasoning_content"] = "".join(reasoning)
+            if calls:
+                choice["message"]["tool_calls"] = calls
+        else:
+            choice["text"] = "".join(text)
+        return dict(self.base, choices=[choice], usage=self._usage())
+
+    def chunk(self, delta, finish_reason=None, **more):
+        """One event of a streamed answer, as bytes."""
+        if self.chat:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        else:
+            choice = {"index": 0, "text": delta.get("content", ""), "logprobs": None,
+                      "finish_reason": finish_reason}
+        value = dict(self.base, choices=[choice], **more)
+        if self.chat:
+            value["object"] = "chat.completion.chunk"
+        return b"data: " + dumps(value) + b"\n\n"
+
+    def pieces(self, items):
+        """The events for some items; texts that came together go as one."""
+        parts, texts = [], []
+        if not self.begun and self.chat:
+            self.begun = True
+            parts.append(self.chunk({"role": "assistant", "content": ""}))
+
+        def flush():
+            if texts:
+                parts.append(self.chunk({"content": "".join(texts)}))
+                self.tokens += len(texts)
+                texts.clear()
+
+        for item in items:
+            if type(item) is str:
+                texts.append(item)
+                continue
+            flush()
+            self._note(item)
+            if item.get("reasoning"):
+                parts.append(self.chunk({"reasoning_content": item["reasoning"]}))
+            if item.get("tool_calls"):
+                parts.append(self.chunk({"tool_calls": item["tool_calls"]}))
+        flush()
+        return b"".join(parts) or b": \n\n"
+
+    def end(self, include_usage):
+        """The last events but [DONE]."""
+        parts = [] if self.begun or not self.chat else [self.pieces(())]
+        parts.append(self.chunk({}, self.finish_reason or "stop"))
+        if include_usage:
+            value = dict(self.base, choices=[], usage=self._usage())
+            if self.chat:
+                value["object"] = "chat.completion.chunk"
+            parts.append(b"data: " + dumps(value) + b"\n\n")
+        return b"".join(parts)
+
+
+def _merge_call(calls, delta):
+    """Add one delta of a tool call to the whole calls gathered so far."""
+    if not isinstance(delta, dict):
+        return
+    index = delta.get("index")
+    if not isinstance(index, int) or not 0 <= index <= len(calls):
+        index = len(calls)
+    if index == len(calls):
+        calls.append({"id": "", "type": "function",
+                      "function": {"name": "", "arguments": ""}})
+    call, function = calls[index], delta.get("function") or {}
+    call["id"] = delta.get("id") or call["id"]
+    call["type"] = delta.get("type") or call["type"]
+    for field in ("name", "arguments"):
+        call["function"][field] += function.get(field) or ""
+
+
+##############################################################################
+# HTTP: operators and providers
+##############################################################################
+
+
+class OperatorFace:
+    """Register a service, and manage it with its key."""
+
+    def register(self):
+        """POST /api/services: {name, operator, comment} -> {name, key}"""
+        request = self.read_object()
+        repeat = self.head.fields.get("idempotency-key")
+        memory = self.server.registered
+        if repeat and (self.caller(), repeat) in memory:
+            body, answer = memory[self.caller(), repeat]
+            if body != self.raw_body:
+                raise RelayError("key_reused", "This Idempotency-Key was used with "
+                                 "another body.")
+            return self.reply(201, answer)
+        name = request.get("name")
+        if not isinstance(name, str) or not NAME.match(name) \
+                or name.lower() in RESERVED_NAMES:
+            raise RelayError("invalid_name", invalid_name_words(str(name)), param="name")
+        texts = self._texts(request)
+        key = new_key()
+        service = Service(name, digest(key), created=time.time(), **texts)
+        self.broker.add(service)
+        try:
+            self.server.store.add(service)
+        except BaseException:
+            self.broker.remove(service)
+            raise
+        log("registered", service=name, address=self.address)
+        answer = {"name": name, "key": key, "errorcode": 0}
+        if repeat:
+            memory[self.caller(), repeat] = self.raw_body, answer
+            if len(memory) > 100:
+                memory.popitem(last=False)
+        self.reply(201, answer)
+
+    def _texts(self, request):
+        texts = {}
+        for field, most in TOTAL_TEXT.items():
+            text = request.get(field)
+            if text is None:
+                continue
+            if not isinstance(text, str) or len(text) > most or not all(
+                    c.isprintable() for c in text):
+                raise RelayError("invalid_request", "%s must be one line of text, at most "
+                                 "%d characters." % (field, most), param=field)
+            texts[field] = text
+        return texts
+
+    def service(self, name):
+        """GET /api/services/{name}"""
+        self.reply(200, self.broker.model(self.authorized(name)))
+
+    def change_service(self, name):
+        """PATCH /api/services/{name}: operator, comment, "new_key": true"""
+        service = self.authorized(name)
+        request = self.read_object()
+        answer = {}
+        for field, text in self._texts(request).items():
+            setattr(service, field, text)
+        if request.get("new_key"):
+            answer["key"] = new_key()
+            service.key_digest = digest(answer["key"])
+            self.broker.close_sessions(service)
+            log("new_key", service=service.name, address=self.address)
+        self.server.store.save([service])
+        self.reply(200, dict(self.broker.model(service), errorcode=0, **answer))
+
+    def delete_service(self, name):
+        """DELETE /api/services/{name}"""
+        service = self.authorized(name)
+        self.server.store.remove(service)
+        self.broker.remove(service)
+        log("deleted", service=service.name, address=self.address)
+        self.reply(200, {"name": service.name, "errorcode": 0})
+
+
+class ProviderFace:
+    """The long-poll protocol. Each request carries the service key as bearer token."""
+
+    def login(self, name):
+        """POST login: {workers, continues, embeddings, context_length} -> {session}"""
+        service = self.authorized(name)
+        request = self.read_object()
+        check_fields(request, {"workers": (int, 1, self.limits.max_workers),
+                               "context_length": (int, 1, 10**9)})
+        session = self.broker.login(
+            service, request.get("workers", 1), bool(request.get("continues")),
+            embeddings=bool(request.get("embeddings")),
+            context_length=request.get("context_length"))
+        log("login", service=service.name, address=self.address, session=session[:8])
+        self.reply(200, {"session": session, "name": service.name, "errorcode": 0,
+                         "lease_s": self.limits.lease_seconds,
+                         "poll_s": self.limits.poll_seconds})
+
+    def poll(self, name):
+        """POST poll: {session, running: [[job, attempt]]} -> {jobs, cancel}"""
+        service = self.authorized(name)
+        request = self.read_object()
+        session, running = self._session_of(request), request.get("running", [])
+        try:
+            running = [(str(job), int(attempt)) for job, attempt in running]
+        except (TypeError, ValueError):
+            raise RelayError("invalid_request", "running must be a list of [job, "
+                             "attempt].", param="running")
+        token = object()
+        self.polled = session, token       # if this connection closes, so has the poll
+        jobs, cancels = self.broker.poll(service, session, token, running,
+                                         WATCH_AFTER_SECONDS)
+        if not jobs and not cancels:
+            with self.server.watcher.watching(self.request, functools.partial(
+                    self.broker.lost, session, token)):
+                jobs, cancels = self.broker.poll(service, session, token)
+        self._send_work(jobs, cancels)
+
+    def provider_reply(self, name):
+        """POST reply: {session, replies: [entry]} -> {refused, jobs, cancel}"""
+        service = self.authorized(name)
+        request = self.read_object()
+        session, entries = self._session_of(request), request.get("replies", [])
+        if not isinstance(entries, list):
+            raise RelayError("invalid_request", "replies must be a list.",
+                             param="replies")
+        for entry in entries:
+            self._check_entry(entry)
+        refused, jobs, cancels = self.broker.reply(service, session, entries)
+        self._send_work(jobs, cancels, refused)
+
+    def logout(self, name):
+        """POST logout: {session}; its unfinished jobs go to others"""
+        service = self.authorized(name)
+        session = self._session_of(self.read_object())
+        self.broker.logout(service, session)
+        log("logout", service=service.name, address=self.address, session=session[:8])
+        self.reply(200, {"errorcode": 0})
+
+    def _session_of(self, request):
+        session = request.get("session")
+        if not isinstance(session, str):
+            raise RelayError("invalid_request", "session must be the text that login "
+                             "answered.", param="session")
+        return session
+
+    def _check_entry(self, entry):
+        """Check one entry of a reply. What the provider's own program got wrong becomes
+        an error of that one job, so that its client learns of it."""
+        if not isinstance(entry, dict) or not isinstance(entry.get("job"), str) or any(
+                type(entry.setdefault(field, 0)) is not int or entry[field] < 0
+                for field in ("attempt", "at")):
+            raise RelayError("invalid_request", "Each entry of replies must have job, "
+                             "attempt, at and items.", param="replies")
+        items = entry.setdefault("items", [])
+        if not isinstance(items, list) or any(
+                type(item) not in (str, dict) for item in items):
+            entry["items"] = []
+            entry["error"] = {"message": "its reply is not text"}
+        error = entry.get("error")
+        if error:
+            error = error if isinstance(error, dict) else {"message": error}
+            name = error.get("error")
+            entry["error"] = RelayError(
+                name if name in PROVIDER_ERRORS else "provider_error",
+                "The provider could not answer: %s." % printable(
+                    error.get("message", "no reason given"), 500).rstrip("."))
+
+    def _send_work(self, jobs, cancels, refused=None):
+        """The response to poll and reply. The prompts are JSON already."""
+        parts = []
+        for job, attempt, at, text in jobs:
+            request = job.payload
+            if text is not None:
+                request = request[:-1] + b',"reply_so_far":%s}' % dumps(text)
+            parts.append(b'{"job":"%s","attempt":%d,"at":%d,"request":%s}' % (
+                job.id.encode("ascii"), attempt, at, request))
+        body = b'{"errorcode":0,"jobs":[%s],"cancel":%s' % (
+            b",".join(parts), dumps(cancels) if cancels else b"[]")
+        if refused is not None:
+            body += b',"refused":%s' % (dumps(refused) if refused else b"[]")
+        self.reply(200, body + b"}")
+
+
+class Handler(PageFace, NativeFace, OpenAIFace, OperatorFace, ProviderFace, Connection):
+    """A connection with all its faces."""
+
+
+class Route:
+    """What is done at one path: which handler for which method, and in which face."""
+
+    def __init__(self, face, **handlers):
+        self.face, self.handlers = face, handlers
+
+
+def _routes():
+    routes = {
+        (): Route("native", GET="page", POST="native"),
+        ("*",): Route("native", GET="page", POST="native"),
+        ("healthz",): Route("admin", GET="health"),
+        ("metrics",): Route("admin", GET="metrics"),
+        ("api", "models"): Route("native", GET="models"),
+        ("api", "services"): Route("operator", GET="models", POST="register"),
+        ("api", "services", "*"): Route("operator", GET="service", PATCH="change_service",
+                                        DELETE="delete_service"),
+    }
+    for name, handler in (("login", "login"), ("poll", "poll"),
+                          ("reply", "provider_reply"), ("logout", "logout")):
+        routes["provider", "*", name] = Route("provider", POST=handler)
+    for base in ((), ("v1",), ("*", "v1")):
+        for path, route in (
+                (("models",), Route("openai", GET="openai_models")),
+                (("chat", "completions"), Route("openai", POST="chat")),
+                (("completions",), Route("openai", POST="completions")),
+                (("embeddings",), Route("openai", POST="embeddings")),
+                (("responses",), Route("openai", POST="not_here")),
+                (("messages",), Route("openai", POST="not_here"))):
+            routes[base + path] = route
+        if base != ("*", "v1"):
+            routes[base + ("models", "*")] = Route("openai", GET="openai_model")
+    return routes
+
+
+ROUTES = _routes()    # "*" stands for one segment, a service's name
+
+
+def find_route(path):
+    """Return (Route, arguments) for the segments of a path; (None, ()) if none fits."""
+    route = ROUTES.get(path)
+    if route is not None:
+        return route, ()
+    if len(path) <= 4:
+        for index, segment in enumerate(path):
+            route = ROUTES.get(path[:index] + ("*",) + path[index + 1:])
+            if route is not None:
+                return route, (segment,)
+    return None, ()
+
+
+##############################################################################
+# Serving: connections, threads, TLS, signals
+##############################################################################
+
+
+def log(event, **fields):
+    """One line on standard error: when, what, and the fields as JSON. Never a prompt,
+    a reply or a key."""
+    with_traceback = fields.pop("traceback", False)
+    line = "%s %s %s\n" % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), event,
+                           " ".join("%s=%s" % (name, json.dumps(value))
+                                    for name, value in fields.items()))
+    if with_traceback:
+        import traceback                   # rarely needed: kept out of the start-up
+        line += traceback.format_exc()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(line)
+        sys.stderr.flush()
+
+
+def canonical_address(address):
+    """A peer's address as limits count it: IPv4 as itself, IPv6 by its /64 network."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return "127.0.0.1"                 # a Unix socket has no address
+    if ip.version == 6:
+        if ip.ipv4_mapped:
+            return str(ip.ipv4_mapped)
+        if not ip.is_loopback:
+            return str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
+    return str(ip)
+
+
+class Relay(ThreadingHTTPServer):
+    """Accepts connections and gives each a thread; holds what they share."""
+
+    daemon_threads = True
+    request_queue_size = 1024              # the default, 5, drops bursts of connections
+    allow_reuse_port = False
+
+    def __init__(self, host="", port=0, *, store=None, limits=None, tls=None, page=None,
+                 broker=None):
+        """tls: an ssl.SSLContext, or None for plain HTTP. page: the bytes of chat.html."""
+        self.limits = limits or Limits()
+        self.store = store or Store(":memory:")
+        self.broker = broker or Broker(self.limits)
+        self.watcher = Watcher()
+        self.tls, self.page, self.csp = tls, page, page and content_security_policy(page)
+        self.stopping = False
+        self.active = set()                # connections with a request under way
+        self.registered = OrderedDict()    # (caller, Idempotency-Key) -> body, answer
+        self.errors = {}                   # name -> how many were answered
+        self.connections = 0
+        self._per_address = {}
+        self._lock = threading.Lock()      # guards the three above
+        self._date = (0, b"")
+        self._spare = os.open(os.devnull, os.O_RDONLY)   # see get_request
+        for service in self.store.load():
+            self.broker.add(service)
+        if not host and socket.has_dualstack_ipv6():
+            self.address_family = socket.AF_INET6
+        elif ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), Handler)
+
+    def server_bind(self):
+        """Bind, without the look-up of our own name that the base class makes."""
+        if self.address_family == socket.AF_INET6:
+            with contextlib.suppress(AttributeError, OSError):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    @property
+    def url(self):
+        """Where this relay can be reached from this machine."""
+        host = self.server_address[0]
+        if host in ("", "0.0.0.0", "::"):
+            host = "localhost"
+        elif ":" in host:
+            host = "[%s]" % host
+        return "%s://%s:%d" % ("https" if self.tls else "http", host, self.server_port)
+
+    def get_request(self):
+        """Accept a connection; when out of descriptors, turn one away instead.
+
+        Otherwise the listening socket stays readable and the loop spins: measured
+        elsewhere at 350,000 failing accepts a second.
+        """
+        try:
+            sock, address = self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                os.close(self._spare)
+                with contextlib.suppress(OSError):
+                    self.socket.accept()[0].close()
+                self._spare = os.open(os.devnull, os.O_RDONLY)
+                time.sleep(0.05)
+            raise
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5),
+                            ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):      # a peer behind a NAT that forgot it
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if self.tls:                       # no handshake here: it would hold up others
+            sock = self.tls.wrap_socket(sock, server_side=True,
+                                        do_handshake_on_connect=False)
+        return sock, address
+
+    def process_request(self, request, client_address):
+        """Start a thread for a connection, if the limits allow one more."""
+        address = canonical_address(client_address[0])
+        with self._lock:
+            mine = self._per_address.get(address, 0)
+            refuse = self.connections >= self.limits.max_connections or (
+                mine >= self.limits.max_connections_per_address
+                and not ipaddress.ip_address(address.partition("/")[0]).is_loopback)
+            if not refuse:
+                self.connections += 1
+                self._per_address[address] = mine + 1
+        if not refuse:
+            try:
+                threading.Thread(target=self._serve, args=(request, client_address,
+                                                           address), daemon=True).start()
+                return
+            except RuntimeError:           # no more threads are to be had
+                self._closed(address)
+        self._refuse(request)
+
+    def _serve(self, request, client_address, address):
+        try:
+            self.finish_request(request, client_address)
+        except Exception as error:
+            log("internal_error", error=repr(error), traceback=True)
+        finally:
+            self.shutdown_request(request)
+            self._closed(address)
+
+    def _closed(self, address):
+        with self._lock:
+            self.connections -= 1
+            left = self._per_address.pop(address) - 1
+            if left:
+                self._per_address[address] = left
+
+    def _refuse(self, request):
+        """Say 503 without reading anything: over TLS there is no way to say it."""
+        self.count_error("relay_busy")
+        error = RelayError("relay_busy", "Too many connections: try again later.")
+        body = dumps(error.native())
+        with contextlib.suppress(OSError, ValueError):
+            if not self.tls:
+                request.settimeout(0)
+                request.send(STATUS_LINES[503] + b"Content-Type: application/json\r\n"
+                             b"Retry-After: 5\r\nConnection: close\r\nContent-Length: %d"
+                             b"\r\n\r\n" % len(body) + body)
+        self.shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        """A connection that broke while it was being accepted: nothing to say."""
+
+    def count_error(self, name):
+        with self._lock:
+            self.errors[name] = self.errors.get(name, 0) + 1
+
+    def date(self):
+        """The Date header, made once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = now, b"Date: %s\r\n" % formatdate(now, usegmt=True).encode()
+        return self._date[1]
+
+    def start(self):
+        """Serve in threads of its own; returns at once. stop() ends it."""
+        for target in (self._keep_up, self._save_counters, self.watcher.run,
+                       functools.partial(self.serve_forever, poll_interval=0.2)):
+            threading.Thread(target=target, daemon=True).start()
+
+    def _keep_up(self):
+        while self.broker.upkeep():
+            pass
+
+    def _save_counters(self):
+        while not self.broker.closed:
+            self.broker.counters_changed.wait()
+            time.sleep(SAVE_SECONDS)       # so that a burst is one transaction
+            self.save()
+
+    def save(self):
+        """Write what counted since the last time. A full disk stops no prompt."""
+        services = self.broker.take_changed()
+        try:
+            if services:
+                self.store.save(services)
+        except sqlite3.Error as error:
+            log("cannot_save", error=str(error))
+
+    def stop(self, drain_seconds=0.0):
+        """Stop: no new jobs; running ones may finish; then close everything."""
+        self.stopping = True
+        self.broker.drain()
+        deadline = time.monotonic() + drain_seconds
+        while not self.broker.idle() and time.monotonic() < deadline:
+            time.sleep(0.05)               # once in a relay's life
+        self.broker.close()
+        while self.active and time.monotonic() < max(deadline, time.monotonic()) + 2:
+            time.sleep(0.02)
+            if time.monotonic() > deadline + 2:
+                break
+        self.shutdown()
+        self.server_close()
+        self.save()
+        self.store.close()
+        with contextlib.suppress(OSError):
+            os.close(self._spare)
+
+
+def content_security_policy(page):
+    """The policy under which only the page's own script and style run: their hashes."""
+    def hashes(tag):
+        found = re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S)
+        return " ".join("'sha256-%s'" % _base64(hashlib.sha256(text).digest())
+                        for text in found) or "'none'"
+    return ("default-src 'none'; script-src %s; style-src %s; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'" % (hashes(b"script"), hashes(b"style")))
+
+
+def _base64(data):
+    import base64
+    return base64.b64encode(data).decode("ascii")
+
+
+def tls_context(cert, key):
+    """The TLS side of a server with that certificate chain and private key."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(cert, key)
+    return context
+
+
+def self_signed(directory):
+    """Return (cert, key): files of a certificate made here once, by openssl."""
+    cert = os.path.join(directory, "neuroengine-cert.pem")
+    key = os.path.join(directory, "neuroengine-key.pem")
+    if not (os.path.exists(cert) and os.path.exists(key)):
+        name = socket.gethostname()[:60] or "localhost"
+        old = os.umask(0o077)
+        try:
+            subprocess.run(
+                ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                 "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650", "-subj",
+                 "/CN=" + name, "-addext", "subjectAltName=DNS:%s,DNS:localhost,"
+                 "IP:127.0.0.1" % name, "-keyout", key, "-out", cert],
+                check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise StoreError("No certificate was given, and openssl could not make one "
+                             "(%s): use --cert and --key, or --tls off." % error)
+        finally:
+            os.umask(old)
+    return cert, key
+
+
+##############################################################################
+# Demo: a built-in provider, after Joseph Weizenbaum's Eliza (1966)
+##############################################################################
+
+ELIZA = (
+    (r"\bi need (.*)", "Why do you need {}? Would it really help you to get {}?"),
+    (r"\bi am (.*)", "How long have you been {}? How do you feel about being {}?"),
+    (r"\bi feel (.*)", "Tell me more about feeling {}. Do you often feel {}?"),
+    (r"\bbecause (.*)", "Is that the real reason? What else could be, if {}?"),
+    (r"\bare you (.*)", "Why does it matter to you whether I am {}?"),
+    (r"\b(?:hello|hi|hey)\b", "Hello. How are you feeling today? I am Eliza, a demo that "
+     "needs no model; share your own with `python3 neuroengine.py share NAME`."),
+    (r"\bpoem\b", "Roses are red,\nviolets are blue,\nthis relay is running,\nand so, "
+     "I hope, are you."),
+    (r"\?", "What do *you* think? And why do you ask?"),
+    (r"", "Please go on: what does that suggest to you?"),
+)
+_MIRROR = {"i": "you", "me": "you", "my": "your", "am": "are", "mine": "yours",
+           "you": "I", "your": "my", "are": "am", "myself": "yourself"}
+
+
+def eliza(prompt):
+    """Yield an answer to a prompt, word by word."""
+    for pattern, answer in ELIZA:
+        match = re.search(pattern, prompt, re.I)
+        if match:
+            break
+    rest = match.group(1).strip(" .!?\n") if match.groups() else ""
+    rest = " ".join(_MIRROR.get(word.lower(), word) for word in rest.split())
+    return re.findall(r"\S+\s*|\s+", answer.format(rest, rest))
+
+
+def serve_eliza(broker, service, pause=0.04):
+    """Be a provider of a service, in this process. It shows how one polls and replies."""
+    session = broker.login(service, workers=8)
+    running = {}                           # (job id, attempt) -> set to cancel it
+
+    def answer(job, attempt, at, cancelled):
+        request = json.loads(job.payload)
+        messages = request.get("messages") or [{}]
+        prompt = request.get("message") or request.get("prompt") \
+            or messages[-1].get("content") or ""
+        for at, word in enumerate(eliza(prompt if isinstance(prompt, str) else "")):
+            if cancelled.wait(pause):
+                break
+            push(job, attempt, at=at, items=[word])
+        push(job, attempt, at=at + 1, items=[], done=True)
+        running.pop((job.id, attempt), None)
+
+    def push(job, attempt, **entry):
+        with contextlib.suppress(RelayError):
+            _, jobs, cancels = broker.reply(
+                service, session, [dict(entry, job=job.id, attempt=attempt)])
+            take(jobs, cancels)
+
+    def take(jobs, cancels):
+        for pair in cancels:
+            if pair in running:
+                running[pair].set()
+        for job, attempt, at, _ in jobs:
+            cancelled = running[job.id, attempt] = threading.Event()
+            threading.Thread(target=answer, args=(job, attempt, at, cancelled),
+                             daemon=True).start()
+
+    while not broker.closed:
+        with contextlib.suppress(RelayError):
+            jobs, cancels = broker.poll(service, session, object(), list(running))
+            take(jobs, cancels)
+        if broker.draining:
+            return
+
+
+##############################################################################
+# Command line
+##############################################################################
+
+
+def build_parser():
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="neuroengine_server.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="The neuroengine relay: people share a locally hosted LLM through it.",
+        epilog="Try it: python3 neuroengine_server.py --demo")
+    add = parser.add_argument
+    add("--host", default="", help="address to listen on; empty for all")
+    add("--port", type=int, default=8000, help="port to listen on; 0 for any free one")
+    add("--data", default="neuroengine.sqlite3", metavar="FILE",
+        help="where services and counters are kept")
+    add("--cert", metavar="FILE", help="certificate chain in PEM, for TLS")
+    add("--key", metavar="FILE", help="its private key in PEM")
+    add("--tls", choices=("auto", "off"), default="auto",
+        help="auto: with --cert, or self-signed on port 443 and 8443; off: plain HTTP, "
+             "for a relay behind a proxy that does TLS")
+    add("--demo", action="store_true",
+        help="loopback only, nothing on disk, and a built-in service Eliza")
+    add("--version", action="version", version="neuroengine " + __version__)
+    group = parser.add_argument_group("limits")
+    for name, default, text in LIMITS:
+        group.add_argument("--" + name.replace("_", "-"), type=type(default),
+                           default=default, metavar="N", help=text)
+    return parser
+
+
+def read_page():
+    """The bytes of chat.html beside this file, or None."""
+    try:
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat.html"),
+                  "rb") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def choose_tls(options):
+    """The TLS context that the options ask for, or None. Raises StoreError."""
+    if options.tls == "off":
+        return None
+    cert, key = options.cert, options.key or options.cert
+    if not cert:
+        if options.port not in (443, 8443) or options.demo:
+            return None
+        cert, key = self_signed(os.path.dirname(os.path.abspath(options.data)))
+        print("warning: the certificate %s was made here, so clients must be told to "
+              "trust it.\nFor a real one: certbot certonly --standalone -d YOUR.NAME, "
+              "then --cert and --key.\nBehind a proxy that does TLS: --tls off."
+              % cert, file=sys.stderr)
+    try:
+        return tls_context(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise StoreError("The certificate %s with the key %s cannot be used: %s."
+                         % (cert, key, error))
+
+
+def open_relay(options):
+    """Build the relay that the options describe. Raises StoreError, OSError."""
+    limits = Limits(**{name: getattr(options, name) for name, _, _ in LIMITS})
+    if options.demo:
+        options.data, options.host = ":memory:", options.host or "127.0.0.1"
+    store = Store(options.data)
+    return Relay(options.host, options.port, store=store, limits=limits,
+                 tls=choose_tls(options), page=read_page())
+
+
+def raise_descriptor_limit():
+    """Allow as many open files as the system lets us; each connection is one."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource                    # not on Windows
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def main(argv=None):
+    """Run the relay until a signal ends it; the exit status."""
+    options = build_parser().parse_args(argv)
+    raise_descriptor_limit()
+    threading.stack_size(STACK_BYTES)
+    try:
+        relay = open_relay(options)
+    except StoreError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print("Cannot listen on %s port %d: %s. Choose another with --port."
+              % (options.host or "any address", options.port, error.strerror or error),
+              file=sys.stderr)
+        return 1
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    relay.start()
+    print("neuroengine %s listens at %s" % (__version__, relay.url), flush=True)
+    if options.demo:
+        service = Service("Eliza", "", "neuroengine", "A demo that needs no model",
+                          time.time())
+        relay.broker.add(service)
+        threading.Thread(target=serve_eliza, args=(relay.broker, service),
+                         daemon=True).start()
+        print("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url, flush=True)
+    stop.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):   # a second one ends it at once
+        signal.signal(number, lambda *_: os._exit(1))
+    relay.stop(options.drain_seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
