@@ -810,6 +810,7 @@ class NeuroengineServer:
         self._features = {"workers": 1, "continues": False}
         self._stale = True        # not logged in with those
         self._ready = None        # the bridge's: waits until its upstream is there
+        self._stopping = False
         self._paused = False      # the upstream went away: log in when it is back
 
     def login(self, service_name, service_key):
@@ -841,6 +842,13 @@ class NeuroengineServer:
         if features != self._features:
             self._features, self._stale = features, True
         _Listening(self, answer_callback).run()
+
+    def stop(self):
+        """Make listen, which runs in another thread, return as if by Ctrl-C."""
+        self._stopping = True
+        session, self._session = self._session, None
+        if session:
+            self._log_out(session)         # ends the poll under way, too
 
     def _call(self, action, timeout=REQUEST_SECONDS, **body):
         return self._transport.call(
@@ -874,22 +882,22 @@ class _Listening:
         self._arrived = threading.Condition(self._lock)   # work in _todo
         self._threads = self._resting = 0      # workers, and those with nothing to do
         self._online = threading.Event()       # the relay answered the last poll
-        self._stopping = False
 
     def run(self):
         server = self.server
         sender = threading.Thread(target=self._send, daemon=True)
+        server._stopping = False
         try:
             if server._stale:
                 self._keep_trying(server._log_in)
             sender.start()
             self._say()
-            while True:
+            while not server._stopping:
                 self._poll()
         except KeyboardInterrupt:
             self.status.event("Stopping: unfinished prompts go back to the relay.")
         finally:
-            self._stopping = True
+            server._stopping = True
             self.outbox.stop()
             if server._session:
                 server._log_out(server._session)
@@ -904,7 +912,7 @@ class _Listening:
             try:
                 answer = action()
             except NeuroengineError as error:
-                if self.server._paused:
+                if self.server._paused or self.server._stopping:
                     return {}
                 if error.name == "session_unknown":
                     action = self.server._log_in
@@ -1025,7 +1033,7 @@ class _Listening:
                 answer = self.server._call("reply", session=session, replies=entries)
             except NeuroengineError:
                 self.outbox.settle(taken, sent=False)
-                if self._stopping:
+                if self.server._stopping:
                     return
                 self._online.wait(pause_before(failures))
                 time.sleep(pause_before(failures) / 4)

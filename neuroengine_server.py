@@ -256,7 +256,8 @@ class Session:
         self.service, self.workers = service, workers
         self.continues, self.embeddings = continues, embeddings   # what it can do
         self.jobs = {}                # id -> Job, those it has a lease of
-        self.cancelling = set()       # (id, attempt) that still occupy a worker there
+        self.cancelling = {}          # (id, attempt) that still occupy a worker there,
+                                      # and when it was last told so
         self.outbox = []              # jobs to hand over with the next response
         self.cancels = []             # (id, attempt) to tell it of in the next response
         self.unconfirmed = OrderedDict()   # id -> (when, Job): handed over, not heard of
@@ -951,9 +952,12 @@ class Broker:
                 if job in session.outbox:
                     session.outbox.remove(job)
             elif not self._reclaim_locked(session, job_id, attempt):
-                session.cancels.append((job_id, attempt))
-                session.cancelling.add((job_id, attempt))
-        session.cancelling &= running
+                # Say it again only if the response that said it may have been lost.
+                told = session.cancelling.setdefault((job_id, attempt), -math.inf)
+                if now - told >= self.limits.handover_seconds / 2:
+                    self._tell_cancelled_locked(session, (job_id, attempt))
+        for pair in set(session.cancelling) - running - set(session.cancels):
+            del session.cancelling[pair]
         for job in session.jobs.values():
             if (job.id, job.attempt) in running or job in session.outbox:
                 continue
@@ -962,6 +966,12 @@ class Broker:
             if now - when >= self.limits.handover_seconds / 5:
                 session.unconfirmed.pop(job.id, None)
                 session.outbox.append(job)
+
+    def _tell_cancelled_locked(self, session, pair):
+        session.cancelling[pair] = self._clock()
+        if pair not in session.cancels:
+            session.cancels.append(pair)
+            session.arrived.notify()
 
     def _reclaim_locked(self, session, job_id, attempt):
         """Give a job back that was taken when its provider seemed to be gone."""
@@ -981,7 +991,7 @@ class Broker:
         ending = entry.get("done") or entry.get("error")
         if job is None or job.attempt != entry["attempt"]:
             if ending:
-                session.cancelling.discard((entry["job"], entry["attempt"]))
+                session.cancelling.pop((entry["job"], entry["attempt"]), None)
             return {"job": entry["job"], "error": "fenced"}
         session.unconfirmed.pop(job.id, None)
         have, items = len(job.items), entry.get("items", ())
@@ -1024,6 +1034,11 @@ class Broker:
         if state == "done":
             self._measure_locked(job)
         job.progress.notify_all()
+        if state == "failed" and type(job.name) is tuple:
+            # What failed is not the answer to an Idempotency-Key: asking again may try
+            # again. A stream key names this one stream, whatever became of it.
+            self._named.pop((job.service, job.name), None)
+            job.name = None
         if job.name is not None:
             self._kept[job.id] = job
             self._check_later_locked(job)
@@ -1047,9 +1062,7 @@ class Broker:
             if job in session.outbox:
                 session.outbox.remove(job)            # it never got there
             else:
-                session.cancels.append((job.id, job.attempt))
-                session.cancelling.add((job.id, job.attempt))
-                session.arrived.notify()
+                self._tell_cancelled_locked(session, (job.id, job.attempt))
         error = error or RelayError("cancelled", "This request was cancelled.")
         self._end_locked(job, "failed" if error.name != "cancelled" else "cancelled",
                          error)
@@ -1866,8 +1879,9 @@ class Connection(socketserver.BaseRequestHandler):
     def head_bytes(self, status, kind, headers):
         """A response's head, without its end; refuses what would not be one line."""
         lines = [STATUS_LINES[status], SECURITY_HEADERS, self.server.date(),
-                 b"Content-Type: " + kind.encode("ascii"),
-                 b"\r\nX-Request-Id: ", self.id.encode("ascii"), b"\r\n"]
+                 b"X-Request-Id: ", self.id.encode("ascii"), b"\r\n"]
+        if status != 204:
+            lines.append(b"Content-Type: %s\r\n" % kind.encode("ascii"))
         if "cache_control" not in headers:
             lines.append(NO_STORE)
         if self.openai:
@@ -2076,6 +2090,7 @@ class NativeFace:
         name, fingerprint, twin = key, prompt, None
         if not key and repeat:
             name, fingerprint = ("repeat", self.caller(), repeat[:512]), self.raw_body
+            at = 0
         elif not key:
             twin = (service, self.caller(), self.raw_body)
             self.server.watcher.look()
@@ -2884,10 +2899,9 @@ class Relay(ThreadingHTTPServer):
         while not self.broker.idle() and time.monotonic() < deadline:
             time.sleep(0.05)               # once in a relay's life
         self.broker.close()
-        while self.active and time.monotonic() < max(deadline, time.monotonic()) + 2:
+        deadline = time.monotonic() + 2    # for the last responses to be written
+        while self.active and time.monotonic() < deadline:
             time.sleep(0.02)
-            if time.monotonic() > deadline + 2:
-                break
         self.shutdown()
         self.server_close()
         self.save()
