@@ -196,6 +196,16 @@ def test_a_service_without_a_provider_says_so_at_once_or_waits_if_asked(desk):
     assert desk.poll(session)[0][0][0] == reader.job.id
 
 
+def test_after_a_restart_prompts_wait_for_the_provider_to_come_back(desk):
+    service = Service("Old", "")
+    desk.broker.add(service, returning=True)
+    reader = desk.broker.submit(service, b"{}")
+    desk.later(desk.broker.limits.offline_seconds + 0.1)
+    assert reader.job.error.name == "service_offline"
+    with pytest.raises(RelayError):
+        desk.broker.submit(service, b"{}")
+
+
 def test_offline_says_since_when(desk):
     session = desk.login()
     desk.broker.logout(desk.service, session)
