@@ -251,7 +251,8 @@ class _OneWrite:
     """An http.client connection that sends head and body in one write."""
 
     _parts = None
-    live = None                # the socket, also after http.client has given it away
+    _live = None               # the socket, also after http.client has given it away
+    _aborted = False
 
     def request(self, *args, **kwargs):
         self._parts = []
@@ -270,7 +271,18 @@ class _OneWrite:
 
     def connect(self):
         super().connect()
-        self.live = self.sock
+        self._live = self.sock
+        if self._aborted:
+            raise ConnectionAbortedError("not wanted any more")
+
+    def abort(self):
+        """Cut it, from any thread: what waits for it ends with an error."""
+        self._aborted = True
+        if self._live is not None:
+            try:
+                socket.socket.shutdown(self._live, socket.SHUT_RDWR)
+            except OSError:
+                pass
 
 
 class _HTTPConnection(_OneWrite, http.client.HTTPConnection):
@@ -322,15 +334,6 @@ class Response:
             self._raw.close()
             connection.close()
 
-    def abort(self):
-        """Cut the connection, from any thread: a read under way ends with an error."""
-        connection = self._connection
-        if connection is not None and connection.live is not None:
-            try:
-                socket.socket.shutdown(connection.live, socket.SHUT_RDWR)
-            except OSError:
-                pass
-
 
 class _KeepAlive(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """Opens http and https URLs over connections that are kept for the next request."""
@@ -360,6 +363,8 @@ class _KeepAlive(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             used = connection is not None
             if not used:
                 connection = self._connect(request, secure, tunnel, proxy_key)
+            if request.started is not None:
+                request.started(connection)
             connection.timeout = request.timeout
             if connection.sock is not None:
                 connection.sock.settimeout(request.timeout)
@@ -371,7 +376,8 @@ class _KeepAlive(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 connection.close()
                 # A kept connection may have been closed at the other end meanwhile;
                 # all that we send may be sent twice, so try a fresh one.
-                if used and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
+                if used and not connection._aborted and isinstance(
+                        error, (ConnectionError, http.client.BadStatusLine)):
                     continue
                 raise
             return Response(connection, raw, lambda c: self._keep(where, c))
@@ -411,8 +417,12 @@ class Transport:
                         _KeepAlive(context)):
             self._opener.add_handler(handler)
 
-    def open(self, method, path, body=None, key="", timeout=REQUEST_SECONDS, **headers):
-        """Send one request; its Response. Raises OSError or HTTPException."""
+    def open(self, method, path, body=None, key="", timeout=REQUEST_SECONDS,
+             started=None, **headers):
+        """Send one request; its Response. Raises OSError or HTTPException.
+
+        started, if given, is called with the connection, which has an abort().
+        """
         data = None
         if body is not None:
             data = json.dumps(body, separators=(",", ":")).encode("ascii")
@@ -423,6 +433,7 @@ class Transport:
         request = urllib.request.Request(
             self.base + path, data=data, method=method,
             headers={name.replace("_", "-"): value for name, value in headers.items()})
+        request.started = started
         return self._opener.open(request, timeout=timeout)
 
     def call(self, method, path, body=None, **more):
@@ -1280,7 +1291,7 @@ class Completion:
     def __init__(self, upstream, request):
         self._upstream = upstream
         self._path, self._body = upstream.build(request)
-        self._response = None
+        self._connection = self._response = None
         self._cancelled = False
         self._items = self._run()
 
@@ -1290,9 +1301,13 @@ class Completion:
     def cancel(self):
         """Stop the upstream's work on this answer."""
         self._cancelled = True
-        response = self._response
-        if response is not None:
-            response.abort()
+        if self._connection is not None:
+            self._connection.abort()
+
+    def _started(self, connection):
+        self._connection = connection
+        if self._cancelled:
+            connection.abort()
 
     def close(self):
         """As cancel, at the end of iteration; a whole answer leaves the connection."""
@@ -1326,11 +1341,8 @@ class Completion:
             try:
                 self._response = response = upstream._transport.open(
                     "POST", self._path, self._body, key=upstream._key,
-                    timeout=UPSTREAM_SECONDS)
-            except urllib.error.URLError as error:
-                raise Unavailable("The LLM server went away (%s)." % error.reason) \
-                    from None
-            except ConnectionError as error:
+                    timeout=UPSTREAM_SECONDS, started=self._started)
+            except ConnectionRefusedError as error:
                 raise Unavailable("The LLM server went away (%s)." % error) from None
             if response.status < 300:
                 return

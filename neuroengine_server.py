@@ -246,6 +246,7 @@ class Service:
         self.job_seconds = None       # measured, as a moving average
         self.tokens_per_second = None
         self.context_length = None    # as a provider told
+        self.expected_until = 0.0     # its provider may be back before: let prompts wait
 
 
 class Session:
@@ -372,9 +373,14 @@ class Broker:
 
     # -- services --
 
-    def add(self, service):
-        """Make a registered service known. Raises RelayError if the name is taken."""
+    def add(self, service, returning=False):
+        """Make a registered service known. Raises RelayError if the name is taken.
+
+        returning: the relay has been restarted, so the service's provider is on its way.
+        """
         with self._lock:
+            if returning:
+                service.expected_until = self._clock() + self.limits.offline_seconds
             if service.name.lower() in self._services:
                 raise RelayError("name_taken",
                                  "The name %r is taken: choose another." % service.name)
@@ -727,7 +733,7 @@ class Broker:
     def _admit_locked(self, service, size, caller, own, wait):
         if self.draining:
             raise self._shutting_down()
-        if not (service.sessions or wait):
+        if not (service.sessions or wait or self._clock() < service.expected_until):
             raise self._offline(service)
         queue = service.own if own else service.turns.get(caller, ())
         if service.waiting >= self.limits.max_queue:
@@ -2751,7 +2757,7 @@ class Relay(ThreadingHTTPServer):
         self._date = (0, b"")
         self._spare = os.open(os.devnull, os.O_RDONLY)   # see get_request
         for service in self.store.load():
-            self.broker.add(service)
+            self.broker.add(service, returning=True)
         if not host and socket.has_dualstack_ipv6():
             self.address_family = socket.AF_INET6
         elif ":" in host:

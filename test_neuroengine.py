@@ -196,6 +196,16 @@ def test_a_service_without_a_provider_says_so_at_once_or_waits_if_asked(desk):
     assert desk.poll(session)[0][0][0] == reader.job.id
 
 
+def test_after_a_restart_prompts_wait_for_the_provider_to_come_back(desk):
+    service = Service("Old", "")
+    desk.broker.add(service, returning=True)
+    reader = desk.broker.submit(service, b"{}")
+    desk.later(desk.broker.limits.offline_seconds + 0.1)
+    assert reader.job.error.name == "service_offline"
+    with pytest.raises(RelayError):
+        desk.broker.submit(service, b"{}")
+
+
 def test_offline_says_since_when(desk):
     session = desk.login()
     desk.broker.logout(desk.service, session)
@@ -386,7 +396,9 @@ def test_a_free_worker_gets_its_next_job_with_the_reply(desk):
 def test_a_job_nobody_waits_for_is_cancelled_after_the_grace_time(desk):
     reader, session, job = desk.start()
     desk.broker.leave(reader)
-    desk.later(29)
+    for _ in range(2):
+        desk.later(14.5)
+        desk.broker.reply(desk.service, session, [])
     assert reader.job.state == "leased"
     desk.later(1.1)
     assert reader.job.state == "cancelled"
@@ -732,13 +744,17 @@ class Hand:
         self.relay, self.name = relay, name_of()
         _, answer, _ = ask(relay, "/api/services", {"name": self.name})
         self.key = answer["key"]
+        # One connection: a relay takes its closing for the provider's end.
+        self.connection = http.client.HTTPConnection(*relay.server_address[:2], timeout=30)
         self.session = self.call("login", workers=workers, **features)["session"]
         self.running = []
 
     def call(self, action, **body):
-        status, answer, _ = ask(self.relay, "/provider/%s/%s" % (self.name, action), body,
-                                Authorization="Bearer " + self.key)
-        assert status == 200, answer
+        self.connection.request("POST", "/provider/%s/%s" % (self.name, action),
+                                json.dumps(body), {"Authorization": "Bearer " + self.key})
+        response = self.connection.getresponse()
+        answer = json.loads(response.read())
+        assert response.status == 200, answer
         return answer
 
     def poll(self):
@@ -760,6 +776,7 @@ class Hand:
 
     def logout(self):
         self.call("logout", session=self.session)
+        self.connection.close()
 
 
 @pytest.fixture
@@ -1474,6 +1491,8 @@ def test_the_place_in_the_queue_is_a_comment_or_a_field_if_asked(relay, hand):
                 response = http.client.HTTPResponse(sock)
                 response.begin()
                 assert expected in response.readline()
+                response.close()
+            until(lambda: not relay.broker.find(hand.name).waiting)
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/nosuch/x"])
@@ -2036,11 +2055,6 @@ def cut_short(handler):
     handler.stream(["a", "b"], end=None)
 
 
-def error_line(handler):
-    handler.stream(["a"], end="stop", last=b"")
-    # never reached by the reader: an error before the end
-
-
 @pytest.mark.parametrize("answer, error", [
     ((500, {"error": {"message": "no /secret/model.gguf"}}), "provider_error"),
     ((500, b"<html>oops</html>"), "provider_error"),
@@ -2048,7 +2062,7 @@ def error_line(handler):
     ((400, {"error": {"message": "exceeds the context size of 512"}}),
      "context_length_exceeded"),
     (cut_short, "provider_error"),
-    (lambda handler: handler.connection.close(), "provider_error"),
+    (lambda handler: handler.connection.shutdown(socket.SHUT_RDWR), "provider_error"),
     ((200, b"<html>"), "provider_error"),
 ])
 def test_an_upstream_that_fails_is_an_error_in_words_and_serving_goes_on(
@@ -2085,6 +2099,14 @@ def test_cancelling_closes_the_upstreams_connection(relay, llm):
         assert gone.wait(2)
 
 
+def stop_keeping_alive(upstream):
+    """The fake's threads outlive its listener: let go of the connections to them."""
+    for handler in upstream._transport._opener.handlers:
+        for free in getattr(handler, "_free", {}).values():
+            while free:
+                free.pop().close()
+
+
 def test_an_upstream_that_goes_away_takes_the_service_offline_until_it_is_back(relay):
     fake = type("Fake", (FakeLLM,), {"got": [], "script": []})
     port = None
@@ -2102,7 +2124,7 @@ def test_an_upstream_that_goes_away_takes_the_service_offline_until_it_is_back(r
         thread.start()
         api = client_of(relay, name)
         assert api.request("hi") == "Hello"
-    upstream._transport._opener.close()
+    stop_keeping_alive(upstream)
     waiting = in_thread(ask, relay, "/" + name, {"message": "x"}, Idempotency_Key="i")
     service = relay.broker.find(name)
     until(lambda: not service.sessions)
@@ -2132,3 +2154,258 @@ def test_a_started_answer_goes_on_through_the_upstreams_prefill():
     assert body["messages"][-1] == {"role": "assistant", "content": "Once upon"}
     upstream.kind = "vLLM"
     assert upstream.build(dict(so_far, message="a"))[1]["continue_final_message"] is True
+
+
+##############################################################################
+# Command lines, signals, and what a crash leaves
+##############################################################################
+
+
+class Program:
+    """One of our programs, started as a user would, with its output gathered."""
+
+    def __init__(self, *args, **environment):
+        self.process = subprocess.Popen(
+            [sys.executable, "-u"] + [str(a) for a in args], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=HERE,
+            env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1", **environment))
+        self.output = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.output += line.decode("utf-8", "replace")
+
+    def says(self, pattern, seconds=SOON):
+        return until(lambda: re.search(pattern, self.output), seconds)
+
+    def end(self, number=signal.SIGTERM):
+        with contextlib.suppress(OSError):
+            self.process.send_signal(number)
+        code = self.process.wait(40)
+        self._reader.join(SOON)
+        self.process.stdout.close()
+        return code
+
+
+class Address:
+    """Where a relay in another process listens; stands for a Relay in `ask`."""
+
+    def __init__(self, program):
+        self.url = program.says(r"listens at (http\S+)").group(1)
+        self.server_address = "127.0.0.1", int(self.url.rsplit(":", 1)[1])
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start programs; those that still run at the end are killed."""
+    programs = []
+
+    def start(*args, **environment):
+        environment.setdefault("NEUROENGINE_HOME", str(tmp_path / "home"))
+        programs.append(Program(*args, **environment))
+        return programs[-1]
+    yield start
+    for program in programs:
+        if program.process.poll() is None:
+            program.end(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def start_relay(start, tmp_path, *more, port=0):
+    program = start("neuroengine_server.py", "--host", "127.0.0.1", "--port", port,
+                    "--data", tmp_path / "data.sqlite3", *more)
+    return program, Address(program)
+
+
+PROVIDER = """
+import sys, time
+from neuroengine import NeuroengineServer
+def answer(request):
+    for n in range(int(request["message"])):
+        yield "%d " % n
+        time.sleep(0.01)
+server = NeuroengineServer(sys.argv[1])
+print("login", server.login(sys.argv[2], sys.argv[3]))
+server.listen(answer, workers=4)
+print("listen returned")
+"""
+
+
+def numbers(count):
+    return "".join("%d " % n for n in range(count))
+
+
+def test_the_demo_is_a_working_chat_in_one_command(start):
+    program = start("neuroengine_server.py", "--demo", "--port", 0)
+    relay = Address(program)
+    assert "Hello" in Neuroengine("Eliza", relay.url).request("Hello, how are you?")
+    assert "".join(Neuroengine("eliza", relay.url).stream("Why?")).startswith("What do")
+    assert program.end(signal.SIGINT) == 0 and "Traceback" not in program.output
+
+
+def test_share_serves_a_local_llm_and_keeps_its_key_private(start, tmp_path):
+    _, relay = start_relay(start, tmp_path)
+    fake = type("Fake", (FakeLLM,), {"got": [], "script": []})
+    with serving(fake) as url:
+        for _ in range(2):                 # the second time it has its key
+            share = start("neuroengine.py", "share", "Mine", "--upstream", url,
+                          NEUROENGINE_SERVER=relay.url)
+            share.says("Try it: curl " + relay.url)
+            assert Neuroengine("Mine", relay.url).request("hi") == "Hello"
+            assert share.end() == 0
+            assert not Neuroengine("Mine", relay.url).getModels()[0]["connected"]
+    key, = (tmp_path / "home").glob("*/mine.key")
+    assert os.name == "nt" or key.stat().st_mode & 0o777 == 0o600
+
+
+def test_ask_models_and_register_do_what_they_say(start, tmp_path):
+    relay = Address(start("neuroengine_server.py", "--demo", "--port", 0))
+    environment = {"NEUROENGINE_SERVER": relay.url}
+    for args, pattern in ((["I am sad"], "How long have you been sad"),
+                          (["ask", "--service", "Eliza", "I am sad"], "been sad"),
+                          (["models"], "Eliza +connected"),
+                          (["register", "New"], "Registered New"),
+                          (["register", "New"], "The name 'New' is taken"),
+                          (["ask", "--service", "nosuch", "x"], "no service nosuch")):
+        program = start("neuroengine.py", *args, **environment)
+        program.says(pattern)
+        program.process.wait(SOON)
+        assert "Traceback" not in program.output
+
+
+def test_a_busy_port_or_a_missing_certificate_is_one_sentence(start, relay, tmp_path):
+    port = relay.server_address[1]
+    for args, words in ((["--port", port, "--host", "127.0.0.1", "--demo"], "Cannot listen"),
+                        (["--port", 0, "--cert", "nosuch.pem", "--demo"], "nosuch.pem"),
+                        (["--port", 0, "--data", "/nosuch/dir/x"], "/nosuch/dir/x")):
+        program = start("neuroengine_server.py", *args)
+        assert program.process.wait(SOON) == 1
+        program.says(words)
+        assert "Traceback" not in program.output
+
+
+def test_help_names_every_option_and_its_default():
+    text = neuroengine_server.build_parser().format_help()
+    for name, default, _ in neuroengine_server.LIMITS:
+        assert "--" + name.replace("_", "-") in text
+    for command in neuroengine.COMMANDS:
+        assert command in neuroengine.build_parser().format_help()
+
+
+def test_ctrl_c_of_a_provider_hands_its_jobs_back_at_once(start, relay):
+    hand = Hand(relay)
+    hand.logout()
+    first = start("-c", PROVIDER, relay.url, hand.name, hand.key)
+    first.says("login 0")
+    # A client that waits for the whole reply has seen no token of it.
+    answer = in_thread(Neuroengine(hand.name, relay.url).request, "200")
+    service = relay.broker.find(hand.name)
+    job = until(lambda: [j for s in service.sessions.values() for j in s.jobs.values()])[0]
+    until(lambda: len(job.items) > 5)
+    began = time.monotonic()
+    first.process.send_signal(signal.SIGINT)
+    until(lambda: job.state == "queued")
+    assert time.monotonic() - began < 1
+    second = start("-c", PROVIDER, relay.url, hand.name, hand.key)
+    assert answer() == numbers(200)
+    first.says("listen returned")
+    assert first.process.wait(SOON) == 0 and "Traceback" not in first.output
+    second.end(signal.SIGINT)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_provider_killed_amid_a_whole_reply_is_replaced(start, relay):
+    hand = Hand(relay)
+    hand.logout()
+    first = start("-c", PROVIDER, relay.url, hand.name, hand.key)
+    first.says("login 0")
+    answer = in_thread(Neuroengine(hand.name, relay.url).request, "100")
+    service = relay.broker.find(hand.name)
+    job = until(lambda: [j for s in service.sessions.values() for j in s.jobs.values()])[0]
+    until(lambda: len(job.items) > 5)
+    began = time.monotonic()
+    first.end(signal.SIGKILL)
+    until(lambda: job.state == "queued")
+    assert time.monotonic() - began < 1
+    start("-c", PROVIDER, relay.url, hand.name, hand.key)
+    assert answer() == numbers(100) and service.numreq == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_sigterm_lets_running_answers_finish_and_exits_cleanly(start, tmp_path):
+    program, relay = start_relay(start, tmp_path)
+    hand = Hand(relay)
+    answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
+    job = hand.next_job()
+    poll = in_thread(ask, relay, "/provider/%s/poll" % hand.name, {
+        "session": hand.session, "running": [[job["job"], 1]]},
+        Authorization="Bearer " + hand.key)
+    program.process.send_signal(signal.SIGTERM)
+    until(lambda: ask(relay, "/" + hand.name, {"message": "y"})[0] == 503)
+    hand.reply(job, ["finished"], done=True)
+    assert answer()[1]["reply"] == "finished"
+    assert program.process.wait(SOON) == 0
+    poll()
+    assert "Traceback" not in program.output
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_after_kill_9_and_a_restart_everything_goes_on_by_itself(start, tmp_path):
+    program, relay = start_relay(start, tmp_path)
+    hand = Hand(relay)
+    hand.logout()
+    provider = start("-c", PROVIDER, relay.url, hand.name, hand.key)
+    provider.says("login 0")
+    api = Neuroengine(hand.name, relay.url)
+    assert api.request("3") == numbers(3)
+    time.sleep(1.1)                        # the promise: counters within a second
+    answer = in_thread(api.request, "100")
+    until(lambda: api.getModels()[0]["running"])
+    port = relay.server_address[1]
+    program.end(signal.SIGKILL)
+    program, relay = start_relay(start, tmp_path, port=port)
+    assert answer() == numbers(100)
+    model, = api.getModels()
+    assert model["name"] == hand.name and model["connected"] and model["numreq"] >= 2
+    assert program.end() == 0
+    provider.end(signal.SIGINT)
+
+
+def test_importing_does_nothing_and_needs_nothing_but_the_standard_library():
+    for module in ("neuroengine", "neuroengine_server"):
+        code = ("import sys; sys.dont_write_bytecode = True; import %s; "
+                "print([m for m in sys.modules if m.split('.')[0] in "
+                "('requests', 'pytest', 'numpy')])" % module)
+        output = subprocess.run([sys.executable, "-S", "-W", "error", "-c", code],
+                                cwd=HERE, stdout=subprocess.PIPE, check=True).stdout
+        assert output.strip() == b"[]"
+
+
+def test_neither_file_imports_the_other_and_each_works_alone(tmp_path):
+    for name in ("neuroengine", "neuroengine_server"):
+        shutil.copy(os.path.join(HERE, name + ".py"), str(tmp_path))
+        other = ({"neuroengine", "neuroengine_server"} - {name}).pop()
+        text = (tmp_path / (name + ".py")).read_text()
+        assert not re.search(r"^\s*(import|from) %s\b" % other, text, re.M)
+        subprocess.run([sys.executable, name + ".py", "--help"], cwd=str(tmp_path),
+                       check=True, stdout=subprocess.DEVNULL)
+        os.remove(str(tmp_path / (name + ".py")))
+
+
+@pytest.mark.parametrize("example, args", [
+    ("streaming-example.py", ["Eliza"]), ("server-example.py", ["MYGPT"])])
+def test_the_examples_run_as_they_are(start, tmp_path, example, args):
+    if not os.path.exists(os.path.join(HERE, example)):
+        pytest.skip("not here")
+    relay = Address(start("neuroengine_server.py", "--demo", "--port", 0))
+    if example.startswith("server"):
+        args.append(ask(relay, "/api/services", {"name": "MYGPT"})[1]["key"])
+    program = start(example, *args, NEUROENGINE_SERVER=relay.url)
+    if example.startswith("server"):
+        program.says("Logged in!")
+        assert "LLM" in Neuroengine("MYGPT", relay.url).request("hi")
+        assert program.end(signal.SIGINT) in (0, -signal.SIGINT)
+    else:
+        assert program.process.wait(SOON) == 0
+        assert "Roses are red" in program.output
