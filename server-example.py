@@ -18,9 +18,9 @@ service_key = "SERVICE-KEY"            # your service's key
 
 
 def answer(request):
-    print("Asked:", request["message"])
-    yield "You said: "                 # here you ask your LLM; each text that you
-    yield request["message"]           # yield is sent at once
+    print("Asked:", request["message"], flush=True)
+    yield "This is the LLM. You said: "    # here you ask yours; each text that you
+    yield request["message"]               # yield is sent at once
 
 
 service = os.environ.get("NEUROENGINE_SERVICE", service)
@@ -34,5 +34,5 @@ server = NeuroengineServer()
 if server.login(service, service_key) < 0:
     print("Cannot log in:", server.error)
     sys.exit(1)
-print("Sharing %s. Ctrl-C stops." % service)
+print("Logged in! Sharing %s; Ctrl-C stops." % service, flush=True)
 server.listen(answer)

@@ -16,7 +16,7 @@ api = Neuroengine(service_name=service_name)
 
 streamkey = secrets.token_hex(16)      # a new one for each prompt
 while True:
-    text = api.request("Hello, write a poem", streamkey=streamkey, gettokens=5,
+    text = api.request("Write a poem", streamkey=streamkey, gettokens=5,
                        max_new_len=1000)
     if text == "":                     # the poem has ended
         break
