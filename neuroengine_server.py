@@ -15,6 +15,7 @@ it is being made. It hosts no LLM, and neither stores nor logs a prompt or reply
     GET  /api/models                       the directory of services
     POST /api/services                     register a service, get its key
     GET, PATCH, DELETE /api/services/{name}            manage it with that key
+    GET, POST /api/services/{name}/keys; DELETE .../keys/{id}      guests' access keys
     POST /provider/{service}/login, poll, reply, logout      for the provider
     GET  /v1/models; POST /v1/chat/completions, /v1/completions, /v1/embeddings
                                            for OpenAI clients; also without /v1,
@@ -122,6 +123,12 @@ LATE_HEAD_SECONDS = 60       # /v1: a status line must come; then spaces keep it
 SAVE_SECONDS = 0.5           # counters reach the disk this often
 STACK_BYTES = 256 * 1024     # of a connection's thread
 TOTAL_TEXT = {"operator": 100, "comment": 500}   # characters of a service's texts
+MAX_KEYS = 1000              # access keys of one service
+KEY_LIMITS = {               # what an access key may be limited to; None: not at all
+    "requests_per_day": (int, 0, 10**9), "tokens_per_day": (int, 0, 10**12),
+    "concurrency": (int, 1, 10**4), "max_new_len": (int, 1, 10**7),
+    "expires": (float, 0, 10**11)}
+DAY_SECONDS = 86400          # quotas begin anew at midnight UTC
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 RESERVED_NAMES = frozenset("""
@@ -173,6 +180,7 @@ ERRORS = {  # name: (errorcode, HTTP status, OpenAI type, OpenAI code, retry hel
     "request_timeout": (21, 408, "invalid_request_error", "request_timeout", True),
     "invalid_key": (30, 401, "invalid_request_error", "invalid_api_key", False),
     "forbidden": (31, 403, "permission_error", "service_forbidden", False),
+    "quota_exceeded": (34, 429, "insufficient_quota", "insufficient_quota", False),
     "name_taken": (32, 409, "invalid_request_error", "name_taken", False),
     "key_reused": (33, 422, "invalid_request_error", "key_reused", False),
     "service_unknown": (40, 404, "invalid_request_error", "model_not_found", False),
@@ -182,6 +190,7 @@ ERRORS = {  # name: (errorcode, HTTP status, OpenAI type, OpenAI code, retry hel
     "relay_busy": (44, 503, "server_error", "relay_busy", True),
     "shutting_down": (45, 503, "server_error", "shutting_down", True),
     "still_waiting": (46, 202, "server_error", "still_waiting", True),
+    "service_paused": (48, 503, "server_error", "provider_paused", True),
     "stream_unknown": (47, 404, "invalid_request_error", "stream_unknown", False),
     "provider_error": (50, 502, "server_error", "provider_error", False),
     "provider_lost": (51, 502, "server_error", "provider_disconnected", True),
@@ -233,10 +242,12 @@ class Service:
     """A name under which an LLM is shared, and who waits and works for it."""
 
     def __init__(self, name, key_digest, operator="", comment="", created=0,
-                 numreq=0, last_seen=None):
+                 numreq=0, last_seen=None, private=False, paused=False):
         self.name, self.key_digest = name, key_digest
         self.operator, self.comment, self.created = operator, comment, created
         self.numreq, self.last_seen = numreq, last_seen   # last_seen: wall clock
+        self.private, self.paused = bool(private), bool(paused)
+        self.keys = {}                # digest -> AccessKey, those of its guests
         self.sessions = {}            # id -> Session, those that are connected
         self.idle = OrderedDict()     # sessions with a parked poll and a free worker
         self.returned = deque()       # jobs a provider did not finish: they go first
@@ -247,6 +258,26 @@ class Service:
         self.tokens_per_second = None
         self.context_length = None    # as a provider told
         self.expected_until = 0.0     # its provider may be back before: let prompts wait
+
+
+class AccessKey:
+    """A guest's right to use a service: what it is limited to, and what it has used."""
+
+    COLUMNS = ("id", "digest", "label", "created") + tuple(KEY_LIMITS) + (
+        "day", "requests", "tokens", "last_used")
+
+    def __init__(self, *values):
+        for column, value in zip(self.COLUMNS, values):
+            setattr(self, column, value)
+        self.running = 0
+
+    def shown(self, now):
+        """What its operator is told of it; the key itself is known to the guest alone."""
+        today = self.day == now // DAY_SECONDS
+        return dict({name: getattr(self, name) for name in (
+            "id", "label", "created", "last_used") + tuple(KEY_LIMITS)},
+            requests_today=self.requests if today else 0,
+            tokens_today=self.tokens if today else 0, running=self.running)
 
 
 class Session:
@@ -281,7 +312,7 @@ class Job:
         "id", "service", "caller", "payload", "name", "fingerprint", "twin", "grace",
         "own", "returned", "wait", "state", "items", "size", "seen", "place", "wanted", "attempt",
         "deaths", "avoid", "session", "readers", "left_at", "error", "error_told",
-        "progress", "timer", "created", "leased_at", "first_at", "ended_at")
+        "access", "progress", "timer", "created", "leased_at", "first_at", "ended_at")
 
     def __init__(self, service, caller, payload, lock, now):
         self.id = secrets.token_hex(16)
@@ -295,6 +326,7 @@ class Job:
         self.wanted = math.inf        # number of items that somebody waits for
         self.attempt = self.deaths = 0
         self.avoid = self.session = None
+        self.access = None            # the AccessKey that it counts for
         self.readers, self.left_at = 0, None
         self.error, self.error_told = None, False
         self.progress = threading.Condition(lock)   # items came, or the job ended
@@ -445,7 +477,7 @@ class Broker:
     # -- clients, in the order a job lives --
 
     def submit(self, service, payload, *, caller="", name=None, fingerprint=None,
-               twin=None, at=None, own=False, wait=False, grace=None):
+               twin=None, at=None, own=False, wait=False, grace=None, access=None):
         """Accept a prompt, or find the job it already is, and return a Reader of it.
 
         payload: the request as JSON text, for the provider. name: what the job can be
@@ -453,7 +485,8 @@ class Broker:
         the fingerprint is the same. twin: what an identical prompt of this caller
         would have; a job that its client left is found by it. at: where to read from.
         own: the operator's, goes first. wait: queue even if no provider is connected.
-        grace: seconds to live without a reader, instead of the limit. Does not block.
+        grace: seconds to live without a reader, instead of the limit. access: the
+        AccessKey it counts for. Does not block.
         """
         with self._lock:
             job = self._named.get((service, name)) if name else self._left.get(twin)
@@ -464,11 +497,15 @@ class Broker:
                 return self._attach_locked(job, at)
             if at:
                 raise self._stream_unknown()
-            self._admit_locked(service, len(payload), caller, own, wait)
+            self._admit_locked(service, len(payload), caller, own, wait, access)
             job = Job(service, caller, payload, self._lock, self._clock())
             job.name, job.fingerprint, job.twin = name, fingerprint, twin
             job.grace = self.limits.grace_seconds if grace is None else grace
-            job.own, job.wait = own, wait
+            job.own, job.wait, job.access = own, wait, access
+            if access is not None:
+                access.requests += 1
+                access.running += 1
+                access.last_used = self._wall()
             self._jobs[job.id] = job
             if name:
                 self._named[service, name] = job
@@ -710,6 +747,7 @@ class Broker:
     def _model_locked(self, service):
         eta = self._eta_locked(service, service.waiting + 1)
         model = {"name": service.name, "numreq": service.numreq,
+                 "private": service.private, "paused": service.paused,
                  "connected": bool(service.sessions), "comment": service.comment,
                  "operator": service.operator, "queuelen": service.waiting,
                  "workers": sum(s.workers for s in service.sessions.values()),
@@ -730,9 +768,14 @@ class Broker:
             self.counters_changed.set()
         self._changed[service.name] = service
 
-    def _admit_locked(self, service, size, caller, own, wait):
+    def _admit_locked(self, service, size, caller, own, wait, access):
         if self.draining:
             raise self._shutting_down()
+        if service.paused and not own:
+            raise RelayError("service_paused", "%s is paused by its operator: try again "
+                             "later." % service.name, retry_after=60)
+        if access is not None:
+            self._check_quota_locked(access)
         if not (service.sessions or wait or self._clock() < service.expected_until):
             raise self._offline(service)
         queue = service.own if own else service.turns.get(caller, ())
@@ -749,6 +792,26 @@ class Broker:
         if self._held + size > self.limits.max_held_bytes:
             raise RelayError("relay_busy", "The relay's memory is full of other "
                              "prompts: try again later.", retry_after=10)
+
+    def _check_quota_locked(self, access):
+        now = self._wall()
+        if access.expires is not None and now >= access.expires:
+            raise RelayError("invalid_key", "This access key expired on %s." %
+                             time.strftime("%Y-%m-%d", time.gmtime(access.expires)))
+        if access.day != now // DAY_SECONDS:
+            access.day, access.requests, access.tokens = now // DAY_SECONDS, 0, 0
+        left = DAY_SECONDS - now % DAY_SECONDS
+        for used, limit, what in (
+                (access.requests, access.requests_per_day, "requests"),
+                (access.tokens, access.tokens_per_day, "tokens")):
+            if limit is not None and used >= limit:
+                raise RelayError("quota_exceeded", "The %d %s a day of this access key "
+                                 "are used up; they are renewed at midnight UTC, in %d "
+                                 "minutes." % (limit, what, left // 60 + 1),
+                                 retry_after=left)
+        if access.concurrency is not None and access.running >= access.concurrency:
+            raise RelayError("rate_limited", "This access key allows %d prompts at once: "
+                             "wait for an answer." % access.concurrency, retry_after=2)
 
     def _retry_after_locked(self, service):
         eta = self._eta_locked(service, service.waiting)
@@ -1037,6 +1100,10 @@ class Broker:
         if session is not None:
             session.jobs.pop(job.id, None)
             session.unconfirmed.pop(job.id, None)
+        if job.access is not None:
+            job.access.running -= 1
+            job.access.tokens += len(job.items)
+            self._count_locked(job.service)
         if state == "done":
             self._measure_locked(job)
         job.progress.notify_all()
@@ -1248,12 +1315,18 @@ def invalid_name_words(name):
 # Store: what survives a restart. Services, hashes of keys, counters; no prompts.
 ##############################################################################
 
-SCHEMA = """
+SCHEMA = ("""
     CREATE TABLE services (
         name TEXT PRIMARY KEY COLLATE NOCASE, key_digest TEXT NOT NULL,
         operator TEXT NOT NULL, comment TEXT NOT NULL, created REAL NOT NULL,
-        numreq INTEGER NOT NULL, last_seen REAL)
-"""
+        numreq INTEGER NOT NULL, last_seen REAL,
+        private INTEGER NOT NULL, paused INTEGER NOT NULL)""", """
+    CREATE TABLE keys (
+        service TEXT NOT NULL COLLATE NOCASE REFERENCES services ON DELETE CASCADE,
+        id TEXT PRIMARY KEY, digest TEXT NOT NULL, label TEXT NOT NULL,
+        created REAL NOT NULL, requests_per_day INTEGER, tokens_per_day INTEGER,
+        concurrency INTEGER, max_new_len INTEGER, expires REAL,
+        day INTEGER, requests INTEGER, tokens INTEGER, last_used REAL)""")
 SCHEMA_VERSION = 1
 
 
@@ -1273,10 +1346,12 @@ class Store:
                                        check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")   # keys outlive a power cut
+            self._db.execute("PRAGMA foreign_keys=ON")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 with self._transaction():
-                    self._db.execute(SCHEMA)
+                    for statement in SCHEMA:
+                        self._db.execute(statement)
                     self._db.execute("PRAGMA user_version=%d" % SCHEMA_VERSION)
         except (OSError, sqlite3.Error) as error:
             raise StoreError("The data file %s cannot be used: %s." % (path, error))
@@ -1296,28 +1371,50 @@ class Store:
             self._db.execute("COMMIT")
 
     def load(self):
-        """Return every Service of the file."""
+        """Return every Service of the file, with its access keys."""
         with self._lock:
-            return [Service(*row) for row in self._db.execute(
-                "SELECT name, key_digest, operator, comment, created, numreq, last_seen "
-                "FROM services")]
+            services = {row[0]: Service(*row) for row in self._db.execute(
+                "SELECT name, key_digest, operator, comment, created, numreq, last_seen, "
+                "private, paused FROM services")}
+            for row in self._db.execute("SELECT service, %s FROM keys" % ", ".join(
+                    AccessKey.COLUMNS)):
+                key = AccessKey(*row[1:])
+                services[row[0]].keys[key.digest] = key
+            return list(services.values())
 
     def add(self, service):
         """Write a new service; it is on the disk when this returns."""
         with self._transaction():
             self._db.execute(
-                "INSERT INTO services VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO services VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (service.name, service.key_digest, service.operator, service.comment,
-                 service.created, service.numreq, service.last_seen))
+                 service.created, service.numreq, service.last_seen, service.private,
+                 service.paused))
 
     def save(self, services):
         """Write what may have changed of these services, in one transaction."""
         with self._transaction():
             self._db.executemany(
                 "UPDATE services SET key_digest=?, operator=?, comment=?, numreq=?, "
-                "last_seen=? WHERE name=?",
-                [(s.key_digest, s.operator, s.comment, s.numreq, s.last_seen, s.name)
-                 for s in services])
+                "last_seen=?, private=?, paused=? WHERE name=?",
+                [(s.key_digest, s.operator, s.comment, s.numreq, s.last_seen, s.private,
+                  s.paused, s.name) for s in services])
+            self._db.executemany(
+                "UPDATE keys SET day=?, requests=?, tokens=?, last_used=? WHERE id=?",
+                [(k.day, k.requests, k.tokens, k.last_used, k.id)
+                 for s in services for k in list(s.keys.values())])
+
+    def add_key(self, service, key):
+        """Write a new access key."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO keys VALUES (?%s)" % (", ?" * len(AccessKey.COLUMNS)),
+                [service.name] + [getattr(key, name) for name in AccessKey.COLUMNS])
+
+    def remove_key(self, key):
+        """Delete an access key."""
+        with self._transaction():
+            self._db.execute("DELETE FROM keys WHERE id=?", (key.id,))
 
     def remove(self, service):
         """Delete a service."""
@@ -1988,9 +2085,26 @@ class Connection(socketserver.BaseRequestHandler):
         return RelayError("provider_timeout", "This answer took longer than %d s."
                           % self.limits.job_seconds)
 
-    def caller(self):
-        """Who this client is, for turns and limits: its address."""
-        return self.address
+    def access(self, service):
+        """Whether this client is the operator, and the AccessKey it came with, if any.
+
+        Raises RelayError if the service is private and neither is so. An open service
+        takes no notice of keys it does not know: OpenAI clients always send one.
+        """
+        key = self.key()
+        hashed = digest(key) if key else ""
+        if hashed and hmac.compare_digest(hashed, service.key_digest):
+            return True, None
+        access = service.keys.get(hashed)      # by its hash: a guess learns nothing
+        if access is None and service.private:
+            raise RelayError("invalid_key", "%s is private: ask its operator for an "
+                             "access key, and send it as \"Authorization: Bearer KEY\"."
+                             % service.name)
+        return False, access
+
+    def caller(self, access=None):
+        """Who this client is, for turns and limits: its access key, else its address."""
+        return "key " + access.id if access is not None else self.address
 
 
 class PageFace:
@@ -2042,6 +2156,7 @@ class NativeFace:
             raise RelayError("invalid_request", "Send prompts to /{service}.")
         service = self.broker.find(name)
         key, at, wanted = self._check_native(request)
+        own, access = self.access(service)
         if command == "cancel":
             reader = self.broker.open(service, key, 0)
             self.broker.cancel(reader.job)
@@ -2051,7 +2166,7 @@ class NativeFace:
             raise RelayError("invalid_request", "There is no command %s; there are "
                              "getmodels and cancel." % printable(command, 40),
                              param="command")
-        reader = self._submit_native(service, request, key, at)
+        reader = self._submit_native(service, request, key, at, own, access)
         with self.attached(reader):
             if request.get("stream"):
                 self._stream_native(reader)
@@ -2085,7 +2200,8 @@ class NativeFace:
                                  param=field)
         return key, request.get("at"), request.get("gettokens", 20)
 
-    def _submit_native(self, service, request, key, at):
+    def _submit_native(self, service, request, key, at, own, access):
+        caller = self.caller(access)
         prompt = request.get("message", request.get("messages"))
         if prompt is None:
             if key and "command" not in request:
@@ -2095,16 +2211,19 @@ class NativeFace:
         repeat = self.head.fields.get("idempotency-key")
         name, fingerprint, twin = key, prompt, None
         if not key and repeat:
-            name, fingerprint = ("repeat", self.caller(), repeat[:512]), self.raw_body
+            name, fingerprint = ("repeat", caller, repeat[:512]), self.raw_body
             at = 0
         elif not key:
-            twin = (service, self.caller(), self.raw_body)
+            twin = (service, caller, self.raw_body)
             self.server.watcher.look()
+        if access is not None and access.max_new_len is not None:
+            request["max_new_len"] = min(request.get("max_new_len", access.max_new_len),
+                                         access.max_new_len)
         payload = dumps({field: value for field, value in request.items()
                          if field not in NATIVE_ONLY})
         return self.broker.submit(
-            service, payload, caller=self.caller(), name=name or None, twin=twin, at=at,
-            fingerprint=fingerprint, own=self.is_operator(service),
+            service, payload, caller=caller, name=name or None, twin=twin, at=at,
+            fingerprint=fingerprint, own=own, access=access,
             wait=request.get("wait", False))
 
     def _whole_native(self, reader):
@@ -2223,17 +2342,23 @@ class OpenAIFace:
             raise RelayError("invalid_request", "model is missing: the name of a "
                              "service.", param="model")
         service = self.broker.find(model)
+        own, access = self.access(service)
         self._check_openai(api, service, request)
         options = request.get("stream_options") or {}
         stream = request.get("stream") or False
         repeat = self.head.fields.get("idempotency-key")
-        payload = dict(request, api=api)
+        payload, caller = dict(request, api=api), self.caller(access)
         for field in DROPPED_FIELDS:
             payload.pop(field, None)
+        if access is not None and access.max_new_len is not None and api != "embeddings":
+            field = ("max_completion_tokens" if "max_completion_tokens" in payload
+                     else "max_tokens")
+            payload[field] = min(payload.get(field, access.max_new_len),
+                                 access.max_new_len)
         reader = self.broker.submit(
-            service, dumps(payload), caller=self.caller(),
-            own=self.is_operator(service), grace=None if repeat else 0.0,
-            name=("repeat", self.caller(), repeat[:512]) if repeat else None, at=0,
+            service, dumps(payload), caller=caller, own=own, access=access,
+            grace=None if repeat else 0.0,
+            name=("repeat", caller, repeat[:512]) if repeat else None, at=0,
             fingerprint=self.raw_body)
         answer = _Answer(api, service.name, reader.job, len(payload))
         with self.attached(reader):
@@ -2516,12 +2641,18 @@ class OperatorFace:
         self.reply(200, self.broker.model(self.authorized(name)))
 
     def change_service(self, name):
-        """PATCH /api/services/{name}: operator, comment, "new_key": true"""
+        """PATCH /api/services/{name}: operator, comment, private, paused, new_key"""
         service = self.authorized(name)
         request = self.read_object()
-        answer = {}
-        for field, text in self._texts(request).items():
-            setattr(service, field, text)
+        answer, changes = {}, self._texts(request)
+        for field in ("private", "paused", "new_key"):
+            if not isinstance(request.get(field, False), bool):
+                raise RelayError("invalid_request", "%s must be true or false." % field,
+                                 param=field)
+            if field in request and field != "new_key":
+                changes[field] = request[field]
+        for field, value in changes.items():
+            setattr(service, field, value)
         if request.get("new_key"):
             answer["key"] = new_key()
             service.key_digest = digest(answer["key"])
@@ -2529,6 +2660,44 @@ class OperatorFace:
             log("new_key", service=service.name, address=self.address)
         self.server.store.save([service])
         self.reply(200, dict(self.broker.model(service), errorcode=0, **answer))
+
+    def keys(self, name):
+        """GET /api/services/{name}/keys: the access keys, with their use so far"""
+        service = self.authorized(name)
+        self.reply(200, {"errorcode": 0, "keys": [
+            key.shown(time.time()) for key in list(service.keys.values())]})
+
+    def add_key(self, name):
+        """POST /api/services/{name}/keys: {label, limits} -> {id, key}"""
+        service = self.authorized(name)
+        request = self.read_object()
+        check_fields(request, KEY_LIMITS)
+        label = request.get("label", "")
+        if not isinstance(label, str) or len(label) > 100 or not label.isprintable():
+            raise RelayError("invalid_request", "label must be a short text.",
+                             param="label")
+        if len(service.keys) >= MAX_KEYS:
+            raise RelayError("invalid_request", "%s has %d access keys: revoke some."
+                             % (service.name, MAX_KEYS))
+        key = new_key()
+        access = AccessKey(secrets.token_hex(8), digest(key), label, time.time(),
+                           *[request.get(limit) for limit in KEY_LIMITS],
+                           *(0, 0, 0, None))
+        self.server.store.add_key(service, access)
+        service.keys[access.digest] = access
+        log("key_added", service=service.name, key_id=access.id)
+        self.reply(201, dict(access.shown(time.time()), key=key, errorcode=0))
+
+    def revoke_key(self, name, key_id):
+        """DELETE /api/services/{name}/keys/{id}: in force at once, whatever the disk"""
+        service = self.authorized(name)
+        for access in list(service.keys.values()):
+            if access.id == key_id:
+                del service.keys[access.digest]
+                log("key_revoked", service=service.name, key_id=key_id)
+                self.server.store.remove_key(access)
+                return self.reply(200, {"errorcode": 0})
+        raise RelayError("not_found", "%s has no such access key." % service.name)
 
     def delete_service(self, name):
         """DELETE /api/services/{name}"""
@@ -2664,6 +2833,8 @@ def _routes():
         ("api", "services"): Route("operator", GET="models", POST="register"),
         ("api", "services", "*"): Route("operator", GET="service", PATCH="change_service",
                                         DELETE="delete_service"),
+        ("api", "services", "*", "keys"): Route("operator", GET="keys", POST="add_key"),
+        ("api", "services", "*", "keys", "*"): Route("operator", DELETE="revoke_key"),
     }
     for name, handler in (("login", "login"), ("poll", "poll"),
                           ("reply", "provider_reply"), ("logout", "logout")):
@@ -2690,11 +2861,14 @@ def find_route(path):
     route = ROUTES.get(path)
     if route is not None:
         return route, ()
-    if len(path) <= 4:
+    if len(path) <= 5:
         for index, segment in enumerate(path):
-            route = ROUTES.get(path[:index] + ("*",) + path[index + 1:])
+            pattern = path[:index] + ("*",) + path[index + 1:]
+            route = ROUTES.get(pattern)
             if route is not None:
                 return route, (segment,)
+            if index < len(path) - 1 and ROUTES.get(pattern[:-1] + ("*",)):
+                return ROUTES[pattern[:-1] + ("*",)], (segment, path[-1])
     return None, ()
 
 

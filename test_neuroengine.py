@@ -579,7 +579,25 @@ def test_services_and_counters_survive(tmp_path):
     loaded, = Store(path).load()
     assert vars(loaded) == dict(vars(service), **{
         name: getattr(loaded, name) for name in ("sessions", "idle", "returned", "own",
-                                                 "turns")})
+                                                 "turns", "keys")})
+
+
+def test_access_keys_and_their_use_survive_and_go_with_their_service(tmp_path):
+    path = str(tmp_path / "data.sqlite3")
+    store, service = Store(path), Service("Llm", "digest", private=True)
+    store.add(service)
+    key = neuroengine_server.AccessKey("id", "hash", "Ann", 1.0, 5, 6, 7, 8, 9.0, 2, 3, 4, 1.5)
+    store.add_key(service, key)
+    service.keys["hash"] = key
+    key.requests = 33
+    store.save([service])
+    store.close()
+    store = Store(path)
+    loaded, = store.load()
+    assert loaded.private and vars(loaded.keys["hash"]) == vars(key)
+    store.remove(service)
+    store.add(service)
+    assert not store.load()[0].keys
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such modes on Windows")
@@ -1107,6 +1125,80 @@ def test_a_service_is_managed_with_its_key_and_no_other(relay, hand):
     assert ask(relay, path, **mine)[0] == 401
     assert ask(relay, path, method="DELETE", Authorization="Bearer " + new)[0] == 200
     assert ask(relay, "/" + hand.name, {"message": "x"})[0] == 404
+
+
+def manage(relay, hand, method, path="", body=None):
+    return ask(relay, "/api/services/" + hand.name + path, body, method,
+               Authorization="Bearer " + hand.key)[:2]
+
+
+def test_a_private_service_is_for_its_guests_and_its_operator(relay, hand):
+    assert manage(relay, hand, "PATCH", body={"private": True})[1]["private"] is True
+    guest = manage(relay, hand, "POST", "/keys", {"label": "Ann"})[1]
+    for body in ({"message": "x"}, {"key": "k", "at": 0}, {"command": "cancel", "key": "k"}):
+        for key in ("", "wrong"):
+            status, answer, _ = ask(relay, "/" + hand.name, body,
+                                    Authorization="Bearer " + key)
+            assert status == 401 and answer["error"] == "invalid_key"
+    assert chat(relay, hand.name)[0] == 401
+    for key in (guest["key"], hand.key):
+        answer = in_thread(Neuroengine(hand.name, relay.url, key=key).request, "hi")
+        hand.reply(hand.next_job(), ["x"], done=True)
+        assert answer() == "x"
+    listed, = manage(relay, hand, "GET", "/keys")[1]["keys"]
+    assert listed["label"] == "Ann" and listed["requests_today"] == 1
+    assert listed["tokens_today"] == 1 and "key" not in listed and "digest" not in listed
+    assert manage(relay, hand, "DELETE", "/keys/" + guest["id"])[0] == 200
+    assert ask(relay, "/" + hand.name, {"message": "x"},
+               Authorization="Bearer " + guest["key"])[0] == 401
+    assert manage(relay, hand, "DELETE", "/keys/" + guest["id"])[0] == 404
+
+
+def test_an_access_key_keeps_to_its_limits(relay, hand):
+    guest = manage(relay, hand, "POST", "/keys", {
+        "requests_per_day": 2, "concurrency": 1, "max_new_len": 7})[1]
+    mine = {"Authorization": "Bearer " + guest["key"]}
+    body = {"message": "x", "max_new_len": 100}
+    answer = in_thread(ask, relay, "/" + hand.name, body, **mine)
+    job = hand.next_job()
+    assert job["request"]["max_new_len"] == 7
+    status, refused, _ = ask(relay, "/" + hand.name, {"message": "y"}, **mine)
+    assert status == 429 and refused["error"] == "rate_limited"
+    hand.reply(job, ["x"], done=True)
+    answer()
+    answer = in_thread(ask, relay, "/v1/chat/completions", {
+        "model": hand.name, "messages": [{"role": "user", "content": "x"}]}, **mine)
+    job = hand.next_job()
+    assert job["request"]["max_tokens"] == 7
+    hand.reply(job, ["x"], done=True)
+    answer()
+    status, refused, headers = ask(relay, "/" + hand.name, {"message": "z"}, **mine)
+    assert status == 429 and refused["error"] == "quota_exceeded"
+    assert "midnight UTC" in refused["reply"] and headers["Retry-After"]
+    old = manage(relay, hand, "POST", "/keys", {"expires": 1})[1]
+    assert ask(relay, "/" + hand.name, {"message": "x"},
+               Authorization="Bearer " + old["key"])[0] == 401
+
+
+def test_a_revoked_key_is_out_even_if_the_disk_is_full(relay, hand, monkeypatch):
+    manage(relay, hand, "PATCH", body={"private": True})
+    guest = manage(relay, hand, "POST", "/keys", {})[1]
+    monkeypatch.setattr(relay.store, "remove_key", lambda key: 1 / 0)
+    manage(relay, hand, "DELETE", "/keys/" + guest["id"])
+    relay.errors.pop("internal_error")
+    assert ask(relay, "/" + hand.name, {"message": "x"},
+               Authorization="Bearer " + guest["key"])[0] == 401
+
+
+def test_a_paused_service_refuses_all_but_its_operator(relay, hand):
+    manage(relay, hand, "PATCH", body={"paused": True})
+    status, answer, headers = ask(relay, "/" + hand.name, {"message": "x"})
+    assert status == 503 and answer["error"] == "service_paused" and headers["Retry-After"]
+    answer = in_thread(Neuroengine(hand.name, relay.url, key=hand.key).request, "hi")
+    hand.reply(hand.next_job(), ["x"], done=True)
+    assert answer() == "x"
+    for bad in ({"paused": "yes"}, {"private": 1}):
+        assert manage(relay, hand, "PATCH", body=bad)[0] == 400
 
 
 def test_another_sites_page_cannot_manage(relay):
