@@ -356,10 +356,11 @@ class Job:
 class Reader:
     """One client's hold on a job: it waits there, and has read up to `at`."""
 
-    __slots__ = ("job", "at", "attached", "gone")
+    __slots__ = ("job", "at", "start", "attached", "gone")
 
     def __init__(self, job, at):
-        self.job, self.at, self.attached, self.gone = job, at, True, False
+        self.job, self.at, self.start = job, at, at
+        self.attached, self.gone = True, False
 
 
 MOVES = {  # the only ways a job changes its state
@@ -563,6 +564,13 @@ class Broker:
             position = self._position_locked(job)
             return {"position": position, "waiting": service.waiting,
                     "eta_s": self._eta_locked(service, position)}
+
+    def advance(self, reader):
+        """What was read is about to be written: a client that does not count gets what
+        follows next. Before the write, for it may ask again at once; leave takes it
+        back if the write failed."""
+        with self._lock:
+            reader.job.place = max(reader.job.place, reader.at)
 
     def leave(self, reader, delivered=False):
         """The reader goes. delivered: the client has what was read, as far as we know."""
@@ -837,8 +845,8 @@ class Broker:
         reader.attached = False
         job = reader.job
         job.readers -= 1
-        if delivered:
-            job.place = max(job.place, reader.at)
+        if not delivered and job.place == reader.at:
+            job.place = reader.start
         if job.readers:
             return
         if job.ended_at is not None and job.name is None and delivered:
@@ -2253,6 +2261,7 @@ class NativeFace:
             if not texts:
                 raise RelayError("still_waiting", "No token yet: ask again with the same "
                                  "key.", retry_after=0)
+            self.broker.advance(reader)
             return self.reply(200, reply)
         if job.error is not None and (counts or not job.error_told):
             job.error_told = True          # a client that does not count would loop
@@ -3202,12 +3211,19 @@ def serve_eliza(broker, service, pause=0.04):
             threading.Thread(target=answer, args=(job, attempt, at, cancelled),
                              daemon=True).start()
 
-    while not broker.closed:
+    while not broker.draining:
         with contextlib.suppress(RelayError):
             jobs, cancels = broker.poll(service, session, object(), list(running))
             take(jobs, cancels)
-        if broker.draining:
-            return
+
+
+def start_demo(relay):
+    """Add the service Eliza to a relay, and its provider in a thread."""
+    service = Service("Eliza", "", "neuroengine", "A demo that needs no model",
+                      time.time())
+    relay.broker.add(service)
+    threading.Thread(target=serve_eliza, args=(relay.broker, service),
+                     daemon=True).start()
 
 
 ##############################################################################
@@ -3304,19 +3320,18 @@ def main(argv=None):
               % (options.host or "any address", options.port, error.strerror or error),
               file=sys.stderr)
         return 1
-    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    relay.start()
-    print("neuroengine %s listens at %s" % (__version__, relay.url), flush=True)
-    if options.demo:
-        service = Service("Eliza", "", "neuroengine", "A demo that needs no model",
-                          time.time())
-        relay.broker.add(service)
-        threading.Thread(target=serve_eliza, args=(relay.broker, service),
-                         daemon=True).start()
-        print("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url, flush=True)
-    stop.wait()
+        signal.signal(number, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        relay.start()
+        print("neuroengine %s listens at %s" % (__version__, relay.url), flush=True)
+        if options.demo:
+            start_demo(relay)
+            print("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url, flush=True)
+        while True:
+            # Not for ever: a signal that comes in the instant before the sleep does
+            # not end it, and is dealt with after it.
+            time.sleep(1)
     for number in (signal.SIGTERM, signal.SIGINT):   # a second one ends it at once
         signal.signal(number, lambda *_: os._exit(1))
     relay.stop(options.drain_seconds)

@@ -497,6 +497,7 @@ def test_without_a_position_only_what_was_delivered_counts_as_read(desk):
     for delivered in (False, True):
         again = desk.broker.open(desk.service, "k")
         assert desk.broker.read(again, most=2)[0] == ["a", "b"]
+        desk.broker.advance(again)
         desk.broker.leave(again, delivered)
     assert desk.broker.read(desk.broker.open(desk.service, "k")) == (["c"], True)
 
@@ -1981,14 +1982,38 @@ def test_a_redirect_is_not_followed():
         assert "elsewhere.example" in Neuroengine("x", url, key="k").request("hi", tries=1)
 
 
-def test_connections_are_kept_alive(relay, provide):
-    name, _ = provide(count_to(1))
-    api = client_of(relay, name)
-    api.request("hi")
-    before = relay.connections
+def test_connections_are_kept_alive(relay, hand, monkeypatch):
+    connects, connect = [], neuroengine._HTTPConnection.connect
+    monkeypatch.setattr(neuroengine._HTTPConnection, "connect",
+                        lambda self: connects.append(self) or connect(self))
+    api = client_of(relay, hand.name)
     for _ in range(5):
-        api.request("hi")
-    assert relay.connections == before
+        api.getModels()
+    assert len(connects) == 1
+
+
+def test_a_stream_without_its_last_record_is_not_complete():
+    asked = []
+
+    class Cutting(http.server.BaseHTTPRequestHandler):
+        """Ends the first stream well by HTTP's rules, but without its last record."""
+
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            records = [{"at": 0, "items": ["a"]}] if len(asked) == 1 else [
+                {"at": 1, "items": ["b"]}, {"done": True}]
+            data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+            self.send_response(200)
+            self.send_header("Content-Type", "application/x-ndjson")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+    with serving(Cutting) as url:
+        assert "".join(Neuroengine("x", url).stream("hi")) == "ab"
+    assert asked[1]["key"] == asked[0]["key"] and asked[1]["at"] == 1
 
 
 ##############################################################################
