@@ -36,6 +36,7 @@ import http.client
 import json
 import os
 import random
+import re
 import secrets
 import socket
 import ssl
@@ -79,7 +80,8 @@ SAMPLING = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "min_p": 0.0,
 # Errors
 ##############################################################################
 
-# Those after which asking again can help, by name; the relay's README has them all.
+# Those after which we ask again by ourselves: what passes soon. (A service that is
+# offline or paused may be so for hours: whoever asked had better know.)
 RETRIED = frozenset(("internal_error", "request_timeout", "queue_full", "rate_limited",
                      "relay_busy", "shutting_down", "still_waiting", "provider_lost"))
 # Those that end a provider: trying again would only knock at the wrong door for ever.
@@ -428,7 +430,10 @@ class Transport:
             data = json.dumps(body, separators=(",", ":")).encode("ascii")
             headers["Content-Type"] = "application/json"
         if key:
-            headers["Authorization"] = "Bearer " + key
+            if not re.match(r"[!-~]+\Z", key.strip()):
+                raise NeuroengineError(30, "That is no key: a key is one word of letters, "
+                                       "digits and signs.", "invalid_key")
+            headers["Authorization"] = "Bearer " + key.strip()
         headers.setdefault("User-Agent", "neuroengine/" + __version__)
         request = urllib.request.Request(
             self.base + path, data=data, method=method,
@@ -451,14 +456,20 @@ class Transport:
 
 def no_connection(base, error):
     """A NeuroengineError for a connection that could not be made, or broke."""
-    reason = getattr(error, "reason", None) or error
+    reason = getattr(error, "reason", None)
+    if not isinstance(reason, Exception):
+        reason = error
     if isinstance(reason, ssl.SSLCertVerificationError):
         words = ("The certificate of %s is not to be trusted (%s). If it is your own "
                  "relay's, give verify_ssl the path of its certificate."
                  % (base, reason.verify_message))
         return NeuroengineError(NO_CONNECTION, words, "certificate")
+    if isinstance(reason, ssl.SSLError) and "WRONG_VERSION" in str(reason):
+        words = ("%s does not speak TLS. If it is meant to be plain HTTP, name it as "
+                 "http://HOST:PORT." % base)
+        return NeuroengineError(NO_CONNECTION, words, "certificate")
     words = "Connection error with %s (%s). Try again in a few seconds." % (
-        base, reason or type(reason).__name__)
+        base, str(reason) or type(reason).__name__)
     return NeuroengineError(NO_CONNECTION, words, "no_connection")
 
 
@@ -849,6 +860,8 @@ class NeuroengineServer:
         it finds the text so far in request["reply_so_far"], and returns what follows.
         Reconnects by itself. Raises NeuroengineError if the service key is wrong.
         """
+        if self.service_name is None:
+            raise NeuroengineError(NO_CONNECTION, "Call login() before listen().")
         features = dict(self._features, workers=workers, continues=continues)
         if features != self._features:
             self._features, self._stale = features, True
@@ -1148,15 +1161,17 @@ class Upstream:
             base = base[:-3] if base.endswith("/v1") else base
             transport = Transport(base)
             try:
-                answer = self._get(transport, "/v1/models")
-            except NeuroengineError as error:
+                response = transport.open("GET", "/v1/models", key=self._key, timeout=5)
+                data = response.read()
+                if response.headers.get("Server") == "neuroengine":
+                    continue                   # a relay, perhaps our own
+                answer = parse_answer(response.status, response.headers, data)
+            except BROKEN + (NeuroengineError,) as error:
                 if len(self._urls) == 1:
                     raise Unavailable("The LLM server at %s does not answer (%s)."
-                                      % (base, error.message)) from None
+                                      % (base, error)) from None
                 continue
             models = [model for model in answer.get("data") or () if model.get("id")]
-            if models and models[0].get("owned_by") == "neuroengine":
-                continue                       # a relay, not an LLM
             self._transport = transport
             self._learn(models)
             return
@@ -1462,10 +1477,17 @@ def read_key(path):
 
 def register(transport, name, operator="", comment=""):
     """Register a service and return its key, kept in key_file from now on."""
+    path = key_file(transport.base, name)
+    try:
+        # Before the relay is asked: the key is told only once.
+        save_key(path, read_key(path))
+    except OSError as error:
+        raise NeuroengineError(NO_CONNECTION, "The key could not be kept in %s (%s). Set "
+                               "NEUROENGINE_HOME to a folder that can be written."
+                               % (path, error.strerror)) from None
     answer = transport.call("POST", "/api/services", {
         "name": name, "operator": operator, "comment": comment},
         idempotency_key=secrets.token_hex(16))
-    path = key_file(transport.base, name)
     save_key(path, answer["key"])
     return answer["key"], path
 
@@ -1556,6 +1578,24 @@ def run_register(options):
         options.name, path, key))
 
 
+def patiently(status, action):
+    """Do action, and again for as long as the relay cannot be reached."""
+    failures = 0
+    while True:
+        try:
+            return action()
+        except NeuroengineError as error:
+            if error.name == "name_taken":
+                error.message += (" If it is yours, give its service key by --key-file or "
+                                  "$NEUROENGINE_KEY.")
+            if error.name != "no_connection" and error.name not in RETRIED:
+                raise
+            if not failures:
+                status.event(error.message)
+            time.sleep(pause_before(failures, error.retry_after))
+            failures += 1
+
+
 def run_share(options):
     """share: be a provider, with a local LLM server behind it."""
     server = NeuroengineServer(options.relay or DEFAULT_SERVER,
@@ -1567,8 +1607,8 @@ def run_share(options):
     path = options.key_file or key_file(base, options.name)
     key = os.environ.get("NEUROENGINE_KEY") or read_key(path)
     if not key:
-        key, path = register(server._transport, options.name, options.operator,
-                             options.comment)
+        key, path = patiently(status, lambda: register(
+            server._transport, options.name, options.operator, options.comment))
         status.event("Registered %s; its service key is kept in %s." % (
             options.name, path))
     workers = options.workers or upstream.slots or 1
@@ -1577,8 +1617,8 @@ def run_share(options):
     if upstream.context_length:
         server._features["context_length"] = upstream.context_length
     server._ready = lambda: upstream.wait(status.event)
-    if server.login(options.name, key) < 0:
-        raise NeuroengineError(NO_CONNECTION, server.error)
+    server.service_name, server.service_key = options.name, key
+    patiently(status, server._log_in)
     print("Sharing %s (%s, %d at once) at %s/%s\nTry it: curl %s/%s -d "
           "'{\"message\": \"Hello!\"}'" % (
               options.name, upstream.kind or "an OpenAI-compatible server", workers,
@@ -1640,7 +1680,7 @@ COMMANDS = {"ask": run_ask, "chat": run_chat, "models": run_models,
 def main(argv=None):
     """Run the command line; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
+    if argv and argv[0] not in COMMANDS and argv[0] not in ("-h", "--help", "--version"):
         argv = ["ask"] + argv                  # as it always was
     parser = build_parser()
     options = parser.parse_args(argv)

@@ -128,6 +128,8 @@ KEY_LIMITS = {               # what an access key may be limited to; None: not a
     "requests_per_day": (int, 0, 10**9), "tokens_per_day": (int, 0, 10**12),
     "concurrency": (int, 1, 10**4), "max_new_len": (int, 1, 10**7),
     "expires": (float, 0, 10**11)}
+LENGTH_FIELDS = {"max_new_len", "max_tokens", "max_completion_tokens", "n_predict",
+                 "max_length", "num_predict"}    # all that some upstream understands
 DAY_SECONDS = 86400          # quotas begin anew at midnight UTC
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
@@ -270,6 +272,17 @@ class AccessKey:
         for column, value in zip(self.COLUMNS, values):
             setattr(self, column, value)
         self.running = 0
+
+    def cap(self, request, usual):
+        """Limit the length that a request may ask for; `usual`: the field for it."""
+        if self.max_new_len is None:
+            return
+        request.setdefault(usual, self.max_new_len)
+        for field in LENGTH_FIELDS & set(request):
+            asked = request[field]
+            request[field] = (min(asked, self.max_new_len)
+                              if type(asked) in (int, float) and asked > 0
+                              else self.max_new_len)
 
     def shown(self, now):
         """What its operator is told of it; the key itself is known to the guest alone."""
@@ -539,16 +552,18 @@ class Broker:
             target = math.inf if want is None else reader.at + want
             if timeout > 0:
                 deadline = time.monotonic() + timeout
-                while not (len(job.items) >= target or job.ended_at is not None
-                           or reader.gone):
+                while not (len(job.items) >= target
+                           and (job.seen or job.state != "queued")
+                           or job.ended_at is not None or reader.gone):
                     left = deadline - time.monotonic()
                     if left <= 0:
                         break
                     # Whoever brings items wakes us only when there are so many.
                     job.wanted = min(job.wanted, target)
                     job.progress.wait(left)
-            if want is None and job.ended_at is None:
-                return [], False
+            if job.ended_at is None and (want is None or job.state == "queued"
+                                         and not job.seen):
+                return [], False      # what nobody saw may yet be made anew
             items = job.items[reader.at:None if most is None else reader.at + most]
             if items:
                 reader.at += len(items)
@@ -992,6 +1007,10 @@ class Broker:
 
     def _lease_locked(self, job, session):
         self._move_locked(job, "leased")
+        if not job.seen:                              # this one starts afresh
+            self._held -= job.size - len(job.payload)
+            job.size, job.first_at = len(job.payload), None
+            job.items.clear()
         job.attempt += 1
         job.session = session
         if job.leased_at is None:
@@ -1205,10 +1224,6 @@ class Broker:
             self._move_locked(job, "queued")
             self.counts["requeued"] += 1
             job.avoid = session
-            if not job.seen:                          # another will start afresh
-                self._held -= job.size - len(job.payload)
-                job.size, job.first_at = len(job.payload), None
-                job.items.clear()
             job.returned = True
             self._enqueue_locked(job)
             return
@@ -1314,7 +1329,7 @@ def size_of(items):
 def invalid_name_words(name):
     """Say why a service cannot have this name."""
     if name.lower() in RESERVED_NAMES:
-        return "The name %s is one of the relay's own words: choose another." % name
+        return "%s is one of the relay's own words, so no service has it." % name
     return ("A service name is 1 to 64 of letters, digits, '.', '_' and '-', and begins "
             "with a letter or digit.")
 
@@ -1674,9 +1689,7 @@ class Wire:
         the response at the peer. nginx does the same (lingering_close).
         """
         try:
-            if isinstance(self.sock, ssl.SSLSocket):
-                return                               # a TLS socket cannot half-close
-            self.sock.shutdown(socket.SHUT_WR)
+            self.sock.shutdown(socket.SHUT_WR)       # also ends a TLS socket's TLS
             deadline = time.monotonic() + 2
             for _ in range(512):                     # 32 MiB at the most
                 left = deadline - time.monotonic()
@@ -1978,7 +1991,8 @@ class Connection(socketserver.BaseRequestHandler):
                 headers["allow"] = error.allow
             if status == 401:
                 headers["www_authenticate"] = "Bearer"
-            if self.openai and status >= 500 and not ERRORS[error.name][4]:
+            if self.openai and (status >= 500 or status == 429) \
+                    and not ERRORS[error.name][4]:
                 headers["x_should_retry"] = "false"
         head = self.head_bytes(status, kind, headers)
         length = b"" if status == 204 else b"Content-Length: %d\r\n" % len(body)
@@ -2136,7 +2150,9 @@ class PageFace:
 
     def metrics(self):
         """GET /metrics, in the text format of Prometheus"""
-        if not ipaddress.ip_address(self.address.partition("/")[0]).is_loopback:
+        proxied = {"x-forwarded-for", "forwarded", "x-real-ip"} & set(self.head.fields)
+        if proxied or not ipaddress.ip_address(
+                self.address.partition("/")[0]).is_loopback:
             raise RelayError("forbidden", "Metrics are for this machine only.")
         lines = ["neuroengine_%s %d" % item for item in
                  sorted(dict(self.broker.totals(),
@@ -2224,9 +2240,8 @@ class NativeFace:
         elif not key:
             twin = (service, caller, self.raw_body)
             self.server.watcher.look()
-        if access is not None and access.max_new_len is not None:
-            request["max_new_len"] = min(request.get("max_new_len", access.max_new_len),
-                                         access.max_new_len)
+        if access is not None:
+            access.cap(request, "max_new_len")
         payload = dumps({field: value for field, value in request.items()
                          if field not in NATIVE_ONLY})
         return self.broker.submit(
@@ -2359,11 +2374,8 @@ class OpenAIFace:
         payload, caller = dict(request, api=api), self.caller(access)
         for field in DROPPED_FIELDS:
             payload.pop(field, None)
-        if access is not None and access.max_new_len is not None and api != "embeddings":
-            field = ("max_completion_tokens" if "max_completion_tokens" in payload
-                     else "max_tokens")
-            payload[field] = min(payload.get(field, access.max_new_len),
-                                 access.max_new_len)
+        if access is not None and api != "embeddings":
+            access.cap(payload, "max_tokens")
         reader = self.broker.submit(
             service, dumps(payload), caller=caller, own=own, access=access,
             grace=None if repeat else 0.0,
@@ -3157,10 +3169,10 @@ ELIZA = (
     (r"\bi feel (.*)", "Tell me more about feeling {}. Do you often feel {}?"),
     (r"\bbecause (.*)", "Is that the real reason? What else could be, if {}?"),
     (r"\bare you (.*)", "Why does it matter to you whether I am {}?"),
-    (r"\b(?:hello|hi|hey)\b", "Hello. How are you feeling today? I am Eliza, a demo that "
-     "needs no model; share your own with `python3 neuroengine.py share NAME`."),
     (r"\bpoem\b", "Roses are red,\nviolets are blue,\nthis relay is running,\nand so, "
      "I hope, are you."),
+    (r"\b(?:hello|hi|hey)\b", "Hello. How are you feeling today? I am Eliza, a demo that "
+     "needs no model; share your own with `python3 neuroengine.py share NAME`."),
     (r"\?", "What do *you* think? And why do you ask?"),
     (r"", "Please go on: what does that suggest to you?"),
 )
@@ -3231,6 +3243,30 @@ def start_demo(relay):
 ##############################################################################
 
 
+def whole(text):
+    """A number of things, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def seconds(text):
+    """A length of time, for argparse."""
+    number = float(text)
+    if not 0 <= number < 10**9:
+        raise ValueError
+    return number
+
+
+def port_number(text):
+    """A TCP port, for argparse."""
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise ValueError
+    return number
+
+
 def build_parser():
     """The command line's options."""
     parser = argparse.ArgumentParser(
@@ -3239,7 +3275,7 @@ def build_parser():
         epilog="Try it: python3 neuroengine_server.py --demo")
     add = parser.add_argument
     add("--host", default="", help="address to listen on; empty for all")
-    add("--port", type=int, default=8000, help="port to listen on; 0 for any free one")
+    add("--port", type=port_number, default=8000, help="port to listen on; 0 for any free one")
     add("--data", default="neuroengine.sqlite3", metavar="FILE",
         help="where services and counters are kept")
     add("--cert", metavar="FILE", help="certificate chain in PEM, for TLS")
@@ -3252,8 +3288,9 @@ def build_parser():
     add("--version", action="version", version="neuroengine " + __version__)
     group = parser.add_argument_group("limits")
     for name, default, text in LIMITS:
-        group.add_argument("--" + name.replace("_", "-"), type=type(default),
-                           default=default, metavar="N", help=text)
+        group.add_argument("--" + name.replace("_", "-"), default=default, metavar="N",
+                           type=seconds if name.endswith("_seconds") else whole,
+                           help=text)
     return parser
 
 
@@ -3269,6 +3306,8 @@ def read_page():
 
 def choose_tls(options):
     """The TLS context that the options ask for, or None. Raises StoreError."""
+    if options.tls == "off" and options.cert or options.key and not options.cert:
+        raise StoreError("TLS needs --cert and --key together, and no --tls off.")
     if options.tls == "off":
         return None
     cert, key = options.cert, options.key or options.cert
@@ -3283,8 +3322,8 @@ def choose_tls(options):
     try:
         return tls_context(cert, key)
     except (OSError, ssl.SSLError) as error:
-        raise StoreError("The certificate %s with the key %s cannot be used: %s."
-                         % (cert, key, error))
+        raise StoreError("The certificate %s with the key %s cannot be used: %s. Both "
+                         "are files in PEM form." % (cert, key, error))
 
 
 def open_relay(options):

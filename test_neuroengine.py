@@ -4,7 +4,6 @@ Relay, Client and provider, Bridge, Command lines, README. No network but loopba
 import contextlib
 import http.client
 import http.server
-import io
 import json
 import os
 import re
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import uuid
 
 import pytest
@@ -324,14 +322,16 @@ def test_a_provider_whose_job_passed_to_another_is_fenced_off(desk):
 
 def test_a_provider_that_only_lost_its_connection_gets_its_job_back(desk):
     reader, session, job = desk.start()
+    desk.reply(session, job, ["w"])
     token = object()
     desk.poll(session, [(job, 1)], token)
     desk.broker.lost(session, token)
     desk.later(1)
     assert reader.job.state == "queued"
+    assert desk.broker.read(reader) == ([], False)    # another may begin anew
     assert desk.poll(session, [(job, 1)]) == ([], [])
-    desk.reply(session, job, ["x"], done=True)
-    assert desk.broker.read(reader) == (["x"], True)
+    desk.reply(session, job, ["x"], at=1, done=True)
+    assert desk.broker.read(reader) == (["w", "x"], True)
 
 
 def test_a_stream_goes_on_when_its_provider_is_back_within_the_lease(desk):
@@ -1780,7 +1780,9 @@ def test_request_never_raises_and_stream_and_getmodels_do():
 
 def test_login_tells_a_wrong_key_by_a_negative_number(relay, hand):
     server = NeuroengineServer(relay.url)
-    assert server.login(hand.name, "wrong") == -30
+    for key in ("wrong", "two\nlines", "\u2603"):
+        assert server.login(hand.name, key) == -30
+    assert server.login(hand.name, hand.key + "\n") == 0
     assert server.login("nosuch", "wrong") == -40
     assert server.login(hand.name, hand.key) == 0
 
@@ -2257,7 +2259,6 @@ def test_an_upstream_that_goes_away_takes_the_service_offline_until_it_is_back(r
 def test_a_relay_is_not_taken_for_an_llm(relay):
     with pytest.raises(neuroengine.Unavailable):
         neuroengine.Upstream("http://127.0.0.1:9").find()
-    Hand(relay)
     with pytest.raises(neuroengine.Unavailable, match="a relay, not an LLM"):
         neuroengine.Upstream(relay.url).find()
 
@@ -2394,12 +2395,23 @@ def test_ask_models_and_register_do_what_they_say(start, tmp_path):
 def test_a_busy_port_or_a_missing_certificate_is_one_sentence(start, relay, tmp_path):
     port = relay.server_address[1]
     for args, words in ((["--port", port, "--host", "127.0.0.1", "--demo"], "Cannot listen"),
+                        (["--port", 0, "--key", "k.pem"], "--cert and --key together"),
                         (["--port", 0, "--cert", "nosuch.pem", "--demo"], "nosuch.pem"),
                         (["--port", 0, "--data", "/nosuch/dir/x"], "/nosuch/dir/x")):
         program = start("neuroengine_server.py", *args)
         assert program.process.wait(SOON) == 1
         program.says(words)
         assert "Traceback" not in program.output
+
+
+def test_a_key_that_cannot_be_kept_is_not_asked_for(start, relay, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    name = name_of()
+    program = start("neuroengine.py", "register", name, NEUROENGINE_SERVER=relay.url,
+                    NEUROENGINE_HOME=str(tmp_path / "file"))
+    program.says("could not be kept")
+    assert "Traceback" not in program.output
+    assert ask(relay, "/api/services", {"name": name})[0] == 201
 
 
 def test_help_names_every_option_and_its_default():
