@@ -252,14 +252,85 @@ class Service:
         self.keys = {}                # digest -> AccessKey, those of its guests
         self.sessions = {}            # id -> Session, those that are connected
         self.idle = OrderedDict()     # sessions with a parked poll and a free worker
-        self.returned = deque()       # jobs a provider did not finish: they go first
-        self.own = deque()            # then the operator's own
-        self.turns = OrderedDict()    # then caller -> deque of jobs, taking turns
-        self.waiting = 0              # jobs in those three
+        self.queue = Queue()          # of jobs that wait
         self.job_seconds = None       # measured, as a moving average
         self.tokens_per_second = None
         self.context_length = None    # as a provider told
         self.expected_until = 0.0     # its provider may be back before: let prompts wait
+
+
+class Queue:
+    """The jobs that wait for one service, in the order in which they will be taken."""
+
+    def __init__(self):
+        self._returned = deque()      # those a provider did not finish go first
+        self._own = deque()           # then the operator's own
+        self._turns = OrderedDict()   # then caller -> deque of jobs, taking turns
+        self._count = 0
+
+    def __len__(self):
+        return self._count
+
+    def __iter__(self):
+        for queue in (self._returned, self._own, *self._turns.values()):
+            yield from queue
+
+    def count(self, caller, own):
+        """How many jobs of one caller, or of the operator, wait."""
+        return len(self._own if own else self._turns.get(caller, ()))
+
+    def add(self, job):
+        """Put a job where it belongs."""
+        self._count += 1
+        if job.returned:
+            self._returned.appendleft(job)
+        elif job.own:
+            self._own.append(job)
+        else:
+            self._turns.setdefault(job.caller, deque()).append(job)
+
+    def remove(self, job):
+        """Take out this very job."""
+        self._count -= 1
+        if job.returned:
+            self._returned.remove(job)
+        elif job.own:
+            self._own.remove(job)
+        else:
+            queue = self._turns[job.caller]
+            queue.remove(job)
+            if not queue:
+                del self._turns[job.caller]
+
+    def take(self, session):
+        """Take out the job that this session should have next; None if there is none."""
+        job = next((job for job in self._returned if session.may_take(job)), None)
+        if job is None and self._own:
+            job = self._own[0]
+        elif job is None and self._turns:
+            caller = next(iter(self._turns))
+            job = self._turns[caller][0]
+            self._turns.move_to_end(caller)           # the next caller's turn
+        if job is not None:
+            self.remove(job)
+        return job
+
+    def position(self, job):
+        """How many jobs will be taken up to and including this one."""
+        if job.returned:
+            return self._returned.index(job) + 1
+        ahead = len(self._returned)
+        if job.own:
+            return ahead + self._own.index(job) + 1
+        ahead += len(self._own)
+        turn = self._turns[job.caller].index(job)
+        before = True                                 # callers whose turn is sooner
+        for caller, queue in self._turns.items():
+            if caller == job.caller:
+                before = False
+            else:
+                ahead += min(len(queue), turn + before)
+        return ahead + turn + 1
 
 
 class AccessKey:
@@ -316,6 +387,11 @@ class Session:
     def free(self):
         """How many more jobs it can run now."""
         return self.workers - len(self.jobs) - len(self.cancelling)
+
+    def may_take(self, job):
+        """Whether a job that another session gave back can go to this one."""
+        return (self.continues or not job.seen) and (
+            job.avoid is not self or len(self.service.sessions) == 1)
 
 
 class Job:
@@ -478,7 +554,7 @@ class Broker:
             return dict(self.counts, held_bytes=self._held, jobs_held=len(self._jobs),
                         services=len(self._services), timers=len(self._timers),
                         sessions=sum(len(s.sessions) for s in services),
-                        waiting=sum(s.waiting for s in services),
+                        waiting=sum(len(s.queue) for s in services),
                         running=sum(len(s.jobs) for s in self._sessions.values()))
 
     def take_changed(self):
@@ -576,8 +652,8 @@ class Broker:
             if job.state != "queued":
                 return None
             service = job.service
-            position = self._position_locked(job)
-            return {"position": position, "waiting": service.waiting,
+            position = service.queue.position(job)
+            return {"position": position, "waiting": len(service.queue),
                     "eta_s": self._eta_locked(service, position)}
 
     def advance(self, reader):
@@ -768,11 +844,11 @@ class Broker:
         return session
 
     def _model_locked(self, service):
-        eta = self._eta_locked(service, service.waiting + 1)
+        eta = self._eta_locked(service, len(service.queue) + 1)
         model = {"name": service.name, "numreq": service.numreq,
                  "private": service.private, "paused": service.paused,
                  "connected": bool(service.sessions), "comment": service.comment,
-                 "operator": service.operator, "queuelen": service.waiting,
+                 "operator": service.operator, "queuelen": len(service.queue),
                  "workers": sum(s.workers for s in service.sessions.values()),
                  "running": sum(len(s.jobs) for s in service.sessions.values()),
                  "created": int(service.created)}
@@ -801,14 +877,14 @@ class Broker:
             self._check_quota_locked(access)
         if not (service.sessions or wait or self._clock() < service.expected_until):
             raise self._offline(service)
-        queue = service.own if own else service.turns.get(caller, ())
-        if service.waiting >= self.limits.max_queue:
+        mine = service.queue.count(caller, own)
+        if len(service.queue) >= self.limits.max_queue:
             raise RelayError("queue_full", "%d prompts wait for %s already: try again "
-                             "later." % (service.waiting, service.name),
+                             "later." % (len(service.queue), service.name),
                              retry_after=self._retry_after_locked(service))
-        if len(queue) >= self.limits.max_queue_per_caller:
+        if mine >= self.limits.max_queue_per_caller:
             raise RelayError("rate_limited", "You have %d prompts waiting for %s: let "
-                             "some be answered first." % (len(queue), service.name),
+                             "some be answered first." % (mine, service.name),
                              retry_after=self._retry_after_locked(service))
         while self._held + size > self.limits.max_held_bytes and self._kept:
             self._forget_locked(next(iter(self._kept.values())))
@@ -837,7 +913,7 @@ class Broker:
                              "wait for an answer." % access.concurrency, retry_after=2)
 
     def _retry_after_locked(self, service):
-        eta = self._eta_locked(service, service.waiting)
+        eta = self._eta_locked(service, len(service.queue))
         return 10 if eta is None else min(max(math.ceil(eta), 1), 120)
 
     def _offline(self, service):
@@ -880,73 +956,15 @@ class Broker:
                 job.id, job.state, state))
         job.state = state
 
-    # Queues. A job is in one of its service's three while it is "queued".
+    # A job is in its service's queue exactly while it is "queued".
 
     def _enqueue_locked(self, job):
         service = job.service
-        if job.returned:
-            service.returned.appendleft(job)
-        elif job.own:
-            service.own.append(job)
-        else:
-            service.turns.setdefault(job.caller, deque()).append(job)
-        service.waiting += 1
+        service.queue.add(job)
         if service.idle:
             self._dispatch_locked(service)
         elif not service.sessions:
             self._later_locked(self.limits.offline_seconds, self._deserted_locked, service)
-
-    def _unqueue_locked(self, job):
-        service = job.service
-        service.waiting -= 1
-        if job.returned:
-            service.returned.remove(job)
-        elif job.own:
-            service.own.remove(job)
-        else:
-            queue = service.turns[job.caller]
-            queue.remove(job)
-            if not queue:
-                del service.turns[job.caller]
-
-    def _next_locked(self, session):
-        """Take the job that this session should have next; None if there is none."""
-        service = session.service
-        if not service.waiting:
-            return None
-        for job in service.returned:
-            other = job.avoid is session and len(service.sessions) > 1
-            if not other and (session.continues or not job.seen):
-                break
-        else:
-            if service.own:
-                job = service.own[0]
-            elif service.turns:
-                caller, queue = next(iter(service.turns.items()))
-                job = queue[0]
-                service.turns.move_to_end(caller)     # the next caller's turn
-            else:
-                return None
-        self._unqueue_locked(job)
-        return job
-
-    def _position_locked(self, job):
-        """How many jobs will be taken up to and including this one."""
-        service = job.service
-        if job.returned:
-            return service.returned.index(job) + 1
-        ahead = len(service.returned)
-        if job.own:
-            return ahead + service.own.index(job) + 1
-        ahead += len(service.own)
-        turn = service.turns[job.caller].index(job)
-        before = True                                 # callers whose turn is sooner
-        for caller, queue in service.turns.items():
-            if caller == job.caller:
-                before = False
-            else:
-                ahead += min(len(queue), turn + before)
-        return ahead + turn + 1
 
     def _eta_locked(self, service, position):
         workers = sum(s.workers for s in service.sessions.values())
@@ -955,17 +973,16 @@ class Broker:
         return round(service.job_seconds * position / workers, 1)
 
     def _fail_waiting_locked(self, service, error):
-        for job in list(service.returned) + list(service.own) + [
-                job for queue in service.turns.values() for job in queue]:
+        for job in list(service.queue):
             self._end_locked(job, "failed", error)
 
     # Leases.
 
     def _dispatch_locked(self, service):
         """Give waiting jobs to sessions with a parked poll, which take turns."""
-        while service.waiting:
+        while service.queue:
             for session in service.idle:
-                job = self._next_locked(session)
+                job = service.queue.take(session)
                 if job is not None:
                     break
             else:
@@ -993,7 +1010,7 @@ class Broker:
         """Lease it jobs for its free workers, to go with the response being made."""
         connected = session.id in session.service.sessions
         while connected and session.free() > 0 and not self.draining:
-            job = self._next_locked(session)
+            job = session.service.queue.take(session)
             if job is None:
                 break
             self._lease_locked(job, session)
@@ -1075,7 +1092,7 @@ class Broker:
         if (job is None or job.state != "queued" or job.attempt != attempt
                 or job.service is not session.service):
             return False
-        self._unqueue_locked(job)
+        job.service.queue.remove(job)
         self._move_locked(job, "leased")
         job.deaths = max(0, job.deaths - 1)
         job.session, session.jobs[job_id] = session, job
@@ -1119,7 +1136,7 @@ class Broker:
 
     def _end_locked(self, job, state, error=None):
         if job.state == "queued":
-            self._unqueue_locked(job)
+            job.service.queue.remove(job)
         self._move_locked(job, state)
         job.ended_at, job.error = self._clock(), error
         self.counts[state] += 1
@@ -1195,7 +1212,7 @@ class Broker:
             return
         service.last_seen = self._wall()
         self._count_locked(service)
-        if not service.sessions and service.waiting:
+        if not service.sessions and service.queue:
             self._later_locked(self.limits.offline_seconds, self._deserted_locked, service)
 
     def _heard_locked(self, session, hold=0.0):
@@ -1315,8 +1332,7 @@ class Broker:
         """Some time after the last provider left: did one come back?"""
         if service.sessions:
             return
-        for job in list(service.returned) + list(service.own) + [
-                job for queue in service.turns.values() for job in queue]:
+        for job in list(service.queue):
             if not job.wait:
                 self._end_locked(job, "failed", self._offline(service))
 

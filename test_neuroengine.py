@@ -410,7 +410,7 @@ def test_a_queued_job_nobody_waits_for_is_cancelled_too(desk):
     reader = desk.submit()
     desk.broker.leave(reader)
     desk.later(31)
-    assert reader.job.state == "cancelled" and desk.service.waiting == 0
+    assert reader.job.state == "cancelled" and len(desk.service.queue) == 0
 
 
 def test_without_grace_a_job_is_cancelled_at_once(desk):
@@ -579,8 +579,7 @@ def test_services_and_counters_survive(tmp_path):
     store.close()
     loaded, = Store(path).load()
     assert vars(loaded) == dict(vars(service), **{
-        name: getattr(loaded, name) for name in ("sessions", "idle", "returned", "own",
-                                                 "turns", "keys")})
+        name: getattr(loaded, name) for name in ("sessions", "idle", "queue", "keys")})
 
 
 def test_access_keys_and_their_use_survive_and_go_with_their_service(tmp_path):
@@ -1585,7 +1584,7 @@ def test_the_place_in_the_queue_is_a_comment_or_a_field_if_asked(relay, hand):
                 response.begin()
                 assert expected in response.readline()
                 response.close()
-            until(lambda: not relay.broker.find(hand.name).waiting)
+            until(lambda: not relay.broker.find(hand.name).queue)
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/nosuch/x"])
@@ -2538,3 +2537,96 @@ def test_the_examples_run_as_they_are(start, tmp_path, example, args):
     else:
         assert program.process.wait(SOON) == 0
         assert "Roses are red" in program.output
+
+
+##############################################################################
+# README: its tables are what the code says
+##############################################################################
+
+
+def readme():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+def table(heading):
+    """The rows of the first table below a heading of README, as lists of cells."""
+    text = readme().split("\n%s\n" % heading, 1)[1]
+    lines = text[text.index("|"):].split("\n\n")[0].strip().split("\n")[2:]
+    return [[cell.strip().replace("`", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in lines]
+
+
+def test_readmes_errors_are_the_codes_errors():
+    rows = [tuple(row[:6]) for row in table("### Errors")]
+    assert rows == [(name, str(code), str(status), kind, openai, "yes" if retry else "no")
+                    for name, (code, status, kind, openai, retry)
+                    in neuroengine_server.ERRORS.items()]
+    assert neuroengine.RETRIED | neuroengine.FINAL - {"certificate"} <= {r[0] for r in rows}
+
+
+def test_readmes_limits_are_the_codes_limits():
+    assert [row for row in table("## Limits")] == [
+        ["--" + name.replace("_", "-"), str(default), text]
+        for name, default, text in neuroengine_server.LIMITS]
+
+
+def test_readmes_fields_are_the_codes_fields():
+    for heading, fields in (("### Request", neuroengine_server.SAMPLING),
+                            ("### Access keys", neuroengine_server.KEY_LIMITS),
+                            ("## OpenAI API", neuroengine_server.OPENAI_SAMPLING)):
+        rows = {row[0]: row[1:4] for row in table(heading)}
+        for field, (kind, lowest, highest) in fields.items():
+            assert rows[field] == ["whole number" if kind is int else "number",
+                                   str(lowest), str(highest)], field
+    controls = set(neuroengine_server.NATIVE_ONLY) | {"message", "messages", "raw"}
+    assert {row[0] for row in table("### Request")} == controls | set(
+        neuroengine_server.SAMPLING)
+    assert set(neuroengine.SAMPLING) <= controls | set(neuroengine_server.SAMPLING)
+
+
+def test_readmes_paths_are_the_codes_paths():
+    listed = {}
+    for methods, paths, _, _ in table("### Paths"):
+        for path in paths.split(", "):
+            listed[path] = set(methods.split(", "))
+    assert {re.sub(r"{\w+}", "*", path): methods for path, methods in listed.items()} == {
+        "/" + "/".join(segments): set(route.handlers)
+        for segments, route in neuroengine_server.ROUTES.items()}
+
+
+def test_readmes_options_are_the_command_lines_options():
+    for heading, text in (
+            ("### On the internet, with a real certificate",
+             neuroengine_server.build_parser().format_help()),
+            ("### One that runs already", subprocess.run(
+                [sys.executable, "neuroengine.py", "share", "--help"], cwd=HERE,
+                stdout=subprocess.PIPE, check=True).stdout.decode())):
+        named = {option for row in table(heading) for option in re.findall(
+            r"--[a-z-]+", row[0])}
+        limits = {"--" + name.replace("_", "-") for name, _, _ in neuroengine_server.LIMITS}
+        assert named == set(re.findall(r"--[a-z-]+", text)) - limits - {
+            "--help", "--version", "--key"} | ({"--key"} & named)
+
+
+def test_readmes_reserved_names_are_the_codes():
+    text = readme().split("### Names", 1)[1].split("###", 1)[0]
+    for name in neuroengine_server.RESERVED_NAMES:
+        assert "`%s`" % name in text
+
+
+def test_both_files_agree_on_paths_and_words():
+    with open(neuroengine.__file__, encoding="utf-8") as file:
+        text = file.read()
+    for path in re.findall(r'"(/(?:provider|api)/[a-z/%]*)"', text):
+        segments = tuple(part.replace("%s", "*") for part in path.split("/") if part)
+        assert neuroengine_server.find_route(segments)[0] or "provider" in segments, path
+    for name in re.findall(r'error\.name [!=]= "([a-z_]+)"', text):
+        assert name in neuroengine_server.ERRORS or name in (
+            "no_connection", "bad_answer"), name
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    with open(os.path.join(HERE, ".ci", "run"), encoding="utf-8") as file:
+        assert "'^python3 -m venv .venv && ' README.md" in file.read()
+    assert readme().count("\npython3 -m venv .venv && ") == 1
