@@ -1578,6 +1578,42 @@ def run_register(options):
         options.name, path, key))
 
 
+def run_keys(options):
+    """keys: access keys for the guests of a service of one's own."""
+    transport = client_of(options, "")._transport
+    path = "/api/services/%s" % urllib.parse.quote(options.name, safe="")
+    own = service_key(options, transport.base)
+    if options.private or options.open:
+        transport.call("PATCH", path, {"private": options.private}, key=own)
+        print("%s is %s now." % (options.name, "private" if options.private else "open"))
+    if options.add is not None:
+        answer = transport.call("POST", path + "/keys", {
+            "label": options.add, "requests_per_day": options.requests_per_day,
+            "tokens_per_day": options.tokens_per_day, "concurrency": options.concurrency,
+            "max_new_len": options.max_new_len,
+            "expires": options.days and time.time() + 86400 * options.days}, key=own)
+        print("The access key of %s, which is not shown again:\n%s\nAn invitation to the "
+              "page:\n%s/%s#k=%s" % (options.add or answer["id"], answer["key"],
+                                     transport.base, options.name, answer["key"]))
+    if options.revoke:
+        transport.call("DELETE", path + "/keys/" + urllib.parse.quote(options.revoke),
+                       key=own)
+        print("Revoked %s." % options.revoke)
+    if options.add is None and not options.revoke and not (options.private or options.open):
+        for key in transport.call("GET", path + "/keys", key=own)["keys"]:
+            limits = ", ".join("%s %s" % (name.replace("_", " "), key[name])
+                               for name in KEY_LIMITS if key.get(name) is not None)
+            print("%s  %-20s  today %d requests, %d tokens  %s" % (
+                key["id"], key["label"], key["requests_today"], key["tokens_today"],
+                limits))
+
+
+def service_key(options, base):
+    """The service key that the options, the environment or a file has; or ""."""
+    return os.environ.get("NEUROENGINE_KEY") or read_key(
+        options.key_file or key_file(base, options.name))
+
+
 def patiently(status, action):
     """Do action, and again for as long as the relay cannot be reached."""
     failures = 0
@@ -1604,8 +1640,7 @@ def run_share(options):
     upstream = Upstream(options.upstream, options.model,
                         os.environ.get("NEUROENGINE_UPSTREAM_KEY", ""))
     upstream.wait(status.event)
-    path = options.key_file or key_file(base, options.name)
-    key = os.environ.get("NEUROENGINE_KEY") or read_key(path)
+    key = service_key(options, base)
     if not key:
         key, path = patiently(status, lambda: register(
             server._transport, options.name, options.operator, options.comment))
@@ -1668,13 +1703,29 @@ def build_parser():
                        "the one that it has")
     share.add_argument("--workers", type=int, metavar="N", help="prompts at once; "
                        "otherwise as many as the server has slots, or 1")
-    share.add_argument("--key-file", metavar="FILE", help="where the service key is; "
-                       "otherwise $NEUROENGINE_KEY, otherwise the file of `register`")
+    keys = add("keys", parents=[common], help="access keys for guests of your service")
+    keys.add_argument("name", help="the name of the service")
+    keys.add_argument("--add", metavar="LABEL", help="make a key, for whom LABEL says")
+    keys.add_argument("--revoke", metavar="ID", help="make a key invalid, at once")
+    kind = keys.add_mutually_exclusive_group()
+    kind.add_argument("--private", action="store_true", help="only guests may ask")
+    kind.add_argument("--open", action="store_true", help="everybody may ask")
+    for limit, text in KEY_LIMITS.items():
+        keys.add_argument("--" + limit.replace("_", "-"), type=int, metavar="N",
+                          help="with --add: " + text)
+    keys.add_argument("--days", type=float, metavar="N", help="with --add: it expires")
+    for command in (share, keys):
+        command.add_argument("--key-file", metavar="FILE", help="where the service key "
+                             "is; otherwise $NEUROENGINE_KEY, otherwise the file that "
+                             "`register` wrote")
     return parser
 
 
 COMMANDS = {"ask": run_ask, "chat": run_chat, "models": run_models,
-            "register": run_register, "share": run_share}
+            "register": run_register, "share": run_share, "keys": run_keys}
+KEY_LIMITS = {"requests_per_day": "requests from midnight to midnight, UTC",
+              "tokens_per_day": "tokens of answers in that time",
+              "concurrency": "prompts at once", "max_new_len": "longest answer, in tokens"}
 
 
 def main(argv=None):

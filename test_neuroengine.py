@@ -2403,6 +2403,25 @@ def test_a_busy_port_or_a_missing_certificate_is_one_sentence(start, relay, tmp_
         assert "Traceback" not in program.output
 
 
+def test_keys_are_made_listed_and_revoked_from_the_command_line(start, relay):
+    def run(*args):
+        program = start("neuroengine.py", *args, NEUROENGINE_SERVER=relay.url)
+        assert program.process.wait(SOON) == 0, program.output
+        return program.says(r"(?s).*").group()
+    name = name_of()
+    run("register", name)
+    run("keys", name, "--private")
+    text = run("keys", name, "--add", "Ann", "--requests-per-day", "5", "--days", "2")
+    key = re.search(r"^(ne_\S+)$", text, re.M).group(1)
+    assert "%s/%s#k=%s" % (relay.url, name, key) in text
+    assert "is private" in Neuroengine(name, relay.url).request("x")
+    assert "No provider" in Neuroengine(name, relay.url, key=key).request("x")
+    listed = run("keys", name)
+    assert "Ann" in listed and "requests per day 5" in listed and key not in listed
+    run("keys", name, "--revoke", listed.split()[0])
+    assert "is private" in Neuroengine(name, relay.url, key=key).request("x")
+
+
 def test_a_key_that_cannot_be_kept_is_not_asked_for(start, relay, tmp_path):
     (tmp_path / "file").write_text("in the way")
     name = name_of()
