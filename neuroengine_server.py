@@ -2605,8 +2605,6 @@ class _Answer:
 
 def _merge_call(calls, delta):
     """Add one delta of a tool call to the whole calls gathered so far."""
-    if not isinstance(delta, dict):
-        return
     index = delta.get("index")
     if not isinstance(index, int) or not 0 <= index <= len(calls):
         index = len(calls)
@@ -2745,6 +2743,28 @@ class OperatorFace:
         self.reply(200, {"name": service.name, "errorcode": 0})
 
 
+ITEM_FIELDS = {"reasoning": str, "tool_calls": list, "finish_reason": str, "usage": dict,
+               "result": dict}
+
+
+def is_item(item):
+    """Whether this can be a piece of an answer: a text, or a dict of known form."""
+    if type(item) is str:
+        return True
+    if type(item) is not dict or any(
+            type(item[field]) is not kind for field, kind in ITEM_FIELDS.items()
+            if item.get(field) is not None):
+        return False
+    for call in item.get("tool_calls") or ():
+        function = call.get("function") or {} if type(call) is dict else None
+        if type(function) is not dict or any(
+                type(text or "") is not str for text in (
+                    call.get("id"), call.get("type"), function.get("name"),
+                    function.get("arguments"))):
+            return False
+    return True
+
+
 class ProviderFace:
     """The long-poll protocol. Each request carries the service key as bearer token."""
 
@@ -2820,10 +2840,13 @@ class ProviderFace:
             raise RelayError("invalid_request", "Each entry of replies must have job, "
                              "attempt, at and items.", param="replies")
         items = entry.setdefault("items", [])
-        if not isinstance(items, list) or any(
-                type(item) not in (str, dict) for item in items):
+        if not isinstance(items, list) or not all(map(is_item, items)):
             entry["items"] = []
             entry["error"] = {"message": "its reply is not text"}
+        else:                              # half a surrogate pair is no text either
+            entry["items"] = [
+                item if type(item) is dict or item.isascii()
+                else item.encode("utf-8", "replace").decode("utf-8") for item in items]
         error = entry.get("error")
         if error:
             error = error if isinstance(error, dict) else {"message": error}

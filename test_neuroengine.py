@@ -1005,10 +1005,20 @@ def test_an_error_after_the_first_item_is_the_last_record(relay, hand):
         assert [r for r in records if r][-1]["error"] == "provider_error"
 
 
-def test_a_reply_that_is_not_text_is_an_error_for_its_client(relay, hand):
+@pytest.mark.parametrize("item", [
+    5, None, ["x"], {"usage": "x"}, {"tool_calls": "abc"}, {"tool_calls": [5]},
+    {"tool_calls": [{"function": 5}]}, {"tool_calls": [{"function": {"name": 5}}]},
+    {"result": 5}, {"reasoning": 5}, {"finish_reason": {}}], ids=repr)
+def test_an_item_of_no_known_form_is_an_error_for_its_client(relay, hand, item):
+    answer = in_thread(chat, relay, hand.name)
+    hand.reply(hand.next_job(), [item], done=True)
+    assert answer()[1]["error"]["code"] == "provider_error"
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(relay, hand):
     answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
-    hand.reply(hand.next_job(), [5], done=True)
-    assert answer()[1]["error"] == "provider_error"
+    hand.reply(hand.next_job(), ["a\ud800", "\u2603"], done=True)
+    assert answer()[1]["reply"] == "a?\u2603"
 
 
 def test_a_failed_polled_stream_tells_once_those_who_do_not_count(relay, hand):
