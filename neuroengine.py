@@ -1730,9 +1730,14 @@ KEY_LIMITS = {"requests_per_day": "requests from midnight to midnight, UTC",
 
 def main(argv=None):
     """Run the command line; the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] not in COMMANDS and argv[0] not in ("-h", "--help", "--version"):
-        argv = ["ask"] + argv                  # as it always was
+        # A prompt alone means ask, as it always was; options may stand before a command.
+        command = "ask" if argv[0][:1] != "-" else next(
+            (word for word in argv if word in COMMANDS), "ask")
+        if command in argv and argv[0][:1] == "-":
+            argv.remove(command)
+        argv = [command] + argv
     parser = build_parser()
     options = parser.parse_args(argv)
     if not options.command:

@@ -2391,6 +2391,8 @@ def test_ask_models_and_register_do_what_they_say(start, tmp_path):
     environment = {"NEUROENGINE_SERVER": relay.url}
     for args, pattern in ((["I am sad"], "How long have you been sad"),
                           (["ask", "--service", "Eliza", "I am sad"], "been sad"),
+                          (["--service", "Eliza", "I am sad"], "been sad"),
+                          (["--relay", relay.url, "ask", "I am sad"], "been sad"),
                           (["models"], "Eliza +connected"),
                           (["register", "New"], "Registered New"),
                           (["register", "New"], "The name 'New' is taken"),
