@@ -3383,10 +3383,23 @@ def raise_descriptor_limit():
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def keep_to_one_core():
+    """Run all threads on one core, where the system lets us choose.
+
+    One interpreter lock lets one thread run at a time; on two cores they fight over it.
+    Measured with 64 clients on two cores: 1.7 to 2 times the requests a second, for 0.6
+    to 0.8 of the processor time of each.
+    """
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        with contextlib.suppress(AttributeError, OSError):    # Linux has it
+            os.sched_setaffinity(0, {secrets.choice(sorted(os.sched_getaffinity(0)))})
+
+
 def main(argv=None):
     """Run the relay until a signal ends it; the exit status."""
     options = build_parser().parse_args(argv)
     raise_descriptor_limit()
+    keep_to_one_core()
     threading.stack_size(STACK_BYTES)
     try:
         relay = open_relay(options)
