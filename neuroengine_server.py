@@ -376,7 +376,7 @@ class Session:
                                       # and when it was last told so
         self.outbox = []              # jobs to hand over with the next response
         self.cancels = []             # (id, attempt) to tell it of in the next response
-        self.unconfirmed = OrderedDict()   # id -> (when, Job): handed over, not heard of
+        self.unconfirmed = OrderedDict()   # id -> Job: handed over, not heard of
         self.arrived = threading.Condition(lock)   # outbox, cancels, or a reason to go
         self.poll = None              # token of the newest poll
         self.parked = False
@@ -401,7 +401,8 @@ class Job:
         "id", "service", "caller", "payload", "name", "fingerprint", "twin", "grace",
         "own", "returned", "wait", "state", "items", "size", "seen", "place", "wanted", "attempt",
         "deaths", "avoid", "session", "readers", "left_at", "error", "error_told",
-        "access", "progress", "timer", "created", "leased_at", "first_at", "ended_at")
+        "access", "progress", "timer", "created", "leased_at", "heard_at", "first_at",
+        "ended_at")
 
     def __init__(self, service, caller, payload, lock, now):
         self.id = secrets.token_hex(16)
@@ -421,6 +422,7 @@ class Job:
         self.progress = threading.Condition(lock)   # items came, or the job ended
         self.timer = False            # whether _check_job_locked is going to be called
         self.created, self.leased_at = now, None
+        self.heard_at = now           # its provider named it, or it was handed over
         self.first_at = self.ended_at = None
 
     def stats(self):
@@ -775,8 +777,8 @@ class Broker:
                 session.parked = False
                 session.deadline = min(session.deadline,
                                        self._clock() + self.limits.lease_seconds)
-                for job_id, (_, job) in session.unconfirmed.items():
-                    session.unconfirmed[job_id] = (-math.inf, job)   # hand out again
+                for job in session.unconfirmed.values():
+                    job.heard_at = -math.inf          # to be handed out again at once
                 self._later_locked(self.limits.close_seconds, self._broken_locked,
                                    (session, token))
 
@@ -1041,7 +1043,8 @@ class Broker:
         if jobs:
             now = self._clock()
             for job in jobs:
-                session.unconfirmed[job.id] = (now, job)
+                job.heard_at = now
+                session.unconfirmed[job.id] = job
             if not session.watching_handover:
                 session.watching_handover = True
                 self._later_locked(self.limits.handover_seconds,
@@ -1061,6 +1064,7 @@ class Broker:
         for job_id, attempt in running:
             job = session.jobs.get(job_id)
             if job is not None and job.attempt == attempt:
+                job.heard_at = now
                 session.unconfirmed.pop(job_id, None)
                 if job in session.outbox:
                     session.outbox.remove(job)
@@ -1071,14 +1075,16 @@ class Broker:
                     self._tell_cancelled_locked(session, (job_id, attempt))
         for pair in set(session.cancelling) - running - set(session.cancels):
             del session.cancelling[pair]
-        for job in session.jobs.values():
-            if (job.id, job.attempt) in running or job in session.outbox:
+        for job in list(session.jobs.values()):
+            # What was handed over just now, or is being answered just now, may have
+            # crossed this poll on its way.
+            if (job.id, job.attempt) in running or job in session.outbox \
+                    or now - job.heard_at < self.limits.handover_seconds / 5:
                 continue
-            when, _ = session.unconfirmed.get(job.id, (-math.inf, job))
-            # A reply's response that carries it may be on its way just now.
-            if now - when >= self.limits.handover_seconds / 5:
-                session.unconfirmed.pop(job.id, None)
-                session.outbox.append(job)
+            if session.unconfirmed.pop(job.id, None):
+                session.outbox.append(job)            # it never got there
+            else:
+                self._release_locked(job, died=True)  # it was there, and is no more
 
     def _tell_cancelled_locked(self, session, pair):
         session.cancelling[pair] = self._clock()
@@ -1094,7 +1100,7 @@ class Broker:
             return False
         job.service.queue.remove(job)
         self._move_locked(job, "leased")
-        job.deaths = max(0, job.deaths - 1)
+        job.deaths, job.heard_at = max(0, job.deaths - 1), self._clock()
         job.session, session.jobs[job_id] = session, job
         return True
 
@@ -1106,6 +1112,7 @@ class Broker:
             if ending:
                 session.cancelling.pop((entry["job"], entry["attempt"]), None)
             return {"job": entry["job"], "error": "fenced"}
+        job.heard_at = self._clock()
         session.unconfirmed.pop(job.id, None)
         have, items = len(job.items), entry.get("items", ())
         if entry["at"] > have:
@@ -1320,8 +1327,8 @@ class Broker:
         session.watching_handover = False
         now = self._clock()
         while session.unconfirmed and not session.closed:
-            when, job = next(iter(session.unconfirmed.values()))
-            left = when + self.limits.handover_seconds - now
+            job = next(iter(session.unconfirmed.values()))
+            left = job.heard_at + self.limits.handover_seconds - now
             if left > 0:
                 session.watching_handover = True
                 self._later_locked(left, self._unconfirmed_locked, session)

@@ -358,6 +358,16 @@ def test_a_hand_over_that_got_lost_is_repeated_within_five_seconds(desk):
     assert desk.poll(session)[0] == [(job, 1, 0, None)]
 
 
+def test_a_job_that_its_provider_dropped_is_not_begun_twice_in_one_answer(desk):
+    reader, session, job = desk.start()
+    desk.reply(session, job, ["seen"])
+    desk.broker.read(reader)
+    assert desk.poll(session) == ([], [])        # the poll may have crossed the items
+    desk.later(1.1)
+    assert desk.poll(session) == ([], [])
+    assert reader.job.error.name == "provider_lost"
+
+
 def test_a_job_that_its_provider_never_confirms_goes_to_another(desk):
     session = desk.login()
     reader = desk.submit()
