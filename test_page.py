@@ -335,7 +335,7 @@ def test_page_directory_is_live_and_searchable(page_relay, page_provider, page_t
     tab.shows("Not connected yet", ".card:nth-child(2)")
     other = PageProvider(page_relay, "Other-7B", context_length=8192)
     tab.eventually("document.querySelectorAll('.card .dot.on').length === 2")
-    tab.shows("8,192 context", ".card:nth-child(2)")
+    tab.shows("8k context", ".card:nth-child(2)")
     other.leave()
     tab.news()
     tab.shows("Offline, last seen", ".card:nth-child(2)")
