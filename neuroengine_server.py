@@ -15,6 +15,7 @@ it is being made. It hosts no LLM, and neither stores nor logs a prompt or reply
     GET  /api/models                       the directory of services
     POST /api/services                     register a service, get its key
     GET, PATCH, DELETE /api/services/{name}            manage it with that key
+    GET, POST /api/services/{name}/keys; DELETE .../keys/{id}      guests' access keys
     POST /provider/{service}/login, poll, reply, logout      for the provider
     GET  /v1/models; POST /v1/chat/completions, /v1/completions, /v1/embeddings
                                            for OpenAI clients; also without /v1,
@@ -122,6 +123,14 @@ LATE_HEAD_SECONDS = 60       # /v1: a status line must come; then spaces keep it
 SAVE_SECONDS = 0.5           # counters reach the disk this often
 STACK_BYTES = 256 * 1024     # of a connection's thread
 TOTAL_TEXT = {"operator": 100, "comment": 500}   # characters of a service's texts
+MAX_KEYS = 1000              # access keys of one service
+KEY_LIMITS = {               # what an access key may be limited to; None: not at all
+    "requests_per_day": (int, 0, 10**9), "tokens_per_day": (int, 0, 10**12),
+    "concurrency": (int, 1, 10**4), "max_new_len": (int, 1, 10**7),
+    "expires": (float, 0, 10**11)}
+LENGTH_FIELDS = {"max_new_len", "max_tokens", "max_completion_tokens", "n_predict",
+                 "max_length", "num_predict"}    # all that some upstream understands
+DAY_SECONDS = 86400          # quotas begin anew at midnight UTC
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 RESERVED_NAMES = frozenset("""
@@ -173,6 +182,7 @@ ERRORS = {  # name: (errorcode, HTTP status, OpenAI type, OpenAI code, retry hel
     "request_timeout": (21, 408, "invalid_request_error", "request_timeout", True),
     "invalid_key": (30, 401, "invalid_request_error", "invalid_api_key", False),
     "forbidden": (31, 403, "permission_error", "service_forbidden", False),
+    "quota_exceeded": (34, 429, "insufficient_quota", "insufficient_quota", False),
     "name_taken": (32, 409, "invalid_request_error", "name_taken", False),
     "key_reused": (33, 422, "invalid_request_error", "key_reused", False),
     "service_unknown": (40, 404, "invalid_request_error", "model_not_found", False),
@@ -182,6 +192,7 @@ ERRORS = {  # name: (errorcode, HTTP status, OpenAI type, OpenAI code, retry hel
     "relay_busy": (44, 503, "server_error", "relay_busy", True),
     "shutting_down": (45, 503, "server_error", "shutting_down", True),
     "still_waiting": (46, 202, "server_error", "still_waiting", True),
+    "service_paused": (48, 503, "server_error", "provider_paused", True),
     "stream_unknown": (47, 404, "invalid_request_error", "stream_unknown", False),
     "provider_error": (50, 502, "server_error", "provider_error", False),
     "provider_lost": (51, 502, "server_error", "provider_disconnected", True),
@@ -233,10 +244,12 @@ class Service:
     """A name under which an LLM is shared, and who waits and works for it."""
 
     def __init__(self, name, key_digest, operator="", comment="", created=0,
-                 numreq=0, last_seen=None):
+                 numreq=0, last_seen=None, private=False, paused=False):
         self.name, self.key_digest = name, key_digest
         self.operator, self.comment, self.created = operator, comment, created
         self.numreq, self.last_seen = numreq, last_seen   # last_seen: wall clock
+        self.private, self.paused = bool(private), bool(paused)
+        self.keys = {}                # digest -> AccessKey, those of its guests
         self.sessions = {}            # id -> Session, those that are connected
         self.idle = OrderedDict()     # sessions with a parked poll and a free worker
         self.returned = deque()       # jobs a provider did not finish: they go first
@@ -246,6 +259,38 @@ class Service:
         self.job_seconds = None       # measured, as a moving average
         self.tokens_per_second = None
         self.context_length = None    # as a provider told
+        self.expected_until = 0.0     # its provider may be back before: let prompts wait
+
+
+class AccessKey:
+    """A guest's right to use a service: what it is limited to, and what it has used."""
+
+    COLUMNS = ("id", "digest", "label", "created") + tuple(KEY_LIMITS) + (
+        "day", "requests", "tokens", "last_used")
+
+    def __init__(self, *values):
+        for column, value in zip(self.COLUMNS, values):
+            setattr(self, column, value)
+        self.running = 0
+
+    def cap(self, request, usual):
+        """Limit the length that a request may ask for; `usual`: the field for it."""
+        if self.max_new_len is None:
+            return
+        request.setdefault(usual, self.max_new_len)
+        for field in LENGTH_FIELDS & set(request):
+            asked = request[field]
+            request[field] = (min(asked, self.max_new_len)
+                              if type(asked) in (int, float) and asked > 0
+                              else self.max_new_len)
+
+    def shown(self, now):
+        """What its operator is told of it; the key itself is known to the guest alone."""
+        today = self.day == now // DAY_SECONDS
+        return dict({name: getattr(self, name) for name in (
+            "id", "label", "created", "last_used") + tuple(KEY_LIMITS)},
+            requests_today=self.requests if today else 0,
+            tokens_today=self.tokens if today else 0, running=self.running)
 
 
 class Session:
@@ -256,7 +301,8 @@ class Session:
         self.service, self.workers = service, workers
         self.continues, self.embeddings = continues, embeddings   # what it can do
         self.jobs = {}                # id -> Job, those it has a lease of
-        self.cancelling = set()       # (id, attempt) that still occupy a worker there
+        self.cancelling = {}          # (id, attempt) that still occupy a worker there,
+                                      # and when it was last told so
         self.outbox = []              # jobs to hand over with the next response
         self.cancels = []             # (id, attempt) to tell it of in the next response
         self.unconfirmed = OrderedDict()   # id -> (when, Job): handed over, not heard of
@@ -279,7 +325,7 @@ class Job:
         "id", "service", "caller", "payload", "name", "fingerprint", "twin", "grace",
         "own", "returned", "wait", "state", "items", "size", "seen", "place", "wanted", "attempt",
         "deaths", "avoid", "session", "readers", "left_at", "error", "error_told",
-        "progress", "timer", "created", "leased_at", "first_at", "ended_at")
+        "access", "progress", "timer", "created", "leased_at", "first_at", "ended_at")
 
     def __init__(self, service, caller, payload, lock, now):
         self.id = secrets.token_hex(16)
@@ -293,6 +339,7 @@ class Job:
         self.wanted = math.inf        # number of items that somebody waits for
         self.attempt = self.deaths = 0
         self.avoid = self.session = None
+        self.access = None            # the AccessKey that it counts for
         self.readers, self.left_at = 0, None
         self.error, self.error_told = None, False
         self.progress = threading.Condition(lock)   # items came, or the job ended
@@ -322,10 +369,11 @@ class Job:
 class Reader:
     """One client's hold on a job: it waits there, and has read up to `at`."""
 
-    __slots__ = ("job", "at", "attached", "gone")
+    __slots__ = ("job", "at", "start", "attached", "gone")
 
     def __init__(self, job, at):
-        self.job, self.at, self.attached, self.gone = job, at, True, False
+        self.job, self.at, self.start = job, at, at
+        self.attached, self.gone = True, False
 
 
 MOVES = {  # the only ways a job changes its state
@@ -371,9 +419,14 @@ class Broker:
 
     # -- services --
 
-    def add(self, service):
-        """Make a registered service known. Raises RelayError if the name is taken."""
+    def add(self, service, returning=False):
+        """Make a registered service known. Raises RelayError if the name is taken.
+
+        returning: the relay has been restarted, so the service's provider is on its way.
+        """
         with self._lock:
+            if returning:
+                service.expected_until = self._clock() + self.limits.offline_seconds
             if service.name.lower() in self._services:
                 raise RelayError("name_taken",
                                  "The name %r is taken: choose another." % service.name)
@@ -438,7 +491,7 @@ class Broker:
     # -- clients, in the order a job lives --
 
     def submit(self, service, payload, *, caller="", name=None, fingerprint=None,
-               twin=None, at=None, own=False, wait=False, grace=None):
+               twin=None, at=None, own=False, wait=False, grace=None, access=None):
         """Accept a prompt, or find the job it already is, and return a Reader of it.
 
         payload: the request as JSON text, for the provider. name: what the job can be
@@ -446,7 +499,8 @@ class Broker:
         the fingerprint is the same. twin: what an identical prompt of this caller
         would have; a job that its client left is found by it. at: where to read from.
         own: the operator's, goes first. wait: queue even if no provider is connected.
-        grace: seconds to live without a reader, instead of the limit. Does not block.
+        grace: seconds to live without a reader, instead of the limit. access: the
+        AccessKey it counts for. Does not block.
         """
         with self._lock:
             job = self._named.get((service, name)) if name else self._left.get(twin)
@@ -457,11 +511,15 @@ class Broker:
                 return self._attach_locked(job, at)
             if at:
                 raise self._stream_unknown()
-            self._admit_locked(service, len(payload), caller, own, wait)
+            self._admit_locked(service, len(payload), caller, own, wait, access)
             job = Job(service, caller, payload, self._lock, self._clock())
             job.name, job.fingerprint, job.twin = name, fingerprint, twin
             job.grace = self.limits.grace_seconds if grace is None else grace
-            job.own, job.wait = own, wait
+            job.own, job.wait, job.access = own, wait, access
+            if access is not None:
+                access.requests += 1
+                access.running += 1
+                access.last_used = self._wall()
             self._jobs[job.id] = job
             if name:
                 self._named[service, name] = job
@@ -494,16 +552,18 @@ class Broker:
             target = math.inf if want is None else reader.at + want
             if timeout > 0:
                 deadline = time.monotonic() + timeout
-                while not (len(job.items) >= target or job.ended_at is not None
-                           or reader.gone):
+                while not (len(job.items) >= target
+                           and (job.seen or job.state != "queued")
+                           or job.ended_at is not None or reader.gone):
                     left = deadline - time.monotonic()
                     if left <= 0:
                         break
                     # Whoever brings items wakes us only when there are so many.
                     job.wanted = min(job.wanted, target)
                     job.progress.wait(left)
-            if want is None and job.ended_at is None:
-                return [], False
+            if job.ended_at is None and (want is None or job.state == "queued"
+                                         and not job.seen):
+                return [], False      # what nobody saw may yet be made anew
             items = job.items[reader.at:None if most is None else reader.at + most]
             if items:
                 reader.at += len(items)
@@ -519,6 +579,13 @@ class Broker:
             position = self._position_locked(job)
             return {"position": position, "waiting": service.waiting,
                     "eta_s": self._eta_locked(service, position)}
+
+    def advance(self, reader):
+        """What was read is about to be written: a client that does not count gets what
+        follows next. Before the write, for it may ask again at once; leave takes it
+        back if the write failed."""
+        with self._lock:
+            reader.job.place = max(reader.job.place, reader.at)
 
     def leave(self, reader, delivered=False):
         """The reader goes. delivered: the client has what was read, as far as we know."""
@@ -703,6 +770,7 @@ class Broker:
     def _model_locked(self, service):
         eta = self._eta_locked(service, service.waiting + 1)
         model = {"name": service.name, "numreq": service.numreq,
+                 "private": service.private, "paused": service.paused,
                  "connected": bool(service.sessions), "comment": service.comment,
                  "operator": service.operator, "queuelen": service.waiting,
                  "workers": sum(s.workers for s in service.sessions.values()),
@@ -723,10 +791,15 @@ class Broker:
             self.counters_changed.set()
         self._changed[service.name] = service
 
-    def _admit_locked(self, service, size, caller, own, wait):
+    def _admit_locked(self, service, size, caller, own, wait, access):
         if self.draining:
             raise self._shutting_down()
-        if not (service.sessions or wait):
+        if service.paused and not own:
+            raise RelayError("service_paused", "%s is paused by its operator: try again "
+                             "later." % service.name, retry_after=60)
+        if access is not None:
+            self._check_quota_locked(access)
+        if not (service.sessions or wait or self._clock() < service.expected_until):
             raise self._offline(service)
         queue = service.own if own else service.turns.get(caller, ())
         if service.waiting >= self.limits.max_queue:
@@ -742,6 +815,26 @@ class Broker:
         if self._held + size > self.limits.max_held_bytes:
             raise RelayError("relay_busy", "The relay's memory is full of other "
                              "prompts: try again later.", retry_after=10)
+
+    def _check_quota_locked(self, access):
+        now = self._wall()
+        if access.expires is not None and now >= access.expires:
+            raise RelayError("invalid_key", "This access key expired on %s." %
+                             time.strftime("%Y-%m-%d", time.gmtime(access.expires)))
+        if access.day != now // DAY_SECONDS:
+            access.day, access.requests, access.tokens = now // DAY_SECONDS, 0, 0
+        left = DAY_SECONDS - now % DAY_SECONDS
+        for used, limit, what in (
+                (access.requests, access.requests_per_day, "requests"),
+                (access.tokens, access.tokens_per_day, "tokens")):
+            if limit is not None and used >= limit:
+                raise RelayError("quota_exceeded", "The %d %s a day of this access key "
+                                 "are used up; they are renewed at midnight UTC, in %d "
+                                 "minutes." % (limit, what, left // 60 + 1),
+                                 retry_after=left)
+        if access.concurrency is not None and access.running >= access.concurrency:
+            raise RelayError("rate_limited", "This access key allows %d prompts at once: "
+                             "wait for an answer." % access.concurrency, retry_after=2)
 
     def _retry_after_locked(self, service):
         eta = self._eta_locked(service, service.waiting)
@@ -767,8 +860,8 @@ class Broker:
         reader.attached = False
         job = reader.job
         job.readers -= 1
-        if delivered:
-            job.place = max(job.place, reader.at)
+        if not delivered and job.place == reader.at:
+            job.place = reader.start
         if job.readers:
             return
         if job.ended_at is not None and job.name is None and delivered:
@@ -914,6 +1007,10 @@ class Broker:
 
     def _lease_locked(self, job, session):
         self._move_locked(job, "leased")
+        if not job.seen:                              # this one starts afresh
+            self._held -= job.size - len(job.payload)
+            job.size, job.first_at = len(job.payload), None
+            job.items.clear()
         job.attempt += 1
         job.session = session
         if job.leased_at is None:
@@ -951,9 +1048,12 @@ class Broker:
                 if job in session.outbox:
                     session.outbox.remove(job)
             elif not self._reclaim_locked(session, job_id, attempt):
-                session.cancels.append((job_id, attempt))
-                session.cancelling.add((job_id, attempt))
-        session.cancelling &= running
+                # Say it again only if the response that said it may have been lost.
+                told = session.cancelling.setdefault((job_id, attempt), -math.inf)
+                if now - told >= self.limits.handover_seconds / 2:
+                    self._tell_cancelled_locked(session, (job_id, attempt))
+        for pair in set(session.cancelling) - running - set(session.cancels):
+            del session.cancelling[pair]
         for job in session.jobs.values():
             if (job.id, job.attempt) in running or job in session.outbox:
                 continue
@@ -962,6 +1062,12 @@ class Broker:
             if now - when >= self.limits.handover_seconds / 5:
                 session.unconfirmed.pop(job.id, None)
                 session.outbox.append(job)
+
+    def _tell_cancelled_locked(self, session, pair):
+        session.cancelling[pair] = self._clock()
+        if pair not in session.cancels:
+            session.cancels.append(pair)
+            session.arrived.notify()
 
     def _reclaim_locked(self, session, job_id, attempt):
         """Give a job back that was taken when its provider seemed to be gone."""
@@ -981,7 +1087,7 @@ class Broker:
         ending = entry.get("done") or entry.get("error")
         if job is None or job.attempt != entry["attempt"]:
             if ending:
-                session.cancelling.discard((entry["job"], entry["attempt"]))
+                session.cancelling.pop((entry["job"], entry["attempt"]), None)
             return {"job": entry["job"], "error": "fenced"}
         session.unconfirmed.pop(job.id, None)
         have, items = len(job.items), entry.get("items", ())
@@ -1021,9 +1127,18 @@ class Broker:
         if session is not None:
             session.jobs.pop(job.id, None)
             session.unconfirmed.pop(job.id, None)
+        if job.access is not None:
+            job.access.running -= 1
+            job.access.tokens += len(job.items)
+            self._count_locked(job.service)
         if state == "done":
             self._measure_locked(job)
         job.progress.notify_all()
+        if state == "failed" and type(job.name) is tuple:
+            # What failed is not the answer to an Idempotency-Key: asking again may try
+            # again. A stream key names this one stream, whatever became of it.
+            self._named.pop((job.service, job.name), None)
+            job.name = None
         if job.name is not None:
             self._kept[job.id] = job
             self._check_later_locked(job)
@@ -1047,9 +1162,7 @@ class Broker:
             if job in session.outbox:
                 session.outbox.remove(job)            # it never got there
             else:
-                session.cancels.append((job.id, job.attempt))
-                session.cancelling.add((job.id, job.attempt))
-                session.arrived.notify()
+                self._tell_cancelled_locked(session, (job.id, job.attempt))
         error = error or RelayError("cancelled", "This request was cancelled.")
         self._end_locked(job, "failed" if error.name != "cancelled" else "cancelled",
                          error)
@@ -1111,10 +1224,6 @@ class Broker:
             self._move_locked(job, "queued")
             self.counts["requeued"] += 1
             job.avoid = session
-            if not job.seen:                          # another will start afresh
-                self._held -= job.size - len(job.payload)
-                job.size, job.first_at = len(job.payload), None
-                job.items.clear()
             job.returned = True
             self._enqueue_locked(job)
             return
@@ -1220,7 +1329,7 @@ def size_of(items):
 def invalid_name_words(name):
     """Say why a service cannot have this name."""
     if name.lower() in RESERVED_NAMES:
-        return "The name %s is one of the relay's own words: choose another." % name
+        return "%s is one of the relay's own words, so no service has it." % name
     return ("A service name is 1 to 64 of letters, digits, '.', '_' and '-', and begins "
             "with a letter or digit.")
 
@@ -1229,12 +1338,18 @@ def invalid_name_words(name):
 # Store: what survives a restart. Services, hashes of keys, counters; no prompts.
 ##############################################################################
 
-SCHEMA = """
+SCHEMA = ("""
     CREATE TABLE services (
         name TEXT PRIMARY KEY COLLATE NOCASE, key_digest TEXT NOT NULL,
         operator TEXT NOT NULL, comment TEXT NOT NULL, created REAL NOT NULL,
-        numreq INTEGER NOT NULL, last_seen REAL)
-"""
+        numreq INTEGER NOT NULL, last_seen REAL,
+        private INTEGER NOT NULL, paused INTEGER NOT NULL)""", """
+    CREATE TABLE keys (
+        service TEXT NOT NULL COLLATE NOCASE REFERENCES services ON DELETE CASCADE,
+        id TEXT PRIMARY KEY, digest TEXT NOT NULL, label TEXT NOT NULL,
+        created REAL NOT NULL, requests_per_day INTEGER, tokens_per_day INTEGER,
+        concurrency INTEGER, max_new_len INTEGER, expires REAL,
+        day INTEGER, requests INTEGER, tokens INTEGER, last_used REAL)""")
 SCHEMA_VERSION = 1
 
 
@@ -1254,10 +1369,12 @@ class Store:
                                        check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")   # keys outlive a power cut
+            self._db.execute("PRAGMA foreign_keys=ON")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 with self._transaction():
-                    self._db.execute(SCHEMA)
+                    for statement in SCHEMA:
+                        self._db.execute(statement)
                     self._db.execute("PRAGMA user_version=%d" % SCHEMA_VERSION)
         except (OSError, sqlite3.Error) as error:
             raise StoreError("The data file %s cannot be used: %s." % (path, error))
@@ -1277,28 +1394,50 @@ class Store:
             self._db.execute("COMMIT")
 
     def load(self):
-        """Return every Service of the file."""
+        """Return every Service of the file, with its access keys."""
         with self._lock:
-            return [Service(*row) for row in self._db.execute(
-                "SELECT name, key_digest, operator, comment, created, numreq, last_seen "
-                "FROM services")]
+            services = {row[0]: Service(*row) for row in self._db.execute(
+                "SELECT name, key_digest, operator, comment, created, numreq, last_seen, "
+                "private, paused FROM services")}
+            for row in self._db.execute("SELECT service, %s FROM keys" % ", ".join(
+                    AccessKey.COLUMNS)):
+                key = AccessKey(*row[1:])
+                services[row[0]].keys[key.digest] = key
+            return list(services.values())
 
     def add(self, service):
         """Write a new service; it is on the disk when this returns."""
         with self._transaction():
             self._db.execute(
-                "INSERT INTO services VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO services VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (service.name, service.key_digest, service.operator, service.comment,
-                 service.created, service.numreq, service.last_seen))
+                 service.created, service.numreq, service.last_seen, service.private,
+                 service.paused))
 
     def save(self, services):
         """Write what may have changed of these services, in one transaction."""
         with self._transaction():
             self._db.executemany(
                 "UPDATE services SET key_digest=?, operator=?, comment=?, numreq=?, "
-                "last_seen=? WHERE name=?",
-                [(s.key_digest, s.operator, s.comment, s.numreq, s.last_seen, s.name)
-                 for s in services])
+                "last_seen=?, private=?, paused=? WHERE name=?",
+                [(s.key_digest, s.operator, s.comment, s.numreq, s.last_seen, s.private,
+                  s.paused, s.name) for s in services])
+            self._db.executemany(
+                "UPDATE keys SET day=?, requests=?, tokens=?, last_used=? WHERE id=?",
+                [(k.day, k.requests, k.tokens, k.last_used, k.id)
+                 for s in services for k in list(s.keys.values())])
+
+    def add_key(self, service, key):
+        """Write a new access key."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO keys VALUES (?%s)" % (", ?" * len(AccessKey.COLUMNS)),
+                [service.name] + [getattr(key, name) for name in AccessKey.COLUMNS])
+
+    def remove_key(self, key):
+        """Delete an access key."""
+        with self._transaction():
+            self._db.execute("DELETE FROM keys WHERE id=?", (key.id,))
 
     def remove(self, service):
         """Delete a service."""
@@ -1550,9 +1689,7 @@ class Wire:
         the response at the peer. nginx does the same (lingering_close).
         """
         try:
-            if isinstance(self.sock, ssl.SSLSocket):
-                return                               # a TLS socket cannot half-close
-            self.sock.shutdown(socket.SHUT_WR)
+            self.sock.shutdown(socket.SHUT_WR)       # also ends a TLS socket's TLS
             deadline = time.monotonic() + 2
             for _ in range(512):                     # 32 MiB at the most
                 left = deadline - time.monotonic()
@@ -1854,7 +1991,8 @@ class Connection(socketserver.BaseRequestHandler):
                 headers["allow"] = error.allow
             if status == 401:
                 headers["www_authenticate"] = "Bearer"
-            if self.openai and status >= 500 and not ERRORS[error.name][4]:
+            if self.openai and (status >= 500 or status == 429) \
+                    and not ERRORS[error.name][4]:
                 headers["x_should_retry"] = "false"
         head = self.head_bytes(status, kind, headers)
         length = b"" if status == 204 else b"Content-Length: %d\r\n" % len(body)
@@ -1866,8 +2004,9 @@ class Connection(socketserver.BaseRequestHandler):
     def head_bytes(self, status, kind, headers):
         """A response's head, without its end; refuses what would not be one line."""
         lines = [STATUS_LINES[status], SECURITY_HEADERS, self.server.date(),
-                 b"Content-Type: " + kind.encode("ascii"),
-                 b"\r\nX-Request-Id: ", self.id.encode("ascii"), b"\r\n"]
+                 b"X-Request-Id: ", self.id.encode("ascii"), b"\r\n"]
+        if status != 204:
+            lines.append(b"Content-Type: %s\r\n" % kind.encode("ascii"))
         if "cache_control" not in headers:
             lines.append(NO_STORE)
         if self.openai:
@@ -1968,9 +2107,26 @@ class Connection(socketserver.BaseRequestHandler):
         return RelayError("provider_timeout", "This answer took longer than %d s."
                           % self.limits.job_seconds)
 
-    def caller(self):
-        """Who this client is, for turns and limits: its address."""
-        return self.address
+    def access(self, service):
+        """Whether this client is the operator, and the AccessKey it came with, if any.
+
+        Raises RelayError if the service is private and neither is so. An open service
+        takes no notice of keys it does not know: OpenAI clients always send one.
+        """
+        key = self.key()
+        hashed = digest(key) if key else ""
+        if hashed and hmac.compare_digest(hashed, service.key_digest):
+            return True, None
+        access = service.keys.get(hashed)      # by its hash: a guess learns nothing
+        if access is None and service.private:
+            raise RelayError("invalid_key", "%s is private: ask its operator for an "
+                             "access key, and send it as \"Authorization: Bearer KEY\"."
+                             % service.name)
+        return False, access
+
+    def caller(self, access=None):
+        """Who this client is, for turns and limits: its access key, else its address."""
+        return "key " + access.id if access is not None else self.address
 
 
 class PageFace:
@@ -1994,7 +2150,9 @@ class PageFace:
 
     def metrics(self):
         """GET /metrics, in the text format of Prometheus"""
-        if not ipaddress.ip_address(self.address.partition("/")[0]).is_loopback:
+        proxied = {"x-forwarded-for", "forwarded", "x-real-ip"} & set(self.head.fields)
+        if proxied or not ipaddress.ip_address(
+                self.address.partition("/")[0]).is_loopback:
             raise RelayError("forbidden", "Metrics are for this machine only.")
         lines = ["neuroengine_%s %d" % item for item in
                  sorted(dict(self.broker.totals(),
@@ -2022,6 +2180,7 @@ class NativeFace:
             raise RelayError("invalid_request", "Send prompts to /{service}.")
         service = self.broker.find(name)
         key, at, wanted = self._check_native(request)
+        own, access = self.access(service)
         if command == "cancel":
             reader = self.broker.open(service, key, 0)
             self.broker.cancel(reader.job)
@@ -2031,7 +2190,7 @@ class NativeFace:
             raise RelayError("invalid_request", "There is no command %s; there are "
                              "getmodels and cancel." % printable(command, 40),
                              param="command")
-        reader = self._submit_native(service, request, key, at)
+        reader = self._submit_native(service, request, key, at, own, access)
         with self.attached(reader):
             if request.get("stream"):
                 self._stream_native(reader)
@@ -2065,7 +2224,8 @@ class NativeFace:
                                  param=field)
         return key, request.get("at"), request.get("gettokens", 20)
 
-    def _submit_native(self, service, request, key, at):
+    def _submit_native(self, service, request, key, at, own, access):
+        caller = self.caller(access)
         prompt = request.get("message", request.get("messages"))
         if prompt is None:
             if key and "command" not in request:
@@ -2075,15 +2235,18 @@ class NativeFace:
         repeat = self.head.fields.get("idempotency-key")
         name, fingerprint, twin = key, prompt, None
         if not key and repeat:
-            name, fingerprint = ("repeat", self.caller(), repeat[:512]), self.raw_body
+            name, fingerprint = ("repeat", caller, repeat[:512]), self.raw_body
+            at = 0
         elif not key:
-            twin = (service, self.caller(), self.raw_body)
+            twin = (service, caller, self.raw_body)
             self.server.watcher.look()
+        if access is not None:
+            access.cap(request, "max_new_len")
         payload = dumps({field: value for field, value in request.items()
                          if field not in NATIVE_ONLY})
         return self.broker.submit(
-            service, payload, caller=self.caller(), name=name or None, twin=twin, at=at,
-            fingerprint=fingerprint, own=self.is_operator(service),
+            service, payload, caller=caller, name=name or None, twin=twin, at=at,
+            fingerprint=fingerprint, own=own, access=access,
             wait=request.get("wait", False))
 
     def _whole_native(self, reader):
@@ -2113,6 +2276,7 @@ class NativeFace:
             if not texts:
                 raise RelayError("still_waiting", "No token yet: ask again with the same "
                                  "key.", retry_after=0)
+            self.broker.advance(reader)
             return self.reply(200, reply)
         if job.error is not None and (counts or not job.error_told):
             job.error_told = True          # a client that does not count would loop
@@ -2202,17 +2366,20 @@ class OpenAIFace:
             raise RelayError("invalid_request", "model is missing: the name of a "
                              "service.", param="model")
         service = self.broker.find(model)
+        own, access = self.access(service)
         self._check_openai(api, service, request)
         options = request.get("stream_options") or {}
         stream = request.get("stream") or False
         repeat = self.head.fields.get("idempotency-key")
-        payload = dict(request, api=api)
+        payload, caller = dict(request, api=api), self.caller(access)
         for field in DROPPED_FIELDS:
             payload.pop(field, None)
+        if access is not None and api != "embeddings":
+            access.cap(payload, "max_tokens")
         reader = self.broker.submit(
-            service, dumps(payload), caller=self.caller(),
-            own=self.is_operator(service), grace=None if repeat else 0.0,
-            name=("repeat", self.caller(), repeat[:512]) if repeat else None, at=0,
+            service, dumps(payload), caller=caller, own=own, access=access,
+            grace=None if repeat else 0.0,
+            name=("repeat", caller, repeat[:512]) if repeat else None, at=0,
             fingerprint=self.raw_body)
         answer = _Answer(api, service.name, reader.job, len(payload))
         with self.attached(reader):
@@ -2495,12 +2662,18 @@ class OperatorFace:
         self.reply(200, self.broker.model(self.authorized(name)))
 
     def change_service(self, name):
-        """PATCH /api/services/{name}: operator, comment, "new_key": true"""
+        """PATCH /api/services/{name}: operator, comment, private, paused, new_key"""
         service = self.authorized(name)
         request = self.read_object()
-        answer = {}
-        for field, text in self._texts(request).items():
-            setattr(service, field, text)
+        answer, changes = {}, self._texts(request)
+        for field in ("private", "paused", "new_key"):
+            if not isinstance(request.get(field, False), bool):
+                raise RelayError("invalid_request", "%s must be true or false." % field,
+                                 param=field)
+            if field in request and field != "new_key":
+                changes[field] = request[field]
+        for field, value in changes.items():
+            setattr(service, field, value)
         if request.get("new_key"):
             answer["key"] = new_key()
             service.key_digest = digest(answer["key"])
@@ -2508,6 +2681,44 @@ class OperatorFace:
             log("new_key", service=service.name, address=self.address)
         self.server.store.save([service])
         self.reply(200, dict(self.broker.model(service), errorcode=0, **answer))
+
+    def keys(self, name):
+        """GET /api/services/{name}/keys: the access keys, with their use so far"""
+        service = self.authorized(name)
+        self.reply(200, {"errorcode": 0, "keys": [
+            key.shown(time.time()) for key in list(service.keys.values())]})
+
+    def add_key(self, name):
+        """POST /api/services/{name}/keys: {label, limits} -> {id, key}"""
+        service = self.authorized(name)
+        request = self.read_object()
+        check_fields(request, KEY_LIMITS)
+        label = request.get("label", "")
+        if not isinstance(label, str) or len(label) > 100 or not label.isprintable():
+            raise RelayError("invalid_request", "label must be a short text.",
+                             param="label")
+        if len(service.keys) >= MAX_KEYS:
+            raise RelayError("invalid_request", "%s has %d access keys: revoke some."
+                             % (service.name, MAX_KEYS))
+        key = new_key()
+        access = AccessKey(secrets.token_hex(8), digest(key), label, time.time(),
+                           *[request.get(limit) for limit in KEY_LIMITS],
+                           *(0, 0, 0, None))
+        self.server.store.add_key(service, access)
+        service.keys[access.digest] = access
+        log("key_added", service=service.name, key_id=access.id)
+        self.reply(201, dict(access.shown(time.time()), key=key, errorcode=0))
+
+    def revoke_key(self, name, key_id):
+        """DELETE /api/services/{name}/keys/{id}: in force at once, whatever the disk"""
+        service = self.authorized(name)
+        for access in list(service.keys.values()):
+            if access.id == key_id:
+                del service.keys[access.digest]
+                log("key_revoked", service=service.name, key_id=key_id)
+                self.server.store.remove_key(access)
+                return self.reply(200, {"errorcode": 0})
+        raise RelayError("not_found", "%s has no such access key." % service.name)
 
     def delete_service(self, name):
         """DELETE /api/services/{name}"""
@@ -2643,6 +2854,8 @@ def _routes():
         ("api", "services"): Route("operator", GET="models", POST="register"),
         ("api", "services", "*"): Route("operator", GET="service", PATCH="change_service",
                                         DELETE="delete_service"),
+        ("api", "services", "*", "keys"): Route("operator", GET="keys", POST="add_key"),
+        ("api", "services", "*", "keys", "*"): Route("operator", DELETE="revoke_key"),
     }
     for name, handler in (("login", "login"), ("poll", "poll"),
                           ("reply", "provider_reply"), ("logout", "logout")):
@@ -2669,11 +2882,14 @@ def find_route(path):
     route = ROUTES.get(path)
     if route is not None:
         return route, ()
-    if len(path) <= 4:
+    if len(path) <= 5:
         for index, segment in enumerate(path):
-            route = ROUTES.get(path[:index] + ("*",) + path[index + 1:])
+            pattern = path[:index] + ("*",) + path[index + 1:]
+            route = ROUTES.get(pattern)
             if route is not None:
                 return route, (segment,)
+            if index < len(path) - 1 and ROUTES.get(pattern[:-1] + ("*",)):
+                return ROUTES[pattern[:-1] + ("*",)], (segment, path[-1])
     return None, ()
 
 
@@ -2736,7 +2952,7 @@ class Relay(ThreadingHTTPServer):
         self._date = (0, b"")
         self._spare = os.open(os.devnull, os.O_RDONLY)   # see get_request
         for service in self.store.load():
-            self.broker.add(service)
+            self.broker.add(service, returning=True)
         if not host and socket.has_dualstack_ipv6():
             self.address_family = socket.AF_INET6
         elif ":" in host:
@@ -2884,10 +3100,9 @@ class Relay(ThreadingHTTPServer):
         while not self.broker.idle() and time.monotonic() < deadline:
             time.sleep(0.05)               # once in a relay's life
         self.broker.close()
-        while self.active and time.monotonic() < max(deadline, time.monotonic()) + 2:
+        deadline = time.monotonic() + 2    # for the last responses to be written
+        while self.active and time.monotonic() < deadline:
             time.sleep(0.02)
-            if time.monotonic() > deadline + 2:
-                break
         self.shutdown()
         self.server_close()
         self.save()
@@ -2954,10 +3169,10 @@ ELIZA = (
     (r"\bi feel (.*)", "Tell me more about feeling {}. Do you often feel {}?"),
     (r"\bbecause (.*)", "Is that the real reason? What else could be, if {}?"),
     (r"\bare you (.*)", "Why does it matter to you whether I am {}?"),
-    (r"\b(?:hello|hi|hey)\b", "Hello. How are you feeling today? I am Eliza, a demo that "
-     "needs no model; share your own with `python3 neuroengine.py share NAME`."),
     (r"\bpoem\b", "Roses are red,\nviolets are blue,\nthis relay is running,\nand so, "
      "I hope, are you."),
+    (r"\b(?:hello|hi|hey)\b", "Hello. How are you feeling today? I am Eliza, a demo that "
+     "needs no model; share your own with `python3 neuroengine.py share NAME`."),
     (r"\?", "What do *you* think? And why do you ask?"),
     (r"", "Please go on: what does that suggest to you?"),
 )
@@ -3008,17 +3223,48 @@ def serve_eliza(broker, service, pause=0.04):
             threading.Thread(target=answer, args=(job, attempt, at, cancelled),
                              daemon=True).start()
 
-    while not broker.closed:
+    while not broker.draining:
         with contextlib.suppress(RelayError):
             jobs, cancels = broker.poll(service, session, object(), list(running))
             take(jobs, cancels)
-        if broker.draining:
-            return
+
+
+def start_demo(relay):
+    """Add the service Eliza to a relay, and its provider in a thread."""
+    service = Service("Eliza", "", "neuroengine", "A demo that needs no model",
+                      time.time())
+    relay.broker.add(service)
+    threading.Thread(target=serve_eliza, args=(relay.broker, service),
+                     daemon=True).start()
 
 
 ##############################################################################
 # Command line
 ##############################################################################
+
+
+def whole(text):
+    """A number of things, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def seconds(text):
+    """A length of time, for argparse."""
+    number = float(text)
+    if not 0 <= number < 10**9:
+        raise ValueError
+    return number
+
+
+def port_number(text):
+    """A TCP port, for argparse."""
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise ValueError
+    return number
 
 
 def build_parser():
@@ -3029,7 +3275,7 @@ def build_parser():
         epilog="Try it: python3 neuroengine_server.py --demo")
     add = parser.add_argument
     add("--host", default="", help="address to listen on; empty for all")
-    add("--port", type=int, default=8000, help="port to listen on; 0 for any free one")
+    add("--port", type=port_number, default=8000, help="port to listen on; 0 for any free one")
     add("--data", default="neuroengine.sqlite3", metavar="FILE",
         help="where services and counters are kept")
     add("--cert", metavar="FILE", help="certificate chain in PEM, for TLS")
@@ -3042,8 +3288,9 @@ def build_parser():
     add("--version", action="version", version="neuroengine " + __version__)
     group = parser.add_argument_group("limits")
     for name, default, text in LIMITS:
-        group.add_argument("--" + name.replace("_", "-"), type=type(default),
-                           default=default, metavar="N", help=text)
+        group.add_argument("--" + name.replace("_", "-"), default=default, metavar="N",
+                           type=seconds if name.endswith("_seconds") else whole,
+                           help=text)
     return parser
 
 
@@ -3059,6 +3306,8 @@ def read_page():
 
 def choose_tls(options):
     """The TLS context that the options ask for, or None. Raises StoreError."""
+    if options.tls == "off" and options.cert or options.key and not options.cert:
+        raise StoreError("TLS needs --cert and --key together, and no --tls off.")
     if options.tls == "off":
         return None
     cert, key = options.cert, options.key or options.cert
@@ -3073,8 +3322,8 @@ def choose_tls(options):
     try:
         return tls_context(cert, key)
     except (OSError, ssl.SSLError) as error:
-        raise StoreError("The certificate %s with the key %s cannot be used: %s."
-                         % (cert, key, error))
+        raise StoreError("The certificate %s with the key %s cannot be used: %s. Both "
+                         "are files in PEM form." % (cert, key, error))
 
 
 def open_relay(options):
@@ -3110,19 +3359,18 @@ def main(argv=None):
               % (options.host or "any address", options.port, error.strerror or error),
               file=sys.stderr)
         return 1
-    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    relay.start()
-    print("neuroengine %s listens at %s" % (__version__, relay.url), flush=True)
-    if options.demo:
-        service = Service("Eliza", "", "neuroengine", "A demo that needs no model",
-                          time.time())
-        relay.broker.add(service)
-        threading.Thread(target=serve_eliza, args=(relay.broker, service),
-                         daemon=True).start()
-        print("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url, flush=True)
-    stop.wait()
+        signal.signal(number, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        relay.start()
+        print("neuroengine %s listens at %s" % (__version__, relay.url), flush=True)
+        if options.demo:
+            start_demo(relay)
+            print("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url, flush=True)
+        while True:
+            # Not for ever: a signal that comes in the instant before the sleep does
+            # not end it, and is dealt with after it.
+            time.sleep(1)
     for number in (signal.SIGTERM, signal.SIGINT):   # a second one ends it at once
         signal.signal(number, lambda *_: os._exit(1))
     relay.stop(options.drain_seconds)

@@ -1,0 +1,1701 @@
+#!/usr/bin/env python3
+"""neuroengine: use an LLM that somebody shares, or share your own.
+
+One file, standard library only: copy it beside your program. To use a shared LLM:
+
+    from neuroengine import Neuroengine
+
+    api = Neuroengine(service_name="Neuroengine-Large")
+    print(api.request("What is the size of Mars?"))
+
+    for text in api.stream("Hello, write a poem", max_new_len=1000):
+        print(text, end="", flush=True)
+
+To share one, answer each request with a text, or with an iterator of texts:
+
+    from neuroengine import NeuroengineServer
+
+    def answer(request):
+        yield "You said: "
+        yield request["message"]
+
+    server = NeuroengineServer()
+    if server.login("MYGPT", "SERVICE-KEY") == 0:
+        server.listen(answer)
+
+or share a local LLM server (Ollama, llama.cpp, vLLM, LM Studio, KoboldCpp) as it is:
+
+    python3 neuroengine.py share MYGPT
+
+The environment variable NEUROENGINE_SERVER, a host name or a URL, names the relay.
+Sections: Limits, Errors, Wire, Transport, Client, Provider, Bridge, Command line.
+"""
+
+import collections
+import http.client
+import json
+import os
+import random
+import re
+import secrets
+import socket
+import ssl
+import sys
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.parse
+import urllib.request
+
+__version__ = "1.0.0"
+__all__ = ["Neuroengine", "NeuroengineError", "NeuroengineServer", "main"]
+
+##############################################################################
+# Limits
+##############################################################################
+
+DEFAULT_SERVER = "api.neuroengine.ai"
+REQUEST_SECONDS = 120        # silence of the relay within one request
+ANSWER_SECONDS = 3700        # a whole reply; the relay gives up a little sooner
+STREAM_SECONDS = 30          # silence within a stream; it beats every 9 s
+POLL_SECONDS = 40            # a held poll; the relay answers within 25 s
+HEARTBEAT_SECONDS = 5        # a provider with jobs is heard of this often
+CANCEL_SECONDS = 5           # for telling the relay that an answer is not wanted
+FIRST_PAUSE_SECONDS = 0.25   # before a second try; doubles each time, with jitter
+LONGEST_PAUSE_SECONDS = 8.0
+LONGEST_RETRY_AFTER_SECONDS = 60   # what the relay may ask us to wait by ourselves
+MAX_UNSENT_BYTES = 8 << 20   # of one answer, kept while the relay is out of reach
+MAX_BATCH_BYTES = 1 << 20    # of items in one request to the relay
+MAX_LINE_BYTES = 64 << 20    # one line of a stream
+REMEMBERED_STREAMS = 1000    # places of the streams that request() reads
+DEFAULT_MAX_TOKENS = 4096    # for an upstream whose own default is unlimited
+UPSTREAM_SECONDS = 600       # silence of the local LLM server; prefill can be slow
+LOADING_SECONDS = 300        # it may say "loading model" for so long
+
+SAMPLING = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "min_p": 0.0,
+            "repetition_penalty": 1.2, "max_new_len": 128, "seed": 0, "raw": "False"}
+
+##############################################################################
+# Errors
+##############################################################################
+
+# Those after which we ask again by ourselves: what passes soon. (A service that is
+# offline or paused may be so for hours: whoever asked had better know.)
+RETRIED = frozenset(("internal_error", "request_timeout", "queue_full", "rate_limited",
+                     "relay_busy", "shutting_down", "still_waiting", "provider_lost"))
+# Those that end a provider: trying again would only knock at the wrong door for ever.
+FINAL = frozenset(("invalid_key", "invalid_name", "service_unknown", "invalid_request",
+                   "certificate"))
+NO_CONNECTION = -1           # errorcode of what never reached the relay
+
+
+class NeuroengineError(Exception):
+    """The relay, or the way there, said no.
+
+    errorcode: a number of the relay's table; negative if it could not be asked.
+    message: what happened, in words. name: the error's name in that table.
+    """
+
+    def __init__(self, errorcode, message, name="", retry_after=None):
+        super().__init__(message)
+        self.errorcode, self.message, self.name = errorcode, message, name
+        self.retry_after = retry_after
+
+
+class Unavailable(Exception):
+    """The local LLM server cannot be reached; its words say why."""
+
+
+##############################################################################
+# Wire: messages built and parsed, no sockets
+##############################################################################
+
+
+def relay_url(address, port=443):
+    """The relay's base URL, from a host name or a URL.
+
+    The default address is replaced by the environment variable NEUROENGINE_SERVER.
+    """
+    if address == DEFAULT_SERVER:
+        address = os.environ.get("NEUROENGINE_SERVER") or address
+    if "://" in address:
+        return address.rstrip("/")
+    if ":" in address.rpartition("]")[2]:          # host:port
+        return "https://" + address
+    return "https://%s:%d" % (address, port)
+
+
+def parse_answer(status, headers, body):
+    """The JSON that the relay answered. Raises NeuroengineError if it is an error."""
+    try:
+        answer = json.loads(body.decode("utf-8"))
+    except ValueError:
+        where = headers.get("Location")
+        raise NeuroengineError(NO_CONNECTION, (
+            "The relay redirects to %s: use that address." % where if where else
+            "This address answered HTTP %d and no JSON: it is no neuroengine relay."
+            % status), "bad_answer", None if status < 500 else 1) from None
+    if isinstance(answer, dict) and (answer.get("errorcode") or status >= 400):
+        raise error_of(answer, headers)
+    return answer
+
+
+def error_of(answer, headers=None):
+    """The NeuroengineError that an error of the relay stands for."""
+    if isinstance(answer.get("error"), dict):      # as its OpenAI face says it
+        answer = {"reply": answer["error"].get("message"),
+                  "error": answer["error"].get("code")}
+    try:
+        pause = float((headers or {}).get("Retry-After"))
+    except (TypeError, ValueError):
+        pause = None
+    return NeuroengineError(int(answer.get("errorcode") or NO_CONNECTION),
+                            str(answer.get("reply") or "The relay gave no reason."),
+                            str(answer.get("error") or ""), pause)
+
+
+def is_true(value):
+    """Whether a field like raw is set: clients send True, "True", 1 or "1"."""
+    return str(value).lower() in ("true", "1")
+
+
+def prompt_of(messages):
+    """Messages as one prompt, for a provider that takes a text.
+
+    A single user message is the prompt itself. Else each message is a line "Role: text"
+    after a blank one, and an open "Assistant:" asks for the next.
+    """
+    texts = [(message.get("role", "user"), content_text(message.get("content")))
+             for message in messages]
+    if len(texts) == 1 and texts[0][0] == "user":
+        return texts[0][1]
+    return "\n\n".join("%s: %s" % (role.capitalize(), text)
+                       for role, text in texts) + "\n\nAssistant:"
+
+
+def content_text(content):
+    """The text of a message's content: a str, a list of parts, or None."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content
+                       if isinstance(part, dict))
+    return content or ""
+
+
+def callback_request(request):
+    """A request as the callback gets it: the native fields are all there.
+
+    What came through the OpenAI API is put in the same words.
+    """
+    request = dict(request)
+    if "message" not in request:
+        if request.get("messages"):
+            request["message"] = prompt_of(request["messages"])
+        elif isinstance(request.get("prompt"), str):
+            request["message"], request["raw"] = request["prompt"], "True"
+        else:
+            request["message"] = ""
+    for ours, theirs in (("max_new_len", ("max_completion_tokens", "max_tokens")),
+                         ("repetition_penalty", ("repeat_penalty",))):
+        for name in theirs:
+            if request.get(name) is not None:
+                request.setdefault(ours, request[name])
+    for name, default in SAMPLING.items():
+        if request.get(name) is None:
+            request[name] = default
+    request["raw"] = "True" if is_true(request["raw"]) else "False"
+    return request
+
+
+def items_of(answer):
+    """Yield the items of what a callback returned. Raises NeuroengineError."""
+    if isinstance(answer, str):
+        answer = reply_in(answer)
+    if isinstance(answer, dict):
+        if answer.get("errorcode"):
+            raise NeuroengineError(1, str(answer.get("reply") or "no reason given"))
+        if not isinstance(answer.get("reply"), str):
+            raise NeuroengineError(1, "its answer has no reply that is a text")
+        answer = answer["reply"]
+    if isinstance(answer, str):
+        answer = (answer,)
+    elif answer is None or isinstance(answer, (bytes, int, float)):
+        raise NeuroengineError(1, "its callback returned %s, not a text"
+                               % type(answer).__name__)
+    for item in answer:
+        if not isinstance(item, (str, dict)):
+            raise NeuroengineError(1, "its callback yielded %s, not a text"
+                                   % type(item).__name__)
+        if item:
+            yield item
+
+
+def reply_in(text):
+    """What a str from a callback means: a JSON object with a reply, or itself."""
+    if text.lstrip()[:1] == "{":
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        if isinstance(value, dict) and "reply" in value:
+            return value
+    return text
+
+
+##############################################################################
+# Transport: the only code that knows urllib and ssl
+##############################################################################
+
+BROKEN = (OSError, http.client.HTTPException)    # what a connection can die of
+
+
+class _OneWrite:
+    """An http.client connection that sends head and body in one write."""
+
+    _parts = None
+    _live = None               # the socket, also after http.client has given it away
+    _aborted = False
+
+    def request(self, *args, **kwargs):
+        self._parts = []
+        try:
+            super().request(*args, **kwargs)
+            data = b"".join(self._parts)
+        finally:
+            self._parts = None
+        self.send(data)
+
+    def send(self, data):
+        if self._parts is None:
+            super().send(data)
+        else:
+            self._parts.append(data)
+
+    def connect(self):
+        super().connect()
+        self._live = self.sock
+        if self._aborted:
+            raise ConnectionAbortedError("not wanted any more")
+
+    def abort(self):
+        """Cut it, from any thread: what waits for it ends with an error."""
+        self._aborted = True
+        if self._live is not None:
+            try:
+                socket.socket.shutdown(self._live, socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+class _HTTPConnection(_OneWrite, http.client.HTTPConnection):
+    pass
+
+
+class _HTTPSConnection(_OneWrite, http.client.HTTPSConnection):
+    pass
+
+
+class Response:
+    """One response of a kept-alive connection, which it gives back when read."""
+
+    def __init__(self, connection, raw, give_back):
+        self.status, self.headers = raw.status, raw.headers
+        self._connection, self._raw, self._give_back = connection, raw, give_back
+
+    def read(self):
+        """The whole body. Raises OSError or HTTPException if it is cut."""
+        try:
+            return self._raw.read()
+        finally:
+            self.close()
+
+    def lines(self):
+        """Yield the body's lines as they come, without their ends."""
+        rest = b""
+        while True:
+            data = self._raw.read1(65536)
+            if not data:
+                break
+            lines = (rest + data).split(b"\n") if rest else data.split(b"\n")
+            rest = lines.pop()
+            if len(rest) > MAX_LINE_BYTES:
+                raise http.client.HTTPException("a line without end")
+            yield from lines
+        if rest:
+            yield rest
+        self.close()
+
+    def close(self):
+        """Give the connection back if it can be used again, else close it."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self._raw.isclosed() and connection.sock is not None:
+            self._give_back(connection)
+        else:
+            self._raw.close()
+            connection.close()
+
+
+class _KeepAlive(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens http and https URLs over connections that are kept for the next request."""
+
+    def __init__(self, context):
+        urllib.request.HTTPSHandler.__init__(self, context=context)
+        self._ssl_context = context
+        self._free = collections.defaultdict(list)
+        self._lock = threading.Lock()      # guards _free
+
+    def http_open(self, request):
+        return self._exchange(request, secure=False)
+
+    def https_open(self, request):
+        return self._exchange(request, secure=True)
+
+    def _exchange(self, request, secure):
+        tunnel = getattr(request, "_tunnel_host", None)
+        where = (secure, request.host, tunnel)
+        headers = dict(request.unredirected_hdrs, **request.headers)
+        headers = {name.title(): value for name, value in headers.items()}
+        proxy_key = headers.pop("Proxy-Authorization", None) if tunnel else None
+        while True:
+            with self._lock:
+                free = self._free[where]
+                connection = free.pop() if free else None
+            used = connection is not None
+            if not used:
+                connection = self._connect(request, secure, tunnel, proxy_key)
+            if request.started is not None:
+                request.started(connection)
+            connection.timeout = request.timeout
+            if connection.sock is not None:
+                connection.sock.settimeout(request.timeout)
+            try:
+                connection.request(request.get_method(), request.selector, request.data,
+                                   headers)
+                raw = connection.getresponse()
+            except BaseException as error:
+                connection.close()
+                # A kept connection may have been closed at the other end meanwhile;
+                # all that we send may be sent twice, so try a fresh one.
+                if used and not connection._aborted and isinstance(
+                        error, (ConnectionError, http.client.BadStatusLine)):
+                    continue
+                raise
+            return Response(connection, raw, lambda c: self._keep(where, c))
+
+    def _connect(self, request, secure, tunnel, proxy_key):
+        if secure:
+            connection = _HTTPSConnection(request.host, timeout=request.timeout,
+                                          context=self._ssl_context)
+        else:
+            connection = _HTTPConnection(request.host, timeout=request.timeout)
+        if tunnel:
+            connection.set_tunnel(tunnel, headers={"Proxy-Authorization": proxy_key}
+                                  if proxy_key else {})
+        return connection
+
+    def _keep(self, where, connection):
+        with self._lock:
+            if len(self._free[where]) < 16:
+                self._free[where].append(connection)
+                return
+        connection.close()
+
+
+class Transport:
+    """Sends JSON to one server and brings back what it answers."""
+
+    def __init__(self, base, verify_ssl=True):
+        self.base = base
+        context = ssl.create_default_context(
+            cafile=verify_ssl if isinstance(verify_ssl, str) else None)
+        if verify_ssl is False:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        # No handler for redirects: one would carry the key to another host.
+        self._opener = urllib.request.OpenerDirector()
+        for handler in (urllib.request.ProxyHandler(), urllib.request.UnknownHandler(),
+                        _KeepAlive(context)):
+            self._opener.add_handler(handler)
+
+    def open(self, method, path, body=None, key="", timeout=REQUEST_SECONDS,
+             started=None, **headers):
+        """Send one request; its Response. Raises OSError or HTTPException.
+
+        started, if given, is called with the connection, which has an abort().
+        """
+        data = None
+        if body is not None:
+            data = json.dumps(body, separators=(",", ":")).encode("ascii")
+            headers["Content-Type"] = "application/json"
+        if key:
+            if not re.match(r"[!-~]+\Z", key.strip()):
+                raise NeuroengineError(30, "That is no key: a key is one word of letters, "
+                                       "digits and signs.", "invalid_key")
+            headers["Authorization"] = "Bearer " + key.strip()
+        headers.setdefault("User-Agent", "neuroengine/" + __version__)
+        request = urllib.request.Request(
+            self.base + path, data=data, method=method,
+            headers={name.replace("_", "-"): value for name, value in headers.items()})
+        request.started = started
+        return self._opener.open(request, timeout=timeout)
+
+    def call(self, method, path, body=None, **more):
+        """Send one request and return the JSON it is answered with.
+
+        Raises NeuroengineError, for connection trouble too.
+        """
+        try:
+            response = self.open(method, path, body, **more)
+            data = response.read()
+        except BROKEN as error:
+            raise no_connection(self.base, error) from error
+        return parse_answer(response.status, response.headers, data)
+
+
+def no_connection(base, error):
+    """A NeuroengineError for a connection that could not be made, or broke."""
+    reason = getattr(error, "reason", None)
+    if not isinstance(reason, Exception):
+        reason = error
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        words = ("The certificate of %s is not to be trusted (%s). If it is your own "
+                 "relay's, give verify_ssl the path of its certificate."
+                 % (base, reason.verify_message))
+        return NeuroengineError(NO_CONNECTION, words, "certificate")
+    if isinstance(reason, ssl.SSLError) and "WRONG_VERSION" in str(reason):
+        words = ("%s does not speak TLS. If it is meant to be plain HTTP, name it as "
+                 "http://HOST:PORT." % base)
+        return NeuroengineError(NO_CONNECTION, words, "certificate")
+    words = "Connection error with %s (%s). Try again in a few seconds." % (
+        base, str(reason) or type(reason).__name__)
+    return NeuroengineError(NO_CONNECTION, words, "no_connection")
+
+
+def pause_before(try_number, retry_after=None):
+    """Seconds to wait before trying again: exponential, with jitter; at least what the
+    relay asks for, of which a little is spread so that not all come back at once."""
+    pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(try_number, 10))
+    return (retry_after or 0) + pause * (0.5 + random.random() / 2)
+
+
+##############################################################################
+# Client
+##############################################################################
+
+
+class Neuroengine:
+    """Uses one service of a relay.
+
+    service_name: its name. server_address: the relay's host name (TLS, server_port), or
+    a whole URL. key: an access key, if the service is private. verify_ssl: True, False,
+    or the path of a CA file. One object may be used by several threads.
+    """
+
+    def __init__(self, service_name, server_address=DEFAULT_SERVER, server_port=443,
+                 key="", verify_ssl=True):
+        self.service_name = service_name
+        self.server_address = server_address
+        self.server_port = server_port
+        self.key = key
+        self.verify_ssl = verify_ssl
+        self._transport = Transport(relay_url(server_address, server_port), verify_ssl)
+        # streamkey -> (prompt, items had, or None once it ended)
+        self._places = collections.OrderedDict()
+
+    def request(self, prompt, temperature=1.0, top_p=0.9, top_k=40,
+                repetition_penalty=1.2, max_new_len=128, seed=0, raw=False, tries=5,
+                gettokens=20, streamkey="", *, min_p=0.0, **more):
+        """Send a prompt and return the reply, or an error message in words.
+
+        prompt: a str, or a list of {"role", "content"}. max_new_len: tokens at most.
+        seed: 0 lets the model choose. raw: True for no chat template. tries: how often
+        to ask, with growing pauses; a retry never makes the model work twice. With a
+        streamkey (a new random text for each prompt) it returns the next gettokens
+        tokens, and "" when the stream has ended. Other fields go to the provider as
+        they are. Blocks until there is a reply.
+        """
+        if prompt is None:
+            return ""
+        command = dict(more, temperature=temperature, top_p=top_p, top_k=top_k,
+                       min_p=min_p, repetition_penalty=repetition_penalty,
+                       max_new_len=max_new_len, seed=seed, raw=str(raw))
+        command["messages" if isinstance(prompt, list) else "message"] = prompt
+        try:
+            if streamkey:
+                return self._next_tokens(command, prompt, streamkey, gettokens, tries)
+            answer = self._ask(command, tries, idempotency_key=secrets.token_hex(16))
+            return str(answer.get("reply", ""))
+        except NeuroengineError as error:
+            return error.message
+
+    def stream(self, prompt, **params):
+        """Send a prompt and yield the reply's text as it is made.
+
+        params: as for request; what is not given is the provider's choice. A broken
+        connection is made anew and the stream goes on where it was. Closing the
+        iterator cancels the prompt. Raises NeuroengineError.
+        """
+        command = dict(params, stream=True, key=secrets.token_hex(16))
+        command["messages" if isinstance(prompt, list) else "message"] = prompt
+        tries = command.pop("tries", 5)
+        at, failures, finished = 0, 0, False
+        try:
+            while not finished:
+                try:
+                    for record in self._records(command):
+                        texts = [item for item in record.get("items", ())
+                                 if isinstance(item, str)]
+                        if "items" in record:
+                            at = record["at"] + len(record["items"])
+                        if texts:
+                            yield "".join(texts)
+                        finished = bool(record.get("done"))
+                        failures = 0
+                    if not finished:       # its last record is missing
+                        raise NeuroengineError(NO_CONNECTION, "The stream was cut.",
+                                               "no_connection")
+                except NeuroengineError as error:
+                    failures += 1
+                    if not self._may_retry(error, failures, tries):
+                        finished = True
+                        raise
+                    time.sleep(pause_before(failures - 1, error.retry_after))
+                command["at"] = at
+        finally:
+            if not finished:
+                self._stop(command["key"])
+
+    def cancel(self, streamkey):
+        """Stop the stream of that key, wherever it is; the provider stops working.
+
+        Raises NeuroengineError.
+        """
+        self._send({"command": "cancel", "key": streamkey}, timeout=CANCEL_SECONDS)
+
+    def getModels(self):
+        """Return a list of dicts, one for each service of the relay.
+
+        Each has numreq, connected, comment, operator, name and queuelen. Raises
+        NeuroengineError.
+        """
+        return self.send({"command": "getmodels"})
+
+    def send(self, command):
+        """Send a dict to the service and return what the relay answers, once."""
+        return self._send(command)
+
+    def _path(self):
+        return "/" + urllib.parse.quote(self.service_name, safe="")
+
+    def _send(self, command, timeout=ANSWER_SECONDS, **headers):
+        return self._transport.call("POST", self._path(), command, key=self.key,
+                                    timeout=timeout, **headers)
+
+    def _ask(self, command, tries, **headers):
+        failures = 0
+        while True:
+            try:
+                return self._send(command, **headers)
+            except NeuroengineError as error:
+                if error.name != "still_waiting":     # the relay is there, and so is it
+                    failures += 1
+                if not self._may_retry(error, failures, tries):
+                    raise
+                time.sleep(pause_before(failures, error.retry_after)
+                           if error.name != "still_waiting" else 0.01)
+
+    def _may_retry(self, error, failures, tries):
+        pause = error.retry_after or 0
+        return (failures < max(1, tries) and pause <= LONGEST_RETRY_AFTER_SECONDS
+                and (error.name in RETRIED or error.name == "no_connection"
+                     or error.name == "bad_answer" and error.retry_after is not None))
+
+    def _next_tokens(self, command, prompt, streamkey, gettokens, tries):
+        known, at = self._places.get(streamkey, (prompt, 0))
+        if known == prompt and at is None:
+            return ""
+        command.update(key=streamkey, gettokens=gettokens, at=at or 0)
+        try:
+            answer = self._ask(command, tries)
+        except NeuroengineError:
+            # Said once; then the stream has ended, or a loop until "" would not end.
+            self._places[streamkey] = prompt, None
+            raise
+        done = answer.get("done") or answer["reply"] == ""
+        self._places[streamkey] = prompt, None if done else answer.get("at", 0)
+        while len(self._places) > REMEMBERED_STREAMS:
+            self._places.popitem(last=False)
+        return answer["reply"]
+
+    def _records(self, command):
+        try:
+            response = self._transport.open("POST", self._path(), command, key=self.key,
+                                            timeout=STREAM_SECONDS)
+            try:
+                if response.headers.get("Content-Type") != "application/x-ndjson":
+                    parse_answer(response.status, response.headers, response.read())
+                for line in response.lines():
+                    record = json.loads(line.decode("utf-8"))
+                    if record.get("errorcode"):
+                        raise error_of(record)
+                    yield record
+            finally:
+                response.close()
+        except (ValueError, AttributeError) as error:
+            raise no_connection(self._transport.base, error) from error
+        except BROKEN as error:
+            raise no_connection(self._transport.base, error) from error
+
+    def _stop(self, streamkey):
+        try:
+            self.cancel(streamkey)
+        except NeuroengineError:
+            pass                               # the relay will notice by itself
+
+
+##############################################################################
+# Provider
+##############################################################################
+
+
+class Work:
+    """One job in a provider's hands, and what of its answer is not yet taken."""
+
+    def __init__(self, job, attempt, at, request):
+        self.job, self.attempt, self.request = job, attempt, request
+        self.at, self.items, self.size = at, [], 0    # at: position of items[0]
+        self.ended = False
+        self.error = None
+        self.cancelled = False                 # nobody wants it any more
+        self.answer = None                     # what the callback returned
+
+
+class Outbox:
+    """The answers being made: items gather here until the relay has taken them.
+
+    While one request to the relay is under way, further items gather, and go together
+    in the next: low latency when idle, few requests under load. Knows no sockets.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._filled = threading.Condition(self._lock)   # put, end and stop; take waits
+        self._room = threading.Condition(self._lock)     # settle and cancel; put waits
+        self._works = {}                       # (job, attempt) -> Work
+        self._ready = {}                       # those with something to send, in order
+        self._stopped = False
+        self.served = self.tokens = 0
+
+    def add(self, work):
+        """Note a job that was handed to us; False if we have it already."""
+        with self._lock:
+            if (work.job, work.attempt) in self._works:
+                return False
+            self._works[work.job, work.attempt] = work
+            self._filled.notify()              # from now on there is a heart to beat
+            return True
+
+    def put(self, work, item):
+        """Add an item; False if the job is cancelled. Blocks if too much is unsent."""
+        with self._lock:
+            while work.size > MAX_UNSENT_BYTES and not work.cancelled:
+                self._room.wait()
+            if work.cancelled:
+                return False
+            work.items.append(item)
+            work.size += len(item) if type(item) is str else 200
+            self.tokens += 1
+            if work not in self._ready:
+                self._ready[work] = True
+                self._filled.notify()
+            return True
+
+    def end(self, work, error=None):
+        """Note that an answer has ended, with an error or without."""
+        with self._lock:
+            work.ended, work.error = True, error
+            self.served += 1
+            if (work.job, work.attempt) in self._works:
+                self._ready[work] = True
+                self._filled.notify()
+
+    def running(self):
+        """(job, attempt) of all that we have in hand."""
+        with self._lock:
+            return list(self._works)
+
+    def take(self, timeout=HEARTBEAT_SECONDS):
+        """Wait for something to send and return (entries, what settle wants to know).
+
+        With jobs in hand it returns after timeout seconds at the latest, perhaps with
+        nothing: a heartbeat. Returns None once stopped.
+        """
+        with self._lock:
+            while not self._ready and not self._stopped:
+                if not self._filled.wait(timeout if self._works else None):
+                    break
+            if self._stopped and not self._ready:
+                return None
+            entries, taken, size = [], [], 0
+            for work in list(self._ready):
+                if size > MAX_BATCH_BYTES:
+                    break
+                count = self._fitting(work, MAX_BATCH_BYTES - size)
+                last = work.ended and count == len(work.items)
+                entry = {"job": work.job, "attempt": work.attempt, "at": work.at,
+                         "items": work.items[:count]}
+                if last and work.error:
+                    entry["error"] = work.error
+                elif last:
+                    entry["done"] = True
+                entries.append(entry)
+                taken.append((work, count, last))
+                size += work.size
+                del self._ready[work]
+            return entries, taken
+
+    def _fitting(self, work, room):
+        """How many of a work's items go into one request: all, but for a long outage."""
+        if work.size <= room:
+            return len(work.items)
+        count = 0
+        for item in work.items:
+            room -= len(item) if type(item) is str else 200
+            count += 1
+            if room < 0:
+                break
+        return count
+
+    def settle(self, taken, sent):
+        """What take returned has arrived (sent), or has to go again."""
+        with self._lock:
+            for work, count, last in taken:
+                if sent:
+                    work.at += count
+                    work.size -= sum(len(i) if type(i) is str else 200
+                                     for i in work.items[:count])
+                    del work.items[:count]
+                    if last:
+                        self._works.pop((work.job, work.attempt), None)
+                if (work.items or work.ended and not (sent and last)) \
+                        and (work.job, work.attempt) in self._works:
+                    self._ready[work] = True
+            self._room.notify_all()
+            if self._ready:
+                self._filled.notify()
+
+    def cancel(self, pairs):
+        """Mark jobs as not wanted; the Works that were running are returned."""
+        with self._lock:
+            works = []
+            for pair in pairs:
+                work = self._works.get(tuple(pair))
+                if work is not None and not work.cancelled:
+                    work.cancelled = True
+                    work.items.clear()
+                    work.size = 0
+                    if work.ended:             # only its last word was missing
+                        self._works.pop(tuple(pair))
+                        self._ready.pop(work, None)
+                    else:
+                        works.append(work)
+            self._room.notify_all()
+            return works
+
+    def forget(self):
+        """Have nothing in hand any more: the relay was told."""
+        with self._lock:
+            self._works.clear()
+            self._ready.clear()
+
+    def stop(self):
+        """Let take return what is left, and then None."""
+        with self._lock:
+            self._stopped = True
+            self._filled.notify_all()
+
+
+class NeuroengineServer:
+    """Shares an LLM: answers the prompts that a relay has for a service.
+
+    server_address, server_port and verify_ssl are as in Neuroengine.
+    """
+
+    def __init__(self, server_address=DEFAULT_SERVER, server_port=443, verify_ssl=True):
+        self.server_address, self.server_port = server_address, server_port
+        self.verify_ssl = verify_ssl
+        self._transport = Transport(relay_url(server_address, server_port), verify_ssl)
+        self.service_name = self.service_key = None
+        self._session = None
+        self._features = {"workers": 1, "continues": False}
+        self._stale = True        # not logged in with those
+        self._ready = None        # the bridge's: waits until its upstream is there
+        self._stopping = False
+        self._paused = False      # the upstream went away: log in when it is back
+
+    def login(self, service_name, service_key):
+        """Log in to the relay as a provider of that service, with its service key.
+
+        Returns 0, or a negative number: -1 if the relay cannot be reached, else the
+        negative of the relay's errorcode (-30: wrong key). self.error has the words.
+        """
+        self.service_name, self.service_key = service_name, service_key
+        try:
+            self._log_in()
+        except NeuroengineError as error:
+            self.error = error.message
+            return -abs(error.errorcode)
+        return 0
+
+    def listen(self, answer_callback, workers=1, *, continues=False):
+        """Answer requests for ever; returns after Ctrl-C, having handed jobs back.
+
+        answer_callback gets each request as a dict (message, the sampling fields, and
+        whatever else the client sent) and returns the reply: a str, a JSON text or a
+        dict with "reply", or an iterator of str, which is streamed as it yields and
+        closed when nobody wants it any more. workers: how many callbacks run at once.
+        continues: the callback can go on with an answer that another provider began;
+        it finds the text so far in request["reply_so_far"], and returns what follows.
+        Reconnects by itself. Raises NeuroengineError if the service key is wrong.
+        """
+        if self.service_name is None:
+            raise NeuroengineError(NO_CONNECTION, "Call login() before listen().")
+        features = dict(self._features, workers=workers, continues=continues)
+        if features != self._features:
+            self._features, self._stale = features, True
+        _Listening(self, answer_callback).run()
+
+    def stop(self):
+        """Make listen, which runs in another thread, return as if by Ctrl-C."""
+        self._stopping = True
+        session, self._session = self._session, None
+        if session:
+            self._log_out(session)         # ends the poll under way, too
+
+    def _call(self, action, timeout=REQUEST_SECONDS, **body):
+        return self._transport.call(
+            "POST", "/provider/%s/%s" % (urllib.parse.quote(self.service_name, safe=""),
+                                         action),
+            body, key=self.service_key, timeout=timeout)
+
+    def _log_in(self):
+        old, self._session = self._session, None
+        self._session = self._call("login", **self._features)["session"]
+        self._stale = False
+        if old:
+            self._log_out(old)
+
+    def _log_out(self, session):
+        try:
+            self._call("logout", timeout=CANCEL_SECONDS, session=session)
+        except NeuroengineError:
+            pass                               # it has ended, or will by itself
+
+
+class _Listening:
+    """One call of listen: a thread that polls (the caller's own), one that sends items,
+    and the workers that run callbacks."""
+
+    def __init__(self, server, callback):
+        self.server, self.callback = server, callback
+        self.outbox, self.status = Outbox(), Status()
+        self._todo = collections.deque()
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)   # work in _todo
+        self._threads = self._resting = 0      # workers, and those with nothing to do
+        self._online = threading.Event()       # the relay answered the last poll
+
+    def run(self):
+        server = self.server
+        sender = threading.Thread(target=self._send, daemon=True)
+        server._stopping = False
+        try:
+            if server._stale:
+                self._keep_trying(server._log_in)
+            sender.start()
+            self._say()
+            while not server._stopping:
+                self._poll()
+        except KeyboardInterrupt:
+            self.status.event("Stopping: unfinished prompts go back to the relay.")
+        finally:
+            server._stopping = True
+            self.outbox.stop()
+            if server._session:
+                server._log_out(server._session)
+                server._session, server._stale = None, True
+            self.outbox.cancel(self.outbox.running())
+
+    def _keep_trying(self, action):
+        """Do action until it succeeds, however long the relay is away, and return what
+        it returns. Raises NeuroengineError for what will not get better."""
+        failures = 0
+        while True:
+            try:
+                answer = action()
+            except NeuroengineError as error:
+                if self.server._paused or self.server._stopping:
+                    return {}
+                if error.name == "session_unknown":
+                    action = self.server._log_in
+                    continue
+                if error.name in FINAL:
+                    raise
+                self._online.clear()
+                if not failures:
+                    self.status.event(error.message)
+                time.sleep(pause_before(failures, error.retry_after))
+                failures += 1
+            else:
+                self._online.set()
+                if failures:
+                    self.status.event("Connected again.")
+                return answer or {}
+
+    def _poll(self):
+        """Ask for work once, and take it."""
+        server = self.server
+        if server._paused:
+            server._ready()
+            server._paused = False
+            self._keep_trying(server._log_in)
+        self._take(self._keep_trying(lambda: server._call(
+            "poll", timeout=POLL_SECONDS, session=server._session,
+            running=self.outbox.running())))
+
+    def _take(self, answer):
+        """Deal with the jobs and cancellations of a response."""
+        for work in self.outbox.cancel(answer.get("cancel", ())):
+            cancel = getattr(work.answer, "cancel", None)
+            if cancel is not None:
+                cancel()                       # it may be waiting inside
+        for job in answer.get("jobs", ()):
+            work = Work(job["job"], job["attempt"], job["at"], job["request"])
+            if self.outbox.add(work):
+                self._give(work)
+        self._say()
+
+    def _give(self, work):
+        with self._lock:
+            self._todo.append(work)
+            if self._resting >= len(self._todo):
+                self._arrived.notify()
+            elif self._threads < self.server._features["workers"]:
+                self._threads += 1
+                threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self):
+        while True:
+            with self._lock:
+                self._resting += 1
+                while not self._todo:
+                    self._arrived.wait()
+                self._resting -= 1
+                work = self._todo.popleft()
+            self._answer(work)
+
+    def _answer(self, work):
+        """Run the callback for one job and put its items into the outbox."""
+        error = None
+        try:
+            if not work.cancelled:
+                work.answer = self.callback(self._request_of(work))
+                for item in items_of(work.answer):
+                    if not self.outbox.put(work, item):
+                        break
+        except Unavailable as why:
+            return self._pause(str(why))
+        except NeuroengineError as why:
+            error = {"error": why.name or "provider_error", "message": why.message}
+        except Exception as why:
+            if not work.cancelled:
+                self.status.event("The callback failed:\n" + traceback.format_exc())
+            error = {"error": "provider_error",
+                     "message": "its program raised %s" % type(why).__name__}
+        finally:
+            close = getattr(work.answer, "close", None)
+            if close is not None:
+                try:
+                    close()
+                except Exception:
+                    self.status.event("Closing it failed:\n" + traceback.format_exc())
+        self.outbox.end(work, error or (
+            {"error": "cancelled", "message": "cancelled"} if work.cancelled else None))
+
+    def _request_of(self, work):
+        return work.request if self.server._ready else callback_request(work.request)
+
+    def _pause(self, why):
+        """The upstream is gone: hand everything back, and log in when it is there."""
+        server = self.server
+        with self._lock:
+            first, server._paused = not server._paused, True
+        self.outbox.cancel(self.outbox.running())
+        self.outbox.forget()
+        if first:
+            self.status.event(why)
+            session, server._session = server._session, None
+            if session:
+                server._log_out(session)       # ends the poll under way, too
+
+    def _send(self):
+        """Send items as long as there are any; for a thread of its own."""
+        failures = 0
+        while True:
+            batch = self.outbox.take()
+            if batch is None:
+                return
+            entries, taken = batch
+            session = self.server._session
+            if not taken and (session is None or not self.outbox.running()):
+                continue
+            try:
+                if session is None:
+                    raise NeuroengineError(NO_CONNECTION, "not logged in")
+                answer = self.server._call("reply", session=session, replies=entries)
+            except NeuroengineError:
+                self.outbox.settle(taken, sent=False)
+                if self.server._stopping:
+                    return
+                self._online.wait(pause_before(failures))
+                time.sleep(pause_before(failures) / 4)
+                failures = min(failures + 1, 4)
+                continue
+            failures = 0
+            self.outbox.settle(taken, sent=True)
+            for refusal in answer.get("refused", ()):
+                self._refused(refusal, taken)
+            self._take(answer)
+
+    def _refused(self, refusal, taken):
+        for work, _, _ in taken:
+            if work.job == refusal.get("job"):
+                self._take({"cancel": [(work.job, work.attempt)]})
+
+    def _say(self):
+        self.status.show(len(self.outbox.running()), self.outbox.served,
+                         self.outbox.tokens)
+
+
+class Status:
+    """What a provider is doing: one live line on a terminal, log lines elsewhere."""
+
+    def __init__(self, stream=None):
+        self.stream = stream or sys.stderr
+        self.live = hasattr(self.stream, "isatty") and self.stream.isatty()
+        self._lock = threading.Lock()
+        self._shown = 0.0
+        self._line = ""
+        self._before = (time.monotonic(), 0)
+
+    def event(self, text):
+        """Say something that happened."""
+        with self._lock:
+            self._write(("\r\x1b[K" if self._line else "") + (
+                "" if self.live else time.strftime("%H:%M:%S ")) + text + "\n")
+            self._line = ""
+
+    def show(self, running, served, tokens):
+        """Show the present state, on a terminal, at most some times a second."""
+        now = time.monotonic()
+        if not self.live or now - self._shown < 0.2:
+            return
+        with self._lock:
+            since, had = self._before
+            rate = (tokens - had) / max(now - since, 0.2)
+            if now - since > 2:
+                self._before = now, tokens
+            self._shown = now
+            self._line = "%s  %d running  %d served  %.0f tokens/s" % (
+                "working" if running else "waiting", running, served, rate)
+            self._write("\r\x1b[K" + self._line)
+
+    def _write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass                               # nobody reads it
+
+
+##############################################################################
+# Bridge: a local OpenAI-compatible server as a provider
+##############################################################################
+
+USUAL = (("Ollama", 11434), ("llama.cpp", 8080), ("LM Studio", 1234),
+         ("vLLM", 8000), ("KoboldCpp", 5001), ("llama.cpp", 8081))
+KINDS = {"llamacpp": "llama.cpp", "vllm": "vLLM", "library": "Ollama",
+         "organization_owner": "LM Studio", "koboldcpp": "KoboldCpp"}
+# What each calls the penalty of repeated tokens; others get both names.
+PENALTY_NAMES = {"llama.cpp": ("repeat_penalty",), "vLLM": ("repetition_penalty",),
+                 "LM Studio": ("repeat_penalty",), "KoboldCpp": ("rep_pen",),
+                 "Ollama": ()}
+PLAIN_FIELDS = ("model", "messages", "prompt", "stream", "max_tokens", "temperature",
+                "top_p", "stop", "tools", "tool_choice", "seed", "response_format")
+NATIVE_FIELDS = ("message", "messages", "raw", "max_new_len", "repetition_penalty",
+                 "temperature", "top_p", "top_k", "min_p", "seed", "api", "reply_so_far")
+
+
+class Upstream:
+    """A local LLM server that speaks OpenAI's API.
+
+    url: its address, with or without /v1; None to look on the usual ports. model: the
+    id it wants; None for the one it has.
+    """
+
+    def __init__(self, url=None, model=None, key=""):
+        self._urls = [url] if url else [
+            "http://127.0.0.1:%d" % port for _, port in USUAL]
+        self._wanted, self._key = model, key
+        self._transport = None
+        self.model = self.kind = None
+        self.context_length = self.slots = None
+        self.embeddings = False
+
+    def find(self):
+        """Look once whether it is there, and learn what it is. Raises Unavailable."""
+        for url in self._urls:
+            base = url.rstrip("/")
+            base = base[:-3] if base.endswith("/v1") else base
+            transport = Transport(base)
+            try:
+                response = transport.open("GET", "/v1/models", key=self._key, timeout=5)
+                data = response.read()
+                if response.headers.get("Server") == "neuroengine":
+                    continue                   # a relay, perhaps our own
+                answer = parse_answer(response.status, response.headers, data)
+            except BROKEN + (NeuroengineError,) as error:
+                if len(self._urls) == 1:
+                    raise Unavailable("The LLM server at %s does not answer (%s)."
+                                      % (base, error)) from None
+                continue
+            models = [model for model in answer.get("data") or () if model.get("id")]
+            self._transport = transport
+            self._learn(models)
+            return
+        if len(self._urls) == 1:
+            raise Unavailable("At %s is a relay, not an LLM server." % self._urls[0])
+        raise Unavailable("No LLM server runs on its usual port here (%s). Start one, or "
+                          "name it with --upstream URL." % ", ".join(
+                              "%s %d" % pair for pair in USUAL))
+
+    def wait(self, say=None, pause=2.0):
+        """Wait until the server is there."""
+        told = False
+        while True:
+            try:
+                return self.find()
+            except Unavailable as why:
+                if say and not told:
+                    say("%s Waiting for it." % why)
+                told = True
+                time.sleep(pause)
+
+    def _get(self, transport, path):
+        return transport.call("GET", path, key=self._key, timeout=5)
+
+    def _learn(self, models):
+        ids = [model["id"] for model in models]
+        if self._wanted and self._wanted not in ids and ids:
+            raise Unavailable("The LLM server has no model %s; it has %s." % (
+                self._wanted, ", ".join(ids)))
+        self.model = self._wanted or (ids[0] if ids else "default")
+        entry = next((m for m in models if m["id"] == self.model), {})
+        self.kind = KINDS.get(entry.get("owned_by"), "")
+        self.context_length = entry.get("max_model_len") or (
+            entry.get("meta") or {}).get("n_ctx")
+        try:
+            props = self._get(self._transport, "/props")
+            self.kind = self.kind or "llama.cpp"
+            self.slots = props.get("total_slots")
+            self.context_length = (props.get("default_generation_settings") or {}).get(
+                "n_ctx") or self.context_length
+        except (NeuroengineError, AttributeError):
+            pass                               # only llama.cpp has it
+        try:
+            self._transport.call("POST", "/v1/embeddings", {"model": self.model,
+                                                            "input": "a"},
+                                 key=self._key, timeout=10)
+            self.embeddings = True
+        except NeuroengineError:
+            self.embeddings = False
+
+    @property
+    def continues(self):
+        """Whether it can go on with an answer that was begun elsewhere."""
+        return self.kind in ("llama.cpp", "vLLM")
+
+    def answer(self, request):
+        """The callback: a request of the relay's -> an iterator of items."""
+        return Completion(self, request)
+
+    def build(self, request):
+        """(path, body) of the upstream's request for one of the relay's."""
+        api = request.get("api")
+        if api == "embeddings":
+            body = {k: v for k, v in request.items() if k != "api"}
+            return "/v1/embeddings", dict(body, model=self.model)
+        body = (self._from_openai if api else self._from_native)(request)
+        body.update(model=self.model, stream=True,
+                    stream_options={"include_usage": True})
+        body.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+        so_far = request.get("reply_so_far")
+        if so_far and "prompt" in body:
+            body["prompt"] += so_far
+        elif so_far:
+            body["messages"] = body["messages"] + [{"role": "assistant",
+                                                    "content": so_far}]
+            if self.kind == "vLLM":
+                body.update(continue_final_message=True, add_generation_prompt=False)
+        for message in body.get("messages", ()):
+            if message.get("role") == "developer":
+                message["role"] = "system"     # not all know the newer word
+        wanted = body.get("response_format")
+        if self.kind == "LM Studio" and isinstance(wanted, dict) \
+                and wanted.get("type") == "json_object":
+            body["response_format"] = {"type": "json_schema", "json_schema": {
+                "name": "any", "schema": {"type": "object"}}}
+        return ("/v1/completions" if "prompt" in body else "/v1/chat/completions"), body
+
+    def _from_openai(self, request):
+        body = {name: value for name, value in request.items()
+                if name not in ("api", "reply_so_far", "n") and value is not None}
+        limit = body.pop("max_completion_tokens", None)
+        if limit is not None:
+            body["max_tokens"] = limit         # Ollama and older ones know only this
+        if "messages" in body:
+            body["messages"] = [dict(message) for message in body["messages"]]
+        return body
+
+    def _from_native(self, request):
+        body = {name: value for name, value in request.items()
+                if name not in NATIVE_FIELDS and value is not None}
+        if is_true(request.get("raw")):
+            body["prompt"] = request.get("message") or prompt_of(request["messages"])
+        else:
+            body["messages"] = [dict(m) for m in request.get("messages") or (
+                {"role": "user", "content": request.get("message") or ""},)]
+        for name, idle in (("temperature", None), ("top_p", None), ("top_k", 0),
+                           ("min_p", 0), ("seed", 0)):
+            value = request.get(name)
+            if value is not None and value != idle:    # 0 means: as you like
+                body[name] = value
+        if request.get("max_new_len"):
+            body["max_tokens"] = request["max_new_len"]
+        penalty = request.get("repetition_penalty")
+        if penalty is not None and penalty != 1:
+            for name in PENALTY_NAMES.get(self.kind, ("repeat_penalty",
+                                                      "repetition_penalty")):
+                body[name] = penalty
+        return body
+
+    def hide(self, words):
+        """Words of the upstream without its model's id, which may be a file path."""
+        for secret in (self.model, os.path.basename(str(self.model))):
+            if secret:
+                words = words.replace(secret, "the model")
+        return words
+
+
+class Completion:
+    """One answer of the upstream, an iterator of items. cancel() works from any thread:
+    it closes the connection, which is what frees the upstream's slot."""
+
+    def __init__(self, upstream, request):
+        self._upstream = upstream
+        self._path, self._body = upstream.build(request)
+        self._connection = self._response = None
+        self._cancelled = False
+        self._items = self._run()
+
+    def __iter__(self):
+        return self._items
+
+    def cancel(self):
+        """Stop the upstream's work on this answer."""
+        self._cancelled = True
+        if self._connection is not None:
+            self._connection.abort()
+
+    def _started(self, connection):
+        self._connection = connection
+        if self._cancelled:
+            connection.abort()
+
+    def close(self):
+        """As cancel, at the end of iteration; a whole answer leaves the connection."""
+        self._items.close()
+        if self._response is not None:
+            self._response.close()
+
+    def _run(self):
+        try:
+            self._open()
+            if self._path == "/v1/embeddings":
+                result = json.loads(self._response.read().decode("utf-8"))
+                yield {"result": result}
+                return
+            yield from self._events()
+        except BROKEN as error:
+            if self._cancelled:
+                return
+            raise NeuroengineError(1, "the LLM server broke off (%s)" % type(
+                error).__name__, "provider_error") from None
+        except ValueError:
+            raise NeuroengineError(1, "the LLM server answered something that is not "
+                                   "JSON", "provider_error") from None
+
+    def _open(self):
+        """Send the request, once more in plainer words if the upstream wants them."""
+        deadline = time.monotonic() + LOADING_SECONDS
+        plain = False
+        while not self._cancelled:
+            upstream = self._upstream
+            try:
+                self._response = response = upstream._transport.open(
+                    "POST", self._path, self._body, key=upstream._key,
+                    timeout=UPSTREAM_SECONDS, started=self._started)
+            except ConnectionRefusedError as error:
+                raise Unavailable("The LLM server went away (%s)." % error) from None
+            if response.status < 300:
+                return
+            words = upstream_words(response.read())
+            if response.status == 503 and "oading" in words \
+                    and time.monotonic() < deadline:
+                time.sleep(1)                  # it says that it is loading the model
+            elif response.status in (400, 422) and not plain \
+                    and set(self._body) - set(PLAIN_FIELDS):
+                plain = True                   # strict servers refuse unknown fields
+                self._body = {name: value for name, value in self._body.items()
+                              if name in PLAIN_FIELDS}
+            else:
+                raise self._failure(response.status, words)
+
+    def _failure(self, status, words):
+        low = words.lower()
+        if status == 400 and "context" in low and ("length" in low or "size" in low
+                                                   or "exceed" in low):
+            name = "context_length_exceeded"
+        elif status in (400, 422):
+            name = "invalid_request"
+        else:
+            name = "provider_error"
+        return NeuroengineError(1, "the LLM server said: %s (HTTP %d)" % (
+            self._upstream.hide(words), status), name)
+
+    def _events(self):
+        finish, usage = None, None
+        for line in self._response.lines():
+            line = line.strip()
+            if line[:6] == b"error:":          # older llama.cpp
+                raise self._failure(500, upstream_words(line[6:]))
+            if line[:5] != b"data:":
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                continue                       # read on to the end: keeps the connection
+            event = json.loads(data.decode("utf-8"))
+            if event.get("error"):
+                raise self._failure(500, upstream_words(data))
+            usage = event.get("usage") or usage
+            for choice in (event.get("choices") or ())[:1]:
+                yield from choice_items(choice)
+                finish = choice.get("finish_reason") or finish
+        if self._cancelled:
+            return
+        if not finish:
+            raise NeuroengineError(1, "the LLM server's answer ended in the middle",
+                                   "provider_error")
+        last = {"finish_reason": finish}
+        if isinstance(usage, dict):
+            last["usage"] = {name: usage[name] for name in (
+                "prompt_tokens", "completion_tokens", "total_tokens",
+                "completion_tokens_details", "prompt_tokens_details")
+                if usage.get(name) is not None}
+        yield last
+
+
+def choice_items(choice):
+    """The items in one choice of an upstream's event: text, reasoning, tool calls."""
+    delta = choice.get("delta") or {}
+    reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+    if isinstance(reasoning, str):
+        yield {"reasoning": reasoning}
+    text = delta.get("content") or choice.get("text")
+    if isinstance(text, str):
+        yield text
+    calls = delta.get("tool_calls")
+    if isinstance(calls, list) and calls:
+        yield {"tool_calls": [dict(call, index=call.get("index", number))
+                              for number, call in enumerate(calls)]}
+
+
+def upstream_words(body):
+    """What an upstream says in an error: several shapes are in use."""
+    try:
+        value = json.loads(body.decode("utf-8", "replace"))
+    except ValueError:
+        return "something that is not JSON"
+    for _ in range(3):
+        if isinstance(value, dict):
+            value = value.get("error") or value.get("message") or value.get("detail") or ""
+    return str(value)[:500] or "nothing more"
+
+
+##############################################################################
+# Command line
+##############################################################################
+
+
+def key_file(url, name):
+    """Where the key of a service of that relay is kept."""
+    home = os.environ.get("NEUROENGINE_HOME") or os.path.join(
+        os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"),
+        "neuroengine")
+    where = urllib.parse.quote(urllib.parse.urlsplit(url).netloc, safe="")
+    return os.path.join(home, where, name.lower() + ".key")
+
+
+def save_key(path, key):
+    """Write a key to a file that only its owner can read."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+                   "w") as file:
+        file.write(key + "\n")
+
+
+def read_key(path):
+    """The key in a file, or ""."""
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def register(transport, name, operator="", comment=""):
+    """Register a service and return its key, kept in key_file from now on."""
+    path = key_file(transport.base, name)
+    try:
+        # Before the relay is asked: the key is told only once.
+        save_key(path, read_key(path))
+    except OSError as error:
+        raise NeuroengineError(NO_CONNECTION, "The key could not be kept in %s (%s). Set "
+                               "NEUROENGINE_HOME to a folder that can be written."
+                               % (path, error.strerror)) from None
+    answer = transport.call("POST", "/api/services", {
+        "name": name, "operator": operator, "comment": comment},
+        idempotency_key=secrets.token_hex(16))
+    save_key(path, answer["key"])
+    return answer["key"], path
+
+
+def choose_service(options):
+    """The service to ask: the one named, else the first that is connected."""
+    name = options.service or os.environ.get("NEUROENGINE_SERVICE")
+    if name:
+        return name
+    models = client_of(options, "").getModels()
+    names = [model["name"] for model in models if model["connected"]]
+    if not names:
+        raise NeuroengineError(NO_CONNECTION, "No service is connected at this relay.")
+    return "Neuroengine-Large" if "Neuroengine-Large" in names else names[0]
+
+
+def client_of(options, service):
+    """A client as the options say."""
+    return Neuroengine(service, options.relay or DEFAULT_SERVER,
+                       key=options.key or os.environ.get("NEUROENGINE_ACCESS_KEY", ""),
+                       verify_ssl=options.ca or not options.insecure)
+
+
+def stream_out(client, prompt, options):
+    """Print an answer as it comes; returns it."""
+    texts, fields = [], {"max_new_len": options.max_new_len}
+    if options.temperature is not None:
+        fields["temperature"] = options.temperature
+    for text in client.stream(prompt, **fields):
+        texts.append(text)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    print()
+    return "".join(texts)
+
+
+def run_ask(options):
+    """ask: one prompt, one answer."""
+    prompt = options.prompt if options.prompt != "-" else sys.stdin.read()
+    stream_out(client_of(options, choose_service(options)), prompt, options)
+
+
+def run_chat(options):
+    """chat: a conversation on the terminal."""
+    service = choose_service(options)
+    client, messages = client_of(options, service), []
+    print("Talking to %s. An empty line does nothing, /new starts afresh, Ctrl-C stops an "
+          "answer, Ctrl-D ends." % service)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/new":
+            messages = []
+        if not text or text == "/new":
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            messages.append({"role": "assistant",
+                             "content": stream_out(client, messages, options)})
+        except KeyboardInterrupt:
+            messages.pop()
+            print("\n(stopped)")
+        except NeuroengineError as error:
+            messages.pop()
+            print("\n" + error.message, file=sys.stderr)
+
+
+def run_models(options):
+    """models: the directory of the relay."""
+    models = client_of(options, "").getModels()
+    for model in sorted(models, key=lambda m: (not m["connected"], m["name"].lower())):
+        print("%-24s %-9s %6d served  %d waiting  %s" % (
+            model["name"], "connected" if model["connected"] else "offline",
+            model["numreq"], model["queuelen"],
+            " ".join(filter(None, (model["comment"], model["operator"])))))
+    if not models:
+        print("No service is registered at this relay.")
+
+
+def run_register(options):
+    """register: take a name, keep its key."""
+    transport = client_of(options, "")._transport
+    key, path = register(transport, options.name, options.operator, options.comment)
+    print("Registered %s. Its service key, which is not shown again, is in %s:\n%s" % (
+        options.name, path, key))
+
+
+def patiently(status, action):
+    """Do action, and again for as long as the relay cannot be reached."""
+    failures = 0
+    while True:
+        try:
+            return action()
+        except NeuroengineError as error:
+            if error.name == "name_taken":
+                error.message += (" If it is yours, give its service key by --key-file or "
+                                  "$NEUROENGINE_KEY.")
+            if error.name != "no_connection" and error.name not in RETRIED:
+                raise
+            if not failures:
+                status.event(error.message)
+            time.sleep(pause_before(failures, error.retry_after))
+            failures += 1
+
+
+def run_share(options):
+    """share: be a provider, with a local LLM server behind it."""
+    server = NeuroengineServer(options.relay or DEFAULT_SERVER,
+                               verify_ssl=options.ca or not options.insecure)
+    base, status = server._transport.base, Status()
+    upstream = Upstream(options.upstream, options.model,
+                        os.environ.get("NEUROENGINE_UPSTREAM_KEY", ""))
+    upstream.wait(status.event)
+    path = options.key_file or key_file(base, options.name)
+    key = os.environ.get("NEUROENGINE_KEY") or read_key(path)
+    if not key:
+        key, path = patiently(status, lambda: register(
+            server._transport, options.name, options.operator, options.comment))
+        status.event("Registered %s; its service key is kept in %s." % (
+            options.name, path))
+    workers = options.workers or upstream.slots or 1
+    server._features.update(workers=workers, continues=upstream.continues,
+                            embeddings=upstream.embeddings)
+    if upstream.context_length:
+        server._features["context_length"] = upstream.context_length
+    server._ready = lambda: upstream.wait(status.event)
+    server.service_name, server.service_key = options.name, key
+    patiently(status, server._log_in)
+    print("Sharing %s (%s, %d at once) at %s/%s\nTry it: curl %s/%s -d "
+          "'{\"message\": \"Hello!\"}'" % (
+              options.name, upstream.kind or "an OpenAI-compatible server", workers,
+              base, options.name, base, options.name), flush=True)
+    import signal                              # only here: a service manager's stop
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server.listen(upstream.answer, workers, continues=upstream.continues)
+
+
+def build_parser():
+    """The command line's options and subcommands."""
+    import argparse                            # the library is imported without it
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--relay", metavar="URL", help="the relay; otherwise "
+                        "$NEUROENGINE_SERVER, otherwise " + DEFAULT_SERVER)
+    common.add_argument("--key", help="access key of a private service; otherwise "
+                        "$NEUROENGINE_ACCESS_KEY, which others on this machine do not see")
+    common.add_argument("--ca", metavar="FILE", help="trust this certificate")
+    common.add_argument("--insecure", action="store_true",
+                        help="do not check the relay's certificate")
+    asking = argparse.ArgumentParser(add_help=False)
+    asking.add_argument("--service", metavar="NAME", help="the service; otherwise "
+                        "$NEUROENGINE_SERVICE, otherwise the first that is connected")
+    asking.add_argument("--max-new-len", type=int, default=1000, metavar="N",
+                        help="tokens at most (default: %(default)s)")
+    asking.add_argument("--temperature", type=float, metavar="T")
+    naming = argparse.ArgumentParser(add_help=False)
+    naming.add_argument("name", help="the name of the service")
+    naming.add_argument("--operator", default="", help="who shares it, for the directory")
+    naming.add_argument("--comment", default="", help="a line about it")
+    parser = argparse.ArgumentParser(
+        prog="neuroengine.py", description="Use an LLM that somebody shares, or share "
+        "your own. `neuroengine.py \"prompt\"` is short for `ask`.")
+    parser.add_argument("--version", action="version",
+                        version="neuroengine " + __version__)
+    add = parser.add_subparsers(dest="command", metavar="COMMAND").add_parser
+    ask = add("ask", parents=[common, asking], help="send a prompt, print the answer")
+    ask.add_argument("prompt", help="the prompt; - reads it from standard input")
+    add("chat", parents=[common, asking], help="talk, on the terminal")
+    add("models", parents=[common], help="list the services of the relay")
+    add("register", parents=[common, naming], help="register a service, get its key")
+    share = add("share", parents=[common, naming], help="share a local LLM server")
+    share.add_argument("--upstream", metavar="URL", help="the LLM server; otherwise it "
+                       "is looked for on the usual ports of Ollama, llama.cpp, vLLM, "
+                       "LM Studio and KoboldCpp")
+    share.add_argument("--model", metavar="ID", help="the model it shall use; otherwise "
+                       "the one that it has")
+    share.add_argument("--workers", type=int, metavar="N", help="prompts at once; "
+                       "otherwise as many as the server has slots, or 1")
+    share.add_argument("--key-file", metavar="FILE", help="where the service key is; "
+                       "otherwise $NEUROENGINE_KEY, otherwise the file of `register`")
+    return parser
+
+
+COMMANDS = {"ask": run_ask, "chat": run_chat, "models": run_models,
+            "register": run_register, "share": run_share}
+
+
+def main(argv=None):
+    """Run the command line; the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in COMMANDS and argv[0] not in ("-h", "--help", "--version"):
+        argv = ["ask"] + argv                  # as it always was
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if not options.command:
+        parser.print_help()
+        return 2
+    try:
+        COMMANDS[options.command](options)
+    except NeuroengineError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""Share something that answers prompts: the ten-line provider, ready to paste.
+
+    python3 server-example.py [NAME [KEY]]
+
+The key is shown once, by `python3 neuroengine.py register NAME`. The environment
+variables NEUROENGINE_SERVICE and NEUROENGINE_KEY say the same as the arguments;
+NEUROENGINE_SERVER, a host name or a URL, names the relay.
+"""
+
+import os
+import sys
+
+from neuroengine import NeuroengineServer
+
+service = "MYGPT"                      # your service's name
+service_key = "SERVICE-KEY"            # your service's key
+
+
+def answer(request):
+    print("Asked:", request["message"], flush=True)
+    yield "This is the LLM. You said: "    # here you ask yours; each text that you
+    yield request["message"]               # yield is sent at once
+
+
+service = os.environ.get("NEUROENGINE_SERVICE", service)
+service_key = os.environ.get("NEUROENGINE_KEY", service_key)
+if len(sys.argv) > 1:
+    service = sys.argv[1]
+if len(sys.argv) > 2:
+    service_key = sys.argv[2]
+
+server = NeuroengineServer()
+if server.login(service, service_key) < 0:
+    print("Cannot log in:", server.error)
+    sys.exit(1)
+print("Logged in! Sharing %s; Ctrl-C stops." % service, flush=True)
+server.listen(answer)

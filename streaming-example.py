@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"""Print a poem while it is being written.
+
+    python3 streaming-example.py [NAME]
+
+NAME is the service to ask. NEUROENGINE_SERVER, a host name or a URL, names the relay.
+"""
+
+import secrets
+import sys
+
+from neuroengine import Neuroengine
+
+service_name = sys.argv[1] if len(sys.argv) > 1 else "Neuroengine-Large"
+api = Neuroengine(service_name=service_name)
+
+streamkey = secrets.token_hex(16)      # a new one for each prompt
+while True:
+    text = api.request("Write a poem", streamkey=streamkey, gettokens=5,
+                       max_new_len=1000)
+    if text == "":                     # the poem has ended
+        break
+    print(text, end="", flush=True)
+print()
