@@ -410,48 +410,66 @@ def test_page_manages_a_service_with_its_key(page_relay, page_tab):
     tab.shows("Nobody shares a model here yet", "#no-cards")
 
 
-def test_page_pauses_and_makes_access_keys(page_tab):
-    """Against the contract, so that it holds for relays with and without these."""
-    tab, sent, keys = page_tab(), [], []
-    model = {"name": "Demo", "numreq": 3, "connected": True, "operator": "", "comment": "",
-             "queuelen": 0, "created": 1, "paused": False, "private": False}
-
-    def answer(route):
-        request = route.request
-        body = json.loads(request.post_data) if request.post_data else None
-        sent.append((request.method, request.url.partition("/api")[2], body))
-        assert request.headers["authorization"] == "Bearer " + PAGE_KEY
-        if "/keys" not in request.url:
-            return route.fulfill(json=dict(model, **(body or {})))
-        if request.method == "POST":
-            keys.append(dict(body, id="1"))
-            return route.fulfill(status=201, json=dict(keys[0], key="guest key/1"))
-        if request.method == "DELETE":
-            keys.clear()
-        route.fulfill(json={"keys": keys})
-    tab.tab.route("**/api/services/Demo**", answer)
-    tab.open("/")
+def page_manage(tab, name="Demo", key=PAGE_KEY):
     tab.tab.click("#open-manage")
-    tab.tab.fill("#manage-name", "Demo")
-    tab.tab.fill("#manage-key", PAGE_KEY)
+    tab.tab.fill("#manage-name", name)
+    tab.tab.fill("#manage-key", key)
     tab.tab.click("#unlock button")
-    tab.tab.check("text=Paused")
+    tab.tab.wait_for_selector("#m-comment")
+
+
+def test_page_makes_a_service_private_and_invites_a_guest(
+        page_relay, page_provider, page_tab):
+    tab = page_tab().open("/")
+    page_manage(tab)
+    tab.tab.check("#private")
     tab.tab.click("#managed >> text=Save")
     tab.shows("Saved.", ".toast")
-    assert ("PATCH", "/services/Demo", {"operator": "", "comment": "", "paused": True,
-                                        "private": False}) in sent
-    tab.tab.fill("#k-label", "Bob")
+    tab.tab.fill("#k-label", "Bob <b>")
     tab.tab.click("summary:text('Limits')")
-    tab.tab.fill("#k-requests_per_day", "50")
+    tab.tab.fill("#k-requests_per_day", "2")
     tab.tab.click("text=Make an access key")
-    tab.tab.wait_for_selector(".secret code >> text=/Demo#k=guest%20key%2F1")
-    assert sent[-1] == ("POST", "/services/Demo/keys",
-                        {"label": "Bob", "requests_per_day": 50})
-    tab.shows("Bob", ".keys li")
+    tab.shows("Bob <b>", ".keys li")
+    tab.shows("requests a day 2", ".keys li")
+    link = tab.tab.text_content("#managed .secret code")
+    assert link.startswith(page_relay.url + "/Demo#k=ne_")
+    guest = page_tab()
+    guest.expects_trouble = True
+    guest.open("/Demo#" + link.partition("#")[2])
+    for reply in ("Welcome", "Again"):
+        guest.say("Hello")
+        page_provider.next().done(reply)
+        guest.shows(reply)
+        guest.idle()
+    guest.say("A third")
+    guest.shows("requests", ".trouble")                  # the day's two are used up
     tab.tab.click("text=Revoke")
     tab.tab.click("text=Revoke it?")
     tab.eventually("!document.querySelector('.keys li')")
-    assert sent[-1][:2] == ("DELETE", "/services/Demo/keys/1")
+    guest.tab.click("#new")
+    guest.say("Still there?")
+    guest.shows("Demo is private", ".trouble")
+
+
+def test_page_pauses_a_service(page_provider, page_tab):
+    tab = page_tab().open("/")
+    page_manage(tab)
+    tab.tab.check("#paused")
+    tab.tab.click("#managed >> text=Save")
+    tab.shows("Paused by its operator", ".card")
+    guest = page_tab()
+    guest.expects_trouble = True
+    guest.open()
+    guest.shows("Paused by its operator", "#banner")
+    guest.say("Hello")
+    guest.shows("Try again", ".trouble button")
+    tab.tab.uncheck("#paused")
+    tab.tab.click("#managed >> text=Save")
+    tab.shows("Connected", ".card")
+    guest.tab.click(".trouble >> text=Try again")
+    guest.prompt(page_provider).done("Back")
+    guest.shows("Back")
+    guest.idle()
 
 
 # 2. Chat
@@ -787,29 +805,30 @@ def test_page_takes_the_key_of_an_invite_link(page_relay, page_provider, page_ta
     tab.shows("YOUR-KEY", "#code-panel")                 # not on the screen either
 
 
-def test_page_asks_for_a_key_when_a_service_is_private(page_provider, page_tab):
+def test_page_asks_for_a_key_when_a_service_is_private(
+        page_relay, page_provider, page_tab):
+    page_relay.broker.find("Demo").private = True
     tab = page_tab()
     tab.expects_trouble = True
-
-    def guard(route):
-        if route.request.method == "POST" \
-                and route.request.headers.get("authorization") != "Bearer good":
-            return route.fulfill(status=401, json={
-                "reply": "Demo is private.", "errorcode": 30, "error": "invalid_key"})
-        route.continue_()
-    tab.tab.route("**/Demo", guard)
     tab.open()
+    tab.shows("This service is private", "#banner")
     tab.say("Let me in")
-    tab.shows("Demo is private.")
-    tab.tab.click("text=Enter a key")
-    tab.tab.fill("#key-input", "good")
+    tab.shows("Demo is private", ".trouble")
+    tab.tab.click(".trouble >> text=Enter a key")
+    tab.tab.fill("#key-input", PAGE_KEY)                 # the operator's own will do
     tab.tab.keyboard.press("Enter")
-    tab.prompt(page_provider).done("Welcome")
+    page_provider.next().done("Welcome")
     tab.shows("Welcome")
+    tab.eventually("document.querySelector('#banner').hidden")
     tab.tab.reload()
     tab.say("Still me")
-    tab.prompt(page_provider).done("Indeed")
+    page_provider.next().done("Indeed")
     tab.shows("Indeed")
+    tab.tab.click("#open-settings")
+    tab.tab.click("text=Forget it")
+    tab.tab.keyboard.press("Escape")
+    tab.news()
+    tab.shows("This service is private", "#banner")
 
 
 def test_page_shows_how_to_call_the_service(page_relay, page_tab):
