@@ -1272,7 +1272,17 @@ def page_long_answer():
     return re.findall(r"[\s\S]{1,6}", text)
 
 
-def test_page_streams_fifty_thousand_characters_smoothly(page_provider, page_tab):
+def page_longest_task(trace):
+    """CPU milliseconds of the page's longest task: what waiting for others leaves out."""
+    events = json.loads(trace)["traceEvents"]
+    mains = {(e["pid"], e["tid"]) for e in events if e.get("name") == "thread_name"
+             and e["args"]["name"] == "CrRendererMain"}
+    return max(e.get("tdur", 0) for e in events if e.get("ph") == "X"
+               and (e["pid"], e["tid"]) in mains) / 1000
+
+
+def test_page_streams_fifty_thousand_characters_smoothly(
+        page_browser, page_provider, page_tab):
     pieces = page_long_answer()
     tab = page_tab().open()
     tab.tab.evaluate("""() => { window.frames_ = []; let last = performance.now();
@@ -1280,11 +1290,12 @@ def test_page_streams_fifty_thousand_characters_smoothly(page_provider, page_tab
           requestAnimationFrame(tick); };
         requestAnimationFrame(tick); }""")
     longest = []
-    while len(longest) < 3:              # other programs of this machine make frames late
+    while len(longest) < 2:
         tab.tab.click("#new")
         tab.say("A long answer")
         job = page_provider.next()
         tab.tab.evaluate("frames_.length = 0")
+        page_browser.start_tracing(page=tab.tab, categories=["toplevel"])
 
         def stream(job=job):
             for n in range(0, len(pieces), 12):          # about 1,000 tokens a second
@@ -1298,7 +1309,9 @@ def test_page_streams_fifty_thousand_characters_smoothly(page_provider, page_tab
         thread.join()
         tab.eventually("(n) => document.querySelector('.last .md').textContent.length > n",
                        35000)                            # what is left without markup
-        longest.append(tab.tab.evaluate("Math.max(...frames_)"))
-        if longest[-1] < 100:
+        longest.append((tab.tab.evaluate("Math.max(...frames_)"),
+                        page_longest_task(page_browser.stop_tracing())))
+        # A busy machine makes frames late; then what the page itself took must be short.
+        if longest[-1][0] < 100 or longest[-1][1] < 50:
             return
-    raise AssertionError("the longest frames took %s ms" % longest)
+    raise AssertionError("the longest frames, and tasks, took %s ms" % longest)
