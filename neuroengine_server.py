@@ -119,6 +119,7 @@ MAX_FIELDS = 64              # headers of one request; browsers send about 20
 BODY_BYTES_PER_SECOND = 16384
 WATCH_AFTER_SECONDS = 0.25   # shorter waits are not worth two system calls
 QUEUE_NEWS_SECONDS = 2       # how often a waiting stream hears of its place
+JUST_GONE_SECONDS = 60       # a provider that left so lately may be back at once
 LATE_HEAD_SECONDS = 60       # /v1: a status line must come; then spaces keep it open
 SAVE_SECONDS = 0.5           # counters reach the disk this often
 STACK_BYTES = 256 * 1024     # of a connection's thread
@@ -211,13 +212,17 @@ PROVIDER_ERRORS = frozenset(
 class RelayError(Exception):
     """What went wrong, in words for whoever asked.
 
-    name: a row of ERRORS. param: the field at fault. retry_after: seconds.
+    name: a row of ERRORS. param: the field at fault. retry_after: seconds. retry:
+    whether a client may sit that out by itself, if not as the row says. limit: how many
+    requests are allowed, where that is what was passed.
     """
 
-    def __init__(self, name, words, *, param=None, retry_after=None, allow=None):
+    def __init__(self, name, words, *, param=None, retry_after=None, allow=None,
+                 retry=None, limit=None):
         super().__init__(words)
         self.name, self.words, self.param = name, words, param
-        self.retry_after, self.allow = retry_after, allow
+        self.retry_after, self.allow, self.limit = retry_after, allow, limit
+        self.retry = ERRORS[name][4] if retry is None else retry
 
     def native(self):
         """The error as the native, the operator's and the provider's API say it."""
@@ -874,7 +879,7 @@ class Broker:
             raise self._shutting_down()
         if service.paused and not own:
             raise RelayError("service_paused", "%s is paused by its operator: try again "
-                             "later." % service.name, retry_after=60)
+                             "later." % service.name, retry_after=60, retry=False)
         if access is not None:
             self._check_quota_locked(access)
         if not (service.sessions or wait or self._clock() < service.expected_until):
@@ -887,7 +892,8 @@ class Broker:
         if mine >= self.limits.max_queue_per_caller:
             raise RelayError("rate_limited", "You have %d prompts waiting for %s: let "
                              "some be answered first." % (mine, service.name),
-                             retry_after=self._retry_after_locked(service))
+                             retry_after=self._retry_after_locked(service),
+                             limit=self.limits.max_queue_per_caller)
         while self._held + size > self.limits.max_held_bytes and self._kept:
             self._forget_locked(next(iter(self._kept.values())))
         if self._held + size > self.limits.max_held_bytes:
@@ -912,18 +918,24 @@ class Broker:
                                  retry_after=left)
         if access.concurrency is not None and access.running >= access.concurrency:
             raise RelayError("rate_limited", "This access key allows %d prompts at once: "
-                             "wait for an answer." % access.concurrency, retry_after=2)
+                             "wait for an answer." % access.concurrency, retry_after=2,
+                             limit=access.concurrency)
 
     def _retry_after_locked(self, service):
         eta = self._eta_locked(service, len(service.queue))
         return 10 if eta is None else min(max(math.ceil(eta), 1), 120)
 
     def _offline(self, service):
+        # One that has just gone may be starting again. Waiting for any other is for a
+        # person to decide: OpenAI's clients would sit Retry-After out twice, in silence.
+        just_gone = service.last_seen is not None and \
+            self._wall() - service.last_seen < JUST_GONE_SECONDS
         since = "" if service.last_seen is None else " since %s UTC" % time.strftime(
             "%Y-%m-%d %H:%M", time.gmtime(service.last_seen))
         return RelayError("service_offline", "No provider of %s is connected%s. Try "
                           "again later, or send \"wait\": true to queue." % (
-                              service.name, since), retry_after=30)
+                              service.name, since),
+                          retry_after=5 if just_gone else 30, retry=just_gone)
 
     def _attach_locked(self, job, at):
         job.readers += 1
@@ -2014,9 +2026,14 @@ class Connection(socketserver.BaseRequestHandler):
                 headers["allow"] = error.allow
             if status == 401:
                 headers["www_authenticate"] = "Bearer"
-            if self.openai and (status >= 500 or status == 429) \
-                    and not ERRORS[error.name][4]:
+            # OpenAI's clients try 408, 409, 429 and all from 500 again, by themselves.
+            if self.openai and not error.retry:
                 headers["x_should_retry"] = "false"
+            if self.openai and error.limit is not None:
+                headers["x_ratelimit_limit_requests"] = str(error.limit)
+                headers["x_ratelimit_remaining_requests"] = "0"
+                headers["x_ratelimit_reset_requests"] = "%ds" % math.ceil(
+                    error.retry_after)
         head = self.head_bytes(status, kind, headers)
         length = b"" if status == 204 else b"Content-Length: %d\r\n" % len(body)
         if self.head is not None and self.head.method == "HEAD":
@@ -2334,6 +2351,8 @@ class NativeFace:
 CORS_HEADERS = (
     b"Access-Control-Allow-Origin: *\r\n"
     b"Access-Control-Expose-Headers: x-request-id, retry-after, x-should-retry, "
+    b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, "
+    b"x-ratelimit-reset-requests, "
     b"x-neuroengine-queue-ms, x-neuroengine-overhead-ms\r\n")
 DROPPED_FIELDS = ("model", "stream", "stream_options")
 _HEADER_LIST = re.compile(r"[A-Za-z0-9,_ -]{0,2000}\Z")

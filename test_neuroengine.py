@@ -1565,6 +1565,31 @@ def test_an_offline_service_is_503_with_retry_after_and_not_listed(relay, hand):
     assert ask(relay, "/v1/models/" + hand.name)[1]["status"] == "offline"
 
 
+def test_openai_clients_do_not_sit_out_what_no_retry_helps(relay, hand):
+    name = ask(relay, "/api/services", {"name": name_of()})[1]["name"]
+    status, _, headers = chat(relay, name)             # never was there
+    assert (status, headers["x-should-retry"]) == (503, "false")
+    access = ask(relay, "/api/services/%s/keys" % hand.name, {"requests_per_day": 0},
+                 Authorization="Bearer " + hand.key)[1]["key"]
+    body = {"model": hand.name, "messages": [{"role": "user", "content": "x"}]}
+    status, answer, headers = ask(relay, "/v1/chat/completions", body, api_key=access)
+    assert (status, answer["error"]["code"]) == (429, "insufficient_quota")
+    assert headers["x-should-retry"] == "false"
+    access = ask(relay, "/api/services/%s/keys" % hand.name, {"concurrency": 1},
+                 Authorization="Bearer " + hand.key)[1]["key"]
+    with contextlib.closing(sent(relay, "/v1/chat/completions", body, x_api_key=access)):
+        hand.next_job()
+        status, _, headers = ask(relay, "/v1/chat/completions", body, x_api_key=access)
+        assert status == 429 and headers["x-should-retry"] is None
+        assert headers["Retry-After"] == "2"
+        assert headers["x-ratelimit-limit-requests"] == "1"
+        assert headers["x-ratelimit-remaining-requests"] == "0"
+        assert headers["x-ratelimit-reset-requests"] == "2s"
+    hand.logout()
+    status, _, headers = chat(relay, hand.name)        # may be back at once
+    assert (status, headers["x-should-retry"], headers["Retry-After"]) == (503, None, "5")
+
+
 def test_an_error_amid_a_streamed_chat_is_an_event_and_the_body_ends_well(relay, hand):
     sock = sent(relay, "/v1/chat/completions", {
         "model": hand.name, "stream": True, "messages": [{"role": "user", "content": "x"}]})
