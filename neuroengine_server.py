@@ -2375,14 +2375,23 @@ class OpenAIFace:
         """GET /v1/models: the services that answer now, or with ?all=1 all of them"""
         models = self.broker.models()
         if name is not None:
-            models = [self.broker.model(self.broker.find(name))]
+            models = [self.broker.model(self._model(name))]
         elif "all=1" not in self.head.target.partition("?")[2].split("&"):
             models = [model for model in models if model["connected"]]
         self.reply(200, {"object": "list", "data": [_openai_model(m) for m in models]})
 
-    def openai_model(self, name):
-        """GET /v1/models/{id}"""
-        self.reply(200, _openai_model(self.broker.model(self.broker.find(name))))
+    def openai_model(self, name, _=None):
+        """GET /v1/models/{id}; at a service's own base, whatever the id"""
+        self.reply(200, _openai_model(self.broker.model(self._model(name))))
+
+    def _model(self, name):
+        """The service that a client calls its model. Raises RelayError: what no service
+        can be called, as "llama3:8b", is not there either."""
+        try:
+            return self.broker.find(name)
+        except RelayError:
+            raise RelayError("service_unknown", "There is no model %s here. GET /v1/models "
+                             "lists those there are." % printable(name), param="model")
 
     def chat(self, name=None):
         """POST /v1/chat/completions"""
@@ -2407,7 +2416,7 @@ class OpenAIFace:
         if not isinstance(model, str):
             raise RelayError("invalid_request", "model is missing: the name of a "
                              "service.", param="model")
-        service = self.broker.find(model)
+        service = self._model(model)
         own, access = self.access(service)
         self._check_openai(api, service, request)
         options = request.get("stream_options") or {}
@@ -2934,8 +2943,7 @@ def _routes():
                 (("responses",), Route("openai", POST="not_here")),
                 (("messages",), Route("openai", POST="not_here"))):
             routes[base + path] = route
-        if base != ("*", "v1"):
-            routes[base + ("models", "*")] = Route("openai", GET="openai_model")
+        routes[base + ("models", "*")] = Route("openai", GET="openai_model")
     return routes
 
 
@@ -2944,6 +2952,8 @@ ROUTES = _routes()    # "*" stands for one segment, a service's name
 
 def find_route(path):
     """Return (Route, arguments) for the segments of a path; (None, ()) if none fits."""
+    if path[:2] == ("v1", "models") and len(path) > 3:
+        path = path[:2] + ("/".join(path[2:]),)      # as in "meta-llama/Llama-3"
     route = ROUTES.get(path)
     if route is not None:
         return route, ()

@@ -1533,8 +1533,9 @@ def test_embeddings_pass_through_if_the_provider_has_them(relay, hand):
 
 
 @pytest.mark.parametrize("body, status, code, param", [
-    ({}, 400, "invalid_value", "model"), ({"model": "nosuch"}, 404, "model_not_found",
-                                          "model"),
+    ({}, 400, "invalid_value", "model"),
+    ({"model": "nosuch"}, 404, "model_not_found", "model"),
+    ({"model": "meta-llama/Llama-3:8b"}, 404, "model_not_found", "model"),
     ({"model": "{}"}, 400, "invalid_value", "messages"),
     ({"model": "{}", "messages": []}, 400, "invalid_value", "messages"),
     ({"model": "{}", "messages": [{"role": "user", "content": "x"}], "n": 2}, 400,
@@ -1563,6 +1564,20 @@ def test_an_offline_service_is_503_with_retry_after_and_not_listed(relay, hand):
     everything = [m["id"] for m in ask(relay, "/v1/models?all=1")[1]["data"]]
     assert hand.name not in listed and hand.name in everything
     assert ask(relay, "/v1/models/" + hand.name)[1]["status"] == "offline"
+
+
+@pytest.mark.parametrize("path, found", [
+    ("/v1/models/{name}", True), ("/models/{name}/", True),
+    ("/{name}/v1/models/{name}", True), ("/{name}/v1/models/whatever", True),
+    ("/v1/models/no/such", False), ("/v1/models/no%2Fsuch", False),
+    ("/nosuch/v1/models/{name}", False)])
+def test_a_model_is_found_under_every_base(relay, hand, path, found):
+    status, answer, headers = ask(relay, path.format(name=hand.name))
+    assert headers["Access-Control-Allow-Origin"] == "*"
+    if found:
+        assert (status, answer["id"], answer["object"]) == (200, hand.name, "model")
+    else:
+        assert (status, answer["error"]["code"]) == (404, "model_not_found")
 
 
 def test_openai_clients_do_not_sit_out_what_no_retry_helps(relay, hand):
