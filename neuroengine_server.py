@@ -1250,8 +1250,11 @@ class Broker:
         if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
             error = RelayError("provider_lost", "%d providers of %s went away while "
                                "they worked on this prompt." % (job.attempt, service.name))
-        elif job.seen and not any(s.continues for s in service.sessions.values()
-                                  if s is not session):
+        elif job.seen and not (
+                # What is not text, a tool call half made, cannot be handed on.
+                all(type(item) is str for item in job.items)
+                and any(s.continues for s in service.sessions.values()
+                        if s is not session)):
             error = RelayError("provider_lost", "The provider of %s went away in the "
                                "middle of this answer. Ask again." % service.name)
         elif self.draining:

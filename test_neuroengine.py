@@ -305,6 +305,15 @@ def test_seen_text_goes_on_with_a_provider_that_can_continue(desk):
     assert desk.broker.read(reader) == (["a time"], True)
 
 
+def test_a_seen_tool_call_or_thought_is_not_handed_on(desk):
+    reader, session, job = desk.start()
+    desk.reply(session, job, ["So: ", {"tool_calls": [{"index": 0, "id": "c"}]}])
+    desk.broker.read(reader)
+    desk.login(continues=True)
+    desk.broker.logout(desk.service, session)
+    assert reader.job.error.name == "provider_lost"
+
+
 def test_a_provider_whose_job_passed_to_another_is_fenced_off(desk):
     reader, session, job = desk.start()
     token = object()
