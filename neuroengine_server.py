@@ -2357,7 +2357,7 @@ CORS_HEADERS = (
     b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, "
     b"x-ratelimit-reset-requests, "
     b"x-neuroengine-queue-ms, x-neuroengine-overhead-ms\r\n")
-DROPPED_FIELDS = ("model", "stream", "stream_options")
+DROPPED_FIELDS = ("model", "stream", "stream_options", "wait")
 _HEADER_LIST = re.compile(r"[A-Za-z0-9,_ -]{0,2000}\Z")
 
 
@@ -2432,7 +2432,7 @@ class OpenAIFace:
             access.cap(payload, "max_tokens")
         reader = self.broker.submit(
             service, dumps(payload), caller=caller, own=own, access=access,
-            grace=None if repeat else 0.0,
+            wait=request.get("wait") or False, grace=None if repeat else 0.0,
             name=("repeat", caller, repeat[:512]) if repeat else None, at=0,
             fingerprint=self.raw_body)
         answer = _Answer(api, service.name, reader.job, len(payload))
@@ -2443,10 +2443,14 @@ class OpenAIFace:
                 self._whole_openai(reader, answer)
 
     def _check_openai(self, api, service, request):
+        for field in ("max_tokens", "max_completion_tokens"):
+            if request.get(field) == -1:       # "no limit", to llama.cpp and LM Studio
+                del request[field]
         check_fields(request, OPENAI_SAMPLING)
-        if not isinstance(request.get("stream") or False, bool):
-            raise RelayError("invalid_request", "stream must be true or false.",
-                             param="stream")
+        for field in ("stream", "wait"):
+            if not isinstance(request.get(field) or False, bool):
+                raise RelayError("invalid_request", "%s must be true or false." % field,
+                                 param=field)
         if not isinstance(request.get("stream_options") or {}, dict):
             raise RelayError("invalid_request", "stream_options must be an object.",
                              param="stream_options")

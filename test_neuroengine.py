@@ -1575,6 +1575,26 @@ def test_an_offline_service_is_503_with_retry_after_and_not_listed(relay, hand):
     assert ask(relay, "/v1/models/" + hand.name)[1]["status"] == "offline"
 
 
+def test_no_limit_may_be_said_as_minus_one(relay, hand):
+    answer = in_thread(chat, relay, hand.name, max_tokens=-1, max_completion_tokens=-1)
+    job = hand.next_job()
+    assert set(job["request"]) == {"api", "messages"}
+    hand.reply(job, ["x"], done=True)
+    assert answer()[0] == 200
+
+
+def test_an_openai_client_may_wait_for_a_provider(relay, hand):
+    hand.logout()
+    answer = in_thread(chat, relay, hand.name, wait=True)
+    until(lambda: len(relay.broker.find(hand.name).queue))
+    hand.connection.close()
+    hand.session = hand.call("login")["session"]
+    job = hand.next_job()
+    assert "wait" not in job["request"]
+    hand.reply(job, ["here"], done=True)
+    assert answer()[1]["choices"][0]["message"]["content"] == "here"
+
+
 @pytest.mark.parametrize("path, found", [
     ("/v1/models/{name}", True), ("/models/{name}/", True),
     ("/{name}/v1/models/{name}", True), ("/{name}/v1/models/whatever", True),
