@@ -1003,6 +1003,9 @@ class _Listening:
             if not work.cancelled:
                 work.answer = self.callback(self._request_of(work))
                 for item in items_of(work.answer):
+                    if type(item) is str and self._needs_call(work.request):
+                        raise NeuroengineError(1, "a tool call is demanded, and it "
+                                               "answers with text", "unsupported")
                     if not self.outbox.put(work, item):
                         break
         except Unavailable as why:
@@ -1023,6 +1026,12 @@ class _Listening:
                     self.status.event("Closing it failed:\n" + traceback.format_exc())
         self.outbox.end(work, error or (
             {"error": "cancelled", "message": "cancelled"} if work.cancelled else None))
+
+    def _needs_call(self, request):
+        """Whether the client will take nothing but a tool call. A bridge leaves that to
+        its upstream."""
+        return bool(request.get("tools")) and not self.server._ready and request.get(
+            "tool_choice") not in (None, "auto", "none")
 
     def _request_of(self, work):
         return work.request if self.server._ready else callback_request(work.request)

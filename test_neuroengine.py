@@ -1771,6 +1771,19 @@ def test_messages_become_a_prompt_for_a_callback_that_takes_text(relay, provide)
     assert answer["choices"][0]["text"] == "once"
 
 
+def test_a_demanded_tool_call_is_not_answered_with_text(relay, provide):
+    call = {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f"}}]}
+    body = {"tools": [{"type": "function"}], "tool_choice": "required"}
+    name, _ = provide(lambda request: iter(["no"]))
+    for stream in (False, True):
+        status, answer, _ = chat(relay, name, stream=stream, **body)
+        assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
+    assert chat(relay, name, tools=body["tools"])[0] == 200
+    name, _ = provide(lambda request: iter([{"reasoning": "hm"}, call]))
+    message = chat(relay, name, **body)[1]["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["name"] == "f"
+
+
 def count_to(number):
     """A callback that yields numbers."""
     return lambda request: ("%d " % n for n in range(number))
