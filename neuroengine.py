@@ -1371,22 +1371,26 @@ class Completion:
             if response.status < 300:
                 return
             words = upstream_words(response.read())
+            failure = self._failure(response.status, words)
             if response.status == 503 and "oading" in words \
                     and time.monotonic() < deadline:
                 time.sleep(1)                  # it says that it is loading the model
-            elif response.status in (400, 422) and not plain \
+            elif failure.name == "invalid_request" and not plain \
                     and set(self._body) - set(PLAIN_FIELDS):
                 plain = True                   # strict servers refuse unknown fields
                 self._body = {name: value for name, value in self._body.items()
                               if name in PLAIN_FIELDS}
             else:
-                raise self._failure(response.status, words)
+                raise failure
 
     def _failure(self, status, words):
         low = words.lower()
         if status == 400 and "context" in low and ("length" in low or "size" in low
                                                    or "exceed" in low):
             name = "context_length_exceeded"
+            if self._upstream.context_length:  # in the words that some clients look for
+                words = "%s. This model's maximum context length is %d tokens" % (
+                    words.rstrip("."), self._upstream.context_length)
         elif status in (400, 422):
             name = "invalid_request"
         else:

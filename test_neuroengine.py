@@ -2271,6 +2271,18 @@ def test_an_upstream_that_refuses_unknown_fields_is_asked_in_plain_words(relay, 
     assert set(fake.got[1][1]) <= set(neuroengine.PLAIN_FIELDS)
 
 
+def test_a_prompt_too_long_is_told_in_the_words_that_clients_look_for(relay, llm):
+    fake, name, upstream = llm
+    upstream.context_length = 512
+    fake.script.append((400, {"error": {          # llama.cpp's own
+        "code": 400, "type": "exceed_context_size_error", "message":
+        "request (600 tokens) exceeds the available context size (512 tokens)"}}))
+    status, answer, _ = chat(relay, name, top_k=5)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert "maximum context length is 512 tokens" in answer["error"]["message"]
+    assert len(fake.got) == 1                     # no plainer words would help
+
+
 def cut_short(handler):
     handler.stream(["a", "b"], end=None)
 
