@@ -1034,7 +1034,11 @@ class _Listening:
             "tool_choice") not in (None, "auto", "none")
 
     def _request_of(self, work):
-        return work.request if self.server._ready else callback_request(work.request)
+        request = work.request
+        if request.get("reply_so_far"):        # the tokens of it count, too
+            request = dict(request, **{name: max(1, request[name] - work.at)
+                                       for name in TOKEN_LIMITS if request.get(name)})
+        return request if self.server._ready else callback_request(request)
 
     def _pause(self, why):
         """The upstream is gone: hand everything back, and log in when it is there."""
@@ -1143,6 +1147,7 @@ PENALTY_NAMES = {"llama.cpp": ("repeat_penalty",), "vLLM": ("repetition_penalty"
                  "Ollama": ()}
 PLAIN_FIELDS = ("model", "messages", "prompt", "stream", "max_tokens", "temperature",
                 "top_p", "stop", "tools", "tool_choice", "seed", "response_format")
+TOKEN_LIMITS = ("max_new_len", "max_tokens", "max_completion_tokens")
 NATIVE_FIELDS = ("message", "messages", "raw", "max_new_len", "repetition_penalty",
                  "temperature", "top_p", "top_k", "min_p", "seed", "api", "reply_so_far")
 
@@ -1162,6 +1167,7 @@ class Upstream:
         self.model = self.kind = None
         self.context_length = self.slots = None
         self.embeddings = False
+        self.continues = False     # whether it can go on with an answer begun elsewhere
 
     def find(self):
         """Look once whether it is there, and learn what it is. Raises Unavailable."""
@@ -1223,6 +1229,7 @@ class Upstream:
                 "n_ctx") or self.context_length
         except (NeuroengineError, AttributeError):
             pass                               # only llama.cpp has it
+        self._learn_continues()
         try:
             self._transport.call("POST", "/v1/embeddings", {"model": self.model,
                                                             "input": "a"},
@@ -1231,10 +1238,18 @@ class Upstream:
         except NeuroengineError:
             self.embeddings = False
 
-    @property
-    def continues(self):
-        """Whether it can go on with an answer that was begun elsewhere."""
-        return self.kind in ("llama.cpp", "vLLM")
+    def _learn_continues(self):
+        """Learn whether it goes on with a trailing message of the assistant's: vLLM does
+        so on request, llama.cpp as the model's template and its own age have it."""
+        begun = "Once upon a "                 # with a space that a template might trim
+        try:
+            self.continues = self.kind == "vLLM" or self.kind == "llama.cpp" and \
+                self._transport.call("POST", "/apply-template", {"messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": begun}]},
+                    key=self._key, timeout=5)["prompt"].endswith(begun)
+        except (NeuroengineError, KeyError, TypeError, AttributeError):
+            self.continues = False
 
     def answer(self, request):
         """The callback: a request of the relay's -> an iterator of items."""
@@ -1254,8 +1269,11 @@ class Upstream:
         if so_far and "prompt" in body:
             body["prompt"] += so_far
         elif so_far:
-            body["messages"] = body["messages"] + [{"role": "assistant",
-                                                    "content": so_far}]
+            messages, begun = body["messages"], ""
+            if messages[-1].get("role") == "assistant":    # two would be refused
+                messages, begun = messages[:-1], content_text(messages[-1].get("content"))
+            body["messages"] = messages + [{"role": "assistant",
+                                            "content": begun + so_far}]
             if self.kind == "vLLM":
                 body.update(continue_final_message=True, add_generation_prompt=False)
         for message in body.get("messages", ()):

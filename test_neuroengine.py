@@ -2142,7 +2142,7 @@ class FakeLLM(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     got, script, gone = [], [], threading.Event()
-    owner = "llamacpp"
+    owner, template = "llamacpp", "<user>a<assistant>%s"
 
     def do_GET(self):
         if self.path == "/v1/models":
@@ -2155,6 +2155,9 @@ class FakeLLM(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/v1/embeddings":
             return self.json(501, {"error": "no embeddings"})
+        if self.path == "/apply-template":
+            return self.json(200, {"prompt": self.template % body["messages"][-1][
+                "content"]} if self.template else {"error": "old"})
         self.got.append((self.path, body))
         answer = self.script.pop(0) if self.script else ["Hel", "lo"]
         if callable(answer):
@@ -2383,8 +2386,45 @@ def test_a_started_answer_goes_on_through_the_upstreams_prefill():
     assert upstream.build(dict(so_far, message="a", raw="True"))[1]["prompt"] == "aOnce upon"
     _, body = upstream.build(dict(so_far, message="a"))
     assert body["messages"][-1] == {"role": "assistant", "content": "Once upon"}
+    _, body = upstream.build(dict(so_far, messages=[
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "Well. "}]))
+    assert body["messages"][1:] == [{"role": "assistant", "content": "Well. Once upon"}]
     upstream.kind = "vLLM"
     assert upstream.build(dict(so_far, message="a"))[1]["continue_final_message"] is True
+
+
+@pytest.mark.parametrize("owner, template, continues", [
+    ("llamacpp", "<user>a<assistant>%s", True), ("llamacpp", "<assistant>%s<end>", False),
+    ("llamacpp", None, False), ("library", "<assistant>%s", False),
+    ("vllm", None, True), ("", "<assistant>%s", False)])
+def test_the_bridge_continues_answers_only_where_the_upstream_does(
+        owner, template, continues):
+    fake = type("Fake", (FakeLLM,), {"owner": owner, "template": template})
+    with serving(fake) as url:
+        upstream = neuroengine.Upstream(url)
+        upstream.find()
+    assert upstream.continues is continues
+
+
+def test_a_continued_answer_has_the_tokens_that_are_left(relay):
+    first, asked = Hand(relay), []
+    answer = in_thread(ask, relay, "/" + first.name, {
+        "message": "x", "max_new_len": 10, "stream": True})
+    first.reply(first.next_job(), ["a", "b", "c"])
+    until(lambda: [j.seen for j in relay.broker._jobs.values()
+                   if j.service.name == first.name] == [3])
+    provider = NeuroengineServer(relay.url)
+    assert provider.login(first.name, first.key) == 0
+    thread = threading.Thread(target=provider.listen, daemon=True, args=(
+        lambda request: asked.append(request) or "d",), kwargs={"continues": True})
+    thread.start()
+    until(lambda: len(relay.broker.find(first.name).sessions) > 1)
+    until(lambda: any(s.continues for s in relay.broker.find(first.name).sessions.values()))
+    first.logout()
+    assert b'"d"' in answer()[1]
+    assert (asked[0]["reply_so_far"], asked[0]["max_new_len"]) == ("abc", 7)
+    provider.stop()
+    thread.join(SOON)
 
 
 ##############################################################################
