@@ -306,6 +306,9 @@ class Response:
         """The whole body. Raises OSError or HTTPException if it is cut."""
         try:
             return self._raw.read()
+        except BROKEN:
+            self._connection.close()           # not fit for another request
+            raise
         finally:
             self.close()
 
@@ -313,7 +316,11 @@ class Response:
         """Yield the body's lines as they come, without their ends."""
         rest = b""
         while True:
-            data = self._raw.read1(65536)
+            try:
+                data = self._raw.read1(65536)
+            except BROKEN:
+                self._connection.close()       # not fit for another request
+                raise
             if not data:
                 break
             lines = (rest + data).split(b"\n") if rest else data.split(b"\n")
@@ -330,7 +337,8 @@ class Response:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if self._raw.isclosed() and connection.sock is not None:
+        if self._raw.isclosed() and connection.sock is not None \
+                and not connection._aborted:
             self._give_back(connection)
         else:
             self._raw.close()

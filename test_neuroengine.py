@@ -2334,6 +2334,27 @@ def test_cancelling_closes_the_upstreams_connection(relay, llm):
         assert gone.wait(2)
 
 
+def test_a_cancelled_connection_is_not_used_for_the_next_prompt(relay, llm):
+    fake, name, upstream = llm
+    for begin in (b"", b"5\r\n: hi\n\r\n", b"5\r\n: h"):
+
+        def chunked(handler, begin=begin):     # as llama.cpp: the head, and then prefill
+            handler.send_response(200)
+            handler.send_header("Transfer-Encoding", "chunked")
+            handler.end_headers()
+            handler.wfile.write(begin)
+            handler.connection.recv(1)
+        fake.script.append(chunked)
+        sock = sent(relay, "/v1/chat/completions", {
+            "model": name, "messages": [{"role": "user", "content": "x"}]})
+        until(lambda: not fake.script)
+        time.sleep(0.05)                       # the head is there, most likely
+        sock.close()
+        until(lambda: not any(s.jobs or s.cancelling for s in
+                              relay.broker.find(name).sessions.values()))
+        assert chat(relay, name)[1]["choices"][0]["message"]["content"] == "Hello"
+
+
 def stop_keeping_alive(upstream):
     """The fake's threads outlive its listener: let go of the connections to them."""
     for handler in upstream._transport._opener.handlers:
