@@ -2229,6 +2229,7 @@ def test_the_bridge_translates_sampling_fields_and_hides_the_model(relay, llm):
     assert body == {"model": "/secret/model.gguf", "stream": True, "temperature": 1.0,
                     "top_p": 0.9, "top_k": 40, "seed": 5, "max_tokens": 7,
                     "repeat_penalty": 1.2, "stream_options": {"include_usage": True},
+                    "return_progress": True,
                     "messages": [{"role": "user", "content": "hi"}]}
     whole = ask(relay, "/v1/chat/completions", {
         "model": name, "messages": [{"role": "user", "content": "x"}]})[1]
