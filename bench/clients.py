@@ -30,6 +30,7 @@ import venv
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
 PYPI = ("openai", "langchain-openai", "litellm")
+NEEDED = ("mcp",)          # litellm imports it when there are tools, and does not say so
 NPM = ("openai",)
 SOON = 20.0                # seconds that only a failure reaches
 CLOSED_SECONDS = 1.0       # the promise: so long from a hang-up to the provider's stop
@@ -132,7 +133,9 @@ class FakeLLM(http.server.BaseHTTPRequestHandler):
                                    "data": [{"object": "embedding", "index": number,
                                              "embedding": vector}
                                             for number, _ in enumerate(inputs)]})
-        if self.path != "/v1/chat/completions":
+        if self.path == "/apply-template":
+            return self.json(404, {"error": {"message": "File Not Found", "code": 404}})
+        if self.path == "/v1/completions":
             return self.stream(iter(("Hel", "lo")))
         text = body["messages"][-1]["content"]
         if isinstance(text, list):
@@ -272,18 +275,25 @@ def world(upstream, directory):
         stack.callback(relay.stop)
         call = neuroengine.Transport(relay.url).call
         keys = {name: call("POST", "/api/services", {"name": name})["key"]
-                for name in ("Text", "Offline")}
-        provider = neuroengine.NeuroengineServer(relay.url)
-        provider.login("Text", keys["Text"])
-        threading.Thread(target=provider.listen, args=(Callback(texts),),
-                         kwargs={"workers": 8}, daemon=True).start()
-        stack.callback(provider.stop)
+                for name in ("Text", "Offline", "Private", "Paused")}
+        for name, changes in (("Private", {"private": True}), ("Paused", {"paused": True})):
+            call("PATCH", "/api/services/" + name, changes, key=keys[name])
+        guests = {label: call("POST", "/api/services/Private/keys", dict(
+            limits, label=label), key=keys["Private"])["key"] for label, limits in (
+                ("guest", {}), ("spent", {"requests_per_day": 0}))}
+        for name in ("Text", "Private"):
+            provider = neuroengine.NeuroengineServer(relay.url)
+            provider.login(name, keys[name])
+            threading.Thread(target=provider.listen, args=(Callback(texts),),
+                             kwargs={"workers": 8}, daemon=True).start()
+            stack.callback(provider.stop)
         llm = stack.enter_context(serving(FakeLLM, watch=fakes))
         control = stack.enter_context(serving(Control, watches=(texts, fakes)))
         stack.enter_context(sharing(relay.url, "Bridge", llm, directory))
         if upstream:
             stack.enter_context(sharing(relay.url, "Real", upstream, directory))
-        yield {"relay": relay.url, "control": control, "real": bool(upstream)}
+        yield {"relay": relay.url, "control": control, "real": bool(upstream),
+               "keys": guests}
 
 
 ##############################################################################
@@ -402,10 +412,10 @@ def chat_streamed_without_usage(service):
     return said("".join(chunk.choices[0].delta.content or "" for chunk in chunks), service)
 
 
-@case("openai", "Text", "Bridge", "Real")
+@case("openai", "Text", "Bridge")
 def chat_stream_helper(service):
     with openai_client().chat.completions.stream(
-            model=service, messages=user("Hello there"), max_tokens=16) as stream:
+            model=service, messages=user("Hello there")) as stream:
         final = stream.get_final_completion()
     return said(final.choices[0].message.content, service)
 
@@ -454,6 +464,29 @@ def offline_is_503_and_not_sat_out(service):
         assert got[0].status_code == 503 and got[0].code == "provider_offline"
         assert time.monotonic() - began < 10, "it was retried for long"
     return "%.1f s" % (time.monotonic() - began)
+
+
+@case("openai", "Paused")
+def paused_is_503_and_not_sat_out(service):
+    began = time.monotonic()
+    with raises("InternalServerError") as got:
+        openai_client().chat.completions.create(model=service, messages=user("x"))
+    assert got[0].code == "provider_paused" and time.monotonic() - began < 10
+
+
+@case("openai", "Private")
+def a_private_service_takes_its_access_keys(service):
+    def ask(key):
+        return openai_client(key=key).chat.completions.create(
+            model=service, messages=user("x"))
+    said(ask(CONFIG["keys"]["guest"]).choices[0].message.content, service)
+    with raises("AuthenticationError") as got:
+        ask("dummy")
+    assert got[0].code == "invalid_api_key"
+    began = time.monotonic()
+    with raises("RateLimitError") as got:
+        ask(CONFIG["keys"]["spent"])
+    assert got[0].code == "insufficient_quota" and time.monotonic() - began < 10
 
 
 @case("openai", "Text", "Bridge")
@@ -882,7 +915,7 @@ def install(cache):
     if not os.path.exists(python):
         venv.create(os.path.join(cache, "python"), with_pip=True)
     # Old versions of pip take minutes over these packages' long lists of versions.
-    for packages in (("pip",), PYPI):
+    for packages in (("pip",), PYPI + NEEDED):
         subprocess.check_call([python, "-m", "pip", "install", "-q", "-U",
                                "--prefer-binary"] + list(packages))
     if shutil.which("npm"):
