@@ -1564,6 +1564,28 @@ def test_openai_errors_have_openais_form(relay, hand, body, status, code, param)
     assert headers["Access-Control-Allow-Origin"] == "*"
 
 
+@pytest.mark.parametrize("request_head, status, code, header", [
+    (b"GET /v1/chat/completions", 405, "method_not_allowed", b"allow: post"),
+    (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 9999999", 413,
+     "request_too_large", b"connection: close"),
+    (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Encoding: zstd\r\nContent-Length: 2",
+     415, "unsupported_encoding", b""),
+    (b"GET /v1/nosuch", 404, "unknown_url", b""),
+    (b"PUT /chat/completions HTTP/1.1\r\nContent-Length: 0", 405, "method_not_allowed",
+     b"allow: post")])
+def test_what_is_wrong_with_the_transport_has_openais_form_too(
+        relay, request_head, status, code, header):
+    if b" HTTP/" not in request_head:
+        request_head += b" HTTP/1.1"
+    head, _, body = raw(relay, request_head + b"\r\nHost: x\r\n\r\n{}").partition(
+        b"\r\n\r\n")
+    body = body.partition(b"HTTP/1.1 ")[0]              # what {} is taken for
+    assert head.split()[1] == b"%d" % status and header in head.lower()
+    assert b"\r\nX-Request-Id: " in head
+    assert b"\r\nAccess-Control-Allow-Origin: *\r\n" in head
+    assert json.loads(body)["error"]["code"] == code
+
+
 def test_an_offline_service_is_503_with_retry_after_and_not_listed(relay, hand):
     hand.logout()
     status, answer, headers = chat(relay, hand.name)
