@@ -306,6 +306,9 @@ class Response:
         """The whole body. Raises OSError or HTTPException if it is cut."""
         try:
             return self._raw.read()
+        except BROKEN:
+            self._connection.close()           # not fit for another request
+            raise
         finally:
             self.close()
 
@@ -313,7 +316,11 @@ class Response:
         """Yield the body's lines as they come, without their ends."""
         rest = b""
         while True:
-            data = self._raw.read1(65536)
+            try:
+                data = self._raw.read1(65536)
+            except BROKEN:
+                self._connection.close()       # not fit for another request
+                raise
             if not data:
                 break
             lines = (rest + data).split(b"\n") if rest else data.split(b"\n")
@@ -330,7 +337,8 @@ class Response:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if self._raw.isclosed() and connection.sock is not None:
+        if self._raw.isclosed() and connection.sock is not None \
+                and not connection._aborted:
             self._give_back(connection)
         else:
             self._raw.close()
@@ -1003,6 +1011,9 @@ class _Listening:
             if not work.cancelled:
                 work.answer = self.callback(self._request_of(work))
                 for item in items_of(work.answer):
+                    if type(item) is str and self._needs_call(work.request):
+                        raise NeuroengineError(1, "a tool call is demanded, and it "
+                                               "answers with text", "unsupported")
                     if not self.outbox.put(work, item):
                         break
         except Unavailable as why:
@@ -1024,8 +1035,18 @@ class _Listening:
         self.outbox.end(work, error or (
             {"error": "cancelled", "message": "cancelled"} if work.cancelled else None))
 
+    def _needs_call(self, request):
+        """Whether the client will take nothing but a tool call. A bridge leaves that to
+        its upstream."""
+        return bool(request.get("tools")) and not self.server._ready and request.get(
+            "tool_choice") not in (None, "auto", "none")
+
     def _request_of(self, work):
-        return work.request if self.server._ready else callback_request(work.request)
+        request = work.request
+        if request.get("reply_so_far"):        # the tokens of it count, too
+            request = dict(request, **{name: max(1, request[name] - work.at)
+                                       for name in TOKEN_LIMITS if request.get(name)})
+        return request if self.server._ready else callback_request(request)
 
     def _pause(self, why):
         """The upstream is gone: hand everything back, and log in when it is there."""
@@ -1134,6 +1155,7 @@ PENALTY_NAMES = {"llama.cpp": ("repeat_penalty",), "vLLM": ("repetition_penalty"
                  "Ollama": ()}
 PLAIN_FIELDS = ("model", "messages", "prompt", "stream", "max_tokens", "temperature",
                 "top_p", "stop", "tools", "tool_choice", "seed", "response_format")
+TOKEN_LIMITS = ("max_new_len", "max_tokens", "max_completion_tokens")
 NATIVE_FIELDS = ("message", "messages", "raw", "max_new_len", "repetition_penalty",
                  "temperature", "top_p", "top_k", "min_p", "seed", "api", "reply_so_far")
 
@@ -1153,6 +1175,7 @@ class Upstream:
         self.model = self.kind = None
         self.context_length = self.slots = None
         self.embeddings = False
+        self.continues = False     # whether it can go on with an answer begun elsewhere
 
     def find(self):
         """Look once whether it is there, and learn what it is. Raises Unavailable."""
@@ -1214,6 +1237,7 @@ class Upstream:
                 "n_ctx") or self.context_length
         except (NeuroengineError, AttributeError):
             pass                               # only llama.cpp has it
+        self._learn_continues()
         try:
             self._transport.call("POST", "/v1/embeddings", {"model": self.model,
                                                             "input": "a"},
@@ -1222,10 +1246,18 @@ class Upstream:
         except NeuroengineError:
             self.embeddings = False
 
-    @property
-    def continues(self):
-        """Whether it can go on with an answer that was begun elsewhere."""
-        return self.kind in ("llama.cpp", "vLLM")
+    def _learn_continues(self):
+        """Learn whether it goes on with a trailing message of the assistant's: vLLM does
+        so on request, llama.cpp as the model's template and its own age have it."""
+        begun = "Once upon a "                 # with a space that a template might trim
+        try:
+            self.continues = self.kind == "vLLM" or self.kind == "llama.cpp" and \
+                self._transport.call("POST", "/apply-template", {"messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": begun}]},
+                    key=self._key, timeout=5)["prompt"].endswith(begun)
+        except (NeuroengineError, KeyError, TypeError, AttributeError):
+            self.continues = False
 
     def answer(self, request):
         """The callback: a request of the relay's -> an iterator of items."""
@@ -1241,12 +1273,19 @@ class Upstream:
         body.update(model=self.model, stream=True,
                     stream_options={"include_usage": True})
         body.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+        if self.kind == "llama.cpp":
+            # It notices that we hung up only when it writes. Without reports of its
+            # progress a prompt of 3000 tokens was read on for 32 s; with them, 0.5 s.
+            body["return_progress"] = True
         so_far = request.get("reply_so_far")
         if so_far and "prompt" in body:
             body["prompt"] += so_far
         elif so_far:
-            body["messages"] = body["messages"] + [{"role": "assistant",
-                                                    "content": so_far}]
+            messages, begun = body["messages"], ""
+            if messages[-1].get("role") == "assistant":    # two would be refused
+                messages, begun = messages[:-1], content_text(messages[-1].get("content"))
+            body["messages"] = messages + [{"role": "assistant",
+                                            "content": begun + so_far}]
             if self.kind == "vLLM":
                 body.update(continue_final_message=True, add_generation_prompt=False)
         for message in body.get("messages", ()):
@@ -1362,22 +1401,26 @@ class Completion:
             if response.status < 300:
                 return
             words = upstream_words(response.read())
+            failure = self._failure(response.status, words)
             if response.status == 503 and "oading" in words \
                     and time.monotonic() < deadline:
                 time.sleep(1)                  # it says that it is loading the model
-            elif response.status in (400, 422) and not plain \
+            elif failure.name == "invalid_request" and not plain \
                     and set(self._body) - set(PLAIN_FIELDS):
                 plain = True                   # strict servers refuse unknown fields
                 self._body = {name: value for name, value in self._body.items()
                               if name in PLAIN_FIELDS}
             else:
-                raise self._failure(response.status, words)
+                raise failure
 
     def _failure(self, status, words):
         low = words.lower()
         if status == 400 and "context" in low and ("length" in low or "size" in low
                                                    or "exceed" in low):
             name = "context_length_exceeded"
+            if self._upstream.context_length:  # in the words that some clients look for
+                words = "%s. This model's maximum context length is %d tokens" % (
+                    words.rstrip("."), self._upstream.context_length)
         elif status in (400, 422):
             name = "invalid_request"
         else:

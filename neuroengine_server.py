@@ -119,6 +119,7 @@ MAX_FIELDS = 64              # headers of one request; browsers send about 20
 BODY_BYTES_PER_SECOND = 16384
 WATCH_AFTER_SECONDS = 0.25   # shorter waits are not worth two system calls
 QUEUE_NEWS_SECONDS = 2       # how often a waiting stream hears of its place
+JUST_GONE_SECONDS = 60       # a provider that left so lately may be back at once
 LATE_HEAD_SECONDS = 60       # /v1: a status line must come; then spaces keep it open
 SAVE_SECONDS = 0.5           # counters reach the disk this often
 STACK_BYTES = 256 * 1024     # of a connection's thread
@@ -211,13 +212,17 @@ PROVIDER_ERRORS = frozenset(
 class RelayError(Exception):
     """What went wrong, in words for whoever asked.
 
-    name: a row of ERRORS. param: the field at fault. retry_after: seconds.
+    name: a row of ERRORS. param: the field at fault. retry_after: seconds. retry:
+    whether a client may sit that out by itself, if not as the row says. limit: how many
+    requests are allowed, where that is what was passed.
     """
 
-    def __init__(self, name, words, *, param=None, retry_after=None, allow=None):
+    def __init__(self, name, words, *, param=None, retry_after=None, allow=None,
+                 retry=None, limit=None):
         super().__init__(words)
         self.name, self.words, self.param = name, words, param
-        self.retry_after, self.allow = retry_after, allow
+        self.retry_after, self.allow, self.limit = retry_after, allow, limit
+        self.retry = ERRORS[name][4] if retry is None else retry
 
     def native(self):
         """The error as the native, the operator's and the provider's API say it."""
@@ -874,7 +879,7 @@ class Broker:
             raise self._shutting_down()
         if service.paused and not own:
             raise RelayError("service_paused", "%s is paused by its operator: try again "
-                             "later." % service.name, retry_after=60)
+                             "later." % service.name, retry_after=60, retry=False)
         if access is not None:
             self._check_quota_locked(access)
         if not (service.sessions or wait or self._clock() < service.expected_until):
@@ -887,7 +892,8 @@ class Broker:
         if mine >= self.limits.max_queue_per_caller:
             raise RelayError("rate_limited", "You have %d prompts waiting for %s: let "
                              "some be answered first." % (mine, service.name),
-                             retry_after=self._retry_after_locked(service))
+                             retry_after=self._retry_after_locked(service),
+                             limit=self.limits.max_queue_per_caller)
         while self._held + size > self.limits.max_held_bytes and self._kept:
             self._forget_locked(next(iter(self._kept.values())))
         if self._held + size > self.limits.max_held_bytes:
@@ -912,18 +918,24 @@ class Broker:
                                  retry_after=left)
         if access.concurrency is not None and access.running >= access.concurrency:
             raise RelayError("rate_limited", "This access key allows %d prompts at once: "
-                             "wait for an answer." % access.concurrency, retry_after=2)
+                             "wait for an answer." % access.concurrency, retry_after=2,
+                             limit=access.concurrency)
 
     def _retry_after_locked(self, service):
         eta = self._eta_locked(service, len(service.queue))
         return 10 if eta is None else min(max(math.ceil(eta), 1), 120)
 
     def _offline(self, service):
+        # One that has just gone may be starting again. Waiting for any other is for a
+        # person to decide: OpenAI's clients would sit Retry-After out twice, in silence.
+        just_gone = service.last_seen is not None and \
+            self._wall() - service.last_seen < JUST_GONE_SECONDS
         since = "" if service.last_seen is None else " since %s UTC" % time.strftime(
             "%Y-%m-%d %H:%M", time.gmtime(service.last_seen))
         return RelayError("service_offline", "No provider of %s is connected%s. Try "
                           "again later, or send \"wait\": true to queue." % (
-                              service.name, since), retry_after=30)
+                              service.name, since),
+                          retry_after=5 if just_gone else 30, retry=just_gone)
 
     def _attach_locked(self, job, at):
         job.readers += 1
@@ -1238,8 +1250,11 @@ class Broker:
         if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
             error = RelayError("provider_lost", "%d providers of %s went away while "
                                "they worked on this prompt." % (job.attempt, service.name))
-        elif job.seen and not any(s.continues for s in service.sessions.values()
-                                  if s is not session):
+        elif job.seen and not (
+                # What is not text, a tool call half made, cannot be handed on.
+                all(type(item) is str for item in job.items)
+                and any(s.continues for s in service.sessions.values()
+                        if s is not session)):
             error = RelayError("provider_lost", "The provider of %s went away in the "
                                "middle of this answer. Ask again." % service.name)
         elif self.draining:
@@ -2014,9 +2029,14 @@ class Connection(socketserver.BaseRequestHandler):
                 headers["allow"] = error.allow
             if status == 401:
                 headers["www_authenticate"] = "Bearer"
-            if self.openai and (status >= 500 or status == 429) \
-                    and not ERRORS[error.name][4]:
+            # OpenAI's clients try 408, 409, 429 and all from 500 again, by themselves.
+            if self.openai and not error.retry:
                 headers["x_should_retry"] = "false"
+            if self.openai and error.limit is not None:
+                headers["x_ratelimit_limit_requests"] = str(error.limit)
+                headers["x_ratelimit_remaining_requests"] = "0"
+                headers["x_ratelimit_reset_requests"] = "%ds" % math.ceil(
+                    error.retry_after)
         head = self.head_bytes(status, kind, headers)
         length = b"" if status == 204 else b"Content-Length: %d\r\n" % len(body)
         if self.head is not None and self.head.method == "HEAD":
@@ -2334,8 +2354,10 @@ class NativeFace:
 CORS_HEADERS = (
     b"Access-Control-Allow-Origin: *\r\n"
     b"Access-Control-Expose-Headers: x-request-id, retry-after, x-should-retry, "
+    b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, "
+    b"x-ratelimit-reset-requests, "
     b"x-neuroengine-queue-ms, x-neuroengine-overhead-ms\r\n")
-DROPPED_FIELDS = ("model", "stream", "stream_options")
+DROPPED_FIELDS = ("model", "stream", "stream_options", "wait")
 _HEADER_LIST = re.compile(r"[A-Za-z0-9,_ -]{0,2000}\Z")
 
 
@@ -2356,14 +2378,23 @@ class OpenAIFace:
         """GET /v1/models: the services that answer now, or with ?all=1 all of them"""
         models = self.broker.models()
         if name is not None:
-            models = [self.broker.model(self.broker.find(name))]
+            models = [self.broker.model(self._model(name))]
         elif "all=1" not in self.head.target.partition("?")[2].split("&"):
             models = [model for model in models if model["connected"]]
         self.reply(200, {"object": "list", "data": [_openai_model(m) for m in models]})
 
-    def openai_model(self, name):
-        """GET /v1/models/{id}"""
-        self.reply(200, _openai_model(self.broker.model(self.broker.find(name))))
+    def openai_model(self, name, _=None):
+        """GET /v1/models/{id}; at a service's own base, whatever the id"""
+        self.reply(200, _openai_model(self.broker.model(self._model(name))))
+
+    def _model(self, name):
+        """The service that a client calls its model. Raises RelayError: what no service
+        can be called, as "llama3:8b", is not there either."""
+        try:
+            return self.broker.find(name)
+        except RelayError:
+            raise RelayError("service_unknown", "There is no model %s here. GET /v1/models "
+                             "lists those there are." % printable(name), param="model")
 
     def chat(self, name=None):
         """POST /v1/chat/completions"""
@@ -2388,7 +2419,7 @@ class OpenAIFace:
         if not isinstance(model, str):
             raise RelayError("invalid_request", "model is missing: the name of a "
                              "service.", param="model")
-        service = self.broker.find(model)
+        service = self._model(model)
         own, access = self.access(service)
         self._check_openai(api, service, request)
         options = request.get("stream_options") or {}
@@ -2401,7 +2432,7 @@ class OpenAIFace:
             access.cap(payload, "max_tokens")
         reader = self.broker.submit(
             service, dumps(payload), caller=caller, own=own, access=access,
-            grace=None if repeat else 0.0,
+            wait=request.get("wait") or False, grace=None if repeat else 0.0,
             name=("repeat", caller, repeat[:512]) if repeat else None, at=0,
             fingerprint=self.raw_body)
         answer = _Answer(api, service.name, reader.job, len(payload))
@@ -2412,10 +2443,14 @@ class OpenAIFace:
                 self._whole_openai(reader, answer)
 
     def _check_openai(self, api, service, request):
+        for field in ("max_tokens", "max_completion_tokens"):
+            if request.get(field) == -1:       # "no limit", to llama.cpp and LM Studio
+                del request[field]
         check_fields(request, OPENAI_SAMPLING)
-        if not isinstance(request.get("stream") or False, bool):
-            raise RelayError("invalid_request", "stream must be true or false.",
-                             param="stream")
+        for field in ("stream", "wait"):
+            if not isinstance(request.get(field) or False, bool):
+                raise RelayError("invalid_request", "%s must be true or false." % field,
+                                 param=field)
         if not isinstance(request.get("stream_options") or {}, dict):
             raise RelayError("invalid_request", "stream_options must be an object.",
                              param="stream_options")
@@ -2915,8 +2950,7 @@ def _routes():
                 (("responses",), Route("openai", POST="not_here")),
                 (("messages",), Route("openai", POST="not_here"))):
             routes[base + path] = route
-        if base != ("*", "v1"):
-            routes[base + ("models", "*")] = Route("openai", GET="openai_model")
+        routes[base + ("models", "*")] = Route("openai", GET="openai_model")
     return routes
 
 
@@ -2925,6 +2959,8 @@ ROUTES = _routes()    # "*" stands for one segment, a service's name
 
 def find_route(path):
     """Return (Route, arguments) for the segments of a path; (None, ()) if none fits."""
+    if path[:2] == ("v1", "models") and len(path) > 3:
+        path = path[:2] + ("/".join(path[2:]),)      # as in "meta-llama/Llama-3"
     route = ROUTES.get(path)
     if route is not None:
         return route, ()

@@ -305,6 +305,15 @@ def test_seen_text_goes_on_with_a_provider_that_can_continue(desk):
     assert desk.broker.read(reader) == (["a time"], True)
 
 
+def test_a_seen_tool_call_or_thought_is_not_handed_on(desk):
+    reader, session, job = desk.start()
+    desk.reply(session, job, ["So: ", {"tool_calls": [{"index": 0, "id": "c"}]}])
+    desk.broker.read(reader)
+    desk.login(continues=True)
+    desk.broker.logout(desk.service, session)
+    assert reader.job.error.name == "provider_lost"
+
+
 def test_a_provider_whose_job_passed_to_another_is_fenced_off(desk):
     reader, session, job = desk.start()
     token = object()
@@ -1533,8 +1542,9 @@ def test_embeddings_pass_through_if_the_provider_has_them(relay, hand):
 
 
 @pytest.mark.parametrize("body, status, code, param", [
-    ({}, 400, "invalid_value", "model"), ({"model": "nosuch"}, 404, "model_not_found",
-                                          "model"),
+    ({}, 400, "invalid_value", "model"),
+    ({"model": "nosuch"}, 404, "model_not_found", "model"),
+    ({"model": "meta-llama/Llama-3:8b"}, 404, "model_not_found", "model"),
     ({"model": "{}"}, 400, "invalid_value", "messages"),
     ({"model": "{}", "messages": []}, 400, "invalid_value", "messages"),
     ({"model": "{}", "messages": [{"role": "user", "content": "x"}], "n": 2}, 400,
@@ -1554,6 +1564,28 @@ def test_openai_errors_have_openais_form(relay, hand, body, status, code, param)
     assert headers["Access-Control-Allow-Origin"] == "*"
 
 
+@pytest.mark.parametrize("request_head, status, code, header", [
+    (b"GET /v1/chat/completions", 405, "method_not_allowed", b"allow: post"),
+    (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 9999999", 413,
+     "request_too_large", b"connection: close"),
+    (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Encoding: zstd\r\nContent-Length: 2",
+     415, "unsupported_encoding", b""),
+    (b"GET /v1/nosuch", 404, "unknown_url", b""),
+    (b"PUT /chat/completions HTTP/1.1\r\nContent-Length: 0", 405, "method_not_allowed",
+     b"allow: post")])
+def test_what_is_wrong_with_the_transport_has_openais_form_too(
+        relay, request_head, status, code, header):
+    if b" HTTP/" not in request_head:
+        request_head += b" HTTP/1.1"
+    head, _, body = raw(relay, request_head + b"\r\nHost: x\r\n\r\n{}").partition(
+        b"\r\n\r\n")
+    body = body.partition(b"HTTP/1.1 ")[0]              # what {} is taken for
+    assert head.split()[1] == b"%d" % status and header in head.lower()
+    assert b"\r\nX-Request-Id: " in head
+    assert b"\r\nAccess-Control-Allow-Origin: *\r\n" in head
+    assert json.loads(body)["error"]["code"] == code
+
+
 def test_an_offline_service_is_503_with_retry_after_and_not_listed(relay, hand):
     hand.logout()
     status, answer, headers = chat(relay, hand.name)
@@ -1563,6 +1595,65 @@ def test_an_offline_service_is_503_with_retry_after_and_not_listed(relay, hand):
     everything = [m["id"] for m in ask(relay, "/v1/models?all=1")[1]["data"]]
     assert hand.name not in listed and hand.name in everything
     assert ask(relay, "/v1/models/" + hand.name)[1]["status"] == "offline"
+
+
+def test_no_limit_may_be_said_as_minus_one(relay, hand):
+    answer = in_thread(chat, relay, hand.name, max_tokens=-1, max_completion_tokens=-1)
+    job = hand.next_job()
+    assert set(job["request"]) == {"api", "messages"}
+    hand.reply(job, ["x"], done=True)
+    assert answer()[0] == 200
+
+
+def test_an_openai_client_may_wait_for_a_provider(relay, hand):
+    hand.logout()
+    answer = in_thread(chat, relay, hand.name, wait=True)
+    until(lambda: len(relay.broker.find(hand.name).queue))
+    hand.connection.close()
+    hand.session = hand.call("login")["session"]
+    job = hand.next_job()
+    assert "wait" not in job["request"]
+    hand.reply(job, ["here"], done=True)
+    assert answer()[1]["choices"][0]["message"]["content"] == "here"
+
+
+@pytest.mark.parametrize("path, found", [
+    ("/v1/models/{name}", True), ("/models/{name}/", True),
+    ("/{name}/v1/models/{name}", True), ("/{name}/v1/models/whatever", True),
+    ("/v1/models/no/such", False), ("/v1/models/no%2Fsuch", False),
+    ("/nosuch/v1/models/{name}", False)])
+def test_a_model_is_found_under_every_base(relay, hand, path, found):
+    status, answer, headers = ask(relay, path.format(name=hand.name))
+    assert headers["Access-Control-Allow-Origin"] == "*"
+    if found:
+        assert (status, answer["id"], answer["object"]) == (200, hand.name, "model")
+    else:
+        assert (status, answer["error"]["code"]) == (404, "model_not_found")
+
+
+def test_openai_clients_do_not_sit_out_what_no_retry_helps(relay, hand):
+    name = ask(relay, "/api/services", {"name": name_of()})[1]["name"]
+    status, _, headers = chat(relay, name)             # never was there
+    assert (status, headers["x-should-retry"]) == (503, "false")
+    access = ask(relay, "/api/services/%s/keys" % hand.name, {"requests_per_day": 0},
+                 Authorization="Bearer " + hand.key)[1]["key"]
+    body = {"model": hand.name, "messages": [{"role": "user", "content": "x"}]}
+    status, answer, headers = ask(relay, "/v1/chat/completions", body, api_key=access)
+    assert (status, answer["error"]["code"]) == (429, "insufficient_quota")
+    assert headers["x-should-retry"] == "false"
+    access = ask(relay, "/api/services/%s/keys" % hand.name, {"concurrency": 1},
+                 Authorization="Bearer " + hand.key)[1]["key"]
+    with contextlib.closing(sent(relay, "/v1/chat/completions", body, x_api_key=access)):
+        hand.next_job()
+        status, _, headers = ask(relay, "/v1/chat/completions", body, x_api_key=access)
+        assert status == 429 and headers["x-should-retry"] is None
+        assert headers["Retry-After"] == "2"
+        assert headers["x-ratelimit-limit-requests"] == "1"
+        assert headers["x-ratelimit-remaining-requests"] == "0"
+        assert headers["x-ratelimit-reset-requests"] == "2s"
+    hand.logout()
+    status, _, headers = chat(relay, hand.name)        # may be back at once
+    assert (status, headers["x-should-retry"], headers["Retry-After"]) == (503, None, "5")
 
 
 def test_an_error_amid_a_streamed_chat_is_an_event_and_the_body_ends_well(relay, hand):
@@ -1700,6 +1791,19 @@ def test_messages_become_a_prompt_for_a_callback_that_takes_text(relay, provide)
     assert chat(relay, name)[1]["choices"][0]["message"]["content"] == "hi"
     answer = ask(relay, "/v1/completions", {"model": name, "prompt": "once"})[1]
     assert answer["choices"][0]["text"] == "once"
+
+
+def test_a_demanded_tool_call_is_not_answered_with_text(relay, provide):
+    call = {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f"}}]}
+    body = {"tools": [{"type": "function"}], "tool_choice": "required"}
+    name, _ = provide(lambda request: iter(["no"]))
+    for stream in (False, True):
+        status, answer, _ = chat(relay, name, stream=stream, **body)
+        assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
+    assert chat(relay, name, tools=body["tools"])[0] == 200
+    name, _ = provide(lambda request: iter([{"reasoning": "hm"}, call]))
+    message = chat(relay, name, **body)[1]["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["name"] == "f"
 
 
 def count_to(number):
@@ -2060,7 +2164,7 @@ class FakeLLM(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     got, script, gone = [], [], threading.Event()
-    owner = "llamacpp"
+    owner, template = "llamacpp", "<user>a<assistant>%s"
 
     def do_GET(self):
         if self.path == "/v1/models":
@@ -2073,6 +2177,9 @@ class FakeLLM(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/v1/embeddings":
             return self.json(501, {"error": "no embeddings"})
+        if self.path == "/apply-template":
+            return self.json(200, {"prompt": self.template % body["messages"][-1][
+                "content"]} if self.template else {"error": "old"})
         self.got.append((self.path, body))
         answer = self.script.pop(0) if self.script else ["Hel", "lo"]
         if callable(answer):
@@ -2144,6 +2251,7 @@ def test_the_bridge_translates_sampling_fields_and_hides_the_model(relay, llm):
     assert body == {"model": "/secret/model.gguf", "stream": True, "temperature": 1.0,
                     "top_p": 0.9, "top_k": 40, "seed": 5, "max_tokens": 7,
                     "repeat_penalty": 1.2, "stream_options": {"include_usage": True},
+                    "return_progress": True,
                     "messages": [{"role": "user", "content": "hi"}]}
     whole = ask(relay, "/v1/chat/completions", {
         "model": name, "messages": [{"role": "user", "content": "x"}]})[1]
@@ -2187,6 +2295,18 @@ def test_an_upstream_that_refuses_unknown_fields_is_asked_in_plain_words(relay, 
     fake.script.append((400, {"error": {"message": "unknown field top_k"}}))
     assert client_of(relay, name).request("hi") == "Hello"
     assert set(fake.got[1][1]) <= set(neuroengine.PLAIN_FIELDS)
+
+
+def test_a_prompt_too_long_is_told_in_the_words_that_clients_look_for(relay, llm):
+    fake, name, upstream = llm
+    upstream.context_length = 512
+    fake.script.append((400, {"error": {          # llama.cpp's own
+        "code": 400, "type": "exceed_context_size_error", "message":
+        "request (600 tokens) exceeds the available context size (512 tokens)"}}))
+    status, answer, _ = chat(relay, name, top_k=5)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert "maximum context length is 512 tokens" in answer["error"]["message"]
+    assert len(fake.got) == 1                     # no plainer words would help
 
 
 def cut_short(handler):
@@ -2235,6 +2355,27 @@ def test_cancelling_closes_the_upstreams_connection(relay, llm):
         until(lambda: not fake.script)
         sock.close()
         assert gone.wait(2)
+
+
+def test_a_cancelled_connection_is_not_used_for_the_next_prompt(relay, llm):
+    fake, name, upstream = llm
+    for begin in (b"", b"5\r\n: hi\n\r\n", b"5\r\n: h"):
+
+        def chunked(handler, begin=begin):     # as llama.cpp: the head, and then prefill
+            handler.send_response(200)
+            handler.send_header("Transfer-Encoding", "chunked")
+            handler.end_headers()
+            handler.wfile.write(begin)
+            handler.connection.recv(1)
+        fake.script.append(chunked)
+        sock = sent(relay, "/v1/chat/completions", {
+            "model": name, "messages": [{"role": "user", "content": "x"}]})
+        until(lambda: not fake.script)
+        time.sleep(0.05)                       # the head is there, most likely
+        sock.close()
+        until(lambda: not any(s.jobs or s.cancelling for s in
+                              relay.broker.find(name).sessions.values()))
+        assert chat(relay, name)[1]["choices"][0]["message"]["content"] == "Hello"
 
 
 def stop_keeping_alive(upstream):
@@ -2289,8 +2430,45 @@ def test_a_started_answer_goes_on_through_the_upstreams_prefill():
     assert upstream.build(dict(so_far, message="a", raw="True"))[1]["prompt"] == "aOnce upon"
     _, body = upstream.build(dict(so_far, message="a"))
     assert body["messages"][-1] == {"role": "assistant", "content": "Once upon"}
+    _, body = upstream.build(dict(so_far, messages=[
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "Well. "}]))
+    assert body["messages"][1:] == [{"role": "assistant", "content": "Well. Once upon"}]
     upstream.kind = "vLLM"
     assert upstream.build(dict(so_far, message="a"))[1]["continue_final_message"] is True
+
+
+@pytest.mark.parametrize("owner, template, continues", [
+    ("llamacpp", "<user>a<assistant>%s", True), ("llamacpp", "<assistant>%s<end>", False),
+    ("llamacpp", None, False), ("library", "<assistant>%s", False),
+    ("vllm", None, True), ("", "<assistant>%s", False)])
+def test_the_bridge_continues_answers_only_where_the_upstream_does(
+        owner, template, continues):
+    fake = type("Fake", (FakeLLM,), {"owner": owner, "template": template})
+    with serving(fake) as url:
+        upstream = neuroengine.Upstream(url)
+        upstream.find()
+    assert upstream.continues is continues
+
+
+def test_a_continued_answer_has_the_tokens_that_are_left(relay):
+    first, asked = Hand(relay), []
+    answer = in_thread(ask, relay, "/" + first.name, {
+        "message": "x", "max_new_len": 10, "stream": True})
+    first.reply(first.next_job(), ["a", "b", "c"])
+    until(lambda: [j.seen for j in relay.broker._jobs.values()
+                   if j.service.name == first.name] == [3])
+    provider = NeuroengineServer(relay.url)
+    assert provider.login(first.name, first.key) == 0
+    thread = threading.Thread(target=provider.listen, daemon=True, args=(
+        lambda request: asked.append(request) or "d",), kwargs={"continues": True})
+    thread.start()
+    until(lambda: len(relay.broker.find(first.name).sessions) > 1)
+    until(lambda: any(s.continues for s in relay.broker.find(first.name).sessions.values()))
+    first.logout()
+    assert b'"d"' in answer()[1]
+    assert (asked[0]["reply_so_far"], asked[0]["max_new_len"]) == ("abc", 7)
+    provider.stop()
+    thread.join(SOON)
 
 
 ##############################################################################
