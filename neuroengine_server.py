@@ -1040,9 +1040,10 @@ class Broker:
         if state == "done":
             self._measure_locked(job)
         job.progress.notify_all()
-        if state == "failed" and type(job.name) is tuple:
-            # What failed is not the answer to an Idempotency-Key: asking again may try
-            # again. A stream key names this one stream, whatever became of it.
+        if state != "done" and type(job.name) is tuple:
+            # What failed, or was cancelled since its client stayed away for too long, is
+            # not the answer to an Idempotency-Key: asking again may try again. A stream
+            # key names this one stream, whatever became of it.
             self._named.pop((job.service, job.name), None)
             job.name = None
         if job.name is not None:

@@ -476,6 +476,15 @@ def test_a_prompt_that_failed_may_be_tried_again_with_its_idempotency_key(desk):
     assert desk.submit(name=("repeat", "alice", "k"), fingerprint="p").job is not reader.job
 
 
+def test_who_comes_back_after_the_grace_time_with_an_idempotency_key_may_try_again(desk):
+    reader, session, job = desk.start(name=("repeat", "alice", "k"))
+    desk.broker.leave(reader)
+    desk.later(31)
+    assert reader.job.state == "cancelled"
+    again = desk.submit(name=("repeat", "alice", "k"), wait=True)
+    assert again.job is not reader.job and again.job.error is None
+
+
 def test_reading_on_an_unknown_stream_never_starts_it_afresh(desk):
     desk.login()
     with pytest.raises(RelayError) as refused:
