@@ -3131,9 +3131,13 @@ def main(argv=None):
               % (options.host or "any address", options.port, error.strerror or error),
               file=sys.stderr)
         return 1
-    stop = threading.Event()
+    # The kernel may give a signal to any thread, and then nothing wakes the main one, in
+    # which handlers run. The byte that Python writes to a wake-up socket always does.
+    stop, wake_up = socket.socketpair()
+    wake_up.setblocking(False)
+    signal.set_wakeup_fd(wake_up.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: None)
     relay.start()
     print("neuroengine %s listens at %s" % (__version__, relay.url), flush=True)
     if options.demo:
@@ -3143,7 +3147,7 @@ def main(argv=None):
         threading.Thread(target=serve_eliza, args=(relay.broker, service),
                          daemon=True).start()
         print("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url, flush=True)
-    stop.wait()
+    stop.recv(1)
     for number in (signal.SIGTERM, signal.SIGINT):   # a second one ends it at once
         signal.signal(number, lambda *_: os._exit(1))
     relay.stop(options.drain_seconds)

@@ -2360,6 +2360,16 @@ def test_sigterm_lets_running_answers_finish_and_exits_cleanly(start, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_signal_that_reaches_another_thread_than_the_main_one_ends_the_relay(start):
+    program = start("-c", """
+import neuroengine_server, signal, threading
+threading.Timer(0.5, lambda: signal.pthread_kill(
+    threading.get_ident(), signal.SIGTERM)).start()
+neuroengine_server.main(["--demo", "--port", "0"])""")
+    assert program.process.wait(SOON) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_after_kill_9_and_a_restart_everything_goes_on_by_itself(start, tmp_path):
     program, relay = start_relay(start, tmp_path)
     hand = Hand(relay)
