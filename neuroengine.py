@@ -302,10 +302,15 @@ class Response:
 
     def read(self):
         """The whole body. Raises OSError or HTTPException if it is cut."""
+        raw = self._raw
         try:
-            return self._raw.read()
+            data = raw.read()
         finally:
             self.close()
+        # http.client takes a head that was cut for a whole one, without a length.
+        if not data and raw.length is None and not raw.chunked:
+            raise http.client.HTTPException("the answer was cut in its head")
+        return data
 
     def lines(self):
         """Yield the body's lines as they come, without their ends."""

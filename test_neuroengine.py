@@ -1682,6 +1682,21 @@ def test_cancel_stops_a_polled_stream(relay, provide):
     assert closed.wait(1)
 
 
+def test_an_answer_cut_within_its_head_is_asked_for_again():
+    heads = [b"HTTP/1.1 200 OK\r\nServer: neuroen", b"HTTP/1.1 200 OK\r\nContent-Le",
+             b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{\"reply\":\"hi\"}"]
+
+    def serve():
+        for head in heads:
+            with listener.accept()[0] as sock:
+                sock.recv(65536)
+                sock.sendall(head)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        url = "http://127.0.0.1:%d" % listener.getsockname()[1]
+        assert Neuroengine("x", url).request("hi") == "hi"
+
+
 def test_request_never_raises_and_stream_and_getmodels_do():
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
