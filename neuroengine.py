@@ -552,9 +552,12 @@ class Neuroengine:
                                                "no_connection")
                 except NeuroengineError as error:
                     failures += 1
-                    if not self._may_retry(error, failures, tries):
+                    lost = error.name == "provider_lost"     # so this stream has ended
+                    if lost and at or not self._may_retry(error, failures, tries):
                         finished = True
                         raise
+                    if lost:               # before its first token: another, from the start
+                        command["key"] = secrets.token_hex(16)
                     time.sleep(pause_before(failures - 1, error.retry_after))
                 command["at"] = at
         finally:
@@ -595,7 +598,9 @@ class Neuroengine:
             except NeuroengineError as error:
                 if error.name != "still_waiting":     # the relay is there, and so is it
                     failures += 1
-                if not self._may_retry(error, failures, tries):
+                # A stream whose provider was lost has ended so, however often we ask.
+                if error.name == "provider_lost" and command.get("key") \
+                        or not self._may_retry(error, failures, tries):
                     raise
                 time.sleep(pause_before(failures, error.retry_after)
                            if error.name != "still_waiting" else 0.01)

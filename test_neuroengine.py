@@ -1682,6 +1682,27 @@ def test_cancel_stops_a_polled_stream(relay, provide):
     assert closed.wait(1)
 
 
+def test_a_stream_whose_provider_was_lost_is_begun_anew_or_told_at_once(relay, hand):
+    def lose(job):
+        with relay.broker._lock:
+            relay.broker._end_locked(relay.broker._jobs[job["job"]], "failed",
+                                     RelayError("provider_lost", "It went away."))
+        hand.running.clear()
+    stream = client_of(relay, hand.name).stream("x")
+    text = in_thread(next, stream)
+    first = hand.next_job()
+    lose(first)
+    second = hand.next_job()
+    assert second["job"] != first["job"]
+    hand.reply(second, ["seen"])
+    assert text() == "seen"
+    lose(second)
+    began = time.monotonic()
+    with pytest.raises(NeuroengineError, match="went away"):
+        next(stream)
+    assert time.monotonic() - began < 0.1
+
+
 def test_an_answer_cut_within_its_head_is_asked_for_again():
     heads = [b"HTTP/1.1 200 OK\r\nServer: neuroen", b"HTTP/1.1 200 OK\r\nContent-Le",
              b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{\"reply\":\"hi\"}"]
