@@ -1102,7 +1102,7 @@ class Broker:
             return
         service.last_seen = self._wall()
         self._count_locked(service)
-        if not service.sessions and service.waiting:
+        if service.waiting and not any(s.continues for s in service.sessions.values()):
             self._later_locked(self.limits.offline_seconds, self._deserted_locked, service)
 
     def _heard_locked(self, session, hold=0.0):
@@ -1123,8 +1123,7 @@ class Broker:
                                "they worked on this prompt." % (job.attempt, service.name))
         elif job.seen and not any(s.continues for s in service.sessions.values()
                                   if s is not session):
-            error = RelayError("provider_lost", "The provider of %s went away in the "
-                               "middle of this answer. Ask again." % service.name)
+            error = self._lost_amid(service)
         elif self.draining:
             error = self._shutting_down()
         else:
@@ -1223,13 +1222,20 @@ class Broker:
             self._release_locked(job, died=False)
 
     def _deserted_locked(self, service):
-        """Some time after the last provider left: did one come back?"""
-        if service.sessions:
+        """Some time after the last provider left, or the last that can go on with an
+        answer that another began: did one come back?"""
+        if any(s.continues for s in service.sessions.values()):
             return
         for job in list(service.returned) + list(service.own) + [
                 job for queue in service.turns.values() for job in queue]:
-            if not job.wait:
+            if job.seen:
+                self._end_locked(job, "failed", self._lost_amid(service))
+            elif not service.sessions and not job.wait:
                 self._end_locked(job, "failed", self._offline(service))
+
+    def _lost_amid(self, service):
+        return RelayError("provider_lost", "The provider of %s went away in the middle of "
+                          "this answer. Ask again." % service.name)
 
 
 def size_of(items):

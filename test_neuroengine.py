@@ -322,6 +322,20 @@ def test_a_provider_whose_job_passed_to_another_is_fenced_off(desk):
     assert desk.broker.read(reader) == (["x"], True)
 
 
+def test_a_job_that_waits_for_a_continuing_provider_does_not_wait_for_ever(desk):
+    reader, session, job = desk.start()
+    desk.reply(session, job, ["seen"])
+    desk.broker.read(reader)
+    going, plain = desk.login(continues=True), desk.login()
+    desk.broker.logout(desk.service, session)
+    assert reader.job.state == "queued"
+    desk.broker.logout(desk.service, going)
+    for _ in range(2):
+        desk.later(desk.broker.limits.offline_seconds / 2 + 0.1)
+        desk.poll(plain)
+    assert reader.job.error.name == "provider_lost"
+
+
 def test_a_provider_that_only_lost_its_connection_gets_its_job_back(desk):
     reader, session, job = desk.start()
     token = object()
