@@ -931,16 +931,18 @@ class Broker:
     def _hand_over_locked(self, session):
         jobs, session.outbox = session.outbox, []
         cancels, session.cancels = session.cancels, []
-        if jobs:
-            now = self._clock()
-            for job in jobs:
-                session.unconfirmed[job.id] = (now, job)
-            if not session.watching_handover:
-                session.watching_handover = True
-                self._later_locked(self.limits.handover_seconds,
-                                   self._unconfirmed_locked, session)
+        for job in jobs:
+            self._await_word_locked(session, job)
         return [(job, job.attempt, len(job.items), self._text_locked(job))
                 for job in jobs], cancels
+
+    def _await_word_locked(self, session, job):
+        """The provider must be heard of this job soon, or another gets it."""
+        session.unconfirmed[job.id] = (self._clock(), job)
+        if not session.watching_handover:
+            session.watching_handover = True
+            self._later_locked(self.limits.handover_seconds, self._unconfirmed_locked,
+                               session)
 
     def _text_locked(self, job):
         """The text so far of a job that goes on with another provider, else None."""
@@ -969,9 +971,14 @@ class Broker:
                 continue
             when, _ = session.unconfirmed.get(job.id, (-math.inf, job))
             # A reply's response that carries it may be on its way just now.
-            if now - when >= self.limits.handover_seconds / 5:
+            if now - when < self.limits.handover_seconds / 5:
+                continue
+            if not job.items or session.continues:
                 session.unconfirmed.pop(job.id, None)
                 session.outbox.append(job)
+            elif job.id not in session.unconfirmed:
+                # It was begun there, and would be begun again behind what we have.
+                self._await_word_locked(session, job)
 
     def _tell_cancelled_locked(self, session, pair):
         session.cancelling[pair] = self._clock()

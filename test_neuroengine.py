@@ -336,6 +336,17 @@ def test_a_job_that_waits_for_a_continuing_provider_does_not_wait_for_ever(desk)
     assert reader.job.error.name == "provider_lost"
 
 
+def test_a_begun_job_that_its_provider_lost_is_not_begun_again_behind_its_items(desk):
+    reader, session, job = desk.start()
+    desk.reply(session, job, ["Once "])
+    assert desk.poll(session, ())[0] == []       # this poll may have been under way
+    desk.poll(session, [(job, 1)])
+    assert desk.poll(session, ())[0] == []
+    desk.later(5)
+    assert reader.job.state == "queued" and not reader.job.items
+    assert desk.poll(session, ())[0] == [(job, 2, 0, None)]
+
+
 def test_a_provider_that_only_lost_its_connection_gets_its_job_back(desk):
     reader, session, job = desk.start()
     token = object()
