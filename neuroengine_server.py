@@ -1000,6 +1000,10 @@ class Broker:
 
     def _push_locked(self, session, entry):
         """Add one entry's items to its job; a refusal as a dict, or None."""
+        job = self._jobs.get(entry["job"])
+        if job is not None and job.state == "queued" and entry["at"] <= len(job.items):
+            # The first word of a provider that seemed to be gone, before its next poll.
+            self._reclaim_locked(session, job.id, entry["attempt"])
         job = session.jobs.get(entry["job"])
         ending = entry.get("done") or entry.get("error")
         if job is None or job.attempt != entry["attempt"]:

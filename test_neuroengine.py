@@ -347,6 +347,16 @@ def test_a_begun_job_that_its_provider_lost_is_not_begun_again_behind_its_items(
     assert desk.poll(session, ())[0] == [(job, 2, 0, None)]
 
 
+def test_a_new_sessions_first_reply_takes_its_job_back_before_its_first_poll(desk):
+    reader, session, job = desk.start()
+    desk.login()
+    desk.later(15)
+    assert reader.job.state == "queued"
+    again = desk.login()
+    assert desk.reply(again, job, ["x"], done=True)[0] == []
+    assert desk.broker.read(reader) == (["x"], True)
+
+
 def test_a_provider_that_only_lost_its_connection_gets_its_job_back(desk):
     reader, session, job = desk.start()
     token = object()
