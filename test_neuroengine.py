@@ -1976,7 +1976,7 @@ def test_connections_are_kept_alive(relay, provide):
     before = relay.connections
     for _ in range(5):
         api.request("hi")
-    assert relay.connections == before
+    assert relay.connections <= before      # those of other tests may end meanwhile
 
 
 ##############################################################################
