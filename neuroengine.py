@@ -304,13 +304,18 @@ class Response:
 
     def read(self):
         """The whole body. Raises OSError or HTTPException if it is cut."""
+        raw = self._raw
         try:
-            return self._raw.read()
+            data = raw.read()
         except BROKEN:
             self._connection.close()           # not fit for another request
             raise
         finally:
             self.close()
+        # http.client takes a head that was cut for a whole one, without a length.
+        if not data and raw.length is None and not raw.chunked:
+            raise http.client.HTTPException("the answer was cut in its head")
+        return data
 
     def lines(self):
         """Yield the body's lines as they come, without their ends."""
@@ -566,9 +571,12 @@ class Neuroengine:
                                                "no_connection")
                 except NeuroengineError as error:
                     failures += 1
-                    if not self._may_retry(error, failures, tries):
+                    lost = error.name == "provider_lost"     # so this stream has ended
+                    if lost and at or not self._may_retry(error, failures, tries):
                         finished = True
                         raise
+                    if lost:               # before its first token: another, from the start
+                        command["key"] = secrets.token_hex(16)
                     time.sleep(pause_before(failures - 1, error.retry_after))
                 command["at"] = at
         finally:
@@ -609,7 +617,9 @@ class Neuroengine:
             except NeuroengineError as error:
                 if error.name != "still_waiting":     # the relay is there, and so is it
                     failures += 1
-                if not self._may_retry(error, failures, tries):
+                # A stream whose provider was lost has ended so, however often we ask.
+                if error.name == "provider_lost" and command.get("key") \
+                        or not self._may_retry(error, failures, tries):
                     raise
                 time.sleep(pause_before(failures, error.retry_after)
                            if error.name != "still_waiting" else 0.01)

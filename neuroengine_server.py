@@ -1052,17 +1052,19 @@ class Broker:
     def _hand_over_locked(self, session):
         jobs, session.outbox = session.outbox, []
         cancels, session.cancels = session.cancels, []
-        if jobs:
-            now = self._clock()
-            for job in jobs:
-                job.heard_at = now
-                session.unconfirmed[job.id] = job
-            if not session.watching_handover:
-                session.watching_handover = True
-                self._later_locked(self.limits.handover_seconds,
-                                   self._unconfirmed_locked, session)
+        for job in jobs:
+            self._await_word_locked(session, job)
         return [(job, job.attempt, len(job.items), self._text_locked(job))
                 for job in jobs], cancels
+
+    def _await_word_locked(self, session, job):
+        """The provider must be heard of this job soon, or another gets it."""
+        job.heard_at = self._clock()
+        session.unconfirmed[job.id] = job
+        if not session.watching_handover:
+            session.watching_handover = True
+            self._later_locked(self.limits.handover_seconds, self._unconfirmed_locked,
+                               session)
 
     def _text_locked(self, job):
         """The text so far of a job that goes on with another provider, else None."""
@@ -1093,10 +1095,12 @@ class Broker:
             if (job.id, job.attempt) in running or job in session.outbox \
                     or now - job.heard_at < self.limits.handover_seconds / 5:
                 continue
-            if session.unconfirmed.pop(job.id, None):
+            if not job.items or session.continues:
+                session.unconfirmed.pop(job.id, None)
                 session.outbox.append(job)            # it never got there
-            else:
-                self._release_locked(job, died=True)  # it was there, and is no more
+            elif job.id not in session.unconfirmed:
+                # It was begun there, and would be begun again behind what we have.
+                self._await_word_locked(session, job)
 
     def _tell_cancelled_locked(self, session, pair):
         session.cancelling[pair] = self._clock()
@@ -1118,6 +1122,10 @@ class Broker:
 
     def _push_locked(self, session, entry):
         """Add one entry's items to its job; a refusal as a dict, or None."""
+        job = self._jobs.get(entry["job"])
+        if job is not None and job.state == "queued" and entry["at"] <= len(job.items):
+            # The first word of a provider that seemed to be gone, before its next poll.
+            self._reclaim_locked(session, job.id, entry["attempt"])
         job = session.jobs.get(entry["job"])
         ending = entry.get("done") or entry.get("error")
         if job is None or job.attempt != entry["attempt"]:
@@ -1170,9 +1178,10 @@ class Broker:
         if state == "done":
             self._measure_locked(job)
         job.progress.notify_all()
-        if state == "failed" and type(job.name) is tuple:
-            # What failed is not the answer to an Idempotency-Key: asking again may try
-            # again. A stream key names this one stream, whatever became of it.
+        if state != "done" and type(job.name) is tuple:
+            # What failed, or was cancelled since its client stayed away for too long, is
+            # not the answer to an Idempotency-Key: asking again may try again. A stream
+            # key names this one stream, whatever became of it.
             self._named.pop((job.service, job.name), None)
             job.name = None
         if job.name is not None:
@@ -1231,7 +1240,7 @@ class Broker:
             return
         service.last_seen = self._wall()
         self._count_locked(service)
-        if not service.sessions and service.queue:
+        if service.queue and not any(s.continues for s in service.sessions.values()):
             self._later_locked(self.limits.offline_seconds, self._deserted_locked, service)
 
     def _heard_locked(self, session, hold=0.0):
@@ -1255,8 +1264,7 @@ class Broker:
                 all(type(item) is str for item in job.items)
                 and any(s.continues for s in service.sessions.values()
                         if s is not session)):
-            error = RelayError("provider_lost", "The provider of %s went away in the "
-                               "middle of this answer. Ask again." % service.name)
+            error = self._lost_amid(service)
         elif self.draining:
             error = self._shutting_down()
         else:
@@ -1351,12 +1359,19 @@ class Broker:
             self._release_locked(job, died=False)
 
     def _deserted_locked(self, service):
-        """Some time after the last provider left: did one come back?"""
-        if service.sessions:
+        """Some time after the last provider left, or the last that can go on with an
+        answer that another began: did one come back?"""
+        if any(s.continues for s in service.sessions.values()):
             return
         for job in list(service.queue):
-            if not job.wait:
+            if job.seen:
+                self._end_locked(job, "failed", self._lost_amid(service))
+            elif not service.sessions and not job.wait:
                 self._end_locked(job, "failed", self._offline(service))
+
+    def _lost_amid(self, service):
+        return RelayError("provider_lost", "The provider of %s went away in the middle of "
+                          "this answer. Ask again." % service.name)
 
 
 def size_of(items):
@@ -3454,18 +3469,19 @@ def main(argv=None):
               % (options.host or "any address", options.port, error.strerror or error),
               file=sys.stderr)
         return 1
+    # The kernel may give a signal to any thread, and then nothing wakes the main one, in
+    # which handlers run. The byte that Python writes to a wake-up socket always does.
+    stop, wake_up = socket.socketpair()
+    wake_up.setblocking(False)
+    signal.set_wakeup_fd(wake_up.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):
-        relay.start()
-        print("neuroengine %s listens at %s" % (__version__, relay.url), flush=True)
-        if options.demo:
-            start_demo(relay)
-            print("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url, flush=True)
-        while True:
-            # Not for ever: a signal that comes in the instant before the sleep does
-            # not end it, and is dealt with after it.
-            time.sleep(1)
+        signal.signal(number, lambda *_: None)
+    relay.start()
+    print("neuroengine %s listens at %s" % (__version__, relay.url), flush=True)
+    if options.demo:
+        start_demo(relay)
+        print("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url, flush=True)
+    stop.recv(1)
     for number in (signal.SIGTERM, signal.SIGINT):   # a second one ends it at once
         signal.signal(number, lambda *_: os._exit(1))
     relay.stop(options.drain_seconds)

@@ -329,6 +329,42 @@ def test_a_provider_whose_job_passed_to_another_is_fenced_off(desk):
     assert desk.broker.read(reader) == (["x"], True)
 
 
+def test_a_job_that_waits_for_a_continuing_provider_does_not_wait_for_ever(desk):
+    reader, session, job = desk.start()
+    desk.reply(session, job, ["seen"])
+    desk.broker.read(reader)
+    going, plain = desk.login(continues=True), desk.login()
+    desk.broker.logout(desk.service, session)
+    assert reader.job.state == "queued"
+    desk.broker.logout(desk.service, going)
+    for _ in range(2):
+        desk.later(desk.broker.limits.offline_seconds / 2 + 0.1)
+        desk.poll(plain)
+    assert reader.job.error.name == "provider_lost"
+
+
+def test_a_begun_job_that_its_provider_lost_is_not_begun_again_behind_its_items(desk):
+    reader, session, job = desk.start()
+    desk.reply(session, job, ["Once "])
+    assert desk.poll(session, ())[0] == []       # this poll may have been under way
+    desk.poll(session, [(job, 1)])
+    desk.later(1.1)
+    assert desk.poll(session, ())[0] == []
+    desk.later(5)
+    assert reader.job.state == "queued"
+    assert desk.poll(session, ())[0] == [(job, 2, 0, None)]
+
+
+def test_a_new_sessions_first_reply_takes_its_job_back_before_its_first_poll(desk):
+    reader, session, job = desk.start()
+    desk.login()
+    desk.later(15)
+    assert reader.job.state == "queued"
+    again = desk.login()
+    assert desk.reply(again, job, ["x"], done=True)[0] == []
+    assert desk.broker.read(reader) == (["x"], True)
+
+
 def test_a_provider_that_only_lost_its_connection_gets_its_job_back(desk):
     reader, session, job = desk.start()
     desk.reply(session, job, ["w"])
@@ -365,16 +401,6 @@ def test_a_hand_over_that_got_lost_is_repeated_within_five_seconds(desk):
     assert desk.poll(session)[0] == []           # it may be on its way just now
     desk.later(2.5)
     assert desk.poll(session)[0] == [(job, 1, 0, None)]
-
-
-def test_a_job_that_its_provider_dropped_is_not_begun_twice_in_one_answer(desk):
-    reader, session, job = desk.start()
-    desk.reply(session, job, ["seen"])
-    desk.broker.read(reader)
-    assert desk.poll(session) == ([], [])        # the poll may have crossed the items
-    desk.later(1.1)
-    assert desk.poll(session) == ([], [])
-    assert reader.job.error.name == "provider_lost"
 
 
 def test_a_job_that_its_provider_never_confirms_goes_to_another(desk):
@@ -493,6 +519,15 @@ def test_a_prompt_that_failed_may_be_tried_again_with_its_idempotency_key(desk):
     reader, session, job = desk.start(name=("repeat", "alice", "k"), fingerprint="p")
     desk.reply(session, job, error=RelayError("provider_error", "no"))
     assert desk.submit(name=("repeat", "alice", "k"), fingerprint="p").job is not reader.job
+
+
+def test_who_comes_back_after_the_grace_time_with_an_idempotency_key_may_try_again(desk):
+    reader, session, job = desk.start(name=("repeat", "alice", "k"))
+    desk.broker.leave(reader)
+    desk.later(31)
+    assert reader.job.state == "cancelled"
+    again = desk.submit(name=("repeat", "alice", "k"), wait=True)
+    assert again.job is not reader.job and again.job.error is None
 
 
 def test_reading_on_an_unknown_stream_never_starts_it_afresh(desk):
@@ -1889,6 +1924,42 @@ def test_cancel_stops_a_polled_stream(relay, provide):
     assert closed.wait(1)
 
 
+def test_a_stream_whose_provider_was_lost_is_begun_anew_or_told_at_once(relay, hand):
+    def lose(job):
+        with relay.broker._lock:
+            relay.broker._end_locked(relay.broker._jobs[job["job"]], "failed",
+                                     RelayError("provider_lost", "It went away."))
+        hand.running.clear()
+    stream = client_of(relay, hand.name).stream("x")
+    text = in_thread(next, stream)
+    first = hand.next_job()
+    lose(first)
+    second = hand.next_job()
+    assert second["job"] != first["job"]
+    hand.reply(second, ["seen"])
+    assert text() == "seen"
+    lose(second)
+    began = time.monotonic()
+    with pytest.raises(NeuroengineError, match="went away"):
+        next(stream)
+    assert time.monotonic() - began < 0.1
+
+
+def test_an_answer_cut_within_its_head_is_asked_for_again():
+    heads = [b"HTTP/1.1 200 OK\r\nServer: neuroen", b"HTTP/1.1 200 OK\r\nContent-Le",
+             b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{\"reply\":\"hi\"}"]
+
+    def serve():
+        for head in heads:
+            with listener.accept()[0] as sock:
+                sock.recv(65536)
+                sock.sendall(head)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        url = "http://127.0.0.1:%d" % listener.getsockname()[1]
+        assert Neuroengine("x", url).request("hi") == "hi"
+
+
 def test_request_never_raises_and_stream_and_getmodels_do():
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
@@ -2695,6 +2766,16 @@ def test_sigterm_lets_running_answers_finish_and_exits_cleanly(start, tmp_path):
     assert program.process.wait(SOON) == 0
     poll()
     assert "Traceback" not in program.output
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_signal_that_reaches_another_thread_than_the_main_one_ends_the_relay(start):
+    program = start("-c", """
+import neuroengine_server, signal, threading
+threading.Timer(0.5, lambda: signal.pthread_kill(
+    threading.get_ident(), signal.SIGTERM)).start()
+neuroengine_server.main(["--demo", "--port", "0"])""")
+    assert program.process.wait(SOON) == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
