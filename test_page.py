@@ -32,7 +32,7 @@ from neuroengine_server import read_page
 ##############################################################################
 
 PAGE_MUST_RUN = os.environ.get("NEUROENGINE_BROWSER_TESTS") == "1"
-PAGE_WAIT = 10000                          # milliseconds that only a failure reaches
+PAGE_WAIT = 30000                          # milliseconds that only a failure reaches
 PAGE_CHROMIUM_OPTIONS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync").split()
