@@ -130,7 +130,7 @@ def parse_answer(status, headers, body):
     """The JSON that the relay answered. Raises NeuroengineError if it is an error."""
     try:
         answer = json.loads(body.decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         where = headers.get("Location")
         raise NeuroengineError(NO_CONNECTION, (
             "The relay redirects to %s: use that address." % where if where else
@@ -661,7 +661,7 @@ class Neuroengine:
                     yield record
             finally:
                 response.close()
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise no_connection(self._transport.base, error) from error
         except BROKEN as error:
             raise no_connection(self._transport.base, error) from error

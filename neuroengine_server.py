@@ -80,6 +80,7 @@ LIMITS = (  # (name, default, what it bounds)
     ("max_queue", 1000, "jobs waiting for one service"),
     ("max_queue_per_caller", 100, "jobs of one caller waiting for one service"),
     ("max_services", 10000, "registered services"),
+    ("max_registrations_per_hour", 20, "services registered by one address, save loopback"),
     ("max_sessions", 100, "logged-in providers of one service"),
     ("max_workers", 1024, "jobs that one session may run at once"),
     ("handshake_seconds", 10, "a TLS handshake, in all"),
@@ -124,6 +125,11 @@ LATE_HEAD_SECONDS = 60       # /v1: a status line must come; then spaces keep it
 SAVE_SECONDS = 0.5           # counters reach the disk this often
 STACK_BYTES = 256 * 1024     # of a connection's thread
 TOTAL_TEXT = {"operator": 100, "comment": 500}   # characters of a service's texts
+MAX_DEPTH = 100              # of nested JSON
+MAX_BRACKETS = 200000        # objects and lists in one body: each takes 60 to 300 bytes
+MAX_SMALL_BODY_BYTES = 1 << 18   # of what is neither a prompt nor a reply
+JOB_BYTES = 4096             # what a job takes beside its texts
+ITEM_BYTES = 64              # what an item takes beside its text
 MAX_KEYS = 1000              # access keys of one service
 KEY_LIMITS = {               # what an access key may be limited to; None: not at all
     "requests_per_day": (int, 0, 10**9), "tokens_per_day": (int, 0, 10**12),
@@ -380,7 +386,7 @@ class Session:
         self.cancelling = {}          # (id, attempt) that still occupy a worker there,
                                       # and when it was last told so
         self.outbox = []              # jobs to hand over with the next response
-        self.cancels = []             # (id, attempt) to tell it of in the next response
+        self.cancels = {}             # (id, attempt) to tell it of in the next response
         self.unconfirmed = OrderedDict()   # id -> Job: handed over, not heard of
         self.arrived = threading.Condition(lock)   # outbox, cancels, or a reason to go
         self.poll = None              # token of the newest poll
@@ -415,7 +421,7 @@ class Job:
         self.name = self.fingerprint = self.twin = None
         self.grace, self.own, self.wait = 0.0, False, False
         self.returned = False         # a provider had it: it goes before all others
-        self.state, self.items, self.size = "queued", [], len(payload)
+        self.state, self.items, self.size = "queued", [], JOB_BYTES + len(payload)
         self.seen = 0                 # items of which some client has been told
         self.place = 0                # items given to a client that does not count
         self.wanted = math.inf        # number of items that somebody waits for
@@ -443,7 +449,8 @@ class Job:
             if type(item) is dict and isinstance(item.get("usage"), dict):
                 stats["usage"] = item["usage"]
                 count = item["usage"].get("completion_tokens")
-                stats["tokens"] = count if isinstance(count, int) else tokens
+                if type(count) is int and 0 <= count < 10**9:
+                    stats["tokens"] = count
         if end - first > 0.001 and tokens > 1:
             stats["tokens_per_s"] = round((stats["tokens"] - 1) / (end - first), 1)
         return stats
@@ -491,6 +498,7 @@ class Broker:
         self._left = {}               # twin -> Job whose client went away
         self._kept = OrderedDict()    # id -> Job, ended ones that stay readable
         self._held = 0                # bytes of all jobs
+        self._held_by = {}            # caller -> bytes of its jobs
         self._timers = []             # heap of (deadline, number, method, argument)
         self._numbers = itertools.count()
         self._timer_set = threading.Condition(self._lock)   # upkeep must look again
@@ -521,11 +529,11 @@ class Broker:
         """Forget a service: its jobs fail, its sessions end."""
         with self._lock:
             self._services.pop(service.name.lower(), None)
-            self._changed.pop(service.name, None)
             for session in [s for s in self._sessions.values() if s.service is service]:
                 self._end_session_locked(session)
             self._fail_waiting_locked(service, RelayError(
                 "service_unknown", "The service %s was deleted." % service.name))
+            self._changed.pop(service.name, None)
 
     def close_sessions(self, service):
         """End every session of a service, as when its key was changed."""
@@ -606,7 +614,7 @@ class Broker:
             self._jobs[job.id] = job
             if name:
                 self._named[service, name] = job
-            self._held += job.size
+            self._hold_locked(job, job.size)
             self.counts["jobs"] += 1
             service.numreq += 1
             self._count_locked(service)
@@ -894,11 +902,20 @@ class Broker:
                              "some be answered first." % (mine, service.name),
                              retry_after=self._retry_after_locked(service),
                              limit=self.limits.max_queue_per_caller)
-        while self._held + size > self.limits.max_held_bytes and self._kept:
-            self._forget_locked(next(iter(self._kept.values())))
-        if self._held + size > self.limits.max_held_bytes:
+        if self._held_by.get(caller, 0) + size > self.limits.max_held_bytes // 4:
+            raise RelayError("rate_limited", "Your prompts and their answers take a quarter "
+                             "of the relay's memory: let some be answered first.",
+                             retry_after=10)
+        if not self._has_room_locked(size):
             raise RelayError("relay_busy", "The relay's memory is full of other "
                              "prompts: try again later.", retry_after=10)
+
+    def _has_room_locked(self, size):
+        """Whether so many bytes more can be held, if need be at the cost of the streams
+        that ended longest ago."""
+        while self._held + size > self.limits.max_held_bytes and self._kept:
+            self._forget_locked(next(iter(self._kept.values())))
+        return self._held + size <= self.limits.max_held_bytes
 
     def _check_quota_locked(self, access):
         now = self._wall()
@@ -920,6 +937,15 @@ class Broker:
             raise RelayError("rate_limited", "This access key allows %d prompts at once: "
                              "wait for an answer." % access.concurrency, retry_after=2,
                              limit=access.concurrency)
+
+    def _hold_locked(self, job, size):
+        """Count bytes that a job takes from now on, or, below zero, no more."""
+        self._held += size
+        mine = self._held_by.get(job.caller, 0) + size
+        if mine:
+            self._held_by[job.caller] = mine
+        else:
+            self._held_by.pop(job.caller, None)
 
     def _retry_after_locked(self, service):
         eta = self._eta_locked(service, len(service.queue))
@@ -1039,8 +1065,9 @@ class Broker:
     def _lease_locked(self, job, session):
         self._move_locked(job, "leased")
         if not job.seen:                              # this one starts afresh
-            self._held -= job.size - len(job.payload)
-            job.size, job.first_at = len(job.payload), None
+            base = JOB_BYTES + len(job.payload)
+            self._hold_locked(job, base - job.size)
+            job.size, job.first_at = base, None
             job.items.clear()
         job.attempt += 1
         job.session = session
@@ -1051,7 +1078,7 @@ class Broker:
 
     def _hand_over_locked(self, session):
         jobs, session.outbox = session.outbox, []
-        cancels, session.cancels = session.cancels, []
+        cancels, session.cancels = list(session.cancels), {}
         for job in jobs:
             self._await_word_locked(session, job)
         return [(job, job.attempt, len(job.items), self._text_locked(job))
@@ -1104,9 +1131,8 @@ class Broker:
 
     def _tell_cancelled_locked(self, session, pair):
         session.cancelling[pair] = self._clock()
-        if pair not in session.cancels:
-            session.cancels.append(pair)
-            session.arrived.notify()
+        session.cancels[pair] = True
+        session.arrived.notify()
 
     def _reclaim_locked(self, session, job_id, attempt):
         """Give a job back that was taken when its provider seemed to be gone."""
@@ -1141,13 +1167,14 @@ class Broker:
             items = items[have - entry["at"]:]        # we have the others already
         if items:
             size = size_of(items)
-            if job.size + size > self.limits.max_reply_bytes + len(job.payload):
+            if job.size + size > self.limits.max_reply_bytes + len(job.payload) \
+                    or not self._has_room_locked(size):
                 self._cancel_locked(job, RelayError(
-                    "reply_too_large", "The reply is larger than %d bytes." %
-                    self.limits.max_reply_bytes))
+                    "reply_too_large", "The reply is larger than %d bytes, or than the "
+                    "relay's memory." % self.limits.max_reply_bytes))
                 return {"job": job.id, "error": "fenced"}
             job.size += size
-            self._held += size
+            self._hold_locked(job, size)
             self.counts["tokens"] += len(items)
             if not have:
                 job.first_at = self._clock()
@@ -1218,7 +1245,7 @@ class Broker:
     def _forget_locked(self, job):
         if self._jobs.pop(job.id, None) is None:
             return
-        self._held -= job.size
+        self._hold_locked(job, -job.size)
         self._kept.pop(job.id, None)
         if job.name is not None:
             self._named.pop((job.service, job.name), None)
@@ -1242,6 +1269,7 @@ class Broker:
         self._count_locked(service)
         if service.queue and not any(s.continues for s in service.sessions.values()):
             self._later_locked(self.limits.offline_seconds, self._deserted_locked, service)
+        self._dispatch_locked(service)     # what this one should have had, others may
 
     def _heard_locked(self, session, hold=0.0):
         session.deadline = self._clock() + hold + self.limits.lease_seconds
@@ -1376,7 +1404,8 @@ class Broker:
 
 def size_of(items):
     """Roughly the bytes that these items hold."""
-    return sum(len(item) if type(item) is str else len(str(item)) for item in items)
+    return sum(ITEM_BYTES + (len(item) if type(item) is str else 4 * len(str(item)))
+               for item in items)
 
 
 def invalid_name_words(name):
@@ -1441,10 +1470,11 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def load(self):
         """Return every Service of the file, with its access keys."""
@@ -1472,9 +1502,9 @@ class Store:
         with self._transaction():
             self._db.executemany(
                 "UPDATE services SET key_digest=?, operator=?, comment=?, numreq=?, "
-                "last_seen=?, private=?, paused=? WHERE name=?",
+                "last_seen=?, private=?, paused=? WHERE name=? AND created=?",
                 [(s.key_digest, s.operator, s.comment, s.numreq, s.last_seen, s.private,
-                  s.paused, s.name) for s in services])
+                  s.paused, s.name, s.created) for s in services])
             self._db.executemany(
                 "UPDATE keys SET day=?, requests=?, tokens=?, last_used=? WHERE id=?",
                 [(k.day, k.requests, k.tokens, k.last_used, k.id)
@@ -1495,7 +1525,8 @@ class Store:
     def remove(self, service):
         """Delete a service."""
         with self._transaction():
-            self._db.execute("DELETE FROM services WHERE name=?", (service.name,))
+            self._db.execute("DELETE FROM services WHERE name=? AND created=?",
+                             (service.name, service.created))
 
     def close(self):
         """Close the file."""
@@ -1621,7 +1652,12 @@ class Wire:
         if seconds != self._timeout:
             self._timeout = seconds
             self.sock.settimeout(seconds)
-        data = self.sock.recv(65536)
+        try:
+            data = self.sock.recv(65536)
+        except socket.timeout:
+            raise
+        except OSError:                    # reset, unreachable, no TLS any more
+            data = b""
         if not data:
             raise PeerGone()
         self._buffer = self._buffer + data if self._buffer else data
@@ -1633,14 +1669,16 @@ class Wire:
         """
         limits = self._limits
         try:
-            if not self._buffer:
-                self._receive(limits.idle_seconds)
+            for _ in range(2):
+                if not self._buffer:
+                    self._receive(limits.idle_seconds)
+                if self._buffer[:2] != b"\r\n":
+                    break
+                self._buffer = self._buffer[2:]      # RFC 9112, 2.2: one is forgiven
         except socket.timeout:
             raise PeerGone()
         deadline = None
         while True:
-            if self._buffer[:2] == b"\r\n":          # RFC 9112, 2.2: one is forgiven
-                self._buffer = self._buffer[2:]
             end = self._buffer.find(b"\r\n\r\n")
             if 0 <= end <= limits.max_head_bytes:
                 break
@@ -1657,9 +1695,9 @@ class Wire:
         data, self._buffer = self._buffer[:end + 2], self._buffer[end + 4:]
         return parse_head(data)
 
-    def read_body(self, head):
+    def read_body(self, head, most=None):
         """Return a request's body as bytes. Raises RelayError, PeerGone."""
-        length, most = head.length, self._limits.max_request_bytes
+        length, most = head.length, min(most or math.inf, self._limits.max_request_bytes)
         too_large = RelayError("request_too_large",
                                "The request is larger than %d bytes." % most)
         if length is not None and length > most:
@@ -1844,6 +1882,7 @@ _HEADER_NAME = re.compile(r"[A-Za-z0-9-]+\Z")
 STATUS_LINES = {status.value: ("HTTP/1.1 %d %s\r\n" % (status, status.phrase)).encode()
                 for status in http.HTTPStatus}
 NATIVE_ONLY = ("key", "at", "gettokens", "stream", "wait", "command")
+PROVIDERS_OWN = ("api", "reply_so_far", "n", "best_of")   # not for clients to say
 
 
 def dumps(value):
@@ -1851,14 +1890,44 @@ def dumps(value):
     return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
+_STRING = re.compile(rb'"[^"]*"')
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def too_deep(body, most=MAX_DEPTH):
+    """Whether JSON is nested deeper than that, without parsing it.
+
+    The parser recurses in C: 3,000 levels overflow a thread's stack on Python 3.13.
+    """
+    if body.count(b"[") + body.count(b"{") <= most:
+        return False
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    brackets = _STRING.sub(b"", plain).translate(None, _NOT_BRACKETS)
+    for _ in range(most):
+        if not brackets:
+            return False
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    return bool(brackets)
+
+
 def _no_constant(name):
     raise ValueError(name + " is not JSON")
 
 
+def _finite(text):
+    if math.isinf(float(text)):            # it could not be written as JSON again
+        raise ValueError(text[:20] + " is too large")
+    return float(text)
+
+
 def parse_json(body):
     """Return the JSON object that body is. Raises RelayError."""
+    if too_deep(body):
+        raise RelayError("invalid_json", "The body is nested deeper than %d levels."
+                         % MAX_DEPTH)
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant,
+                           parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise RelayError("invalid_json", "The body is not JSON: %s." % printable(error))
     if type(value) is not dict:
@@ -1958,6 +2027,10 @@ class Connection(socketserver.BaseRequestHandler):
             self._fail(error)
         except (PeerGone, socket.timeout, ConnectionError):
             raise PeerGone()
+        except sqlite3.Error as error:
+            log("cannot_save", error=str(error))
+            self._fail(RelayError("relay_busy", "The relay cannot write its data just now: "
+                                  "try again later.", retry_after=30))
         except Exception as error:         # ours: tell the log all, the peer nothing
             log("internal_error", request=self.id, error=repr(error), traceback=True)
             self._fail(RelayError("internal_error", "The relay made a mistake; it is "
@@ -2002,15 +2075,18 @@ class Connection(socketserver.BaseRequestHandler):
 
     # -- what handlers share --
 
-    def read_object(self):
-        """The request's body as a dict."""
+    def read_object(self, most=None):
+        """The request's body as a dict; it may have `most` bytes."""
         coding = self.head.fields.get("content-encoding", "identity")
         if coding.lower() != "identity":
             raise RelayError("unsupported_encoding", "Send the body without a "
                              "Content-Encoding.")
-        body = self.wire.read_body(self.head)
+        body = self.wire.read_body(self.head, most)
         self.body_read = True
-        self.raw_body = body
+        self.same = hashlib.sha256(body).digest()    # to know an identical body by
+        if body.count(b"{") + body.count(b"[") > MAX_BRACKETS:
+            raise RelayError("invalid_json", "The body has more than %d objects and lists."
+                             % MAX_BRACKETS)
         return parse_json(body)
 
     def key(self):
@@ -2032,6 +2108,12 @@ class Connection(socketserver.BaseRequestHandler):
             raise RelayError("invalid_key", "This needs the service key of %s, as "
                              "\"Authorization: Bearer KEY\"." % service.name)
         return service
+
+    def still_authorized(self, service):
+        """Check again after the body, which may take its time: the service may have been
+        deleted meanwhile, and its name be somebody else's."""
+        if self.authorized(service.name) is not service:
+            raise RelayError("invalid_key", "This service was deleted meanwhile.")
 
     def reply(self, status, body, kind=JSON, error=None, **headers):
         """Send one whole response; body is bytes, or a value to be sent as JSON."""
@@ -2129,7 +2211,6 @@ class Connection(socketserver.BaseRequestHandler):
         None) in long silences; returns at the end of the job.
         """
         job, place, quiet = reader.job, None, time.monotonic()
-        deadline = time.monotonic() + self.limits.job_seconds
         while True:
             queued = job.state == "queued"
             now = time.monotonic()
@@ -2147,8 +2228,7 @@ class Connection(socketserver.BaseRequestHandler):
                 elif time.monotonic() - quiet >= self.limits.heartbeat_seconds - 0.05:
                     quiet = time.monotonic()
                     yield "beat", None
-                if now > deadline:
-                    self.broker.cancel(job, self._took_too_long())
+                self._check_age(job)
             if ended:
                 return
 
@@ -2160,6 +2240,10 @@ class Connection(socketserver.BaseRequestHandler):
         if reader.job.error is not None:
             raise reader.job.error
         return items
+
+    def _check_age(self, job):
+        if self.broker.now() - job.created > self.limits.job_seconds:
+            self.broker.cancel(job, self._took_too_long())
 
     def _took_too_long(self):
         return RelayError("provider_timeout", "This answer took longer than %d s."
@@ -2209,8 +2293,7 @@ class PageFace:
     def metrics(self):
         """GET /metrics, in the text format of Prometheus"""
         proxied = {"x-forwarded-for", "forwarded", "x-real-ip"} & set(self.head.fields)
-        if proxied or not ipaddress.ip_address(
-                self.address.partition("/")[0]).is_loopback:
+        if proxied or not is_loopback(self.address):
             raise RelayError("forbidden", "Metrics are for this machine only.")
         lines = ["neuroengine_%s %d" % item for item in
                  sorted(dict(self.broker.totals(),
@@ -2249,8 +2332,10 @@ class NativeFace:
                              "getmodels and cancel." % printable(command, 40),
                              param="command")
         reader = self._submit_native(service, request, key, at, own, access)
+        streamed = request.get("stream")
+        del request                        # it may be large, and the wait long
         with self.attached(reader):
-            if request.get("stream"):
+            if streamed:
                 self._stream_native(reader)
             elif key:
                 self._poll_native(reader, wanted, counts=at is not None)
@@ -2293,15 +2378,15 @@ class NativeFace:
         repeat = self.head.fields.get("idempotency-key")
         name, fingerprint, twin = key, prompt, None
         if not key and repeat:
-            name, fingerprint = ("repeat", caller, repeat[:512]), self.raw_body
+            name, fingerprint = ("repeat", caller, repeat[:512]), self.same
             at = 0
         elif not key:
-            twin = (service, caller, self.raw_body)
+            twin = (service, caller, self.same)
             self.server.watcher.look()
         if access is not None:
             access.cap(request, "max_new_len")
         payload = dumps({field: value for field, value in request.items()
-                         if field not in NATIVE_ONLY})
+                         if field not in NATIVE_ONLY + PROVIDERS_OWN})
         return self.broker.submit(
             service, payload, caller=caller, name=name or None, twin=twin, at=at,
             fingerprint=fingerprint, own=own, access=access,
@@ -2332,6 +2417,7 @@ class NativeFace:
         reply = {"reply": "".join(texts), "errorcode": 0, "at": reader.at}
         if texts or not ended:
             if not texts:
+                self._check_age(job)
                 raise RelayError("still_waiting", "No token yet: ask again with the same "
                                  "key.", retry_after=0)
             self.broker.advance(reader)
@@ -2449,8 +2535,9 @@ class OpenAIFace:
             service, dumps(payload), caller=caller, own=own, access=access,
             wait=request.get("wait") or False, grace=None if repeat else 0.0,
             name=("repeat", caller, repeat[:512]) if repeat else None, at=0,
-            fingerprint=self.raw_body)
+            fingerprint=self.same)
         answer = _Answer(api, service.name, reader.job, len(payload))
+        del request, payload               # they may be large, and the wait long
         with self.attached(reader):
             if stream and api != "embeddings":
                 self._stream_openai(reader, answer, options)
@@ -2590,7 +2677,7 @@ class _Answer:
                 text.append(item)
                 self.tokens += 1
                 continue
-            if "result" in item:
+            if item.get("result"):
                 return dict(item["result"], model=self.base["model"])
             self._note(item)
             reasoning.append(item.get("reasoning") or "")
@@ -2685,12 +2772,12 @@ class OperatorFace:
 
     def register(self):
         """POST /api/services: {name, operator, comment} -> {name, key}"""
-        request = self.read_object()
+        request = self.read_object(MAX_SMALL_BODY_BYTES)
         repeat = self.head.fields.get("idempotency-key")
         memory = self.server.registered
         if repeat and (self.caller(), repeat) in memory:
             body, answer = memory[self.caller(), repeat]
-            if body != self.raw_body:
+            if body != self.same:
                 raise RelayError("key_reused", "This Idempotency-Key was used with "
                                  "another body.")
             return self.reply(201, answer)
@@ -2699,6 +2786,8 @@ class OperatorFace:
                 or name.lower() in RESERVED_NAMES:
             raise RelayError("invalid_name", invalid_name_words(str(name)), param="name")
         texts = self._texts(request)
+        if not is_loopback(self.address):
+            self.server.registrations.take(self.address, "registrations")
         key = new_key()
         service = Service(name, digest(key), created=time.time(), **texts)
         self.broker.add(service)
@@ -2710,7 +2799,7 @@ class OperatorFace:
         log("registered", service=name, address=self.address)
         answer = {"name": name, "key": key, "errorcode": 0}
         if repeat:
-            memory[self.caller(), repeat] = self.raw_body, answer
+            memory[self.caller(), repeat] = self.same, answer
             if len(memory) > 100:
                 memory.popitem(last=False)
         self.reply(201, answer)
@@ -2735,7 +2824,8 @@ class OperatorFace:
     def change_service(self, name):
         """PATCH /api/services/{name}: operator, comment, private, paused, new_key"""
         service = self.authorized(name)
-        request = self.read_object()
+        request = self.read_object(MAX_SMALL_BODY_BYTES)
+        self.still_authorized(service)
         answer, changes = {}, self._texts(request)
         for field in ("private", "paused", "new_key"):
             if not isinstance(request.get(field, False), bool):
@@ -2743,14 +2833,21 @@ class OperatorFace:
                                  param=field)
             if field in request and field != "new_key":
                 changes[field] = request[field]
-        for field, value in changes.items():
-            setattr(service, field, value)
         if request.get("new_key"):
             answer["key"] = new_key()
-            service.key_digest = digest(answer["key"])
+            changes["key_digest"] = digest(answer["key"])
+        before = {field: getattr(service, field) for field in changes}
+        try:
+            for field, value in changes.items():
+                setattr(service, field, value)
+            self.server.store.save([service])
+        except BaseException:              # a key that nobody was told shall not be in force
+            for field, value in before.items():
+                setattr(service, field, value)
+            raise
+        if answer:
             self.broker.close_sessions(service)
             log("new_key", service=service.name, address=self.address)
-        self.server.store.save([service])
         self.reply(200, dict(self.broker.model(service), errorcode=0, **answer))
 
     def keys(self, name):
@@ -2762,7 +2859,8 @@ class OperatorFace:
     def add_key(self, name):
         """POST /api/services/{name}/keys: {label, limits} -> {id, key}"""
         service = self.authorized(name)
-        request = self.read_object()
+        request = self.read_object(MAX_SMALL_BODY_BYTES)
+        self.still_authorized(service)
         check_fields(request, KEY_LIMITS)
         label = request.get("label", "")
         if not isinstance(label, str) or len(label) > 100 or not label.isprintable():
@@ -2787,7 +2885,8 @@ class OperatorFace:
             if access.id == key_id:
                 del service.keys[access.digest]
                 log("key_revoked", service=service.name, key_id=key_id)
-                self.server.store.remove_key(access)
+                self.server.revoked.append(access)     # off the disk, as soon as it can be
+                self.server.save()
                 return self.reply(200, {"errorcode": 0})
         raise RelayError("not_found", "%s has no such access key." % service.name)
 
@@ -2828,7 +2927,7 @@ class ProviderFace:
     def login(self, name):
         """POST login: {workers, continues, embeddings, context_length} -> {session}"""
         service = self.authorized(name)
-        request = self.read_object()
+        request = self.read_object(MAX_SMALL_BODY_BYTES)
         check_fields(request, {"workers": (int, 1, self.limits.max_workers),
                                "context_length": (int, 1, 10**9)})
         session = self.broker.login(
@@ -2843,13 +2942,16 @@ class ProviderFace:
     def poll(self, name):
         """POST poll: {session, running: [[job, attempt]]} -> {jobs, cancel}"""
         service = self.authorized(name)
-        request = self.read_object()
+        request = self.read_object(MAX_SMALL_BODY_BYTES)
         session, running = self._session_of(request), request.get("running", [])
         try:
             running = [(str(job), int(attempt)) for job, attempt in running]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise RelayError("invalid_request", "running must be a list of [job, "
-                             "attempt].", param="running")
+                             "attempt].", param="running") from None
+        if len(running) > 4 * self.limits.max_workers:
+            raise RelayError("invalid_request", "running has more than %d jobs."
+                             % (4 * self.limits.max_workers), param="running")
         token = object()
         self.polled = session, token       # if this connection closes, so has the poll
         jobs, cancels = self.broker.poll(service, session, token, running,
@@ -2876,7 +2978,7 @@ class ProviderFace:
     def logout(self, name):
         """POST logout: {session}; its unfinished jobs go to others"""
         service = self.authorized(name)
-        session = self._session_of(self.read_object())
+        session = self._session_of(self.read_object(MAX_SMALL_BODY_BYTES))
         self.broker.logout(service, session)
         log("logout", service=service.name, address=self.address, session=session[:8])
         self.reply(200, {"errorcode": 0})
@@ -2909,7 +3011,8 @@ class ProviderFace:
             error = error if isinstance(error, dict) else {"message": error}
             name = error.get("error")
             entry["error"] = RelayError(
-                name if name in PROVIDER_ERRORS else "provider_error",
+                name if isinstance(name, str) and name in PROVIDER_ERRORS
+                else "provider_error",
                 "The provider could not answer: %s." % printable(
                     error.get("message", "no reason given"), 500).rstrip("."))
 
@@ -2976,6 +3079,8 @@ def find_route(path):
     """Return (Route, arguments) for the segments of a path; (None, ()) if none fits."""
     if path[:2] == ("v1", "models") and len(path) > 3:
         path = path[:2] + ("/".join(path[2:]),)      # as in "meta-llama/Llama-3"
+    if "*" in path:
+        return None, ()
     route = ROUTES.get(path)
     if route is not None:
         return route, ()
@@ -3024,6 +3129,37 @@ def canonical_address(address):
     return str(ip)
 
 
+def is_loopback(address):
+    """Whether a canonical address is this machine's own."""
+    return ipaddress.ip_address(address.partition("/")[0]).is_loopback
+
+
+class Rates:
+    """So many of something a time, for each address: the generic cell rate algorithm
+    (GCRA), one instant for each. What is not used up may be caught up at once."""
+
+    MOST = 10000     # addresses remembered; strangers could fill the memory otherwise
+
+    def __init__(self, seconds, burst, clock=time.monotonic):
+        self._seconds, self._burst, self._clock = seconds, burst, clock
+        self._due = OrderedDict()          # address -> when all that it took is paid off
+        self._lock = threading.Lock()
+
+    def take(self, address, what):
+        """Count one. Raises RelayError if it is one too many."""
+        with self._lock:
+            now = self._clock()
+            due = max(now, self._due.pop(address, now)) + self._seconds
+            late = due - now - self._seconds * self._burst
+            if late > 0:
+                self._due[address] = due - self._seconds
+                raise RelayError("rate_limited", "Too many %s from your address: try again "
+                                 "in %d minutes." % (what, late // 60 + 1), retry_after=late)
+            self._due[address] = due
+            while len(self._due) > self.MOST:
+                self._due.popitem(last=False)
+
+
 class Relay(ThreadingHTTPServer):
     """Accepts connections and gives each a thread; holds what they share."""
 
@@ -3041,6 +3177,9 @@ class Relay(ThreadingHTTPServer):
         self.tls, self.page, self.csp = tls, page, page and content_security_policy(page)
         self.stopping = False
         self.active = set()                # connections with a request under way
+        self.revoked = []                  # access keys that are still on the disk
+        self.registrations = Rates(3600 / self.limits.max_registrations_per_hour,
+                                   self.limits.max_registrations_per_hour)
         self.registered = OrderedDict()    # (caller, Idempotency-Key) -> body, answer
         self.errors = {}                   # name -> how many were answered
         self.connections = 0
@@ -3084,10 +3223,12 @@ class Relay(ThreadingHTTPServer):
             sock, address = self.socket.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                os.close(self._spare)
-                with contextlib.suppress(OSError):
+                spare, self._spare = self._spare, None
+                with contextlib.suppress(OSError, TypeError):
+                    os.close(spare)
                     self.socket.accept()[0].close()
-                self._spare = os.open(os.devnull, os.O_RDONLY)
+                with contextlib.suppress(OSError):
+                    self._spare = os.open(os.devnull, os.O_RDONLY)
                 time.sleep(0.05)
             raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -3108,7 +3249,7 @@ class Relay(ThreadingHTTPServer):
             mine = self._per_address.get(address, 0)
             refuse = self.connections >= self.limits.max_connections or (
                 mine >= self.limits.max_connections_per_address
-                and not ipaddress.ip_address(address.partition("/")[0]).is_loopback)
+                and not is_loopback(address))
             if not refuse:
                 self.connections += 1
                 self._per_address[address] = mine + 1
@@ -3184,6 +3325,9 @@ class Relay(ThreadingHTTPServer):
         """Write what counted since the last time. A full disk stops no prompt."""
         services = self.broker.take_changed()
         try:
+            while self.revoked:
+                self.store.remove_key(self.revoked[0])
+                self.revoked.pop(0)
             if services:
                 self.store.save(services)
         except sqlite3.Error as error:
@@ -3204,7 +3348,7 @@ class Relay(ThreadingHTTPServer):
         self.server_close()
         self.save()
         self.store.close()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, TypeError):
             os.close(self._spare)
 
 

@@ -155,15 +155,67 @@ def test_queues_are_bounded_per_service_and_per_caller():
 
 
 def test_held_bytes_are_bounded_and_come_back_to_zero():
-    desk = Desk(max_held_bytes=100)
+    desk = Desk(max_held_bytes=40000)
     reader, session, job = desk.start()
     with pytest.raises(RelayError) as refused:
-        desk.submit(b"x" * 90)
+        desk.submit(b"x" * 9000)                 # a quarter is one caller's share
+    assert refused.value.name == "rate_limited"
+    for caller in ("bob", "carol", "dave", "eve"):
+        desk.broker.leave(desk.submit(b"x" * 4000, caller=caller, grace=9))
+    with pytest.raises(RelayError) as refused:
+        desk.submit(b"x" * 4000, caller="frank")
     assert refused.value.name == "relay_busy"
+    desk.later(10)
     desk.reply(session, job, ["abc"], done=True)
     desk.broker.read(reader)
     desk.broker.leave(reader, delivered=True)
-    assert desk.broker.totals()["held_bytes"] == 0
+    assert desk.broker.totals()["held_bytes"] == 0 and not desk.broker._held_by
+
+
+def test_empty_items_count_too_and_cannot_fill_the_memory():
+    desk = Desk(max_held_bytes=50000)
+    reader, session, job = desk.start()
+    desk.reply(session, job, [""] * 1000)
+    assert reader.job.error.name == "reply_too_large"
+
+
+def test_many_unknown_jobs_of_a_poll_cost_little(desk):
+    session = desk.login()
+    began = time.monotonic()
+    _, cancels = desk.poll(session, [("j%d" % n, 1) for n in range(100000)])
+    assert len(cancels) == 100000 and time.monotonic() - began < 5
+
+
+def test_an_idle_provider_gets_the_job_it_avoided_once_it_is_the_only_one(desk):
+    avoided = desk.login()
+    reader = desk.submit()
+    desk.poll(avoided)
+    other = desk.login()
+    desk.later(5)                                # never confirmed
+    got = []
+    thread = threading.Thread(target=lambda: got.extend(desk.broker.poll(
+        desk.service, avoided, object(), (), timeout=SOON)[0]))
+    thread.start()
+    until(lambda: desk.service.idle)
+    desk.broker.logout(desk.service, other)
+    thread.join(SOON)
+    assert [job for job, _, _, _ in got] == [reader.job]
+
+
+def test_rates_are_bounded_per_address_and_forgotten_in_time():
+    now = [0.0]
+    rates = neuroengine_server.Rates(180, 20, clock=lambda: now[0])
+    for _ in range(20):
+        rates.take("a", "registrations")
+    with pytest.raises(RelayError) as refused:
+        rates.take("a", "registrations")
+    assert refused.value.name == "rate_limited" and 0 < refused.value.retry_after <= 180
+    rates.take("b", "registrations")
+    now[0] = 181
+    rates.take("a", "registrations")
+    for n in range(11000):
+        rates.take(n, "registrations")
+    assert len(rates._due) == rates.MOST
 
 
 def test_a_repeat_is_dropped_and_a_gap_is_refused(desk):
@@ -889,9 +941,10 @@ def test_every_field_reaches_the_provider_and_control_fields_do_not(relay, hand)
     fields = {"message": "hi", "temperature": 0.5, "top_p": 0.8, "top_k": 7, "min_p": 0.1,
               "repetition_penalty": 1.3, "max_new_len": 9, "seed": 3, "raw": "False",
               "something": {"else": [1]}}
-    answer = in_thread(ask, relay, "/" + hand.name, dict(fields, gettokens=5, key=""))
+    answer = in_thread(ask, relay, "/" + hand.name, dict(
+        fields, gettokens=5, key="", api="chat", reply_so_far="x", n=50))
     job = hand.next_job()
-    assert job["request"] == fields
+    assert job["request"] == fields              # nor what is the relay's own to say
     hand.reply(job, ["x"], done=True)
     answer()
 
@@ -899,7 +952,11 @@ def test_every_field_reaches_the_provider_and_control_fields_do_not(relay, hand)
 BAD_NATIVE = [
     (b"{", 400, "invalid_json"), (b"[1]", 400, "invalid_json"),
     (b'"x"', 400, "invalid_json"), (b"\xff", 400, "invalid_json"),
-    (b"[" * 100000, 400, "invalid_json"), (b'{"a":NaN}', 400, "invalid_json"),
+    (b"[" * 100000, 400, "invalid_json"),
+    (b'{"message":' + b"[" * 9000 + b"]" * 9000 + b"}", 400, "invalid_json"),
+    (b'{"message":' + b'{"a":' * 9000 + b"1" + b"}" * 9000 + b"}", 400, "invalid_json"),
+    (b'{"message":[' + b"{}," * 200001 + b"1]}", 400, "invalid_json"),
+    (b'{"message":"x","foo":1e999}', 400, "invalid_json"), (b'{"a":NaN}', 400, "invalid_json"),
     (b'{"message":"x","seed":' + b"9" * 5000 + b"}", 400, None),
     ({}, 400, "invalid_request"), ({"message": 5}, 400, "invalid_request"),
     ({"message": None}, 400, "invalid_request"), ({"messages": []}, 400, "invalid_request"),
@@ -908,7 +965,7 @@ BAD_NATIVE = [
     ({"message": "x", "temperature": -1}, 400, "invalid_request"),
     ({"message": "x", "temperature": "hot"}, 400, "invalid_request"),
     ({"message": "x", "temperature": True}, 400, "invalid_request"),
-    (b'{"message":"x","temperature":1e400}', 400, "invalid_request"),
+    (b'{"message":"x","temperature":1e400}', 400, "invalid_json"),
     ({"message": "x", "max_new_len": 0}, 400, "invalid_request"),
     ({"message": "x", "max_new_len": 1.5}, 400, "invalid_request"),
     ({"message": "x", "seed": 10**400}, 400, "invalid_request"),
@@ -942,7 +999,8 @@ def test_bad_input_gets_a_clear_error_and_harms_no_one(relay, hand, body, status
     ("/healthz", "DELETE", 405, "method_not_allowed"),
     ("/api/services/nosuch", "GET", 404, "service_unknown"),
     ("/provider/nosuch/poll", "POST", 404, "service_unknown"),
-    ("/", "POST", 400, "invalid_request"),
+    ("/", "POST", 400, "invalid_request"), ("/api/services/*", "GET", 404, "not_found"),
+    ("/provider/*/poll", "POST", 404, "not_found"),
 ])
 def test_unknown_paths_names_and_methods_are_told_apart(relay, path, method, status, error):
     got, answer, headers = ask(relay, path, {"message": "x"}, method)
@@ -1067,6 +1125,25 @@ def test_an_item_of_no_known_form_is_an_error_for_its_client(relay, hand, item):
     answer = in_thread(chat, relay, hand.name)
     hand.reply(hand.next_job(), [item], done=True)
     assert answer()[1]["error"]["code"] == "provider_error"
+
+
+def test_odd_errors_and_counts_of_a_provider_are_taken_for_what_they_are(relay, hand):
+    answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
+    hand.reply(hand.next_job(), error={"error": [], "message": {}})
+    assert answer()[1]["error"] == "provider_error"
+    answer = in_thread(ask, relay, "/" + hand.name, {"message": "x", "stream": True})
+    hand.reply(hand.next_job(), ["x", {"result": None, "usage": {
+        "completion_tokens": 10**400}}], done=True)
+    assert json.loads(answer()[1].split(b"\n")[-2])["stats"]["tokens"] == 1
+
+
+def test_brackets_within_texts_are_not_nesting(relay, hand):
+    text = '[{"\\' * 500
+    answer = in_thread(ask, relay, "/" + hand.name, {"message": text, "x": [[[1]]]})
+    job = hand.next_job()
+    assert job["request"]["message"] == text
+    hand.reply(job, ["x"], done=True)
+    answer()
 
 
 def test_half_a_surrogate_pair_becomes_a_question_mark(relay, hand):
@@ -1247,11 +1324,45 @@ def test_an_access_key_keeps_to_its_limits(relay, hand):
 def test_a_revoked_key_is_out_even_if_the_disk_is_full(relay, hand, monkeypatch):
     manage(relay, hand, "PATCH", body={"private": True})
     guest = manage(relay, hand, "POST", "/keys", {})[1]
-    monkeypatch.setattr(relay.store, "remove_key", lambda key: 1 / 0)
-    manage(relay, hand, "DELETE", "/keys/" + guest["id"])
-    relay.errors.pop("internal_error")
+    import sqlite3
+    with monkeypatch.context() as patch:
+        def full(key):
+            raise sqlite3.OperationalError("database or disk is full")
+        patch.setattr(relay.store, "remove_key", full)
+        assert manage(relay, hand, "DELETE", "/keys/" + guest["id"])[0] == 200
+    relay.save()                                 # once it can be written
+    assert not [s for s in relay.store.load() if s.name == hand.name][0].keys
     assert ask(relay, "/" + hand.name, {"message": "x"},
                Authorization="Bearer " + guest["key"])[0] == 401
+
+
+def test_a_deleted_services_key_does_not_come_back_with_its_name(relay, hand):
+    sock = socket.create_connection(relay.server_address[:2], SOON)
+    body = b'{"new_key":true}'
+    sock.sendall(b"PATCH /api/services/%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n"
+                 b"Authorization: Bearer %s\r\n\r\n" % (
+                     hand.name.encode(), len(body), hand.key.encode()))
+    assert manage(relay, hand, "GET")[0] == 200
+    old, name = hand.key, hand.name
+    assert manage(relay, hand, "DELETE")[0] == 200
+    new = ask(relay, "/api/services", {"name": name})[1]["key"]
+    sock.sendall(body)
+    assert b" 401 " in sock.recv(100)
+    sock.close()
+    relay.save()
+    row = next(s for s in relay.store.load() if s.name == name)
+    assert row.key_digest == neuroengine_server.digest(new) != neuroengine_server.digest(old)
+
+
+def test_a_change_that_cannot_be_written_is_not_in_force(relay, hand, monkeypatch):
+    import sqlite3
+
+    def full(*args):
+        raise sqlite3.OperationalError("database or disk is full")
+    monkeypatch.setattr(relay.store, "save", full)
+    status, answer = manage(relay, hand, "PATCH", body={"new_key": True})
+    assert status == 503 and "cannot write" in answer["reply"]
+    assert manage(relay, hand, "GET")[0] == 200
 
 
 def test_a_paused_service_refuses_all_but_its_operator(relay, hand):
@@ -2919,7 +3030,7 @@ def test_both_files_agree_on_paths_and_words():
     with open(neuroengine.__file__, encoding="utf-8") as file:
         text = file.read()
     for path in re.findall(r'"(/(?:provider|api)/[a-z/%]*)"', text):
-        segments = tuple(part.replace("%s", "*") for part in path.split("/") if part)
+        segments = tuple(part.replace("%s", "x") for part in path.split("/") if part)
         assert neuroengine_server.find_route(segments)[0] or "provider" in segments, path
     for name in re.findall(r'error\.name [!=]= "([a-z_]+)"', text):
         assert name in neuroengine_server.ERRORS or name in (
