@@ -313,7 +313,7 @@ class Response:
         finally:
             self.close()
         # http.client takes a head that was cut for a whole one, without a length.
-        if not data and raw.length is None and not raw.chunked:
+        if not data and raw.status < 300 and raw.length is None and not raw.chunked:
             raise http.client.HTTPException("the answer was cut in its head")
         return data
 
@@ -575,7 +575,7 @@ class Neuroengine:
                     if lost and at or not self._may_retry(error, failures, tries):
                         finished = True
                         raise
-                    if lost:               # before its first token: another, from the start
+                    if lost:               # before its first token: begin another
                         command["key"] = secrets.token_hex(16)
                     time.sleep(pause_before(failures - 1, error.retry_after))
                 command["at"] = at

@@ -5,6 +5,7 @@ browser, skipped where there is none), README. No network but loopback."""
 import contextlib
 import http.client
 import http.server
+import importlib.util
 import json
 import os
 import queue
@@ -2913,6 +2914,16 @@ def test_after_kill_9_and_a_restart_everything_goes_on_by_itself(start, tmp_path
     assert model["name"] == hand.name and model["connected"] and model["numreq"] >= 2
     assert program.end() == 0
     provider.end(signal.SIGINT)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
+def test_a_short_fault_run_loses_and_doubles_nothing():
+    spec = importlib.util.spec_from_file_location(
+        "faults", os.path.join(HERE, "bench", "faults.py"))
+    faults = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faults)
+    wrong, table = faults.short_run(seed=1)
+    assert not wrong, "\n".join(wrong + [table])
 
 
 def test_importing_does_nothing_and_needs_nothing_but_the_standard_library():

@@ -1,0 +1,903 @@
+#!/usr/bin/env python3
+"""A fault run: many clients, several providers, a relay, and all of them mistreated.
+
+    python bench/faults.py [--minutes 10] [--seed N]
+
+Providers are killed, stopped and continued, and interrupted; connections are cut in the
+middle of what they carry; the relay is restarted, politely and not. A checker holds each
+prompt against what its answer must be: exactly one end; the whole text, or a beginning of
+it and then an error in words, of a kind that a fault of that time explains. At the end
+the relay's threads, descriptors and memory must be back where they were.
+
+A provider's answer is computed from the prompt and from a random number that it begins
+with, so that even two generations of one answer mixed into each other are found.
+
+POSIX, standard library only, loopback only. Exit status 1 if anything was wrong.
+"""
+
+import argparse
+import collections
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+
+from neuroengine import Neuroengine          # noqa: E402
+from neuroengine import NeuroengineError     # noqa: E402
+from neuroengine import NeuroengineServer    # noqa: E402
+
+BROKEN = (OSError, http.client.HTTPException)
+PROMPT_SECONDS = 150     # no prompt may take longer: three leases, and the work itself
+CALM_SECONDS = 60        # for the relay to come to rest
+SPARE = 1, 1, 16         # threads, descriptors and MB that it may then have more
+WORKERS = 4
+
+##############################################################################
+# The answers, and the judgement of one
+##############################################################################
+
+WORDS = ("time", "caf\u00e9", "\u2603", "\U0001f600", "{", "\"", "\\", "\n", "data:",
+         "x" * 5000)
+
+
+def tokens(prompt, nonce):
+    """The tokens of the one right answer to a prompt that begins with this number."""
+    rand = random.Random("%s/%s" % (prompt, nonce))
+    yield nonce + ": "
+    for n in range(rand.randrange(1, 70)):
+        if rand.random() < 0.05:
+            yield rand.choice(WORDS) + " "
+        yield "%d.%d " % (n, rand.randrange(10 ** rand.randrange(1, 6)))
+
+
+def judge(prompt, text):
+    """What a text is of the right answer: "whole", "part", or "wrong"."""
+    if not text:
+        return "part"
+    right = list(tokens(prompt, text[:8]))
+    whole = "".join(right)
+    return ("wrong" if not re.match(r"[0-9a-f]{8}: ", text) or not whole.startswith(text)
+            else "whole" if len(text) == len(whole) else "part")
+
+
+def provide(url, name, key, continues, pause):
+    """Be a provider; the whole of its process."""
+    active = []
+
+    def answer(request):
+        so_far, prompt = request.get("reply_so_far", ""), request["message"]
+        if not continues:
+            so_far = ""                    # such a callback knows nothing of it
+        left = len(so_far)
+        active.append(prompt)
+        if so_far:
+            print("goes on", flush=True)
+        try:
+            for token in tokens(prompt, so_far[:8] or "%08x" % random.getrandbits(32)):
+                if left > 0:               # made by another already
+                    left -= len(token)
+                    continue
+                time.sleep(random.uniform(0, 2 * pause))
+                yield token
+            assert left == 0, "the text so far is not of whole tokens"
+        finally:
+            active.remove(prompt)
+
+    server = NeuroengineServer(url)
+    while server.login(name, key) == -1:   # the relay is being restarted
+        time.sleep(0.3)
+    print("logged in", flush=True)
+    server.listen(answer, WORKERS, continues=continues)
+    print("active %d" % len(active), flush=True)
+
+
+##############################################################################
+# What can be mistreated
+##############################################################################
+
+
+class Child:
+    """A program of ours, with its output in a file."""
+
+    def __init__(self, directory, title, *args):
+        self.log = os.path.join(directory, title + ".log")
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-X", "faulthandler"] + [str(arg) for arg in args],
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT,
+                env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1"))
+        self.pid, self.stopped = self.process.pid, None
+
+    def said(self):
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            return log.read()
+
+    def send(self, number):
+        if self.process.poll() is None:
+            os.kill(self.pid, number)
+
+    def end(self, number=signal.SIGKILL, seconds=20):
+        """Send a signal and wait; the exit status, None if it had to be killed, and then
+        its log has what its threads did."""
+        self.send(number)
+        self.send(signal.SIGCONT)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)     # faulthandler writes and ends it
+            time.sleep(1)
+            self.process.kill()
+            self.process.wait()
+            return None
+
+    def resources(self):
+        """Its threads, descriptors, and resident memory in MB."""
+        with open("/proc/%d/status" % self.pid) as status:
+            fields = dict(line.split(":", 1) for line in status)
+        return (int(fields["Threads"]), len(os.listdir("/proc/%d/fd" % self.pid)),
+                int(fields["VmRSS"].split()[0]) / 1024)
+
+
+class Proxy:
+    """A TCP proxy before the relay that breaks connections, often within a write."""
+
+    def __init__(self, port, rand):
+        self.port, self.rand, self.chance, self.cuts = port, rand, 0.0, 0
+        self.pairs, self.lock = set(), threading.Lock()
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                here = self.listener.accept()[0]
+            except OSError:
+                return
+            try:
+                pair = here, socket.create_connection(("127.0.0.1", self.port))
+            except OSError:                # the relay is being restarted
+                here.close()
+                continue
+            with self.lock:
+                self.pairs.add(pair)
+            ended = []                     # the second pump to end closes both
+            for source, sink in (pair, pair[::-1]):
+                sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self._pump, args=(source, sink, pair, ended),
+                                 daemon=True).start()
+
+    def _pump(self, source, sink, pair, ended):
+        try:
+            for data in iter(lambda: source.recv(65536), b""):
+                if self.rand.random() < self.chance:
+                    sink.sendall(data[:self.rand.randrange(len(data) + 1)])
+                    self._cut(pair)
+                    break
+                sink.sendall(data)
+        except OSError:
+            pass
+        with self.lock:
+            self.pairs.discard(pair)
+            ended.append(source)
+            last = len(ended) == 2
+        for sock in pair:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            if last:
+                sock.close()
+
+    def _cut(self, pair):
+        """End a connection, half of the time with a reset, which loses what is sent."""
+        self.cuts += 1
+        for sock in pair:
+            try:
+                if self.rand.random() < 0.5:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                    struct.pack("ii", 1, 0))
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def cut(self, share=1.0):
+        """Cut that share of all connections."""
+        with self.lock:
+            pairs = list(self.pairs)
+        for pair in pairs:
+            if self.rand.random() < share:
+                self._cut(pair)
+
+    def close(self):
+        self.listener.close()
+        self.cut()
+
+
+##############################################################################
+# The clients: each returns (text, how it ended)
+##############################################################################
+
+# How an answer ended: "end", cleanly; "left", the client went away on purpose; "cut", a
+# bare connection without a last record; else the name of an error.
+NAMES = (("Connection error", "no_connection"), ("The stream was cut", "no_connection"),
+         ("No stream of that key", "stream_unknown"), ("went away", "provider_lost"),
+         ("is restarting", "shutting_down"), ("No provider of", "service_offline"),
+         ("was cancelled", "cancelled"))
+
+
+def error_name(words):
+    """The name of an error that is known by its words alone."""
+    return next((name for part, name in NAMES if part in words), "other: " + words[:200])
+
+
+class Wrong(Exception):
+    """An answer that broke the protocol's own rules."""
+
+
+class Clients:
+    """Ways to ask. service, url: of whom and where; leave: when to go away, or None,
+    a number of pieces; prompt: the text."""
+
+    def __init__(self, rand):
+        self.rand = rand
+
+    def whole(self, url, service, prompt, leave):
+        """Neuroengine.request"""
+        words = Neuroengine(service, url).request(prompt, raw=True)
+        if judge(prompt, words) == "whole":
+            return words, "end"
+        return "", error_name(words)
+
+    def polled(self, url, service, prompt, leave):
+        """Neuroengine.request with a stream key, until "" """
+        api, key, texts = Neuroengine(service, url), "%032x" % random.getrandbits(128), []
+        while leave is None or len(texts) < leave:
+            text = api.request(prompt, streamkey=key, gettokens=self.rand.randrange(1, 30))
+            if not text:
+                break
+            texts.append(text)
+        text = "".join(texts)
+        if texts and judge(prompt, text) == "wrong":   # its last piece may be an error
+            return "".join(texts[:-1]), error_name(texts[-1])
+        if leave is None or len(texts) < leave:
+            return text, "end"
+        if leave % 2:                      # say so, or vanish
+            try:
+                api.cancel(key)
+            except NeuroengineError:
+                pass
+        return text, "left"
+
+    def stream(self, url, service, prompt, leave):
+        """Neuroengine.stream"""
+        texts, stream = [], Neuroengine(service, url).stream(prompt)
+        try:
+            if leave == 0:
+                return "", "left"
+            for text in stream:
+                texts.append(text)
+                if len(texts) == leave:
+                    return "".join(texts), "left"
+        except NeuroengineError as error:
+            return "".join(texts), error.name
+        finally:
+            stream.close()
+        return "".join(texts), "end"
+
+    def keyed(self, url, service, prompt, leave):
+        """http.client with an Idempotency-Key; asked once more, it answers the same"""
+        key, answers = "%032x" % random.getrandbits(128), []
+        for failures in range(8):
+            try:
+                status, body = self._post(url, "/" + service, {"message": prompt}, leave,
+                                          {"Idempotency-Key": key})
+            except socket.timeout:
+                return "", "left"
+            except BROKEN:
+                error = "cut"
+            else:
+                error = body.get("error")
+                if status == 200:
+                    self._stats(body, prompt)
+                    answers.append(body["reply"])
+                    if len(answers) > 1 or self.rand.random() < 0.8:
+                        break
+                    continue
+            if answers:
+                break                      # the second time was one too many
+            if error not in ("cut", "shutting_down", "provider_lost"):
+                return "", error or "status %d" % status
+            time.sleep(0.2 * 2 ** min(failures, 3))
+        if not answers:
+            return "", error
+        if len(set(answers)) > 1 and not self.restarted():
+            raise Wrong("one key, two answers: %r" % (answers,))
+        return answers[0], "end"
+
+    def ndjson(self, url, service, prompt, leave):
+        """http.client, stream: true, resumed by position; read again from the start"""
+        command = {"message": prompt, "key": "%032x" % random.getrandbits(128),
+                   "stream": True, "at": 0}
+        items, again = [], self.rand.random() < 0.2
+        for failures in range(8):
+            try:
+                end = self._records(url, service, command, items, leave)
+                break
+            except BROKEN:
+                command["at"], end = len(items), "cut"
+                time.sleep(0.2 * 2 ** min(failures, 3))
+        if end == "end" and again:
+            repeated = []
+            try:
+                end_again = self._records(url, service, dict(command, at=0), repeated,
+                                          None)
+            except BROKEN:
+                end_again = "cut"
+            if repeated[:len(items)] != items[:len(repeated)] or (
+                    end_again == "end" and repeated != items):
+                if not self.restarted():
+                    raise Wrong("read again, it differs: %r" % repeated)
+        return "".join(items), end
+
+    def v1_stream(self, url, service, prompt, leave):
+        """/v1/chat/completions, streamed"""
+        texts, ends, finish = [], [], None
+        try:
+            with self._connected(url) as connection:
+                connection.request("POST", "/v1/chat/completions", json.dumps({
+                    "model": service, "stream": True,
+                    "messages": [{"role": "user", "content": prompt}]}))
+                response = connection.getresponse()
+                if response.status != 200:
+                    error = json.loads(response.read().decode())["error"]["code"]
+                    return "", OPENAI.get(error, error)
+                for line in lines_of(response):
+                    if not line.startswith(b"data: "):
+                        continue
+                    if ends:
+                        raise Wrong("something follows the end: %r" % line)
+                    if line == b"data: [DONE]":
+                        if finish != "stop":
+                            raise Wrong("it ended without a finish_reason")
+                        ends.append("end")
+                        continue
+                    event = json.loads(line[6:].decode())
+                    if "error" in event:
+                        ends.append(event["error"]["code"])
+                        continue
+                    choice = event["choices"][0]
+                    finish = choice["finish_reason"]
+                    texts.append(choice["delta"].get("content") or "")
+                    if leave is not None and len(texts) > leave:
+                        return "".join(texts), "left"
+        except BROKEN:
+            pass
+        return "".join(texts), OPENAI.get(ends[0], ends[0]) if ends else "cut"
+
+    def v1_whole(self, url, service, prompt, leave):
+        """/v1/chat/completions, whole"""
+        try:
+            status, body = self._post(url, "/%s/v1/chat/completions" % service, {
+                "messages": [{"role": "user", "content": prompt}]}, leave)
+        except socket.timeout:
+            return "", "left"
+        except BROKEN:
+            return "", "cut"
+        if "error" in body:
+            return "", OPENAI.get(body["error"]["code"], body["error"]["code"])
+        return body["choices"][0]["message"]["content"], "end"
+
+    def restarted(self):
+        """Whether the relay was restarted lately; the run replaces this."""
+        return False
+
+    def _connected(self, url, timeout=60):
+        host, _, port = url[len("http://"):].partition(":")
+        return Closing(host, int(port), timeout=timeout)
+
+    def _post(self, url, path, body, leave=None, headers=None):
+        """One request; its status and JSON. Who leaves does so by a short time-out."""
+        timeout = 60 if leave is None else 0.05 * leave + 0.01
+        with self._connected(url, timeout) as connection:
+            connection.request("POST", path, json.dumps(body), headers or {})
+            response = connection.getresponse()
+            data = response.read()
+            if not data:                   # http.client takes half a head for a whole one
+                raise http.client.HTTPException("cut in its head")
+            return response.status, json.loads(data.decode())
+
+    def _records(self, url, service, command, items, leave):
+        """Read one NDJSON stream into items; how it ended."""
+        ends = []
+        with self._connected(url) as connection:
+            connection.request("POST", "/" + service, json.dumps(command))
+            response = connection.getresponse()
+            if response.getheader("Content-Type") != "application/x-ndjson":
+                try:
+                    return json.loads(response.read().decode())["error"]
+                except ValueError:         # http.client takes half a head for a whole one
+                    raise http.client.HTTPException("cut in its head")
+            try:
+                for line in lines_of(response):
+                    record = json.loads(line.decode())
+                    if ends:
+                        raise Wrong("something follows the last record: %r" % line)
+                    if "items" in record:
+                        if record["at"] != len(items):
+                            raise Wrong("items at %d are wanted and there is %r" % (
+                                len(items), record))
+                        items += record["items"]
+                        if leave is not None and len(items) > leave:
+                            return "left"
+                    elif record.get("done"):
+                        self._stats(record, command["message"], items)
+                        ends.append("end")
+                    elif record.get("errorcode"):
+                        ends.append(record["error"])
+            except BROKEN:
+                if not ends:               # a cut after the last record harms nobody
+                    raise
+        if not ends:
+            raise http.client.HTTPException("no last record")
+        return ends[0]
+
+    def _stats(self, answer, prompt, items=None):
+        text = answer["reply"] if items is None else "".join(items)
+        if answer["stats"]["tokens"] != len(list(tokens(prompt, text[:8]))):
+            raise Wrong("its receipt counts wrongly: %r" % answer)
+
+
+OPENAI = {"provider_disconnected": "provider_lost", "provider_offline": "service_offline"}
+
+
+class Closing(http.client.HTTPConnection):
+    """One that closes at the end of a with."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def lines_of(response):
+    """The lines of a response as they come. Raises OSError, HTTPException if it is cut."""
+    rest = b""
+    while True:
+        data = response.read1(65536)
+        if not data:
+            return
+        lines = (rest + data).split(b"\n")
+        rest = lines.pop()
+        yield from filter(None, lines)
+
+
+KINDS = ("whole", "polled", "stream", "keyed", "ndjson", "v1_stream", "v1_whole")
+EXPLAINED = {  # the errors that may be, and the faults that explain them
+    "provider_lost": ("kill", "stop", "interrupt"),
+    "service_offline": ("kill", "stop", "interrupt", "relay"),
+    "shutting_down": ("relay",), "stream_unknown": ("relay",),
+    "no_connection": ("relay", "cut"), "cut": ("relay", "cut"),
+    "cancelled": ("cut",),   # it tried again only after the grace time, which is short
+}
+
+##############################################################################
+# The run
+##############################################################################
+
+
+class Run:
+    """One fault run, from the start of the relay to the table."""
+
+    def __init__(self, seconds, seed, clients=28, lease=15.0, grace=3.0, keep=5.0,
+                 longest_stop=25.0, fault_every=2.0, restarts=12, pause=0.03):
+        self.seconds, self.seed, self.lease, self.keep = seconds, seed, lease, keep
+        self.clients, self.longest_stop, self.pause = clients, longest_stop, pause
+        self.fault_every, self.restarts = fault_every, restarts
+        self.rand = random.Random(seed)
+        self.directory = tempfile.mkdtemp(prefix="faults-")
+        self.options = ("--lease-seconds=%d --grace-seconds=%d --keep-seconds=%d "
+                        "--offline-seconds=%d --idle-seconds=4 --drain-seconds=3" % (
+                            lease, grace, keep, min(15, 2 * lease))).split()
+        self.port, self.relay, self.relays = 0, None, 0
+        self.client_proxy = self.provider_proxy = None
+        self.providers, self.keys = [], {}     # (child, service, continues, proxied)
+        self.children, self.logs = [], []      # all providers there were; what they said
+        self.faults = []                       # (what, service or "", from, until)
+        self.counts = collections.Counter()
+        self.results, self.wrong = collections.Counter(), []
+        self.lock = threading.Lock()
+        self.longest, self.before, self.after = 0.0, None, None
+        self.keep_logs, self.chance = False, 0.002   # chance: of a cut, for each write
+        self.under_way = {}                    # prompt -> since when
+        self.stopping = threading.Event()
+        self.log = open(os.path.join(self.directory, "prompts.log"), "w")
+
+    # -- setting up --
+
+    def start_relay(self):
+        self.relays += 1
+        self.relay = Child(self.directory, "relay%d" % self.relays,
+                           "neuroengine_server.py", "--host", "127.0.0.1", "--port",
+                           self.port, "--data", os.path.join(self.directory, "data"),
+                           *self.options)
+        self.wait_for(lambda: "listens at" in self.relay.said(), 20, "the relay's start")
+        self.port = int(re.search(r"listens at \S+:(\d+)", self.relay.said()).group(1))
+
+    def start_provider(self, service, continues, proxied):
+        url = self.provider_proxy.url if proxied else self.url
+        self.counts["providers"] += 1
+        child = Child(self.directory, "provider%d" % self.counts["providers"], __file__,
+                      "--provider", url, service, self.keys[service], int(continues),
+                      self.pause)
+        self.providers.append((child, service, continues, proxied))
+        self.children.append(child)
+
+    @property
+    def url(self):
+        return "http://127.0.0.1:%d" % self.port
+
+    def wait_for(self, fact, seconds, what):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            value = fact()
+            if value:
+                return value
+            time.sleep(0.05)
+        raise AssertionError("%s did not happen within %g s" % (what, seconds))
+
+    def fail(self, words):
+        with self.lock:
+            self.wrong.append("%6.1f s  %s" % (time.monotonic() - self.began, words))
+
+    def metrics(self):
+        try:
+            with Clients(None)._connected(self.url, 5) as connection:
+                connection.request("GET", "/metrics")
+                text = connection.getresponse().read().decode()
+        except BROKEN:
+            return {}
+        return {name[len("neuroengine_"):]: int(value) for name, value in
+                (line.split() for line in text.splitlines())}
+
+    # -- clients --
+
+    def client(self, number):
+        rand = random.Random("%s/client/%d" % (self.seed, number))
+        clients, count = Clients(rand), 0
+        while not self.stopping.is_set():
+            count += 1
+            kind, service = rand.choice(KINDS), rand.choice(sorted(self.keys))
+            proxied = rand.random() < 0.4
+            leave = rand.randrange(12) if rand.random() < 0.12 else None
+            prompt = "%d.%d" % (number, count)
+            began = time.monotonic()
+            clients.restarted = lambda: self.happened(("relay",), "", began)
+            with self.lock:
+                self.under_way[prompt] = began
+            url = self.client_proxy.url if proxied else self.url
+            try:
+                text, end = getattr(clients, kind)(url, service, prompt, leave)
+                verdict = self.verdict(prompt, text, end, service, began, proxied, leave)
+            except Wrong as error:
+                text, end, verdict = "", "wrong", str(error)
+            except Exception:
+                text, end, verdict = "", "wrong", traceback.format_exc()
+            took = time.monotonic() - began
+            if took > PROMPT_SECONDS:
+                verdict = verdict or "it took too long"
+            with self.lock:
+                print("%.1f" % (began - self.began), "%.1f" % took, kind, prompt, service,
+                      "proxied" if proxied else "direct", end, len(text), file=self.log)
+                del self.under_way[prompt]
+                self.results[kind, "wrong" if verdict else end] += 1
+                self.longest = max(self.longest, took)
+            if verdict:
+                self.fail("%s %s of %s, %s, asked at %.1f s: %s (%s) %r" % (
+                    kind, prompt, service, "proxied" if proxied else "direct",
+                    began - self.began, verdict, end, text))
+            time.sleep(rand.uniform(0, 0.3))
+
+    def verdict(self, prompt, text, end, service, began, proxied, leave):
+        """What is wrong with an answer, or None."""
+        what = judge(prompt, text)
+        if what == "wrong":
+            return "the text is not a part of the right one"
+        if end == "end":
+            return None if what == "whole" else "a clean end, and its tail is missing"
+        if end == "left":
+            return None if leave is not None else "nobody meant to leave"
+        causes = EXPLAINED.get(end)
+        if causes is None:
+            return "an error that must not be"
+        if "cut" in causes and proxied:
+            return None
+        if not self.happened(causes, service, began):
+            return "no fault explains this error"
+        return None
+
+    def happened(self, causes, service, since):
+        """Whether such a fault touched this service since then, or shortly before."""
+        since -= self.lease + 3
+        with self.lock:
+            return any(what in causes and of in ("", service) and until >= since
+                       for what, of, _, until in self.faults)
+
+    # -- faults --
+
+    def note(self, what, service="", seconds=0.0):
+        now = time.monotonic()
+        with self.lock:
+            print("%.1f" % (now - self.began), "%.1f" % seconds, "FAULT", what, service,
+                  file=self.log)
+            self.counts[what] += 1
+            self.faults.append((what, service, now, now + seconds))
+
+    def one_fault(self, restart):
+        """Do one thing that hurts, but leave some provider untouched."""
+        if restart:
+            return self.restart_relay()
+        kind = self.rand.choice(("kill", "kill", "stop", "interrupt", "cut", "cut"))
+        if kind == "cut":
+            self.note("cut all")
+            return self.rand.choice((self.client_proxy, self.provider_proxy)).cut(
+                self.rand.choice((0.3, 1.0)))
+        entry = self.rand.choice([e for e in self.providers if not e[0].stopped])
+        child, service, continues, proxied = entry
+        if "logged in" not in child.said():
+            return None                    # it has only just been started
+        if kind == "stop":
+            if sum(1 for e in self.providers if e[0].stopped) < 2:
+                seconds = self.rand.uniform(0.2, self.longest_stop)
+                self.note("stop", service, seconds)
+                child.stopped = time.monotonic() + seconds
+                child.send(signal.SIGSTOP)
+            return None
+        self.note(kind, service)
+        self.providers.remove(entry)
+        if kind == "kill":
+            child.end(signal.SIGKILL)
+        else:
+            self.dismiss(child)
+        self.start_provider(service, continues, proxied)
+        return None
+
+    def dismiss(self, child):
+        """Ctrl-C: it must end by itself, soon, and cleanly."""
+        code = child.end(signal.SIGINT, 15)
+        if code != 0 or "Traceback" in child.said():
+            self.fail("Ctrl-C of a provider, its exit status %s:\n%s" % (
+                code, child.said()[-3000:]))
+
+    def restart_relay(self):
+        polite = self.rand.random() < 0.5
+        began = time.monotonic()
+        self.note("relay", seconds=60)         # until we know better
+        self.counts["relay SIGTERM" if polite else "relay kill -9"] += 1
+        code = self.relay.end(signal.SIGTERM if polite else signal.SIGKILL)
+        self.look_at_relay_log(code if polite else 0)
+        time.sleep(self.rand.uniform(0, 1))
+        self.start_relay()
+        with self.lock:
+            self.faults = [f if f[0] != "relay" or f[2] < began else
+                           ("relay", "", f[2], time.monotonic() + 1) for f in self.faults]
+
+    def look_at_relay_log(self, code):
+        said = self.relay.said()
+        if code != 0 or "internal_error" in said or "Traceback" in said:
+            self.fail("the relay, its exit status %s:\n%s" % (code, said[-3000:]))
+
+    def continue_stopped(self, everyone=False):
+        for child, _, _, _ in self.providers:
+            if child.stopped and (everyone or child.stopped < time.monotonic()):
+                child.stopped = None
+                child.send(signal.SIGCONT)
+
+    def mistreat(self, seconds):
+        """Faults at random times. The relay is restarted in the first half only, so
+        that the last one lives long enough to show what it would leak."""
+        began = time.monotonic()
+        restarts = sorted(self.rand.uniform(0, seconds / 2) for _ in range(self.restarts))
+        following, look = began + self.fault_every, began
+        for proxy in (self.client_proxy, self.provider_proxy):
+            proxy.chance = self.chance
+        while time.monotonic() < began + seconds:
+            time.sleep(0.1)
+            self.continue_stopped()
+            if time.monotonic() > look:
+                look += 20
+                print("%.1f" % (time.monotonic() - self.began), "RELAY %d has" % self.relays,
+                      "%d threads, %d descriptors, %.1f MB" % self.relay.resources(),
+                      file=self.log)
+            if restarts and time.monotonic() > began + restarts[0]:
+                restarts.pop(0)
+                self.one_fault(restart=True)
+            elif time.monotonic() > following:
+                following += self.rand.expovariate(1 / self.fault_every)
+                self.one_fault(restart=False)
+            if self.relay.process.poll() is not None:
+                self.look_at_relay_log("%s, by itself" % self.relay.process.poll())
+                self.start_relay()
+        for proxy in (self.client_proxy, self.provider_proxy):
+            proxy.chance = 0.0
+        self.continue_stopped(everyone=True)
+
+    # -- the end --
+
+    def calm(self):
+        """Wait until nothing is left in the relay; what is, as words, or ""."""
+        wanted = {"waiting": 0, "running": 0, "jobs_held": 0, "held_bytes": 0,
+                  "sessions": len(self.providers)}
+        deadline, left = time.monotonic() + CALM_SECONDS, "?"
+        while left and time.monotonic() < deadline:
+            time.sleep(0.5)
+            metrics = self.metrics()
+            left = ", ".join("%s is %s instead of %d" % (name, metrics.get(name), value)
+                             for name, value in wanted.items()
+                             if metrics.get(name) != value)
+        return left
+
+    def rest(self):
+        """What the relay needs at rest: the least of some looks. After the run it has
+        some time to come down to what it was before."""
+        looks, deadline = [], time.monotonic() + 20
+        while len(looks) < 5 or self.before and time.monotonic() < deadline:
+            time.sleep(0.5)
+            looks.append(self.relay.resources())
+            least = tuple(min(column) for column in zip(*looks))
+            if self.before and not self.grown(least):
+                break
+        return least
+
+    def grown(self, after):
+        """What is more than it was before, in words; "" if nothing is."""
+        return ", ".join("%.0f %s instead of %.0f" % (now, what, before)
+                         for what, before, now, spare in zip(
+                             ("threads", "descriptors", "MB"), self.before, after, SPARE)
+                         if now > before + spare)
+
+    def run(self):
+        """Do all of it; whether all was well."""
+        self.began = time.monotonic()
+        try:
+            self.start_relay()
+            self.client_proxy = Proxy(self.port, random.Random(self.seed))
+            self.provider_proxy = Proxy(self.port, random.Random(self.seed))
+            # Services of providers that cannot go on, that can, and of both.
+            for service, crew in (("Plain", (0, 0)), ("Going", (1, 1)), ("Mixed", (0, 1))):
+                self.keys[service] = self.register(service)
+                for number, continues in enumerate(crew):
+                    self.start_provider(service, bool(continues), proxied=number == 0)
+            self.wait_for(lambda: self.metrics().get("sessions") == len(self.providers),
+                          20, "the providers' login")
+            self.before = self.rest()
+            threads = [threading.Thread(target=self.client, args=(n,), daemon=True)
+                       for n in range(self.clients)]
+            for thread in threads:
+                thread.start()
+            self.mistreat(self.seconds)
+            self.stopping.set()
+            deadline = time.monotonic() + PROMPT_SECONDS
+            for thread in threads:
+                thread.join(max(0, deadline - time.monotonic()))
+            for prompt, since in list(self.under_way.items()):
+                self.fail("prompt %s, asked %.1f s ago, has no end" % (
+                    prompt, time.monotonic() - since))
+            left = self.calm()
+            if left:
+                self.fail("the relay is not at rest: " + left)
+            self.after = self.rest()
+            if self.grown(self.after):
+                self.fail("the relay at rest has " + self.grown(self.after))
+            for child, _, _, _ in self.providers:
+                self.dismiss(child)
+                if "active 0" not in child.said():
+                    self.fail("a provider goes on for nobody: " + child.said()[-3000:])
+            self.look_at_relay_log(self.relay.end(signal.SIGTERM))
+            for child in self.children:
+                if "Traceback" in child.said():
+                    self.fail("a provider's program failed:\n" + child.said()[-3000:])
+        finally:
+            self.stopping.set()
+            for child in filter(None, self.children + [self.relay]):
+                child.end()
+            for proxy in filter(None, (self.client_proxy, self.provider_proxy)):
+                proxy.close()
+            self.log.close()
+            self.logs = [child.said() for child in self.children]
+            if not self.wrong and not self.keep_logs:
+                shutil.rmtree(self.directory, ignore_errors=True)
+        return not self.wrong
+
+    def register(self, name):
+        status, answer = Clients(None)._post(self.url, "/api/services", {"name": name})
+        assert status == 201, answer
+        return answer["key"]
+
+    def table(self):
+        """The run's figures as text."""
+        ends = sorted({end for _, end in self.results}, key=lambda e: (
+            ("end", "left", "cut").index(e) if e in ("end", "left", "cut") else 9, e))
+        rows = [["prompts"] + ["whole" if end == "end" else end for end in ends] + ["all"]]
+        for kind in KINDS + ("",):
+            cells = [sum(n for (k, e), n in self.results.items()
+                         if e == end and (k == kind or not kind)) for end in ends]
+            rows.append([kind or "all"] + cells + [sum(cells)])
+        width = [max(len(str(row[i])) for row in rows) + 2 for i in range(len(rows[0]))]
+        lines = ["".join(str(cell).rjust(w) if i else str(cell).ljust(w)
+                         for i, (cell, w) in enumerate(zip(row, width))) for row in rows]
+        lines.append("")
+        lines.append("faults: providers killed %d, stopped %d, interrupted %d; relay "
+                     "ended by SIGTERM %d, by kill -9 %d; connections cut %d" % (
+                         self.counts["kill"], self.counts["stop"],
+                         self.counts["interrupt"], self.counts["relay SIGTERM"],
+                         self.counts["relay kill -9"],
+                         self.client_proxy.cuts + self.provider_proxy.cuts))
+        lines.append("answers that another provider went on with: %d" % sum(
+            child_log.count("goes on") for child_log in self.logs))
+        lines.append("longest prompt %.1f s; the run %.0f s; seed %s" % (
+            self.longest, time.monotonic() - self.began, self.seed))
+        for words, figures in ("before", self.before), ("after ", self.after):
+            if figures:
+                lines.append("relay at rest %s: %d threads, %d descriptors, %.1f MB" % (
+                    (words,) + figures))
+        lines.append("wrong: %d" % len(self.wrong))
+        return "\n".join(lines)
+
+
+def short_run(seconds=5.0, seed=1):
+    """A run for the test suite; (what was wrong, the table)."""
+    run = Run(seconds, seed, clients=14, lease=7.0, grace=1.0, keep=1.0, longest_stop=2.0,
+              fault_every=0.4, restarts=1, pause=0.015)
+    run.run()
+    return run.wrong, run.table()
+
+
+def main():
+    if sys.argv[1:2] == ["--provider"]:
+        url, name, key, continues, pause = sys.argv[2:]
+        return provide(url, name, key, continues == "1", float(pause))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, help="otherwise a random one, which is shown")
+    parser.add_argument("--short", action="store_true", help="the suite's five seconds")
+    parser.add_argument("--keep-logs", action="store_true", help="also if all was well")
+    options = parser.parse_args()
+    seed = random.randrange(10 ** 6) if options.seed is None else options.seed
+    if options.short:
+        wrong, table = short_run(seed=seed)
+        directory = ""
+    else:
+        run = Run(60 * options.minutes, seed,
+                  restarts=max(1, round(1.2 * options.minutes)))
+        run.keep_logs = options.keep_logs
+        signal.signal(signal.SIGTERM, signal.default_int_handler)   # end what we started
+        print("seed %d, logs in %s" % (seed, run.directory), flush=True)
+        run.run()
+        wrong, table, directory = run.wrong, run.table(), run.directory
+    for words in wrong:
+        print("WRONG", words)
+    print(table)
+    if wrong and directory:
+        print("The logs are in", directory)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
