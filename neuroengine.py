@@ -678,6 +678,9 @@ class Neuroengine:
 ##############################################################################
 
 
+CANCELLED = {"error": "cancelled", "message": "cancelled"}
+
+
 class Work:
     """One job in a provider's hands, and what of its answer is not yet taken."""
 
@@ -814,9 +817,8 @@ class Outbox:
                     work.cancelled = True
                     work.items.clear()
                     work.size = 0
-                    if work.ended:             # only its last word was missing
-                        self._works.pop(tuple(pair))
-                        self._ready.pop(work, None)
+                    if work.ended:             # its last word must still be said: it
+                        work.error = CANCELLED   # tells that a worker is free
                     else:
                         works.append(work)
             self._room.notify_all()
@@ -1043,7 +1045,7 @@ class _Listening:
                 except Exception:
                     self.status.event("Closing it failed:\n" + traceback.format_exc())
         self.outbox.end(work, error or (
-            {"error": "cancelled", "message": "cancelled"} if work.cancelled else None))
+            CANCELLED if work.cancelled else None))
 
     def _needs_call(self, request):
         """Whether the client will take nothing but a tool call. A bridge leaves that to

@@ -115,6 +115,7 @@ class Limits:
 
 
 MAX_SESSIONS_PER_JOB = 3     # a job goes to no more sessions than this
+MAX_LAST_WORDS = 2048        # ended jobs that a session's poll may still name
 MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
 MAX_FIELDS = 64              # headers of one request; browsers send about 20
 BODY_BYTES_PER_SECOND = 16384
@@ -385,6 +386,7 @@ class Session:
         self.jobs = {}                # id -> Job, those it has a lease of
         self.cancelling = {}          # (id, attempt) that still occupy a worker there,
                                       # and when it was last told so
+        self.last_words = OrderedDict()    # (id, attempt) that it has ended of late
         self.outbox = []              # jobs to hand over with the next response
         self.cancels = {}             # (id, attempt) to tell it of in the next response
         self.unconfirmed = OrderedDict()   # id -> Job: handed over, not heard of
@@ -1109,6 +1111,8 @@ class Broker:
                 session.unconfirmed.pop(job_id, None)
                 if job in session.outbox:
                     session.outbox.remove(job)
+            elif (job_id, attempt) in session.last_words:
+                pass                       # the reply that ended it overtook this poll
             elif not self._reclaim_locked(session, job_id, attempt):
                 # Say it again only if the response that said it may have been lost.
                 told = session.cancelling.setdefault((job_id, attempt), -math.inf)
@@ -1154,6 +1158,10 @@ class Broker:
             self._reclaim_locked(session, job.id, entry["attempt"])
         job = session.jobs.get(entry["job"])
         ending = entry.get("done") or entry.get("error")
+        if ending:
+            session.last_words[entry["job"], entry["attempt"]] = True
+            if len(session.last_words) > MAX_LAST_WORDS:
+                session.last_words.popitem(last=False)
         if job is None or job.attempt != entry["attempt"]:
             if ending:
                 session.cancelling.pop((entry["job"], entry["attempt"]), None)

@@ -532,6 +532,18 @@ def test_a_cancelled_job_occupies_its_worker_until_the_provider_let_go(desk):
         waiting.job.id]
 
 
+def test_a_poll_that_its_jobs_last_word_overtook_does_no_harm(desk):
+    reader, session, job = desk.start()
+    desk.reply(session, job, ["x"], done=True)
+    assert desk.poll(session, [(job, 1)]) == ([], [])
+    waiting = desk.submit()
+    assert desk.poll(session)[0][0][0] == waiting.job.id    # its worker is free
+    desk.broker.cancel(waiting.job)
+    desk.reply(session, waiting.job.id, error=RelayError("cancelled", ""))
+    desk.poll(session, [(waiting.job.id, 1)])
+    assert desk.broker._sessions[session].free() == 1
+
+
 def test_an_identical_prompt_finds_the_job_its_client_left_but_no_other(desk):
     desk.login()
     reader = desk.submit(twin="t")
@@ -2264,6 +2276,19 @@ def test_outbox_repeats_until_settled_and_forgets_after_the_end():
     assert outbox.running() == []
 
 
+def test_outbox_says_the_last_word_of_an_answer_cancelled_at_its_end():
+    outbox = neuroengine.Outbox()
+    work = neuroengine.Work("j", 1, 0, {})
+    outbox.add(work)
+    outbox.put(work, "a")
+    outbox.end(work)
+    assert outbox.cancel([("j", 1)]) == []
+    entries, taken = outbox.take()
+    assert entries[0]["items"] == [] and entries[0]["error"] and "done" not in entries[0]
+    outbox.settle(taken, sent=True)
+    assert outbox.running() == []
+
+
 def test_outbox_sends_a_long_outage_in_pieces(monkeypatch):
     monkeypatch.setattr(neuroengine, "MAX_BATCH_BYTES", 10)
     outbox, got = neuroengine.Outbox(), []
@@ -2833,7 +2858,7 @@ def test_ctrl_c_of_a_provider_hands_its_jobs_back_at_once(start, relay):
     first = start("-c", PROVIDER, relay.url, hand.name, hand.key)
     first.says("login 0")
     # A client that waits for the whole reply has seen no token of it.
-    answer = in_thread(Neuroengine(hand.name, relay.url).request, "200")
+    answer = in_thread(Neuroengine(hand.name, relay.url).request, "80")
     service = relay.broker.find(hand.name)
     job = until(lambda: [j for s in service.sessions.values() for j in s.jobs.values()])[0]
     until(lambda: len(job.items) > 5)
@@ -2842,7 +2867,7 @@ def test_ctrl_c_of_a_provider_hands_its_jobs_back_at_once(start, relay):
     until(lambda: job.state == "queued")
     assert time.monotonic() - began < 1
     second = start("-c", PROVIDER, relay.url, hand.name, hand.key)
-    assert answer() == numbers(200)
+    assert answer() == numbers(80)
     first.says("listen returned")
     assert first.process.wait(SOON) == 0 and "Traceback" not in first.output
     second.end(signal.SIGINT)

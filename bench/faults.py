@@ -588,7 +588,7 @@ class Run:
             leave = rand.randrange(12) if rand.random() < 0.12 else None
             prompt = "%d.%d" % (number, count)
             began = time.monotonic()
-            clients.restarted = lambda: self.happened(("relay",), "", began)
+            clients.restarted = lambda began=began: self.happened(("relay",), "", began)
             with self.lock:
                 self.under_way[prompt] = began
             url = self.client_proxy.url if proxied else self.url
@@ -861,9 +861,9 @@ class Run:
         return "\n".join(lines)
 
 
-def short_run(seconds=5.0, seed=1):
+def short_run(seconds=3.0, seed=1):
     """A run for the test suite; (what was wrong, the table)."""
-    run = Run(seconds, seed, clients=14, lease=7.0, grace=1.0, keep=1.0, longest_stop=2.0,
+    run = Run(seconds, seed, clients=14, lease=6.0, grace=1.0, keep=1.0, longest_stop=1.5,
               fault_every=0.4, restarts=1, pause=0.015)
     run.run()
     return run.wrong, run.table()
