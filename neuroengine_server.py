@@ -2215,8 +2215,9 @@ class Connection(socketserver.BaseRequestHandler):
     def events(self, reader):
         """What a streamed answer is made of, as it happens.
 
-        Yields ("items", list), ("queue", dict) when the place changes, and ("beat",
-        None) in long silences; returns at the end of the job.
+        Yields ("items", list), ("queue", dict) when the place changes, ("queue", None)
+        when a provider has taken the job, and ("beat", None) in long silences; returns
+        at the end of the job.
         """
         job, place, quiet = reader.job, None, time.monotonic()
         while True:
@@ -2230,7 +2231,7 @@ class Connection(socketserver.BaseRequestHandler):
                 yield "items", items
             elif not ended:
                 news = self.broker.place(job)
-                if news is not None and news != place:
+                if news != place:
                     place, quiet = news, time.monotonic()
                     yield "queue", news
                 elif time.monotonic() - quiet >= self.limits.heartbeat_seconds - 0.05:
@@ -2620,7 +2621,7 @@ class OpenAIFace:
                 self._begin_sse(job)
             if kind == "items":
                 self.send_piece(answer.pieces(value))
-            elif kind == "beat":
+            elif value is None:
                 self.send_piece(b": waiting\n\n")
             elif news:
                 self.send_piece(answer.chunk({}, queue=value))

@@ -1111,8 +1111,10 @@ def test_a_waiting_stream_hears_its_place(relay, hand):
         hand.next_job()
         with contextlib.closing(sent(relay, "/" + hand.name, {
                 "message": "y", "stream": True})) as sock:
-            assert next(records_of(sock))["queue"] == {
-                "position": 1, "waiting": 1, "eta_s": None}
+            records = records_of(sock)
+            assert next(records)["queue"] == {"position": 1, "waiting": 1, "eta_s": None}
+            hand.reply({"job": hand.running[0][0], "attempt": 1}, ["x"], done=True)
+            assert next(record for record in records if record) == {"queue": None}
 
 
 def test_an_error_before_the_first_item_has_its_status(relay, hand):
