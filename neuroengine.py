@@ -34,6 +34,7 @@ Sections: Limits, Errors, Wire, Transport, Client, Provider, Bridge, Command lin
 import collections
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -1179,7 +1180,8 @@ class Upstream:
     id it wants; None for the one it has.
     """
 
-    def __init__(self, url=None, model=None, key=""):
+    def __init__(self, url=None, model=None, key="", max_tokens=None):
+        self.max_tokens = max_tokens or math.inf   # of one answer, whatever is asked
         self._urls = [url] if url else [
             "http://127.0.0.1:%d" % port for _, port in USUAL]
         self._wanted, self._key = model, key
@@ -1284,7 +1286,8 @@ class Upstream:
         body = (self._from_openai if api else self._from_native)(request)
         body.update(model=self.model, stream=True,
                     stream_options={"include_usage": True})
-        body.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+        body["max_tokens"] = min(body.get("max_tokens") or DEFAULT_MAX_TOKENS,
+                                 self.max_tokens)
         if self.kind == "llama.cpp":
             # It notices that we hung up only when it writes. Without reports of its
             # progress a prompt of 3000 tokens was read on for 32 s; with them, 0.5 s.
@@ -1693,7 +1696,8 @@ def run_share(options):
                                verify_ssl=options.ca or not options.insecure)
     base, status = server._transport.base, Status()
     upstream = Upstream(options.upstream, options.model,
-                        os.environ.get("NEUROENGINE_UPSTREAM_KEY", ""))
+                        os.environ.get("NEUROENGINE_UPSTREAM_KEY", ""),
+                        options.max_tokens)
     upstream.wait(status.event)
     key = service_key(options, base)
     if not key:
@@ -1758,6 +1762,8 @@ def build_parser():
                        "the one that it has")
     share.add_argument("--workers", type=int, metavar="N", help="prompts at once; "
                        "otherwise as many as the server has slots, or 1")
+    share.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, "
+                       "whatever is asked; otherwise as asked, or %d" % DEFAULT_MAX_TOKENS)
     keys = add("keys", parents=[common], help="access keys for guests of your service")
     keys.add_argument("name", help="the name of the service")
     keys.add_argument("--add", metavar="LABEL", help="make a key, for whom LABEL says")

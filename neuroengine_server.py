@@ -553,6 +553,11 @@ class Broker:
                              "/api/models lists those there are." % name, param="model")
         return service
 
+    def knows_key(self, hashed):
+        """Whether some service has an access key of that hash."""
+        with self._lock:
+            return any(hashed in service.keys for service in self._services.values())
+
     def models(self):
         """What `getmodels` answers: one dict for each service, by name."""
         with self._lock:
@@ -1652,6 +1657,7 @@ class Wire:
         self.sock, self._limits = sock, limits
         self._buffer = b""
         self._timeout = None
+        self.last_head = b""               # also if it was malformed
 
     def _receive(self, seconds):
         """Add what comes within so many seconds to the buffer. Raises PeerGone."""
@@ -1701,6 +1707,7 @@ class Wire:
                 raise RelayError("request_timeout", "The headers did not come within "
                                  "%g s." % limits.head_seconds)
         data, self._buffer = self._buffer[:end + 2], self._buffer[end + 4:]
+        self.last_head = data
         return parse_head(data)
 
     def read_body(self, head, most=None):
@@ -1886,6 +1893,8 @@ SECURITY_HEADERS = (
 NO_STORE = b"Cache-Control: no-store\r\n"
 JSON = "application/json"
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*\Z")
+_OPENAI_TARGET = re.compile(
+    rb"[A-Z]+ \S*/(?:v1/|chat/completions|completions|embeddings|models\b)")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]+\Z")
 STATUS_LINES = {status.value: ("HTTP/1.1 %d %s\r\n" % (status, status.phrase)).encode()
                 for status in http.HTTPStatus}
@@ -2032,6 +2041,8 @@ class Connection(socketserver.BaseRequestHandler):
             self.server.active.add(self)
             self._dispatch(head)
         except RelayError as error:
+            if self.head is None:          # malformed: all we have to go by is its path
+                self.openai = bool(_OPENAI_TARGET.match(self.wire.last_head))
             self._fail(error)
         except (PeerGone, socket.timeout, ConnectionError):
             raise PeerGone()
@@ -2269,6 +2280,9 @@ class Connection(socketserver.BaseRequestHandler):
         if hashed and hmac.compare_digest(hashed, service.key_digest):
             return True, None
         access = service.keys.get(hashed)      # by its hash: a guess learns nothing
+        if access is None and service.private and self.broker.knows_key(hashed):
+            raise RelayError("forbidden", "This access key is for another service than %s."
+                             % service.name)
         if access is None and service.private:
             raise RelayError("invalid_key", "%s is private: ask its operator for an "
                              "access key, and send it as \"Authorization: Bearer KEY\"."

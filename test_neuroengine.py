@@ -1305,6 +1305,11 @@ def test_a_private_service_is_for_its_guests_and_its_operator(relay, hand):
         answer = in_thread(Neuroengine(hand.name, relay.url, key=key).request, "hi")
         hand.reply(hand.next_job(), ["x"], done=True)
         assert answer() == "x"
+    other = Hand(relay)
+    stranger = manage(relay, other, "POST", "/keys", {})[1]["key"]
+    other.logout()
+    assert ask(relay, "/" + hand.name, {"message": "x"},
+               Authorization="Bearer " + stranger)[1]["error"] == "forbidden"
     listed, = manage(relay, hand, "GET", "/keys")[1]["keys"]
     assert listed["label"] == "Ann" and listed["requests_today"] == 1
     assert listed["tokens_today"] == 1 and "key" not in listed and "digest" not in listed
@@ -2637,6 +2642,20 @@ def test_a_relay_is_not_taken_for_an_llm(relay):
         neuroengine.Upstream("http://127.0.0.1:9").find()
     with pytest.raises(neuroengine.Unavailable, match="a relay, not an LLM"):
         neuroengine.Upstream(relay.url).find()
+
+
+def test_an_operator_may_bound_every_answer():
+    upstream = neuroengine.Upstream("http://x", max_tokens=50)
+    for request in ({"message": "x"}, {"message": "x", "max_new_len": 100},
+                    {"api": "chat", "messages": [], "max_completion_tokens": 99}):
+        assert upstream.build(request)[1]["max_tokens"] == 50
+    assert upstream.build({"message": "x", "max_new_len": 7})[1]["max_tokens"] == 7
+
+
+def test_a_malformed_request_below_v1_is_answered_in_openais_form(relay):
+    answer = raw(relay, b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 411 " in answer[:20] and b'{"error":{"message"' in answer
+    assert b"Access-Control-Allow-Origin: *" in answer
 
 
 def test_a_started_answer_goes_on_through_the_upstreams_prefill():
