@@ -863,7 +863,7 @@ class Run:
 
 def short_run(seconds=2.0, seed=1):
     """A run for the test suite; (what was wrong, the table)."""
-    run = Run(seconds, seed, clients=14, lease=6.0, grace=0.5, keep=3.0, longest_stop=1.0,
+    run = Run(seconds, seed, clients=14, lease=6.0, grace=2.0, keep=3.0, longest_stop=1.0,
               fault_every=0.4, restarts=1, pause=0.015)
     run.run()
     return run.wrong, run.table()
