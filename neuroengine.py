@@ -694,6 +694,11 @@ class Work:
         self.answer = None                     # what the callback returned
 
 
+def size_of(item):
+    """Roughly the bytes that an item takes on its way."""
+    return len(item) if type(item) is str else 200
+
+
 class Outbox:
     """The answers being made: items gather here until the relay has taken them.
 
@@ -727,7 +732,7 @@ class Outbox:
             if work.cancelled:
                 return False
             work.items.append(item)
-            work.size += len(item) if type(item) is str else 200
+            work.size += size_of(item)
             self.tokens += 1
             if work not in self._ready:
                 self._ready[work] = True
@@ -784,7 +789,7 @@ class Outbox:
             return len(work.items)
         count = 0
         for item in work.items:
-            room -= len(item) if type(item) is str else 200
+            room -= size_of(item)
             count += 1
             if room < 0:
                 break
@@ -796,8 +801,7 @@ class Outbox:
             for work, count, last in taken:
                 if sent:
                     work.at += count
-                    work.size -= sum(len(i) if type(i) is str else 200
-                                     for i in work.items[:count])
+                    work.size -= sum(map(size_of, work.items[:count]))
                     del work.items[:count]
                     if last:
                         self._works.pop((work.job, work.attempt), None)

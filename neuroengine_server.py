@@ -30,6 +30,7 @@ knows nothing of HTTP), Store, HTTP, Serving, Demo, Command line.
 """
 
 import argparse
+import base64
 import contextlib
 import errno
 import functools
@@ -531,8 +532,7 @@ class Broker:
         """Forget a service: its jobs fail, its sessions end."""
         with self._lock:
             self._services.pop(service.name.lower(), None)
-            for session in [s for s in self._sessions.values() if s.service is service]:
-                self._end_session_locked(session)
+            self._end_sessions_locked(service)
             self._fail_waiting_locked(service, RelayError(
                 "service_unknown", "The service %s was deleted." % service.name))
             self._changed.pop(service.name, None)
@@ -540,8 +540,7 @@ class Broker:
     def close_sessions(self, service):
         """End every session of a service, as when its key was changed."""
         with self._lock:
-            for session in [s for s in self._sessions.values() if s.service is service]:
-                self._end_session_locked(session)
+            self._end_sessions_locked(service)
 
     def find(self, name):
         """Return the Service of that name, in any case. Raises RelayError."""
@@ -1316,6 +1315,10 @@ class Broker:
             self._enqueue_locked(job)
             return
         self._end_locked(job, "failed", error)
+
+    def _end_sessions_locked(self, service):
+        for session in [s for s in self._sessions.values() if s.service is service]:
+            self._end_session_locked(session)
 
     def _end_session_locked(self, session, died=False):
         self._sessions.pop(session.id, None)
@@ -2559,7 +2562,7 @@ class OpenAIFace:
             wait=request.get("wait") or False, grace=None if repeat else 0.0,
             name=("repeat", caller, repeat[:512]) if repeat else None, at=0,
             fingerprint=self.same)
-        answer = _Answer(api, service.name, reader.job, len(payload))
+        answer = _Answer(api, service.name, reader.job)
         del request, payload               # they may be large, and the wait long
         with self.attached(reader):
             if stream and api != "embeddings":
@@ -2614,13 +2617,11 @@ class OpenAIFace:
         # It is late: commit to a 200 and keep the connection alive with spaces, which
         # may stand before JSON. An error can then only be told in the body.
         self.begin(JSON)
-        deadline = time.monotonic() + self.limits.job_seconds
         try:
             while items is None:
                 self.send_piece(b" ")
                 items = self.wait_whole(reader, self.limits.heartbeat_seconds)
-                if time.monotonic() > deadline:
-                    self.broker.cancel(reader.job, self._took_too_long())
+                self._check_age(reader.job)
             body = answer.whole(items)
         except RelayError as error:
             body = error.openai()
@@ -2670,7 +2671,7 @@ def _openai_model(model):
 class _Answer:
     """Puts the items of one job into OpenAI's words."""
 
-    def __init__(self, api, model, job, prompt_bytes):
+    def __init__(self, api, model, job):
         self.job, self.api = job, api
         self.chat = api == "chat"
         self.base = {"id": ("chatcmpl-" if self.chat else "cmpl-") + job.id[:24],
@@ -3379,16 +3380,11 @@ def content_security_policy(page):
     """The policy under which only the page's own script and style run: their hashes."""
     def hashes(tag):
         found = re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S)
-        return " ".join("'sha256-%s'" % _base64(hashlib.sha256(text).digest())
+        return " ".join("'sha256-%s'" % base64.b64encode(hashlib.sha256(text).digest()).decode()
                         for text in found) or "'none'"
     return ("default-src 'none'; script-src %s; style-src %s; connect-src 'self'; "
             "img-src data:; base-uri 'none'; form-action 'none'; "
             "frame-ancestors 'none'" % (hashes(b"script"), hashes(b"style")))
-
-
-def _base64(data):
-    import base64
-    return base64.b64encode(data).decode("ascii")
 
 
 def tls_context(cert, key):

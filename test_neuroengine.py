@@ -2027,9 +2027,8 @@ def test_stream_yields_as_the_provider_does(relay, provide):
     assert "".join(stream) == "b"
 
 
-def test_closing_the_stream_closes_the_providers_iterator_within_a_second(relay, provide):
-    closed = threading.Event()
-
+def endless(closed):
+    """A callback that yields for ever, and sets `closed` when its iterator is closed."""
     def answer(request):
         try:
             while True:
@@ -2037,7 +2036,12 @@ def test_closing_the_stream_closes_the_providers_iterator_within_a_second(relay,
                 time.sleep(0.01)
         finally:
             closed.set()
-    name, _ = provide(answer)
+    return answer
+
+
+def test_closing_the_stream_closes_the_providers_iterator_within_a_second(relay, provide):
+    closed = threading.Event()
+    name, _ = provide(endless(closed))
     stream = client_of(relay, name).stream("x")
     next(stream)
     stream.close()
@@ -2046,15 +2050,7 @@ def test_closing_the_stream_closes_the_providers_iterator_within_a_second(relay,
 
 def test_cancel_stops_a_polled_stream(relay, provide):
     closed = threading.Event()
-
-    def answer(request):
-        try:
-            while True:
-                yield "x"
-                time.sleep(0.01)
-        finally:
-            closed.set()
-    name, _ = provide(answer)
+    name, _ = provide(endless(closed))
     api = client_of(relay, name)
     assert api.request("x", streamkey="s" * 32, gettokens=1)
     api.cancel("s" * 32)
