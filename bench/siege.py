@@ -366,15 +366,15 @@ class Lives:
 
     def now(self):
         """The peers of the connections that the relay holds a descriptor of."""
-        here, inodes, mine = ":%04X" % self.relay.port, {}, set()
+        here, inodes, mine = "0100007F:%04X" % self.relay.port, {}, set()
         with open("/proc/net/tcp") as table:
             for line in table:
                 fields = line.split()
                 # Without an inode no process has it (any more); state 0A listens.
                 if fields[9] != "0" and fields[3] != "0A":
-                    if fields[1].endswith(here):
+                    if fields[1] == here:
                         mine.add(fields[2])
-                    elif fields[2].endswith(here):
+                    elif fields[2] == here:
                         inodes[fields[1]] = fields[9]
         providers = set()
         fds = "/proc/%d/fd/" % self.relay.provider.pid
@@ -632,7 +632,7 @@ def idle(siege, figures):
                 # Many addresses: one has 28,000 ports, and they are kept for a minute.
                 sock = relay.dial("127.0.%d.%d" % (1 + n // 2000, 1 + n % 200))
                 fd = os.dup(sock.fileno())     # a tenth of the memory of a TLS object
-                sock.detach() if not tls else sock.close()
+                sock.close()
                 return fd
 
             fds = hold(number, open_one)
