@@ -460,6 +460,12 @@ class Siege:
     def path(self, name):
         return os.path.join(self.directory, name)
 
+    def child(self, title, *args):
+        """A Python program of ours, which ends with us."""
+        child = Child(self.path(title + ".log"), sys.executable, "-u", *args)
+        self.children.append(child)
+        return child
+
     def certificate(self, name):
         """A new self-signed certificate and its key, as files."""
         cert, key = self.path(name + "-cert.pem"), self.path(name + "-key.pem")
