@@ -697,7 +697,7 @@ def wave(attackers, number, report):
 
 def calm(relay):
     """Wait until the relay holds no job."""
-    wait_for(lambda: b"neuroengine_jobs_held 0\n" in relay.ask("GET", "/metrics")[1], 60,
+    wait_for(lambda: b"neuroengine_held_jobs 0\n" in relay.ask("GET", "/metrics")[1], 60,
              "the end of all jobs", lambda: str(relay.ask("GET", "/metrics")[1]))
 
 

@@ -603,9 +603,9 @@ def slow(siege, figures):
         for attack in attacks), exactly=0)
 
 
-DRIPS = ((b"GET /healthz HTTP/1.1\r\nHost: x\r\n", b"X: y\r\n"),
-         (b"POST /Siege HTTP/1.1\r\nHost: x\r\nContent-Length: 4096\r\n\r\n", b"x"),
-         (b"POST /Siege HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
+DRIPS = ((b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", b"X: y\r\n"),
+         (b"POST /Siege HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4096\r\n\r\n", b"x"),
+         (b"POST /Siege HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
           b"1\r\nx\r\n"))
 
 
@@ -626,7 +626,7 @@ def sent(relay, data, **how):
 
 @part("idle")
 def idle(siege, figures):
-    """10,000 idle connections, plain, then TLS: memory of each, and others' p99."""
+    """10,000 kept-alive connections, plain, then TLS: memory of each, and others' p99."""
     number = siege.options.connections
     for title, tls in (("plain", False), ("TLS", True)):
         with Relay(siege, "--max-connections", number + 500, "--idle-seconds", 900,
@@ -637,6 +637,8 @@ def idle(siege, figures):
             def open_one(n):
                 # Many addresses: one has 28,000 ports, and they are kept for a minute.
                 sock = relay.dial("127.0.%d.%d" % (1 + n // 2000, 1 + n % 200))
+                sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                sock.recv(4096)
                 fd = os.dup(sock.fileno())     # a tenth of the memory of a TLS object
                 sock.close()
                 return fd
@@ -678,7 +680,7 @@ def descriptors(siege, figures):
             cpu = 100 * (relay.child.cpu() - cpu) / (time.monotonic() - began)
             began = time.monotonic()
             with contextlib.closing(open_one(0)) as late:
-                late.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                late.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 answer = first_of(late)
             figures.add(title + ": CPU", cpu, "%", most=10)
             figures.add("one more is told", answer, good=answer in ("503", "closed"))
@@ -748,7 +750,7 @@ def error_replies(siege, figures):
                 for _ in range(20):
                     try:               # a client that sends all before it reads
                         with contextlib.closing(relay.dial()) as sock:
-                            sock.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: "
+                            sock.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
                                          b"%d\r\n\r\n" % (path.encode(), len(body)) + body)
                             answer = first_of(sock)
                     except OSError as error:
@@ -771,7 +773,7 @@ def slow_reader(siege, figures):
         with Lives(relay) as lives, Modest(relay) as modest_client:
             for n in range(10):
                 path, body = slow_request(n)
-                socks.append(sent(relay, b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: "
+                socks.append(sent(relay, b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
                                   b"%d\r\n\r\n" % (path, len(body)) + body, buffer=2048))
             began, most = time.monotonic(), 0
             while time.monotonic() - began < 45:
@@ -813,7 +815,7 @@ def slow_writer(siege, figures):
         asker = threading.Thread(target=lambda: answers.append(relay.prompt(
             prompt, timeout=100)))
         asker.start()
-        head = b"POST /Siege HTTP/1.1\r\nHost: x\r\n"
+        head = b"POST /Siege HTTP/1.1\r\nHost: localhost\r\n"
         drips = [(sent(relay, head + b"Content-Length: 65536\r\n\r\n"), b"x"),
                  (sent(relay, head + b"Transfer-Encoding: chunked\r\n\r\n"), b"1\r\nx\r\n")]
         began, cut = time.monotonic(), {}
@@ -889,6 +891,440 @@ def disk_full_with(relay, figures, filler):
     figures.check("and the new service", relay.ask("GET", "/api/models")[1][0]["name"]
                   == "After")
     figures.add("tracebacks", relay.tracebacks(), exactly=0)
+
+
+@part("cert-swap")
+def cert_swap(siege, figures):
+    """A certificate renewed under load is taken up; one that is broken is not."""
+    cert, key = siege.certificate("swap")
+    new_cert, new_key = siege.certificate("renewed")
+    other_cert, other_key = siege.certificate("other")
+    with open(cert) as file:
+        old = file.read()
+    siege.cert, siege.cert_key, kept = cert, key, (siege.cert, siege.cert_key)
+    try:
+        relay = Relay(siege, tls=True)
+    finally:
+        siege.cert, siege.cert_key = kept
+    with relay, Modest(relay, every=0.01) as modest_client:
+        def served():
+            return ssl.get_server_certificate(("127.0.0.1", relay.port))
+
+        def is_served(path):
+            with open(path) as file:
+                return served().strip() == file.read().strip()
+
+        time.sleep(1)
+        figures.check("the first one is served", served().strip() == old.strip())
+        old_connection = relay.dial()
+        swap(new_cert, cert)
+        time.sleep(0.5)                    # whoever renews writes one file, then the other
+        swap(new_key, key)
+        figures.add("the new one after", wait_for(lambda: is_served(new_cert), 10,
+                                                  "the new certificate", relay.said),
+                    "s", most=4)
+        warned = relay.said().count("certificate_not_renewed")
+        figures.add("warnings until then", warned, most=1)
+        old_connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        figures.check("an old connection lives", first_of(old_connection) == "200")
+        old_connection.close()
+        for title, spoil in (("wrong key", lambda: swap(other_key, key)),
+                             ("half a file", lambda: swap(other_cert, cert, 0.5)),
+                             ("no file", lambda: os.unlink(cert))):
+            before = relay.said().count("certificate_not_renewed")
+            spoil()
+            time.sleep(5)
+            warnings = relay.said().count("certificate_not_renewed") - before
+            figures.check(title + ": the one before is served", is_served(new_cert))
+            figures.add("warnings", warnings, exactly=1)
+        swap(other_cert, cert)
+        swap(other_key, key)
+        relay.child.process.send_signal(signal.SIGHUP)
+        figures.add("mended, and SIGHUP: taken up after", wait_for(
+            lambda: is_served(other_cert), 10, "the third certificate", relay.said), "s",
+            most=1)
+        figures.add("tracebacks", relay.tracebacks(), exactly=0)
+    modest_client.judge(figures)
+
+
+def swap(source, target, share=1.0):
+    """Put a copy of a file, or of its beginning, in the place of another at once."""
+    with open(source, "rb") as file:
+        data = file.read()
+    with open(target + ".new", "wb") as file:
+        file.write(data[:int(share * len(data))])
+    os.replace(target + ".new", target)
+
+
+@part("brute-force")
+def brute_force(siege, figures):
+    """A thousand wrong keys from one address: soon 429, and others do not feel it."""
+    guesser = "127.0.0.77"
+    with Relay(siege) as relay, Modest(relay) as modest_client:
+        name = "/api/services/" + SERVICE
+        statuses, times = [], []
+        for n in range(1000):
+            began = time.monotonic()
+            status, _ = relay.ask("GET", name, key="ne_guess%d" % n, source=guesser)
+            times.append(time.monotonic() - began)
+            statuses.append(status)
+        first = statuses.index(429) if 429 in statuses else 1000
+        figures.add("401 before the first 429", first, least=1, most=100)
+        figures.add("of 1000, 401", statuses.count(401), most=100)
+        figures.add("429", statuses.count(429), least=900)
+        figures.add("in", sum(times), "s")
+        paths = (("PATCH", name, {}), ("POST", name + "/keys", {}),
+                 ("POST", "/provider/%s/login" % SERVICE, {}))
+        figures.check("other doors are shut for it, too", all(
+            relay.ask(method, path, body, "ne_guess", source=guesser)[0] == 429
+            for method, path, body in paths))
+        status, answer = relay.ask("GET", name, key=relay.key, source=guesser)
+        figures.add("the right key from there", status, exactly=200)
+        figures.check("a prompt from there", relay.prompt(prompt_of("x"), source=guesser))
+        status, _ = relay.ask("GET", name, key="ne_guess", source="127.0.0.78")
+        figures.add("another address's wrong key", status, exactly=401)
+        figures.check("tells when to try again", answer_headers(
+            relay, name, "ne_guess", guesser).get("Retry-After", "").isdigit())
+    modest_client.judge(figures)
+    with Relay(siege, "--max-wrong-keys-per-minute", 10**6) as relay:
+        wrong, unknown = [], []
+        for n in range(600):               # in turns: whatever else goes on strikes both
+            for path, times in ((name, wrong), ("/api/services/Nobody", unknown)):
+                began = time.monotonic()
+                relay.ask("GET", path, key="ne_guess%d" % n)
+                times.append(1000 * (time.monotonic() - began))
+        difference = abs(percentile(wrong, 0.5) - percentile(unknown, 0.5))
+        figures.add("wrong key p50", percentile(wrong, 0.5), "ms")
+        figures.add("unknown service p50", percentile(unknown, 0.5), "ms")
+        figures.add("difference", difference, "ms",
+                    most=max(0.1, percentile(wrong, 0.75) - percentile(wrong, 0.25)))
+
+
+def answer_headers(relay, path, key, source):
+    connection = connect(relay.url, 10, source)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={"Authorization": "Bearer " + key})
+        return connection.getresponse().headers
+
+
+@part("clock")
+def clock(siege, figures):
+    """The wall clock jumps a day ahead and back: no lease, limit or wait changes."""
+    found = glob.glob("/usr/lib/*/faketime/libfaketime.so.1")
+    if not found:
+        raise Skip("there is no libfaketime here, and the machine's own clock is not ours")
+    stamp = siege.path("clock")
+
+    def jump(days):
+        with open(stamp + ".new", "w") as file:
+            file.write("%+dd\n" % days if days else "+0\n")
+        os.replace(stamp + ".new", stamp)
+
+    jump(0)
+    env = {"LD_PRELOAD": found[0], "FAKETIME_TIMESTAMP_FILE": stamp, "FAKETIME_NO_CACHE": "1",
+           "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
+    with Relay(siege, "--grace-seconds", 3, "--offline-seconds", 6, env=env) as relay:
+        name = "/api/services/" + SERVICE
+        for n in range(20):                # 20 of 30 wrong keys a minute
+            relay.ask("GET", name, key="wrong", source="127.0.0.9")
+        guest = relay.ask("POST", name + "/keys", {"expires": time.time() + 3600},
+                          relay.key)[1]["key"]
+        answers = {}
+
+        def ask(title, prompt):
+            began = time.monotonic()
+            answers[title] = relay.prompt(prompt, timeout=60), time.monotonic() - began
+
+        asker = threading.Thread(target=ask, args=("running", prompt_of("r", 60, 12, 0.2)))
+        asker.start()
+        idle_socket = sent(relay, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        first_of(idle_socket)
+        # A poll that is held: 25 s, whatever the wall clock says.
+        other = relay.ask("POST", "/api/services", {"name": "Held"})[1]["key"]
+        session = relay.ask("POST", "/provider/Held/login", {}, other)[1]["session"]
+        held = []
+
+        def poll():
+            began = time.monotonic()
+            relay.ask("POST", "/provider/Held/poll", {"session": session}, other, timeout=60)
+            held.append(time.monotonic() - began)
+
+        poller = threading.Thread(target=poll)
+        poller.start()
+        dates = []
+        for days in (1, -1, 0):
+            time.sleep(2)
+            jump(days)
+            time.sleep(0.5)
+            dates.append(answer_headers(relay, "/healthz", "", "127.0.0.1")["Date"][5:7])
+        time.sleep(2)
+        figures.add("days of its Date header", "/".join(dates), good=len(set(dates)) == 3)
+        logins = relay.said().count(" login ")
+        asker.join()
+        poller.join()
+        figures.check("an answer of 12 s is whole", answers["running"][0])
+        figures.add("and made", relay.provider.said().count("made r "), "times", exactly=1)
+        figures.add("providers' logins", logins, exactly=2)
+        figures.add("a poll was held", held[0], "s", least=24, most=28)
+        idle_socket.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        figures.add("an idle connection answers", first_of(idle_socket), exactly="200")
+        jump(1)
+        time.sleep(0.3)
+        expired = relay.ask("GET", name + "/keys", key=relay.key)[0]
+        figures.add("control", expired, exactly=200)
+        status, answer = relay.ask("POST", "/" + SERVICE, {"message": prompt_of("g")}, guest)
+        figures.note("a guest's key that ends in an hour, a day ahead: %d %s (expiry and "
+                     "quotas a day are of the wall clock, as they say)" % (
+                         status, answer.get("error", "answered")))
+        figures.add("tracebacks", relay.tracebacks(), exactly=0)
+        idle_socket.close()
+
+
+@part("canary")
+def canary(siege, figures):
+    """Keys, prompts and replies are in no log, no data file and no command line."""
+    secret = "canary-prompt-5f2e91"
+    with Relay(siege) as relay:
+        name = "/api/services/" + SERVICE
+        guest = relay.ask("POST", name + "/keys", {"label": "guest"}, relay.key)[1]["key"]
+        relay.ask("PATCH", name, {"private": True}, relay.key)
+        prompt = prompt_of(secret, 8, 60)
+        body = {"message": prompt, "key": secret + "-stream", "stream": True}
+        for key in (guest, relay.key, "ne_canary-wrong-key", None):
+            relay.ask("POST", "/" + SERVICE, {"message": prompt}, key)
+            relay.ask("POST", "/" + SERVICE, body, key)
+            relay.ask("POST", "/v1/chat/completions", {"model": SERVICE, "messages": [
+                {"role": "user", "content": prompt}]}, key)
+            relay.ask("POST", "/" + SERVICE, {"message": prompt, "seed": secret}, key)
+            relay.ask("POST", "/" + SERVICE, {"message": prompt + " not for a provider"}, key)
+        relay.ask("POST", "/%s?key=%s" % (SERVICE, secret), {"message": prompt}, guest)
+        relay.ask("GET", "/" + secret, None, guest)
+        with relay.dial() as sock:
+            sock.sendall(b"POST /Siege HTTP/1.1\r\nbad " + secret.encode() + b"\r\n\r\n")
+            first_of(sock)
+        new_key = relay.ask("PATCH", name, {"new_key": True}, relay.key)[1]["key"]
+        relay.provider.end(signal.SIGINT)
+        relay.ask("POST", "/" + SERVICE, {"message": prompt}, guest)
+        relay.start_provider(new_key)
+        relay.ask("POST", "/" + SERVICE, {"message": prompt}, guest)
+        time.sleep(1.5)                    # the counters are on the disk
+        secrets = {"service key": relay.key, "new service key": new_key,
+                   "guest's key": guest, "wrong key": "ne_canary-wrong-key",
+                   "prompt, reply or stream key": secret}
+        places = {"log": relay.said().encode(),
+                  "data": b"".join(read_bytes(path) for path in glob.glob(relay.data + "*")),
+                  "metrics": relay.ask("GET", "/metrics")[1],
+                  "directory": json.dumps(relay.ask("GET", "/api/models")[1]).encode(),
+                  "command line": read_bytes("/proc/%d/cmdline" % relay.child.pid),
+                  "environment": read_bytes("/proc/%d/environ" % relay.child.pid)}
+        for place, data in places.items():
+            found = [what for what, text in secrets.items() if text.encode() in data]
+            figures.add(place, "%d bytes%s" % (len(data), "".join(
+                ", with the " + what for what in found)), good=data and not found)
+        figures.add("tracebacks", relay.tracebacks(), exactly=0)
+
+
+def read_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@part("smuggling")
+def smuggling(siege, figures):
+    """Ambiguous requests through nginx and HAProxy: each is one request for both ends."""
+    for title, start in (("nginx", start_nginx), ("haproxy", start_haproxy)):
+        need(title)
+        with Relay(siege, "--tls", "off", "--trusted-proxy", "127.0.0.1") as relay:
+            counter = Counter(relay.port)
+            front_port = free_port()
+            front, log = start(siege, front_port, counter.port)
+            try:
+                smuggle(figures, title, front_port, counter, log)
+            finally:
+                front.end(signal.SIGTERM)
+                counter.close()
+            figures.add("tracebacks", relay.tracebacks(), exactly=0)
+
+
+def smuggle(figures, title, port, counter, log):
+    wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 10, title)
+    unequal, wrong, markers = [], 0, 0
+    for n, case in enumerate(WIRE_CASES):
+        before, passed = counter.requests, len(log())
+        with contextlib.closing(socket.create_connection(("127.0.0.1", port), 5)) as sock:
+            sock.settimeout(0.4)
+            with contextlib.suppress(OSError):
+                sock.sendall(case)
+                while sock.recv(65536):
+                    pass
+        # A poisoned connection to the relay would answer one of these with another's.
+        for m in range(4):
+            marker = "marker-%d-%d" % (n, m)
+            connection = connect("http://127.0.0.1:%d" % port, 5)
+            with contextlib.closing(connection):
+                connection.request("GET", "/v1/models/" + marker, headers={
+                    "Host": "localhost"})
+                response = connection.getresponse()
+                markers += 1
+                wrong += response.status != 404 or marker.encode() not in response.read()
+        try:
+            wait_for(lambda before=before, passed=passed: counter.requests - before
+                     == sum(log()[passed:]), 3, "equality")
+        except AssertionError:
+            unequal.append((case, sum(log()[passed:]), counter.requests - before))
+    figures.add(title + ": cases", len(WIRE_CASES))
+    figures.add("passed on by the front", sum(log()))
+    figures.add("answered by the relay", counter.requests, exactly=sum(log()))
+    figures.add("cases of another count", len(unequal), exactly=0)
+    figures.add("connections to the relay", counter.connections)
+    figures.add("answers that were another's", "%d of %d" % (wrong, markers), good=not wrong)
+    for case, front, back in unequal[:3]:
+        figures.note("%r: front %d, relay %d" % (case, front, back))
+
+
+_POST = b"POST /Siege HTTP/1.1\r\nHost: localhost\r\n"
+_SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+WIRE_CASES = [head + b"\r\n" + body for head, body in (
+    [(_POST + field, body + _SMUGGLED) for body in (b"", b"0\r\n\r\n", b"3\r\nabc\r\n0\r\n\r\n")
+     for field in (
+         b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+         b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
+         b"Content-Length: 0\r\nContent-Length: 44\r\n",
+         b"Content-Length: 4\r\nContent-Length: 0\r\n", b"Content-Length: 0, 44\r\n",
+         b"Content-Length: +5\r\n", b"Content-Length: -1\r\n", b"Content-Length: 1_0\r\n",
+         b"Content-Length: 0x5\r\n", b"Content-Length: \xb2\r\n", b"Content-Length:\r\n",
+         b"Content-Length : 5\r\n", b"Content-Length\t: 5\r\n", b" Content-Length: 5\r\n",
+         b"X: y\r\n Content-Length: 5\r\n", b"X: y\rContent-Length: 5\r\n",
+         b"X: y\nContent-Length: 5\r\n", b"X: y\x00\r\nContent-Length: 5\r\n",
+         b"Content_Length: 5\r\nContent-Length: 0\r\n", b"no colon\r\nContent-Length: 5\r\n",
+         b": 5\r\nContent-Length: 0\r\n", b"Content-Length: 9999999999999999999\r\n",
+         b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding : chunked\r\n",
+         b"Transfer-Encoding: xchunked\r\n", b"Transfer-Encoding: gzip, chunked\r\n",
+         b"Transfer-Encoding: chunked, identity\r\n", b"Transfer-Encoding: \x0bchunked\r\n",
+         b"Transfer-Encoding:\tchunked\r\n", b"Transfer-Encoding: \"chunked\"\r\n",
+         b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n",
+         b"X: y\r\n\tTransfer-Encoding: chunked\r\n", b"Transfer_Encoding: chunked\r\n",
+         b"Expect: 100-continue\r\nContent-Length: 5\r\n",
+         b"Connection: Content-Length\r\nContent-Length: 0\r\n",
+         b"Connection: Transfer-Encoding\r\nTransfer-Encoding: chunked\r\n",
+         b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: 0\r\n")]
+    + [(b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % len(_SMUGGLED),
+        _SMUGGLED),
+       (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n",
+        b"0\r\n\r\n" + _SMUGGLED),
+       (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", _SMUGGLED),
+       (b"GET  /healthz HTTP/1.1\r\nHost: localhost\r\n", _SMUGGLED),
+       (b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n", _SMUGGLED),
+       (b"POST /Siege HTTP/1.0\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n" + _SMUGGLED),
+       (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: other\r\n", _SMUGGLED),
+       (b"GET /healthz HTTP/1.1\nHost: localhost\n", _SMUGGLED),
+       (b"GET http://localhost/healthz HTTP/1.1\r\nHost: localhost\r\n", _SMUGGLED),
+       (b"HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n", _SMUGGLED),
+       (b"HEAD /v1/models/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 44\r\n", _SMUGGLED),
+       (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n", _SMUGGLED),
+       (b"GET /x\x0by HTTP/1.1\r\nHost: localhost\r\n", _SMUGGLED),
+       (b"GET /healthz?a=\r\nHost: localhost\r\n", _SMUGGLED),
+       (b"GET /healthz%20HTTP/1.1%0d%0aX:y HTTP/1.1\r\nHost: localhost\r\n", _SMUGGLED),
+       (_POST + b"Transfer-Encoding: chunked\r\n", b"2\nab\n0\n\n" + _SMUGGLED),
+       (_POST + b"Transfer-Encoding: chunked\r\n", b"2;x=\ny\r\nab\r\n0\r\n\r\n" + _SMUGGLED),
+       (_POST + b"Transfer-Encoding: chunked\r\n", b"002\r\nab\r\n0\r\nX: y\r\n\r\n" + _SMUGGLED),
+       (_POST + b"Transfer-Encoding: chunked\r\n", b"0x2\r\nab\r\n0\r\n\r\n" + _SMUGGLED),
+       (_POST + b"Transfer-Encoding: chunked\r\n", b"fffffffffffffff2\r\nab\r\n" + _SMUGGLED),
+       (_POST + b"Transfer-Encoding: chunked\r\n", b"2 \r\nabX\r\n0\r\n\r\n" + _SMUGGLED)])]
+
+
+class Counter:
+    """A TCP proxy before the relay that counts the responses it sends."""
+
+    def __init__(self, port):
+        self.target, self.requests, self.connections = port, 0, 0
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                front = self.listener.accept()[0]
+                self.connections += 1
+                back = socket.create_connection(("127.0.0.1", self.target))
+                for source, sink in ((front, back), (back, front)):
+                    threading.Thread(target=self._pump, args=(source, sink, sink is front),
+                                     daemon=True).start()
+
+    def _pump(self, source, sink, counted):
+        tail, mark = b"", b"\r\nX-Request-Id: "      # each of its responses has one
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65536), b""):
+                if counted:
+                    tail += data
+                    self.requests += tail.count(mark)
+                    tail = tail[-len(mark) + 1:]
+                sink.sendall(data)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.listener.close()
+
+
+def free_port():
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as sock:
+        return sock.getsockname()[1]
+
+
+def start_nginx(siege, port, backend):
+    """deploy/nginx.conf on a local port without TLS; (its process, what it passed on)."""
+    home = siege.path("nginx-%d" % port)
+    os.mkdir(home)
+    with open(os.path.join(ROOT, "deploy", "nginx.conf")) as file:
+        site = file.read()
+    site = re.sub(r"(?m)^\s*(listen \[::\]|ssl_certificate).*\n", "", site)
+    site = re.sub(r"listen 443[^;]*;", "listen 127.0.0.1:%d;" % port, site)
+    site = site.replace("server 127.0.0.1:8000;", "server 127.0.0.1:%d;" % backend)
+    with open(os.path.join(home, "nginx.conf"), "w") as file:
+        file.write("daemon off; pid %s/pid; error_log %s/error.log;\nworker_processes 1;\n"
+                   "events {}\nhttp {\n%s" % (home, home, "".join(
+                       "%s_temp_path %s/%s;\n" % (what, home, what) for what in (
+                           "client_body", "proxy", "fastcgi", "uwsgi", "scgi"))))
+        file.write("log_format passed '$upstream_status';\naccess_log %s/access.log passed;\n"
+                   "%s}\n" % (home, site))
+    os.chmod(home, 0o777)
+    process = Child(os.path.join(home, "out"), "nginx", "-p", home, "-c",
+                    os.path.join(home, "nginx.conf"))
+    siege.children.append(process)
+
+    def log():
+        return [int(line.strip() not in ("", "-")) for line in
+                open_lines(os.path.join(home, "access.log"))]
+    return process, log
+
+
+def start_haproxy(siege, port, backend):
+    """deploy/haproxy.cfg on a local port without TLS; (its process, what it passed on)."""
+    with open(os.path.join(ROOT, "deploy", "haproxy.cfg")) as file:
+        text = file.read()
+    text = re.sub(r"bind :443.*", "bind 127.0.0.1:%d" % port, text)
+    text = text.replace("127.0.0.1:8000", "127.0.0.1:%d" % backend)
+    text = text.replace("global\n", "global\n    log stdout format raw local0\n", 1)
+    text = text.replace("defaults\n", "defaults\n    log global\n    log-format PASSED=%s\n", 1)
+    path = siege.path("haproxy-%d.cfg" % port)
+    with open(path, "w") as file:
+        file.write(text)
+    process = Child(path + ".out", "haproxy", "-db", "-f", path)
+    siege.children.append(process)
+
+    def log():
+        return [int("<NOSRV>" not in line) for line in open_lines(path + ".out")
+                if "PASSED=" in line]
+    return process, log
+
+
+def open_lines(path):
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        return file.read().splitlines()
+    return []
 
 
 @part("kill")
