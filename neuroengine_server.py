@@ -53,6 +53,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -417,6 +418,16 @@ class Session:
             job.avoid is not self or len(self.service.sessions) == 1)
 
 
+def unique_ids():
+    """Yield names that nothing else has had or will have, in this process or another.
+    Not secret: a system call for each would cost more than all else about them."""
+    prefix = secrets.token_hex(8)
+    return map((prefix + "%08x").__mod__, itertools.count())
+
+
+JOB_IDS = unique_ids()
+
+
 class Job:
     """One prompt on its way, and what has come of it."""
 
@@ -428,7 +439,7 @@ class Job:
         "ended_at")
 
     def __init__(self, service, caller, payload, lock, now):
-        self.id = secrets.token_hex(16)
+        self.id = next(JOB_IDS)
         self.service, self.caller, self.payload = service, caller, payload
         self.name = self.fingerprint = self.twin = None
         self.grace, self.own, self.wait = 0.0, False, False
@@ -1743,20 +1754,23 @@ class Wire:
         self.sock, self._limits, self._count = sock, limits, count
         self._counting = False
         self._buffer = b""
-        self._timeout = None
+        self._limited = {}                 # option -> seconds
+        # The kernel's own time limits save a poll() for each call, and with it a time at
+        # which the interpreter lock may go to another thread. TLS needs Python's.
+        self._by_kernel = os.name == "posix" and not isinstance(sock, ssl.SSLSocket)
+        if self._by_kernel:
+            sock.settimeout(None)
         self.last_head = b""               # also if it was malformed
 
     def _receive(self, seconds):
         """Add what comes within so many seconds to the buffer. Raises PeerGone."""
         if seconds <= 0:
             raise socket.timeout()
-        if seconds != self._timeout:
-            self._timeout = seconds
-            self.sock.settimeout(seconds)
+        self._limit(socket.SO_RCVTIMEO, seconds)
         try:
             data = self.sock.recv(65536)
-        except socket.timeout:
-            raise
+        except (socket.timeout, BlockingIOError):
+            raise socket.timeout()
         except OSError:                    # reset, unreachable, no TLS any more
             data = b""
         if not data:
@@ -1764,6 +1778,19 @@ class Wire:
         if self._counting:
             self._count(len(data))
         self._buffer = self._buffer + data if self._buffer else data
+
+    def _limit(self, option, seconds):
+        """Let each call of that direction take no longer."""
+        if not self._by_kernel:
+            option = None
+        if self._limited.get(option) == seconds:
+            return
+        self._limited[option] = seconds
+        if self._by_kernel:
+            self.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack(
+                "ll", int(seconds), max(1, int(seconds % 1 * 1e6))))
+        else:
+            self.sock.settimeout(seconds)
 
     def wait(self, seconds):
         """Wait for a request's first bytes. Raises PeerGone if none come."""
@@ -1804,10 +1831,8 @@ class Wire:
     def read_body(self, head, most=None):
         """Return a request's body as bytes. Raises RelayError, PeerGone."""
         length, most = head.length, min(most or math.inf, self._limits.max_request_bytes)
-        too_large = RelayError("request_too_large",
-                               "The request is larger than %d bytes." % most)
         if length is not None and length > most:
-            raise too_large
+            raise self._too_large(most)
         if head.fields.get("expect"):
             if head.fields["expect"].lower() != "100-continue":
                 raise RelayError("bad_http", "This relay knows no such Expect.")
@@ -1818,7 +1843,7 @@ class Wire:
         try:
             if length is not None:
                 return self._take(length, deadline)
-            return self._read_chunked(most, too_large, deadline)
+            return self._read_chunked(most, deadline)
         except socket.timeout:
             raise RelayError("request_timeout", "The body came too slowly.")
         finally:
@@ -1848,7 +1873,10 @@ class Wire:
         line, self._buffer = self._buffer[:end], self._buffer[end + 2:]
         return line
 
-    def _read_chunked(self, most, too_large, deadline):
+    def _too_large(self, most):
+        return RelayError("request_too_large", "The request is larger than %d bytes." % most)
+
+    def _read_chunked(self, most, deadline):
         parts, total = [], 0
         while True:
             match = _CHUNK_LINE.match(self._take_line(deadline))
@@ -1857,7 +1885,7 @@ class Wire:
             size = int(match[1], 16)
             total += size
             if total > most or len(parts) > most // 16 + 4096:   # many tiny ones
-                raise too_large
+                raise self._too_large(most)
             if size == 0:
                 if self._take_line(deadline):
                     raise RelayError("bad_http", "Trailers are not accepted.")
@@ -1869,18 +1897,24 @@ class Wire:
 
     def write(self, data):
         """Send all of data, at most write_seconds for each 64 KiB. Raises PeerGone."""
-        if self._limits.write_seconds != self._timeout:
-            self._timeout = self._limits.write_seconds
-            self.sock.settimeout(self._timeout)
         try:
             if len(data) <= 65536:
-                self.sock.sendall(data)
+                self._send(data)
             else:
                 view = memoryview(data)
                 for start in range(0, len(data), 65536):
-                    self.sock.sendall(view[start:start + 65536])
+                    self._send(view[start:start + 65536])
         except (OSError, ValueError):
             raise PeerGone()
+
+    def _send(self, data):
+        self._limit(socket.SO_SNDTIMEO, self._limits.write_seconds)
+        sent = self.sock.send(data) if self._by_kernel else 0
+        if sent < len(data):               # a slow reader: in all so many seconds
+            self.sock.settimeout(self._limits.write_seconds)
+            self.sock.sendall(memoryview(data)[sent:])
+            if self._by_kernel:
+                self.sock.settimeout(None)
 
     def linger(self):
         """Let the peer read our last words before the connection is reset.
@@ -1961,11 +1995,14 @@ class Watcher:
             self.look()
 
 
+MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)    # Windows has none
+
+
 def _has_hung_up(sock):
     """Whether the peer has closed; bytes that merely came early do not count."""
     try:
         # Below the TLS layer, if there is one: socket.socket's own recv.
-        start = socket.socket.recv(sock, 5, socket.MSG_PEEK)
+        start = socket.socket.recv(sock, 5, socket.MSG_PEEK | MSG_DONTWAIT)
     except (BlockingIOError, InterruptedError):
         return False
     except (OSError, ValueError):
@@ -1981,6 +2018,7 @@ def _has_hung_up(sock):
 # HTTP: requests and responses
 ##############################################################################
 
+REQUEST_IDS = unique_ids()
 SECURITY_HEADERS = (
     b"Server: neuroengine\r\nX-Content-Type-Options: nosniff\r\n"
     b"Referrer-Policy: no-referrer\r\n")
@@ -1996,9 +2034,12 @@ NATIVE_ONLY = ("key", "at", "gettokens", "stream", "wait", "command")
 PROVIDERS_OWN = ("api", "reply_so_far", "n", "best_of")   # not for clients to say
 
 
+_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
 def dumps(value):
     """JSON as bytes. Pure ASCII: others' text cannot break a line or an encoding."""
-    return json.dumps(value, separators=(",", ":")).encode("ascii")
+    return _to_json(value).encode("ascii")
 
 
 _STRING = re.compile(rb'"[^"]*"')
@@ -2129,7 +2170,7 @@ class Connection(socketserver.BaseRequestHandler):
     def _exchange(self):
         """Read one request and answer it; whether the connection may be used again."""
         self.started, self.body_read, self.head = False, True, None
-        self.id = secrets.token_hex(8)
+        self.id = next(REQUEST_IDS)
         self.openai = False
         try:
             idle = self.server.idle
@@ -3986,12 +4027,24 @@ def keep_to_one_core():
             os.sched_setaffinity(0, {secrets.choice(sorted(os.sched_getaffinity(0)))})
 
 
+def wake_up_calmly():
+    """Let a thread that is woken not push aside the one that woke it.
+
+    That one has the interpreter lock, so the other could only try for it and wait again.
+    Measured with 64 clients: 5 instead of 20 switches between threads for each prompt,
+    and two thirds of the processor time.
+    """
+    with contextlib.suppress(AttributeError, OSError):       # Linux has it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def main(argv=None):
     """Run the relay until a signal ends it; the exit status."""
     options = build_parser().parse_args(argv)
     LOG["format"] = options.log
     raise_descriptor_limit()
     keep_to_one_core()
+    wake_up_calmly()
     threading.stack_size(STACK_BYTES)
     try:
         relay = open_relay(options)
