@@ -125,6 +125,8 @@ QUEUE_NEWS_SECONDS = 2       # how often a waiting stream hears of its place
 JUST_GONE_SECONDS = 60       # a provider that left so lately may be back at once
 LATE_HEAD_SECONDS = 60       # /v1: a status line must come; then spaces keep it open
 SAVE_SECONDS = 0.5           # counters reach the disk this often
+RELOAD_SECONDS = 2           # between looks at the data file: Python's standard library
+                             # has no way to wait for another process's write
 STACK_BYTES = 256 * 1024     # of a connection's thread
 TOTAL_TEXT = {"operator": 100, "comment": 500}   # characters of a service's texts
 MAX_DEPTH = 100              # of nested JSON
@@ -194,6 +196,7 @@ ERRORS = {  # name: (errorcode, HTTP status, OpenAI type, OpenAI code, retry hel
     "quota_exceeded": (34, 429, "insufficient_quota", "insufficient_quota", False),
     "name_taken": (32, 409, "invalid_request_error", "name_taken", False),
     "key_reused": (33, 422, "invalid_request_error", "key_reused", False),
+    "invitation_needed": (35, 403, "permission_error", "invitation_needed", False),
     "service_unknown": (40, 404, "invalid_request_error", "model_not_found", False),
     "service_offline": (41, 503, "server_error", "provider_offline", True),
     "queue_full": (42, 503, "server_error", "queue_full", True),
@@ -256,12 +259,19 @@ class PeerGone(Exception):
 class Service:
     """A name under which an LLM is shared, and who waits and works for it."""
 
+    SETTINGS = ("operator", "comment", "private", "paused", "anonymous_per_day")
+    COLUMNS = ("name", "key_digest", "operator", "comment", "created", "numreq",
+               "last_seen", "private", "paused", "anonymous_per_day")
+
     def __init__(self, name, key_digest, operator="", comment="", created=0,
-                 numreq=0, last_seen=None, private=False, paused=False):
+                 numreq=0, last_seen=None, private=False, paused=False,
+                 anonymous_per_day=None):
         self.name, self.key_digest = name, key_digest
         self.operator, self.comment, self.created = operator, comment, created
         self.numreq, self.last_seen = numreq, last_seen   # last_seen: wall clock
         self.private, self.paused = bool(private), bool(paused)
+        self.anonymous_per_day = anonymous_per_day    # None: as the relay has it
+        self.stored = False           # whether it is in the data file
         self.keys = {}                # digest -> AccessKey, those of its guests
         self.sessions = {}            # id -> Session, those that are connected
         self.idle = OrderedDict()     # sessions with a parked poll and a free worker
@@ -516,7 +526,7 @@ class Broker:
     def add(self, service, returning=False):
         """Make a registered service known. Raises RelayError if the name is taken.
 
-        returning: the relay has been restarted, so the service's provider is on its way.
+        returning: it was in the data file, so its provider is on its way.
         """
         with self._lock:
             if returning:
@@ -524,7 +534,7 @@ class Broker:
             if service.name.lower() in self._services:
                 raise RelayError("name_taken",
                                  "The name %r is taken: choose another." % service.name)
-            if len(self._services) >= self.limits.max_services:
+            if len(self._services) >= self.limits.max_services and not returning:
                 raise RelayError("relay_busy", "This relay holds no more services.")
             self._services[service.name.lower()] = service
 
@@ -536,6 +546,11 @@ class Broker:
             self._fail_waiting_locked(service, RelayError(
                 "service_unknown", "The service %s was deleted." % service.name))
             self._changed.pop(service.name, None)
+
+    def services(self):
+        """All services, as they are at this moment."""
+        with self._lock:
+            return list(self._services.values())
 
     def close_sessions(self, service):
         """End every session of a service, as when its key was changed."""
@@ -879,6 +894,8 @@ class Broker:
             model["eta_s"] = 0 if service.idle else eta
         if service.context_length:
             model["context_length"] = service.context_length
+        if service.anonymous_per_day is not None:
+            model["anonymous_per_day"] = service.anonymous_per_day
         if service.tokens_per_second:
             model["tokens_per_s"] = round(service.tokens_per_second, 1)
         return model
@@ -1436,19 +1453,22 @@ def invalid_name_words(name):
 # Store: what survives a restart. Services, hashes of keys, counters; no prompts.
 ##############################################################################
 
-SCHEMA = ("""
-    CREATE TABLE services (
-        name TEXT PRIMARY KEY COLLATE NOCASE, key_digest TEXT NOT NULL,
-        operator TEXT NOT NULL, comment TEXT NOT NULL, created REAL NOT NULL,
-        numreq INTEGER NOT NULL, last_seen REAL,
-        private INTEGER NOT NULL, paused INTEGER NOT NULL)""", """
-    CREATE TABLE keys (
-        service TEXT NOT NULL COLLATE NOCASE REFERENCES services ON DELETE CASCADE,
-        id TEXT PRIMARY KEY, digest TEXT NOT NULL, label TEXT NOT NULL,
-        created REAL NOT NULL, requests_per_day INTEGER, tokens_per_day INTEGER,
-        concurrency INTEGER, max_new_len INTEGER, expires REAL,
-        day INTEGER, requests INTEGER, tokens INTEGER, last_used REAL)""")
-SCHEMA_VERSION = 1
+MIGRATIONS = (   # user_version counts those that the file has been through
+    ("""CREATE TABLE services (
+            name TEXT PRIMARY KEY COLLATE NOCASE, key_digest TEXT NOT NULL,
+            operator TEXT NOT NULL, comment TEXT NOT NULL, created REAL NOT NULL,
+            numreq INTEGER NOT NULL, last_seen REAL,
+            private INTEGER NOT NULL, paused INTEGER NOT NULL)""",
+     """CREATE TABLE keys (
+            service TEXT NOT NULL COLLATE NOCASE REFERENCES services ON DELETE CASCADE,
+            id TEXT PRIMARY KEY, digest TEXT NOT NULL, label TEXT NOT NULL,
+            created REAL NOT NULL, requests_per_day INTEGER, tokens_per_day INTEGER,
+            concurrency INTEGER, max_new_len INTEGER, expires REAL,
+            day INTEGER, requests INTEGER, tokens INTEGER, last_used REAL)"""),
+    ("ALTER TABLE services ADD COLUMN anonymous_per_day INTEGER",
+     """CREATE TABLE invitations (
+            digest TEXT PRIMARY KEY, uses INTEGER NOT NULL, created REAL NOT NULL)"""),
+)
 
 
 class StoreError(Exception):
@@ -1458,31 +1478,52 @@ class StoreError(Exception):
 class Store:
     """The services in an SQLite file (write-ahead log), or in memory: ":memory:"."""
 
-    def __init__(self, path):
+    def __init__(self, path, existing=False):
+        """existing: neither make the file nor migrate it, as a relay may be using it."""
         self._lock = threading.Lock()      # one connection, one statement at a time
         try:
             if path != ":memory:":         # private from its first moment on
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+                os.close(os.open(path, os.O_RDWR | (0 if existing else os.O_CREAT), 0o600))
             self._db = sqlite3.connect(path, timeout=5, isolation_level=None,
                                        check_same_thread=False)
+            self.version = self._value("PRAGMA user_version")
+            if self.version > len(MIGRATIONS):
+                raise StoreError("The data file %s is of a newer neuroengine: use that "
+                                 "version, or name another file with --data." % path)
+            damage = self._value("PRAGMA quick_check")
+            if damage != "ok":
+                raise sqlite3.DatabaseError(damage.replace("\n", " "))
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")   # keys outlive a power cut
             self._db.execute("PRAGMA foreign_keys=ON")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                with self._transaction():
-                    for statement in SCHEMA:
-                        self._db.execute(statement)
-                    self._db.execute("PRAGMA user_version=%d" % SCHEMA_VERSION)
-        except (OSError, sqlite3.Error) as error:
+            if not existing:
+                self._migrate()
+        except sqlite3.OperationalError as error:     # as the two below, but it may pass
             raise StoreError("The data file %s cannot be used: %s." % (path, error))
-        if version > SCHEMA_VERSION:
-            raise StoreError("The data file %s is of a newer neuroengine: use that "
-                             "version, or name another file with --data." % path)
+        except sqlite3.DatabaseError as error:
+            raise StoreError("The data file %s is damaged, or no data file: %s. Put a "
+                             "backup in its place." % (path, error))
+        except OSError as error:
+            raise StoreError("The data file %s cannot be used: %s. Another can be named "
+                             "with --data." % (path, error.strerror))
+
+    def _value(self, statement):
+        return self._db.execute(statement).fetchone()[0]
+
+    def _migrate(self):
+        for version in range(self.version, len(MIGRATIONS)):
+            with self._transaction():
+                if self._value("PRAGMA user_version") == version:   # else another did it
+                    for statement in MIGRATIONS[version]:
+                        self._db.execute(statement)
+                    self._db.execute("PRAGMA user_version=%d" % (version + 1))
+        self.version = len(MIGRATIONS)
 
     @contextlib.contextmanager
     def _transaction(self):
         with self._lock:
+            if self._db.in_transaction:    # even the roll-back failed
+                self._db.execute("ROLLBACK")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -1496,31 +1537,60 @@ class Store:
         """Return every Service of the file, with its access keys."""
         with self._lock:
             services = {row[0]: Service(*row) for row in self._db.execute(
-                "SELECT name, key_digest, operator, comment, created, numreq, last_seen, "
-                "private, paused FROM services")}
+                "SELECT %s FROM services" % ", ".join(Service.COLUMNS)).fetchall()}
             for row in self._db.execute("SELECT service, %s FROM keys" % ", ".join(
                     AccessKey.COLUMNS)):
                 key = AccessKey(*row[1:])
                 services[row[0]].keys[key.digest] = key
-            return list(services.values())
+        for service in services.values():
+            service.stored = True
+        return list(services.values())
 
-    def add(self, service):
-        """Write a new service; it is on the disk when this returns."""
+    def changes(self):
+        """A number that changes when another process has written to the file."""
+        with self._lock:
+            return self._value("PRAGMA data_version")
+
+    def add(self, service, invitation=None):
+        """Write a new service; it is on the disk when this returns.
+
+        invitation: the hash of one to be used up for it. Raises RelayError if it is
+        unknown or used up."""
+        with self._transaction():
+            if invitation is not None and not self._db.execute(
+                    "UPDATE invitations SET uses=uses-1 WHERE digest=? AND uses>0",
+                    (invitation,)).rowcount:
+                raise RelayError("invitation_needed", "A new service needs an invitation "
+                                 "here, and this is none, or it is used up: ask whoever "
+                                 "runs the relay for one, and send it as \"invitation\".",
+                                 param="invitation")
+            self._db.execute(
+                "INSERT INTO services (%s) VALUES (?%s)" % (
+                    ", ".join(Service.COLUMNS), ", ?" * (len(Service.COLUMNS) - 1)),
+                [getattr(service, name) for name in Service.COLUMNS])
+        service.stored = True
+
+    def invite(self, invitation, uses):
+        """Write an invitation, by its hash, to register so many services."""
+        with self._transaction():
+            self._db.execute("INSERT INTO invitations VALUES (?, ?, ?)",
+                             (invitation, uses, time.time()))
+
+    def change(self, service, **columns):
+        """Write new values of a service's columns."""
         with self._transaction():
             self._db.execute(
-                "INSERT INTO services VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (service.name, service.key_digest, service.operator, service.comment,
-                 service.created, service.numreq, service.last_seen, service.private,
-                 service.paused))
+                "UPDATE services SET %s WHERE name=? AND created=?" % ", ".join(
+                    name + "=?" for name in columns),
+                [*columns.values(), service.name, service.created])
 
     def save(self, services):
-        """Write what may have changed of these services, in one transaction."""
+        """Write what these services and their keys have counted, in one transaction. And
+        no more than that: the rest may have been changed there, by another process."""
         with self._transaction():
             self._db.executemany(
-                "UPDATE services SET key_digest=?, operator=?, comment=?, numreq=?, "
-                "last_seen=?, private=?, paused=? WHERE name=? AND created=?",
-                [(s.key_digest, s.operator, s.comment, s.numreq, s.last_seen, s.private,
-                  s.paused, s.name, s.created) for s in services])
+                "UPDATE services SET numreq=?, last_seen=? WHERE name=? AND created=?",
+                [(s.numreq, s.last_seen, s.name, s.created) for s in services])
             self._db.executemany(
                 "UPDATE keys SET day=?, requests=?, tokens=?, last_used=? WHERE id=?",
                 [(k.day, k.requests, k.tokens, k.last_used, k.id)
@@ -1543,6 +1613,17 @@ class Store:
         with self._transaction():
             self._db.execute("DELETE FROM services WHERE name=? AND created=?",
                              (service.name, service.created))
+
+    def backup(self, path):
+        """Copy everything to a new file, while others write. Raises OSError, sqlite3.Error."""
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as copy, self._lock:
+                self._db.backup(copy)
+                copy.execute("PRAGMA journal_mode=DELETE")   # one file, with all in it
+        except BaseException:
+            os.remove(path)
+            raise
 
     def close(self):
         """Close the file."""
@@ -2795,7 +2876,7 @@ class OperatorFace:
     """Register a service, and manage it with its key."""
 
     def register(self):
-        """POST /api/services: {name, operator, comment} -> {name, key}"""
+        """POST /api/services: {name, operator, comment, invitation} -> {name, key}"""
         request = self.read_object(MAX_SMALL_BODY_BYTES)
         repeat = self.head.fields.get("idempotency-key")
         memory = self.server.registered
@@ -2805,6 +2886,12 @@ class OperatorFace:
                 raise RelayError("key_reused", "This Idempotency-Key was used with "
                                  "another body.")
             return self.reply(201, answer)
+        if self.server.registration == "closed":
+            raise RelayError("forbidden", "Registration is closed here: ask whoever runs "
+                             "this relay.")
+        invitation = None
+        if self.server.registration == "invited":
+            invitation = digest(str(request.get("invitation")))
         name = request.get("name")
         if not isinstance(name, str) or not NAME.match(name) \
                 or name.lower() in RESERVED_NAMES:
@@ -2814,12 +2901,13 @@ class OperatorFace:
             self.server.registrations.take(self.address, "registrations")
         key = new_key()
         service = Service(name, digest(key), created=time.time(), **texts)
-        self.broker.add(service)
-        try:
-            self.server.store.add(service)
-        except BaseException:
-            self.broker.remove(service)
-            raise
+        with self.server.changing:
+            self.broker.add(service)
+            try:
+                self.server.store.add(service, invitation)
+            except BaseException:
+                self.broker.remove(service)
+                raise
         log("registered", service=name, address=self.address)
         answer = {"name": name, "key": key, "errorcode": 0}
         if repeat:
@@ -2846,10 +2934,10 @@ class OperatorFace:
         self.reply(200, self.broker.model(self.authorized(name)))
 
     def change_service(self, name):
-        """PATCH /api/services/{name}: operator, comment, private, paused, new_key"""
+        """PATCH /api/services/{name}: operator, comment, private, paused,
+        anonymous_per_day, new_key"""
         service = self.authorized(name)
         request = self.read_object(MAX_SMALL_BODY_BYTES)
-        self.still_authorized(service)
         answer, changes = {}, self._texts(request)
         for field in ("private", "paused", "new_key"):
             if not isinstance(request.get(field, False), bool):
@@ -2857,18 +2945,18 @@ class OperatorFace:
                                  param=field)
             if field in request and field != "new_key":
                 changes[field] = request[field]
+        if "anonymous_per_day" in request:
+            check_fields(request, {"anonymous_per_day": (int, 0, 10**9)})
+            changes["anonymous_per_day"] = request.get("anonymous_per_day")
         if request.get("new_key"):
             answer["key"] = new_key()
             changes["key_digest"] = digest(answer["key"])
-        before = {field: getattr(service, field) for field in changes}
-        try:
+        with self.server.changing:
+            self.still_authorized(service)
+            if changes:
+                self.server.store.change(service, **changes)
             for field, value in changes.items():
                 setattr(service, field, value)
-            self.server.store.save([service])
-        except BaseException:              # a key that nobody was told shall not be in force
-            for field, value in before.items():
-                setattr(service, field, value)
-            raise
         if answer:
             self.broker.close_sessions(service)
             log("new_key", service=service.name, address=self.address)
@@ -2884,41 +2972,44 @@ class OperatorFace:
         """POST /api/services/{name}/keys: {label, limits} -> {id, key}"""
         service = self.authorized(name)
         request = self.read_object(MAX_SMALL_BODY_BYTES)
-        self.still_authorized(service)
         check_fields(request, KEY_LIMITS)
         label = request.get("label", "")
         if not isinstance(label, str) or len(label) > 100 or not label.isprintable():
             raise RelayError("invalid_request", "label must be a short text.",
                              param="label")
-        if len(service.keys) >= MAX_KEYS:
-            raise RelayError("invalid_request", "%s has %d access keys: revoke some."
-                             % (service.name, MAX_KEYS))
         key = new_key()
         access = AccessKey(secrets.token_hex(8), digest(key), label, time.time(),
                            *[request.get(limit) for limit in KEY_LIMITS],
                            *(0, 0, 0, None))
-        self.server.store.add_key(service, access)
-        service.keys[access.digest] = access
+        with self.server.changing:
+            self.still_authorized(service)
+            if len(service.keys) >= MAX_KEYS:
+                raise RelayError("invalid_request", "%s has %d access keys: revoke some."
+                                 % (service.name, MAX_KEYS))
+            self.server.store.add_key(service, access)
+            service.keys[access.digest] = access
         log("key_added", service=service.name, key_id=access.id)
         self.reply(201, dict(access.shown(time.time()), key=key, errorcode=0))
 
     def revoke_key(self, name, key_id):
         """DELETE /api/services/{name}/keys/{id}: in force at once, whatever the disk"""
         service = self.authorized(name)
-        for access in list(service.keys.values()):
-            if access.id == key_id:
-                del service.keys[access.digest]
-                log("key_revoked", service=service.name, key_id=key_id)
-                self.server.revoked.append(access)     # off the disk, as soon as it can be
-                self.server.save()
-                return self.reply(200, {"errorcode": 0})
-        raise RelayError("not_found", "%s has no such access key." % service.name)
+        with self.server.changing:
+            access = next((a for a in service.keys.values() if a.id == key_id), None)
+            if access is None:
+                raise RelayError("not_found", "%s has no such access key." % service.name)
+            del service.keys[access.digest]
+            log("key_revoked", service=service.name, key_id=key_id)
+            self.server.revoked.append(access)         # off the disk, as soon as it can be
+            self.server.save()
+        self.reply(200, {"errorcode": 0})
 
     def delete_service(self, name):
         """DELETE /api/services/{name}"""
         service = self.authorized(name)
-        self.server.store.remove(service)
-        self.broker.remove(service)
+        with self.server.changing:
+            self.server.store.remove(service)
+            self.broker.remove(service)
         log("deleted", service=service.name, address=self.address)
         self.reply(200, {"name": service.name, "errorcode": 0})
 
@@ -3192,8 +3283,9 @@ class Relay(ThreadingHTTPServer):
     allow_reuse_port = False
 
     def __init__(self, host="", port=0, *, store=None, limits=None, tls=None, page=None,
-                 broker=None):
-        """tls: an ssl.SSLContext, or None for plain HTTP. page: the bytes of chat.html."""
+                 broker=None, registration="open"):
+        """tls: an ssl.SSLContext, or None for plain HTTP. page: the bytes of chat.html.
+        registration: one of REGISTRATION."""
         self.limits = limits or Limits()
         self.store = store or Store(":memory:")
         self.broker = broker or Broker(self.limits)
@@ -3201,7 +3293,13 @@ class Relay(ThreadingHTTPServer):
         self.tls, self.page, self.csp = tls, page, page and content_security_policy(page)
         self.stopping = False
         self.active = set()                # connections with a request under way
+        self.registration = registration
+        # Held while services or keys change, or are compared with the file: whoever has
+        # it sees no half of a change. Taken before the broker's and the store's locks.
+        self.changing = threading.RLock()
         self.revoked = []                  # access keys that are still on the disk
+        self._unsaved = {}                 # name -> Service whose counters are not
+        self._changes = self.store.changes()   # before it is loaded
         self.registrations = Rates(3600 / self.limits.max_registrations_per_hour,
                                    self.limits.max_registrations_per_hour)
         self.registered = OrderedDict()    # (caller, Idempotency-Key) -> body, answer
@@ -3331,7 +3429,7 @@ class Relay(ThreadingHTTPServer):
 
     def start(self):
         """Serve in threads of its own; returns at once. stop() ends it."""
-        for target in (self._keep_up, self._save_counters, self.watcher.run,
+        for target in (self._keep_up, self._save_counters, self._take_care, self.watcher.run,
                        functools.partial(self.serve_forever, poll_interval=0.2)):
             threading.Thread(target=target, daemon=True).start()
 
@@ -3347,15 +3445,60 @@ class Relay(ThreadingHTTPServer):
 
     def save(self):
         """Write what counted since the last time. A full disk stops no prompt."""
-        services = self.broker.take_changed()
+        with self.changing:
+            self._unsaved.update({s.name: s for s in self.broker.take_changed()})
+            try:
+                while self.revoked:
+                    self.store.remove_key(self.revoked[0])
+                    self.revoked.pop(0)
+                if self._unsaved:
+                    self.store.save(list(self._unsaved.values()))
+                    self._unsaved.clear()
+            except sqlite3.Error as error:
+                log("cannot_save", error=str(error))
+
+    def _take_care(self):
+        while not self.broker.closed:
+            time.sleep(RELOAD_SECONDS)
+            self.reload()
+
+    def reload(self):
+        """Take up what another process has changed in the data file. Never raises."""
         try:
-            while self.revoked:
-                self.store.remove_key(self.revoked[0])
-                self.revoked.pop(0)
-            if services:
-                self.store.save(services)
-        except sqlite3.Error as error:
-            log("cannot_save", error=str(error))
+            with self.changing:
+                changes = None if self.broker.closed else self.store.changes()
+                if changes not in (None, self._changes):
+                    self._take_up({s.name.lower(): s for s in self.store.load()})
+                    self._changes = changes
+        except Exception as error:
+            log("cannot_reload", error=repr(error))
+
+    def _take_up(self, there):
+        """Make the services here those there, in the file, but for what is counted."""
+        for service in self.broker.services():
+            new = there.get(service.name.lower())
+            if new is not None and new.created == service.created:
+                self._take_up_changes(service, there.pop(service.name.lower()))
+            elif service.stored:
+                self.broker.remove(service)
+                log("deleted", service=service.name)
+        for service in there.values():
+            self.broker.add(service, returning=True)
+            log("registered", service=service.name)
+
+    def _take_up_changes(self, service, new):
+        for field in Service.SETTINGS:
+            setattr(service, field, getattr(new, field))
+        if service.key_digest != new.key_digest:
+            service.key_digest = new.key_digest
+            self.broker.close_sessions(service)
+            log("new_key", service=service.name)
+        for hashed in set(service.keys) - set(new.keys):
+            del service.keys[hashed]
+        revoked = {key.id for key in self.revoked}     # there only as the disk is full
+        for hashed, key in new.keys.items():
+            if key.id not in revoked:
+                service.keys.setdefault(hashed, key)
 
     def stop(self, drain_seconds=0.0):
         """Stop: no new jobs; running ones may finish; then close everything."""
@@ -3371,7 +3514,8 @@ class Relay(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         self.save()
-        self.store.close()
+        with self.changing:
+            self.store.close()
         with contextlib.suppress(OSError, TypeError):
             os.close(self._spare)
 

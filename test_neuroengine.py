@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -724,6 +725,59 @@ def test_access_keys_and_their_use_survive_and_go_with_their_service(tmp_path):
     assert not store.load()[0].keys
 
 
+VERSION_1 = """
+    CREATE TABLE services (
+        name TEXT PRIMARY KEY COLLATE NOCASE, key_digest TEXT NOT NULL,
+        operator TEXT NOT NULL, comment TEXT NOT NULL, created REAL NOT NULL,
+        numreq INTEGER NOT NULL, last_seen REAL,
+        private INTEGER NOT NULL, paused INTEGER NOT NULL);
+    CREATE TABLE keys (
+        service TEXT NOT NULL COLLATE NOCASE REFERENCES services ON DELETE CASCADE,
+        id TEXT PRIMARY KEY, digest TEXT NOT NULL, label TEXT NOT NULL,
+        created REAL NOT NULL, requests_per_day INTEGER, tokens_per_day INTEGER,
+        concurrency INTEGER, max_new_len INTEGER, expires REAL,
+        day INTEGER, requests INTEGER, tokens INTEGER, last_used REAL);
+    INSERT INTO services VALUES ('Llm', 'd1', 'me', 'a comment', 1.5, 41, 4.5, 1, 0);
+    INSERT INTO services VALUES ('other', 'd2', '', '', 2.5, 0, NULL, 0, 1);
+    INSERT INTO keys VALUES ('Llm', 'id', 'hash', 'Ann', 1, 5, 6, 7, 8, 9, 2, 3, 4, 1.5);
+    PRAGMA user_version=1"""
+
+
+def test_a_file_of_version_1_is_migrated_with_all_its_data(tmp_path):
+    path = str(tmp_path / "data.sqlite3")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    with contextlib.closing(Store(path, existing=True)) as store:
+        assert store.version == 1                # a relay may be using it: left as it is
+    for _ in range(2):                           # the second time there is nothing to do
+        store = Store(path)
+        llm, other = store.load()
+        assert [getattr(llm, name) for name in Service.COLUMNS] == [
+            "Llm", "d1", "me", "a comment", 1.5, 41, 4.5, True, False, None]
+        assert [getattr(other, name) for name in Service.COLUMNS] == [
+            "other", "d2", "", "", 2.5, 0, None, False, True, None]
+        key, = llm.keys.values()
+        assert [getattr(key, name) for name in key.COLUMNS] == [
+            "id", "hash", "Ann", 1, 5, 6, 7, 8, 9, 2, 3, 4, 1.5]
+        assert store.version == len(neuroengine_server.MIGRATIONS)
+        store.close()
+
+
+def test_a_migration_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = str(tmp_path / "data.sqlite3")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    steps = neuroengine_server.MIGRATIONS
+    monkeypatch.setattr(neuroengine_server, "MIGRATIONS", steps + (
+        ("CREATE TABLE more (x)", "no SQL at all"),))
+    with pytest.raises(neuroengine_server.StoreError, match="no"):
+        Store(path)
+    monkeypatch.setattr(neuroengine_server, "MIGRATIONS", steps)
+    store = Store(path)                          # each step was whole, or is not there
+    assert store.version == len(steps) and len(store.load()) == 2
+    assert not store._db.execute("SELECT * FROM sqlite_master WHERE name='more'").fetchall()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no such modes on Windows")
 def test_the_data_file_is_private(tmp_path):
     path = tmp_path / "data.sqlite3"
@@ -732,14 +786,25 @@ def test_the_data_file_is_private(tmp_path):
 
 
 def test_a_newer_or_broken_data_file_is_refused_in_words(tmp_path):
-    import sqlite3
-    newer, broken = tmp_path / "newer", tmp_path / "broken"
+    newer, broken, torn = (tmp_path / name for name in ("newer", "broken", "torn"))
     with contextlib.closing(sqlite3.connect(str(newer))) as db:
         db.execute("PRAGMA user_version=99")
     broken.write_bytes(b"this is no database, not at all" * 100)
-    for path in (newer, broken):
-        with pytest.raises(neuroengine_server.StoreError, match=path.name):
+    with contextlib.closing(Store(str(torn))) as store:
+        for n in range(100):
+            store.add(Service("llm%d" % n, "digest" * 10, created=n))
+    data = bytearray(torn.read_bytes())
+    data[8192:12288] = os.urandom(4096)          # a page in the middle
+    torn.write_bytes(data)
+    for path, words in ((newer, "newer"), (broken, "damaged"), (torn, "damaged")):
+        before = path.read_bytes()
+        with pytest.raises(neuroengine_server.StoreError, match=words) as refused:
             Store(str(path))
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+        assert path.read_bytes() == before
+    with pytest.raises(neuroengine_server.StoreError, match="No such file"):
+        Store(str(tmp_path / "nosuch"), existing=True)
+    assert not (tmp_path / "nosuch").exists()
 
 
 def test_a_key_is_stored_as_its_hash_alone(relay, tmp_path):
@@ -1348,7 +1413,6 @@ def test_an_access_key_keeps_to_its_limits(relay, hand):
 def test_a_revoked_key_is_out_even_if_the_disk_is_full(relay, hand, monkeypatch):
     manage(relay, hand, "PATCH", body={"private": True})
     guest = manage(relay, hand, "POST", "/keys", {})[1]
-    import sqlite3
     with monkeypatch.context() as patch:
         def full(key):
             raise sqlite3.OperationalError("database or disk is full")
@@ -1379,11 +1443,10 @@ def test_a_deleted_services_key_does_not_come_back_with_its_name(relay, hand):
 
 
 def test_a_change_that_cannot_be_written_is_not_in_force(relay, hand, monkeypatch):
-    import sqlite3
 
-    def full(*args):
+    def full(*args, **columns):
         raise sqlite3.OperationalError("database or disk is full")
-    monkeypatch.setattr(relay.store, "save", full)
+    monkeypatch.setattr(relay.store, "change", full)
     status, answer = manage(relay, hand, "PATCH", body={"new_key": True})
     assert status == 503 and "cannot write" in answer["reply"]
     assert manage(relay, hand, "GET")[0] == 200
