@@ -9,6 +9,7 @@ it is being made. It hosts no LLM, and neither stores nor logs a prompt or reply
     python3 neuroengine_server.py --demo        # a working chat on this machine
     python3 neuroengine_server.py --port 8000   # a relay behind a TLS proxy
     python3 neuroengine_server.py --port 443 --cert fullchain.pem --key privkey.pem
+    python3 neuroengine_server.py doctor        # what is wrong? --help: more commands
 
     GET  /, /{service}                     the page (chat.html beside this file)
     POST /{service}                        native API: a prompt, or a command
@@ -47,6 +48,7 @@ import re
 import secrets
 import selectors
 import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -125,6 +127,10 @@ QUEUE_NEWS_SECONDS = 2       # how often a waiting stream hears of its place
 JUST_GONE_SECONDS = 60       # a provider that left so lately may be back at once
 LATE_HEAD_SECONDS = 60       # /v1: a status line must come; then spaces keep it open
 SAVE_SECONDS = 0.5           # counters reach the disk this often
+EARLIEST_TIME = 1767225600   # 2026: a clock that is behind it is wrong
+RENEWAL_SECONDS = 14 * 86400     # of a certificate: certbot renews a month ahead
+OTHER_DESCRIPTORS = 64       # open files that are no connections
+MIN_FREE_MIB = 50            # of the disk with the data
 RELOAD_SECONDS = 2           # between looks at the data file: Python's standard library
                              # has no way to wait for another process's write
 STACK_BYTES = 256 * 1024     # of a connection's thread
@@ -3541,11 +3547,30 @@ def tls_context(cert, key):
     return context
 
 
-def self_signed(directory):
+def certificate_of(cert, key):
+    """What clients are shown of that pair: a dict with notAfter, subjectAltName and more.
+
+    Raises OSError, as ssl.SSLCertVerificationError when it is not valid at this time. ssl
+    tells only of a peer's certificate that it has verified: so shake hands, in memory.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= 0x80000         # X509_V_FLAG_PARTIAL_CHAIN: no root is needed
+    client.load_verify_locations(cert)
+    there, here = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = client.wrap_bio(here, there)
+    server = tls_context(cert, key).wrap_bio(there, here, server_side=True)
+    for side in (client, server, client):  # hello; hello and certificate; verdict
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    return client.getpeercert()
+
+
+def self_signed(directory, make=True):
     """Return (cert, key): files of a certificate made here once, by openssl."""
     cert = os.path.join(directory, "neuroengine-cert.pem")
     key = os.path.join(directory, "neuroengine-key.pem")
-    if not (os.path.exists(cert) and os.path.exists(key)):
+    if make and not (os.path.exists(cert) and os.path.exists(key)):
         name = socket.gethostname()[:60] or "localhost"
         old = os.umask(0o077)
         try:
@@ -3647,6 +3672,9 @@ def start_demo(relay):
 ##############################################################################
 
 
+TAKEN_UP = "a running relay takes that up within %d s" % RELOAD_SECONDS
+
+
 def whole(text):
     """A number of things, for argparse."""
     number = int(text)
@@ -3671,13 +3699,27 @@ def port_number(text):
     return number
 
 
+REGISTRATION = ("open", "invited", "closed")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
+                    argparse.RawDescriptionHelpFormatter):
+    """Shows each option's default, and the table of commands as it is."""
+
+
 def build_parser():
     """The command line's options."""
     parser = argparse.ArgumentParser(
-        prog="neuroengine_server.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="The neuroengine relay: people share a locally hosted LLM through it.",
-        epilog="Try it: python3 neuroengine_server.py --demo")
+        prog="neuroengine_server.py", formatter_class=HelpFormatter,
+        usage="%(prog)s [options] [COMMAND] [ARGUMENT]",
+        description="The neuroengine relay: people share a locally hosted LLM through it.\n"
+                    "Try it: python3 neuroengine_server.py --demo",
+        epilog="commands, which work on the data file, also while the relay runs:\n"
+               + "".join("  %-10s %-8s%s\n" % (name, argument, text)
+                         for name, (_, argument, text) in COMMANDS.items()))
     add = parser.add_argument
+    add("command", nargs="?", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    add("argument", nargs="?", default="", help=argparse.SUPPRESS)
     add("--host", default="", help="address to listen on; empty for all")
     add("--port", type=port_number, default=8000, help="port to listen on; 0 for any free one")
     add("--data", default="neuroengine.sqlite3", metavar="FILE",
@@ -3687,6 +3729,8 @@ def build_parser():
     add("--tls", choices=("auto", "off"), default="auto",
         help="auto: with --cert, or self-signed on port 443 and 8443; off: plain HTTP, "
              "for a relay behind a proxy that does TLS")
+    add("--registration", choices=REGISTRATION, default="open",
+        help="who may register a service: everybody, who has an invitation, nobody")
     add("--demo", action="store_true",
         help="loopback only, nothing on disk, and a built-in service Eliza")
     add("--version", action="version", version="neuroengine " + __version__)
@@ -3696,6 +3740,18 @@ def build_parser():
                            type=seconds if name.endswith("_seconds") else whole,
                            help=text)
     return parser
+
+
+def parse(argv):
+    """The options of a command line. Exits, with words, if they make no sense."""
+    parser = build_parser()
+    options = parser.parse_intermixed_args(argv)
+    takes = COMMANDS[options.command][1] if options.command else ""
+    if options.argument and not takes or takes.isalpha() and not options.argument:
+        parser.error("%s takes %s" % (options.command, takes or "no argument"))
+    if options.demo:
+        options.data, options.host = ":memory:", options.host or "127.0.0.1"
+    return options
 
 
 def read_page():
@@ -3708,36 +3764,265 @@ def read_page():
         return None
 
 
-def choose_tls(options):
-    """The TLS context that the options ask for, or None. Raises StoreError."""
+def certificate_files(options, make=True):
+    """The files (cert, key) that the options ask for, or None. Raises StoreError."""
     if options.tls == "off" and options.cert or options.key and not options.cert:
         raise StoreError("TLS needs --cert and --key together, and no --tls off.")
-    if options.tls == "off":
+    if options.cert:
+        return options.cert, options.key or options.cert
+    if options.tls == "off" or options.port not in (443, 8443) or options.demo:
         return None
-    cert, key = options.cert, options.key or options.cert
-    if not cert:
-        if options.port not in (443, 8443) or options.demo:
-            return None
-        cert, key = self_signed(os.path.dirname(os.path.abspath(options.data)))
-        print("warning: the certificate %s was made here, so clients must be told to "
-              "trust it.\nFor a real one: certbot certonly --standalone -d YOUR.NAME, "
-              "then --cert and --key.\nBehind a proxy that does TLS: --tls off."
-              % cert, file=sys.stderr)
+    return self_signed(data_directory(options), make)
+
+
+def choose_tls(options):
+    """The TLS context that the options ask for, or None. Raises StoreError."""
+    files = certificate_files(options)
     try:
-        return tls_context(cert, key)
-    except (OSError, ssl.SSLError) as error:
-        raise StoreError("The certificate %s with the key %s cannot be used: %s. Both "
-                         "are files in PEM form." % (cert, key, error))
+        return files and tls_context(*files)
+    except OSError as error:
+        raise StoreError(cannot_use(files, error))
+
+
+def cannot_use(files, error):
+    """Say why a certificate and its key cannot be used."""
+    why = (getattr(error, "reason", None) or error.strerror or str(error)).lower()
+    for file in files:
+        if not os.access(file, os.R_OK):
+            why = file + (" may not be read by this user" if os.path.exists(file)
+                          else " is not there")
+    return ("The certificate %s with the key %s cannot be used: %s. Both are files in PEM "
+            "form." % (*files, why.replace("_", " ")))
+
+
+def data_directory(options):
+    """Where the data file is, or will be."""
+    return os.path.dirname(os.path.abspath(options.data))
 
 
 def open_relay(options):
     """Build the relay that the options describe. Raises StoreError, OSError."""
     limits = Limits(**{name: getattr(options, name) for name, _, _ in LIMITS})
+    return Relay(options.host, options.port, store=Store(options.data), limits=limits,
+                 tls=choose_tls(options), page=read_page(),
+                 registration=options.registration)
+
+
+def cannot_listen(options, error):
+    """Say why a port cannot be listened on."""
+    why = error.strerror or str(error)
+    if error.errno == errno.EADDRINUSE:
+        why = "%s has it" % (who_listens(options.host, options.port) or "another program")
+    elif error.errno == errno.EACCES:
+        why = ("ports below 1024 are for root, or for who has CAP_NET_BIND_SERVICE, as "
+               "deploy/neuroengine.service gives it")
+    return "Cannot listen on %s port %d: %s. Choose another with --port." % (
+        options.host or "any address", options.port, why)
+
+
+def who_listens(host, port):
+    """What the program that listens there calls itself over HTTP, or None."""
+    any_peer = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    any_peer.check_hostname, any_peer.verify_mode = False, ssl.CERT_NONE
+    for wrap in (contextlib.closing, any_peer.wrap_socket):
+        with contextlib.suppress(OSError):
+            with wrap(socket.create_connection((host or "localhost", port), 1)) as sock:
+                sock.sendall(b"HEAD /healthz HTTP/1.0\r\n\r\n")
+                match = re.search(rb"\r\nServer: ([\x21-\x7e]+)", sock.recv(4096), re.I)
+                if match:
+                    return match[1].decode("ascii")
+    return None
+
+
+# What the doctor looks at. Each check returns ("ok", "warning" or "error", words).
+
+
+def check_versions(options):
+    return "ok", "This is neuroengine %s on Python %s, %s, SQLite %s." % (
+        __version__, sys.version.split()[0], ssl.OPENSSL_VERSION, sqlite3.sqlite_version)
+
+
+def check_clock(options):
+    words = time.strftime("The clock says %Y-%m-%d %H:%M UTC", time.gmtime())
+    if time.time() < EARLIEST_TIME:
+        return "error", words + (", which cannot be: set it (timedatectl set-ntp true), or "
+                                 "certificates and keys seem to expire at wrong times.")
+    return "ok", words + "."
+
+
+def check_port(options):
+    try:
+        Relay(options.host, options.port).server_close()
+    except OSError as error:
+        words = cannot_listen(options, error)
+        return ("ok", "A relay runs at port %d." % options.port
+                ) if ": neuroengine has it" in words else ("error", words)
+    return "ok", "Port %d is free." % options.port
+
+
+def check_certificate(options):
+    try:
+        files = certificate_files(options, make=False)
+        if files is None:
+            return "ok", "It speaks plain HTTP: for this machine, or behind a proxy."
+        if not options.cert:
+            return "warning", ("The certificate %s is made here, so clients must be told "
+                               "to trust it. For a real one: certbot certonly --standalone "
+                               "-d YOUR.NAME, then --cert and --key; behind a proxy that "
+                               "does TLS: --tls off." % files[0])
+        seen = certificate_of(*files)
+    except StoreError as error:
+        return "error", str(error)
+    except ssl.SSLCertVerificationError as error:
+        return "error", "Clients will not accept the certificate %s: %s. Renew it." % (
+            files[0], error.verify_message)
+    except OSError as error:
+        return "error", cannot_use(files, error)
+    words = "The certificate %s, for %s, is valid until %s" % (files[0], ", ".join(
+        name for _, name in seen.get("subjectAltName", ())) or "no name", seen["notAfter"])
+    if ssl.cert_time_to_seconds(seen["notAfter"]) - time.time() < RENEWAL_SECONDS:
+        return "warning", words + ": renew it, and see why that was not done in time."
+    return "ok", words + "."
+
+
+def check_descriptors(options):
+    needed, allowed = options.max_connections + OTHER_DESCRIPTORS, math.inf
+    with contextlib.suppress(ImportError):
+        import resource                    # not on Windows
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        allowed = hard if hard >= 0 else allowed
+    if allowed < needed:
+        return "warning", ("Only %d files may be open, and %d connections need %d: raise it "
+                           "(LimitNOFILE= in a systemd unit, ulimit -Hn), or lower "
+                           "--max-connections." % (allowed, options.max_connections, needed))
+    return "ok", "Enough files may be open for %d connections." % options.max_connections
+
+
+def check_data(options):
+    directory = data_directory(options)
     if options.demo:
-        options.data, options.host = ":memory:", options.host or "127.0.0.1"
-    store = Store(options.data)
-    return Relay(options.host, options.port, store=store, limits=limits,
-                 tls=choose_tls(options), page=read_page())
+        return "ok", "Nothing is kept on disk."
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return "error", ("The directory %s, for the data file, is missing, or may not be "
+                         "written by this user. Another can be named with --data."
+                         % directory)
+    if not os.path.exists(options.data):
+        return "ok", "The data file %s will be made at the first start." % options.data
+    try:
+        with contextlib.closing(Store(options.data, existing=True)) as store:
+            return "ok", "The data file %s is whole%s." % (
+                options.data, ", and will be brought up to date at the next start"
+                if store.version < len(MIGRATIONS) else "")
+    except StoreError as error:
+        return "error", str(error)
+
+
+def check_disk(options):
+    directory = data_directory(options)
+    free = shutil.disk_usage(directory).free // MIB if os.path.isdir(directory) else 0
+    if free < MIN_FREE_MIB and not options.demo:
+        return "warning", ("The disk of %s has only %d MB left: when it is full, no service "
+                           "or key can be made, and counts are lost." % (directory, free))
+    return "ok", "The disk has room: %d MB." % free
+
+
+def check_page(options):
+    if read_page() is None:
+        return "warning", "There is no chat.html beside this program, so there is no page."
+    return "ok", "The page, chat.html, is there."
+
+
+AT_START = (check_versions, check_clock, check_certificate, check_descriptors, check_disk,
+            check_page)
+
+
+def run_doctor(options):
+    found = [check(options) for check in (*AT_START, check_data, check_port)]
+    for level, words in found:
+        print("%-8s %s" % (level, words))
+    return int("error" in dict(found))
+
+
+# The other commands. Each gets the Store, and the argument.
+
+
+def find_stored(store, name):
+    """The stored service of that name, in any case. Raises StoreError."""
+    for service in store.load():
+        if service.name.lower() == name.lower():
+            return service
+    raise StoreError("There is no service %s." % name)
+
+
+def run_list(store, _):
+    for service in sorted(store.load(), key=lambda service: service.name.lower()):
+        seen = "never connected" if service.last_seen is None else time.strftime(
+            "last seen %Y-%m-%d %H:%M UTC", time.gmtime(service.last_seen))
+        print("%-24s %6d prompts  %3d keys  %-30s %s" % (
+            service.name, service.numreq, len(service.keys), seen, " ".join(
+                ["private"] * service.private + ["paused"] * service.paused
+                + [printable(service.operator)])))
+
+
+def run_reset_key(store, name):
+    service, key = find_stored(store, name), new_key()
+    store.change(service, key_digest=digest(key))
+    print("%s has a new service key, which is not shown again; %s. Providers with the old "
+          "one are logged out.\n%s" % (service.name, TAKEN_UP, key))
+
+
+def run_delete(store, name):
+    service = find_stored(store, name)
+    store.remove(service)
+    print("Deleted %s; %s." % (service.name, TAKEN_UP))
+
+
+def run_invite(store, uses):
+    try:
+        uses = whole(uses or "1")
+    except ValueError:
+        raise StoreError("USES is a number: how many services may be registered with it.")
+    code = new_key()
+    store.invite(digest(code), uses)
+    print("An invitation to register %d service%s, at a relay that runs with --registration "
+          "invited. It is not shown again.\n%s" % (uses, "s" * (uses > 1), code))
+
+
+def run_backup(store, path):
+    try:
+        store.backup(path)
+    except OSError as error:
+        raise StoreError("Cannot write %s: %s." % (path, error.strerror))
+    print("Copied to %s. To restore it: stop the relay, delete its data file and those of "
+          "the same name with -wal and -shm, put the copy in its place, and start it."
+          % path)
+
+
+COMMANDS = {   # name: (function, its argument, what it does)
+    "list": (run_list, "", "show the services"),
+    "reset-key": (run_reset_key, "NAME", "give a service a new key; print it, this once"),
+    "delete": (run_delete, "NAME", "delete a service"),
+    "invite": (run_invite, "[USES]", "print an invitation to register, this once"),
+    "backup": (run_backup, "FILE", "copy the data to a new file"),
+    "doctor": (run_doctor, "", "say what is wrong; with all options that the relay has"),
+}
+
+
+def run_command(options):
+    """Do what the command line asks for, beside running the relay; the exit status."""
+    run = COMMANDS[options.command][0]
+    if run is run_doctor:
+        return run_doctor(options)
+    try:
+        with contextlib.closing(Store(options.data, existing=True)) as store:
+            if store.version < len(MIGRATIONS) and run is not run_backup:
+                raise StoreError("The data file %s is of an older neuroengine: the relay "
+                                 "brings it up to date when it starts." % options.data)
+            run(store, options.argument)
+    except (StoreError, sqlite3.Error) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def raise_descriptor_limit():
@@ -3761,8 +4046,10 @@ def keep_to_one_core():
 
 
 def main(argv=None):
-    """Run the relay until a signal ends it; the exit status."""
-    options = build_parser().parse_args(argv)
+    """Run the relay until a signal ends it, or one of COMMANDS; the exit status."""
+    options = parse(argv)
+    if options.command:
+        return run_command(options)
     raise_descriptor_limit()
     keep_to_one_core()
     threading.stack_size(STACK_BYTES)
@@ -3772,10 +4059,11 @@ def main(argv=None):
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
-        print("Cannot listen on %s port %d: %s. Choose another with --port."
-              % (options.host or "any address", options.port, error.strerror or error),
-              file=sys.stderr)
+        print(cannot_listen(options, error), file=sys.stderr)
         return 1
+    for level, words in [check(options) for check in AT_START]:
+        if level != "ok":
+            print("%s: %s" % (level, words), file=sys.stderr)
     # The kernel may give a signal to any thread, and then nothing wakes the main one, in
     # which handlers run. The byte that Python writes to a wake-up socket always does.
     stop, wake_up = socket.socketpair()
