@@ -3958,10 +3958,10 @@ def run_list(store, _):
     for service in sorted(store.load(), key=lambda service: service.name.lower()):
         seen = "never connected" if service.last_seen is None else time.strftime(
             "last seen %Y-%m-%d %H:%M UTC", time.gmtime(service.last_seen))
+        words = ["private"] * service.private + ["paused"] * service.paused
         print("%-24s %6d prompts  %3d keys  %-30s %s" % (
-            service.name, service.numreq, len(service.keys), seen, " ".join(
-                ["private"] * service.private + ["paused"] * service.paused
-                + [printable(service.operator)])))
+            service.name, service.numreq, len(service.keys), seen,
+            " ".join(words + ["by", printable(service.operator or "?")])))
 
 
 def run_reset_key(store, name):
@@ -3993,9 +3993,8 @@ def run_backup(store, path):
         store.backup(path)
     except OSError as error:
         raise StoreError("Cannot write %s: %s." % (path, error.strerror))
-    print("Copied to %s. To restore it: stop the relay, delete its data file and those of "
-          "the same name with -wal and -shm, put the copy in its place, and start it."
-          % path)
+    print("Copied to %s. To restore it: stop the relay, copy it over the data file, delete "
+          "the files of the same name with -wal and -shm, and start the relay." % path)
 
 
 COMMANDS = {   # name: (function, its argument, what it does)
