@@ -32,6 +32,7 @@ knows nothing of HTTP), Store, HTTP, Serving, Demo, Command line.
 
 import argparse
 import base64
+import bisect
 import contextlib
 import errno
 import functools
@@ -74,8 +75,10 @@ __all__ = ["Broker", "Limits", "Relay", "RelayError", "Store", "main"]
 MIB = 1 << 20
 
 LIMITS = (  # (name, default, what it bounds)
-    ("max_connections", 2000, "connections in all (about 30 KB each, with TLS 75 KB)"),
+    ("max_connections", 2500, "connections in all (about 30 KB each, with TLS 75 KB)"),
     ("max_connections_per_address", 200, "connections of one address, save loopback"),
+    ("max_polls", 1000, "of them, held by providers' polls"),
+    ("max_waiting", 1400, "of them, held by prompts on their way; the rest is for control"),
     ("max_head_bytes", 16384, "request line and headers of one request"),
     ("max_request_bytes", 20 * MIB, "body of one request (the figure Ollama uses)"),
     ("max_reply_bytes", 8 * MIB, "reply of one job"),
@@ -84,6 +87,10 @@ LIMITS = (  # (name, default, what it bounds)
     ("max_queue_per_caller", 100, "jobs of one caller waiting for one service"),
     ("max_services", 10000, "registered services"),
     ("max_registrations_per_hour", 20, "services registered by one address, save loopback"),
+    ("max_wrong_keys_per_minute", 30, "wrong keys from one address; a right one still works"),
+    ("max_prompts_per_minute", 300, "prompts of one caller, save loopback"),
+    ("max_anonymous_per_day", 500,
+     "prompts of an address without an access key, for one service, save loopback"),
     ("max_sessions", 100, "logged-in providers of one service"),
     ("max_workers", 1024, "jobs that one session may run at once"),
     ("handshake_seconds", 10, "a TLS handshake, in all"),
@@ -276,7 +283,7 @@ class Service:
         self.operator, self.comment, self.created = operator, comment, created
         self.numreq, self.last_seen = numreq, last_seen   # last_seen: wall clock
         self.private, self.paused = bool(private), bool(paused)
-        self.anonymous_per_day = anonymous_per_day    # None: as the relay has it
+        self.anonymous_per_day = anonymous_per_day    # None: as the relay's limit says
         self.stored = False           # whether it is in the data file
         self.keys = {}                # digest -> AccessKey, those of its guests
         self.sessions = {}            # id -> Session, those that are connected
@@ -485,6 +492,62 @@ class Reader:
         self.attached, self.gone = True, False
 
 
+class Rates:
+    """So many of something in a time, for each who asks: the generic cell rate algorithm
+    (GCRA), one instant for each. What is not used up may be caught up at once."""
+
+    MOST = 10000     # remembered at once; strangers could fill the memory otherwise
+
+    def __init__(self, clock=time.monotonic):
+        self._clock = clock
+        self._due = OrderedDict()          # who -> when all that it took is paid off
+        self._lock = threading.Lock()
+
+    def take(self, who, most, seconds, what, name="rate_limited"):
+        """Count one. Raises RelayError, of that name, if it is one too many."""
+        with self._lock:
+            now, pause = self._clock(), seconds / most
+            due = max(now, self._due.pop(who, now))
+            late = due + pause - now - seconds
+            self._due[who] = due if late > 0 else due + pause
+            if len(self._due) > self.MOST:
+                self._due.popitem(last=False)
+        if late > 0:
+            raise RelayError(name, "Too many %s: %d in %s are allowed, and you may send "
+                             "the next in %s." % (what, most, in_words(seconds),
+                                                  in_words(late)),
+                             retry_after=late, limit=most)
+
+
+def in_words(seconds):
+    """A length of time as people say it, rounded up."""
+    for size, unit in ((DAY_SECONDS, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return "%d %s" % (math.ceil(seconds / size), unit)
+    return "%d s" % math.ceil(seconds)
+
+
+class Histogram:
+    """How many of some lengths of time were how long."""
+
+    BOUNDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)   # seconds
+
+    def __init__(self):
+        self.counts, self.sum = [0] * (len(self.BOUNDS) + 1), 0.0
+
+    def observe(self, seconds):
+        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.sum += seconds
+
+    def lines(self, name):
+        """It in the text format of Prometheus: each bucket counts those before it, too."""
+        totals = list(itertools.accumulate(self.counts))
+        return ["# TYPE %s histogram" % name] + [
+            '%s_bucket{le="%s"} %d' % (name, bound, total)
+            for bound, total in zip(self.BOUNDS + ("+Inf",), totals)] + [
+            "%s_sum %.3f" % (name, self.sum), "%s_count %d" % (name, totals[-1])]
+
+
 MOVES = {  # the only ways a job changes its state
     "queued": ("leased", "failed", "cancelled"),
     "leased": ("queued", "done", "failed", "cancelled"),
@@ -521,11 +584,14 @@ class Broker:
         self._timers = []             # heap of (deadline, number, method, argument)
         self._numbers = itertools.count()
         self._timer_set = threading.Condition(self._lock)   # upkeep must look again
+        self._rates = Rates(clock)    # of prompts
         self._changed = {}            # name -> Service whose counters are not saved
         self.counters_changed = threading.Event()
         self.draining = self.closed = False
         self.counts = {"jobs": 0, "done": 0, "failed": 0, "cancelled": 0,
                        "requeued": 0, "tokens": 0}
+        self.histograms = {name: Histogram() for name in (
+            "queue_seconds", "first_token_seconds", "answer_seconds")}
 
     # -- services --
 
@@ -590,14 +656,16 @@ class Broker:
             return self._model_locked(service)
 
     def totals(self):
-        """Counters and gauges for /metrics."""
+        """Counters, gauges and histograms for /metrics."""
         with self._lock:
             services = self._services.values()
-            return dict(self.counts, held_bytes=self._held, jobs_held=len(self._jobs),
-                        services=len(self._services), timers=len(self._timers),
-                        sessions=sum(len(s.sessions) for s in services),
-                        waiting=sum(len(s.queue) for s in services),
-                        running=sum(len(s.jobs) for s in self._sessions.values()))
+            return dict(self.counts), dict(
+                held_bytes=self._held, held_jobs=len(self._jobs), timers=len(self._timers),
+                services=len(self._services),
+                sessions=sum(len(s.sessions) for s in services),
+                queued=sum(len(s.queue) for s in services),
+                running=sum(len(s.jobs) for s in self._sessions.values())
+            ), self.histograms
 
     def take_changed(self):
         """Return the services whose counters changed since the last call."""
@@ -609,7 +677,8 @@ class Broker:
     # -- clients, in the order a job lives --
 
     def submit(self, service, payload, *, caller="", name=None, fingerprint=None,
-               twin=None, at=None, own=False, wait=False, grace=None, access=None):
+               twin=None, at=None, own=False, wait=False, grace=None, access=None,
+               rated=False):
         """Accept a prompt, or find the job it already is, and return a Reader of it.
 
         payload: the request as JSON text, for the provider. name: what the job can be
@@ -618,7 +687,7 @@ class Broker:
         would have; a job that its client left is found by it. at: where to read from.
         own: the operator's, goes first. wait: queue even if no provider is connected.
         grace: seconds to live without a reader, instead of the limit. access: the
-        AccessKey it counts for. Does not block.
+        AccessKey it counts for. rated: bounded in number, as a stranger's. Does not block.
         """
         with self._lock:
             job = self._named.get((service, name)) if name else self._left.get(twin)
@@ -629,7 +698,7 @@ class Broker:
                 return self._attach_locked(job, at)
             if at:
                 raise self._stream_unknown()
-            self._admit_locked(service, len(payload), caller, own, wait, access)
+            self._admit_locked(service, len(payload), caller, own, wait, access, rated)
             job = Job(service, caller, payload, self._lock, self._clock())
             job.name, job.fingerprint, job.twin = name, fingerprint, twin
             job.grace = self.limits.grace_seconds if grace is None else grace
@@ -911,7 +980,7 @@ class Broker:
             self.counters_changed.set()
         self._changed[service.name] = service
 
-    def _admit_locked(self, service, size, caller, own, wait, access):
+    def _admit_locked(self, service, size, caller, own, wait, access, rated):
         if self.draining:
             raise self._shutting_down()
         if service.paused and not own:
@@ -938,6 +1007,13 @@ class Broker:
         if not self._has_room_locked(size):
             raise RelayError("relay_busy", "The relay's memory is full of other "
                              "prompts: try again later.", retry_after=10)
+        if rated and not own:
+            self._rates.take(caller, self.limits.max_prompts_per_minute, 60, "prompts")
+        if access is None and not own and (rated or service.anonymous_per_day):
+            self._rates.take(
+                (service.name, caller),
+                service.anonymous_per_day or self.limits.max_anonymous_per_day,
+                DAY_SECONDS, "prompts without an access key", "quota_exceeded")
 
     def _has_room_locked(self, size):
         """Whether so many bytes more can be held, if need be at the cost of the streams
@@ -1253,6 +1329,9 @@ class Broker:
             self._forget_locked(job)
 
     def _measure_locked(self, job):
+        for name, end in (("queue_seconds", job.leased_at), ("answer_seconds", job.ended_at),
+                          ("first_token_seconds", job.first_at or job.ended_at)):
+            self.histograms[name].observe(end - job.created)
         service, took = job.service, job.ended_at - job.leased_at
         old = service.job_seconds
         service.job_seconds = took if old is None else 0.8 * old + 0.2 * took
@@ -1743,8 +1822,10 @@ def _length_of(head):
 class Wire:
     """Bytes in and out of one connection, each wait under a deadline."""
 
-    def __init__(self, sock, limits):
-        self.sock, self._limits = sock, limits
+    def __init__(self, sock, limits, count=None):
+        """count: called with the number of each body's bytes as they come."""
+        self.sock, self._limits, self._count = sock, limits, count
+        self._counting = False
         self._buffer = b""
         self._timeout = None
         self.last_head = b""               # also if it was malformed
@@ -1764,24 +1845,28 @@ class Wire:
             data = b""
         if not data:
             raise PeerGone()
+        if self._counting:
+            self._count(len(data))
         self._buffer = self._buffer + data if self._buffer else data
 
-    def read_head(self):
-        """Return the next request's Head, waiting for it while the connection may idle.
-
-        Raises PeerGone if it closes or stays idle, RelayError if it is malformed.
-        """
-        limits = self._limits
+    def wait(self, seconds):
+        """Wait for a request's first bytes. Raises PeerGone if none come."""
         try:
             for _ in range(2):
                 if not self._buffer:
-                    self._receive(limits.idle_seconds)
+                    self._receive(seconds)
                 if self._buffer[:2] != b"\r\n":
                     break
                 self._buffer = self._buffer[2:]      # RFC 9112, 2.2: one is forgiven
         except socket.timeout:
             raise PeerGone()
-        deadline = None
+
+    def read_head(self):
+        """Return the Head of the request that has begun.
+
+        Raises PeerGone if the connection closes, RelayError if the head is malformed.
+        """
+        limits, deadline = self._limits, None
         while True:
             end = self._buffer.find(b"\r\n\r\n")
             if 0 <= end <= limits.max_head_bytes:
@@ -1813,12 +1898,15 @@ class Wire:
             if head.version:
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = time.monotonic() + self._limits.body_seconds
+        self._counting = self._count is not None
         try:
             if length is not None:
                 return self._take(length, deadline)
             return self._read_chunked(most, too_large, deadline)
         except socket.timeout:
             raise RelayError("request_timeout", "The body came too slowly.")
+        finally:
+            self._counting = False
 
     def _take(self, length, deadline):
         if len(self._buffer) < length:
@@ -2100,8 +2188,12 @@ class Connection(socketserver.BaseRequestHandler):
 
     def setup(self):
         self.broker, self.limits = self.server.broker, self.server.limits
-        self.wire = Wire(self.request, self.limits)
-        self.address = canonical_address(self.client_address[0])
+        self.wire = Wire(self.request, self.limits, self._count_body)
+        self.body_bytes = 0                # of the body being read, as counted
+        self.patience = self.limits.head_seconds    # with a peer that sends nothing
+        self.peer = self.address = canonical_address(self.client_address[0])
+        self.proxied = self.server.is_proxy(self.client_address[0])
+        self.local = is_loopback(self.address)
         self.polled = None                 # (session id, token) of its last poll
 
     def handle(self):
@@ -2124,7 +2216,17 @@ class Connection(socketserver.BaseRequestHandler):
         self.id = secrets.token_hex(8)
         self.openai = False
         try:
+            idle = self.server.idle
+            idle[self.request] = True      # so that it can be closed to make room
+            try:
+                self.wire.wait(self.patience)
+            finally:
+                idle.pop(self.request, None)
+            self.patience = self.limits.idle_seconds
             self.head = head = self.wire.read_head()
+            if self.proxied:
+                self.address = self.server.forwarded_for(head, self.peer)
+                self.local = is_loopback(self.address)
             self.body_read = head.length == 0
             self.keep_alive = head.keep_alive and not self.server.stopping
             self.began = time.monotonic()
@@ -2152,7 +2254,7 @@ class Connection(socketserver.BaseRequestHandler):
         return self.keep_alive
 
     def _fail(self, error):
-        self.server.count_error(error.name)
+        self.server.count("errors", error.name)
         if self.head is None or not self.body_read:
             self.keep_alive = False        # where the next request starts is unknown
         if self.started:
@@ -2161,12 +2263,17 @@ class Connection(socketserver.BaseRequestHandler):
                    error.openai() if self.openai else error.native(), error=error)
 
     def _dispatch(self, head):
+        self.server.check_host(head.fields.get("host", ""))
         route, arguments = find_route(head.path)
+        if self.server.tls and not isinstance(self.request, ssl.SSLSocket) \
+                and route is not CHALLENGE:
+            return self._to_https(head)
         if route is None:
             self.openai = "v1" in head.path[:2]
             raise RelayError("not_found", "There is no %s here." %
                              printable("/" + "/".join(head.path)))
         self.openai = route.face == "openai"
+        self.server.count("requests", route.face)
         if self.openai and head.method == "OPTIONS":
             return self.preflight()
         method = "GET" if head.method == "HEAD" else head.method
@@ -2182,6 +2289,15 @@ class Connection(socketserver.BaseRequestHandler):
             raise RelayError("forbidden", "Another site's page may not do this.")
         getattr(self, handler)(*arguments)
 
+    def _to_https(self, head):
+        """On the port for plain HTTP there is nothing else; a key sent there was seen."""
+        name = head.fields.get("host", "").rpartition(":")[0] or head.fields.get("host")
+        if head.method not in ("GET", "HEAD") or not name or head.target[0] != "/":
+            raise RelayError("forbidden", "This is not https: use it, at port %d."
+                             % self.server.server_port)
+        self.reply(301, b"", "text/plain", location="https://%s:%d%s" % (
+            name, self.server.server_port, head.target))
+
     # -- what handlers share --
 
     def read_object(self, most=None):
@@ -2190,13 +2306,21 @@ class Connection(socketserver.BaseRequestHandler):
         if coding.lower() != "identity":
             raise RelayError("unsupported_encoding", "Send the body without a "
                              "Content-Encoding.")
-        body = self.wire.read_body(self.head, most)
-        self.body_read = True
-        self.same = hashlib.sha256(body).digest()    # to know an identical body by
-        if body.count(b"{") + body.count(b"[") > MAX_BRACKETS:
-            raise RelayError("invalid_json", "The body has more than %d objects and lists."
-                             % MAX_BRACKETS)
-        return parse_json(body)
+        try:
+            body = self.wire.read_body(self.head, most)
+            self.body_read = True
+            self.same = hashlib.sha256(body).digest()    # to know an identical body by
+            if body.count(b"{") + body.count(b"[") > MAX_BRACKETS:
+                raise RelayError("invalid_json", "The body has more than %d objects and "
+                                 "lists." % MAX_BRACKETS)
+            return parse_json(body)
+        finally:
+            if self.body_bytes:
+                self._count_body(-self.body_bytes)
+
+    def _count_body(self, size):
+        self.body_bytes += size            # first: they are counted even if refused
+        self.server.count_body(size)
 
     def key(self):
         """The key this request came with, or ""."""
@@ -2214,9 +2338,16 @@ class Connection(socketserver.BaseRequestHandler):
         """The service of that name, if this request came with its key."""
         service = self.broker.find(name)
         if not self.is_operator(service):
-            raise RelayError("invalid_key", "This needs the service key of %s, as "
-                             "\"Authorization: Bearer KEY\"." % service.name)
+            raise self._wrong_key("This needs the service key of %s, as \"Authorization: "
+                                  "Bearer KEY\"." % service.name)
         return service
+
+    def _wrong_key(self, words):
+        """The error for a key that is not right, or the one for too many of them."""
+        if self.key():
+            self.server.wrong_keys.take(
+                self.address, self.limits.max_wrong_keys_per_minute, 60, "wrong keys")
+        return RelayError("invalid_key", words)
 
     def still_authorized(self, service):
         """Check again after the body, which may take its time: the service may have been
@@ -2313,6 +2444,16 @@ class Connection(socketserver.BaseRequestHandler):
         finally:
             self.broker.leave(reader, delivered)
 
+    @contextlib.contextmanager
+    def holding(self, what, most):
+        """Be one of at most so many connections that wait for something, so that some are
+        left for control; behind a proxy, also one of its address's."""
+        self.server.hold(what, most, self.proxied and self.address)
+        try:
+            yield
+        finally:
+            self.server.let_go(what, self.proxied and self.address)
+
     def events(self, reader):
         """What a streamed answer is made of, as it happens.
 
@@ -2374,9 +2515,9 @@ class Connection(socketserver.BaseRequestHandler):
             raise RelayError("forbidden", "This access key is for another service than %s."
                              % service.name)
         if access is None and service.private:
-            raise RelayError("invalid_key", "%s is private: ask its operator for an "
-                             "access key, and send it as \"Authorization: Bearer KEY\"."
-                             % service.name)
+            raise self._wrong_key("%s is private: ask its operator for an access key, and "
+                                  "send it as \"Authorization: Bearer KEY\"."
+                                  % service.name)
         return False, access
 
     def caller(self, access=None):
@@ -2397,6 +2538,14 @@ class PageFace:
         self.reply(200, self.server.page, "text/html; charset=utf-8",
                    cache_control="no-cache", content_security_policy=self.server.csp)
 
+    def challenge(self, token):
+        """GET /.well-known/acme-challenge/{token}: what certbot put into --acme-webroot"""
+        if self.server.webroot and re.match(r"[A-Za-z0-9_-]{1,256}\Z", token):
+            with contextlib.suppress(OSError), open(os.path.join(
+                    self.server.webroot, ".well-known", "acme-challenge", token), "rb") as file:
+                return self.reply(200, file.read(65536), "text/plain")
+        raise RelayError("not_found", "There is no such challenge here.")
+
     def health(self):
         """GET /healthz"""
         if self.broker.draining:
@@ -2406,13 +2555,24 @@ class PageFace:
     def metrics(self):
         """GET /metrics, in the text format of Prometheus"""
         proxied = {"x-forwarded-for", "forwarded", "x-real-ip"} & set(self.head.fields)
-        if proxied or not is_loopback(self.address):
+        if proxied or not self.local:
             raise RelayError("forbidden", "Metrics are for this machine only.")
-        lines = ["neuroengine_%s %d" % item for item in
-                 sorted(dict(self.broker.totals(),
-                             connections=self.server.connections).items())]
-        lines += ['neuroengine_errors{error="%s"} %d' % item
-                  for item in sorted(self.server.errors.items())]
+        counters, gauges, histograms = self.broker.totals()
+        with self.server.counting:
+            counted = sorted(self.server.counts.items())
+            gauges.update(connections=self.server.connections, **self.server.held)
+        lines = []
+        for kind, values in (("gauge", gauges), ("counter", counters)):
+            for name, value in sorted(values.items()):
+                name += "_total" if kind == "counter" else ""
+                lines += ["# TYPE neuroengine_%s %s" % (name, kind),
+                          "neuroengine_%s %d" % (name, value)]
+        for what in sorted({what for (what, _), _ in counted}):
+            lines.append("# TYPE neuroengine_%s_total counter" % what)
+            lines += ['neuroengine_%s_total{kind="%s"} %d' % (what, label, count)
+                      for (name, label), count in counted if name == what]
+        for name, histogram in sorted(histograms.items()):
+            lines += histogram.lines("neuroengine_" + name)
         self.reply(200, ("\n".join(lines) + "\n").encode("ascii"),
                    "text/plain; version=0.0.4")
 
@@ -2444,10 +2604,10 @@ class NativeFace:
             raise RelayError("invalid_request", "There is no command %s; there are "
                              "getmodels and cancel." % printable(command, 40),
                              param="command")
-        reader = self._submit_native(service, request, key, at, own, access)
         streamed = request.get("stream")
-        del request                        # it may be large, and the wait long
-        with self.attached(reader):
+        with self.holding("waiting", self.limits.max_waiting), self.attached(
+                self._submit_native(service, request, key, at, own, access)) as reader:
+            del request                    # it may be large, and the wait long
             if streamed:
                 self._stream_native(reader)
             elif key:
@@ -2502,7 +2662,7 @@ class NativeFace:
                          if field not in NATIVE_ONLY + PROVIDERS_OWN})
         return self.broker.submit(
             service, payload, caller=caller, name=name or None, twin=twin, at=at,
-            fingerprint=fingerprint, own=own, access=access,
+            fingerprint=fingerprint, own=own, access=access, rated=not self.local,
             wait=request.get("wait", False))
 
     def _whole_native(self, reader):
@@ -2644,14 +2804,15 @@ class OpenAIFace:
             payload.pop(field, None)
         if access is not None and api != "embeddings":
             access.cap(payload, "max_tokens")
-        reader = self.broker.submit(
-            service, dumps(payload), caller=caller, own=own, access=access,
-            wait=request.get("wait") or False, grace=None if repeat else 0.0,
-            name=("repeat", caller, repeat[:512]) if repeat else None, at=0,
-            fingerprint=self.same)
-        answer = _Answer(api, service.name, reader.job)
-        del request, payload               # they may be large, and the wait long
-        with self.attached(reader):
+        submit = functools.partial(
+            self.broker.submit, service, dumps(payload), caller=caller, own=own,
+            access=access, rated=not self.local, wait=request.get("wait") or False,
+            grace=None if repeat else 0.0, at=0, fingerprint=self.same,
+            name=("repeat", caller, repeat[:512]) if repeat else None)
+        with self.holding("waiting", self.limits.max_waiting), \
+                self.attached(submit()) as reader:
+            del request, payload, submit   # they may be large, and the wait long
+            answer = _Answer(api, service.name, reader.job)
             if stream and api != "embeddings":
                 self._stream_openai(reader, answer, options)
             else:
@@ -2903,8 +3064,9 @@ class OperatorFace:
                 or name.lower() in RESERVED_NAMES:
             raise RelayError("invalid_name", invalid_name_words(str(name)), param="name")
         texts = self._texts(request)
-        if not is_loopback(self.address):
-            self.server.registrations.take(self.address, "registrations")
+        if not self.local:
+            self.server.registrations.take(
+                self.address, self.limits.max_registrations_per_hour, 3600, "registrations")
         key = new_key()
         service = Service(name, digest(key), created=time.time(), **texts)
         with self.server.changing:
@@ -3078,8 +3240,9 @@ class ProviderFace:
         jobs, cancels = self.broker.poll(service, session, token, running,
                                          WATCH_AFTER_SECONDS)
         if not jobs and not cancels:
-            with self.server.watcher.watching(self.request, functools.partial(
-                    self.broker.lost, session, token)):
+            with self.holding("polls", self.limits.max_polls), \
+                    self.server.watcher.watching(self.request, functools.partial(
+                        self.broker.lost, session, token)):
                 jobs, cancels = self.broker.poll(service, session, token)
         self._send_work(jobs, cancels)
 
@@ -3164,10 +3327,14 @@ class Route:
         self.face, self.handlers = face, handlers
 
 
+CHALLENGE = Route("admin", GET="challenge")
+
+
 def _routes():
     routes = {
         (): Route("native", GET="page", POST="native"),
         ("*",): Route("native", GET="page", POST="native"),
+        (".well-known", "acme-challenge", "*"): CHALLENGE,
         ("healthz",): Route("admin", GET="health"),
         ("metrics",): Route("admin", GET="metrics"),
         ("api", "models"): Route("native", GET="models"),
@@ -3221,32 +3388,42 @@ def find_route(path):
 ##############################################################################
 
 
+LOG = {"format": "text"}    # or "json"
+
+
 def log(event, **fields):
     """One line on standard error: when, what, and the fields as JSON. Never a prompt,
     a reply or a key."""
-    with_traceback = fields.pop("traceback", False)
-    line = "%s %s %s\n" % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), event,
-                           " ".join("%s=%s" % (name, json.dumps(value))
-                                    for name, value in fields.items()))
-    if with_traceback:
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    trace = ""
+    if fields.pop("traceback", False):
         import traceback                   # rarely needed: kept out of the start-up
-        line += traceback.format_exc()
+        trace = traceback.format_exc()
+    if LOG["format"] == "json":
+        fields.update({"traceback": trace} if trace else ())
+        line = json.dumps(dict(time=now, event=event, **fields)) + "\n"
+    else:
+        line = "%s %s %s\n" % (now, event, " ".join(
+            "%s=%s" % (name, json.dumps(value)) for name, value in fields.items())) + trace
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(line)
         sys.stderr.flush()
 
 
-def canonical_address(address):
-    """A peer's address as limits count it: IPv4 as itself, IPv6 by its /64 network."""
+def ip_of(address):
+    """A peer's IP address; a Unix socket, which has none, is this machine."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
-        return "127.0.0.1"                 # a Unix socket has no address
-    if ip.version == 6:
-        if ip.ipv4_mapped:
-            return str(ip.ipv4_mapped)
-        if not ip.is_loopback:
-            return str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
+        ip = ipaddress.ip_address("127.0.0.1")
+    return getattr(ip, "ipv4_mapped", None) or ip
+
+
+def canonical_address(address):
+    """A peer's address as limits count it: IPv4 as itself, IPv6 by its /64 network."""
+    ip = ip_of(address)
+    if ip.version == 6 and not ip.is_loopback:
+        return str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
     return str(ip)
 
 
@@ -3255,30 +3432,16 @@ def is_loopback(address):
     return ipaddress.ip_address(address.partition("/")[0]).is_loopback
 
 
-class Rates:
-    """So many of something a time, for each address: the generic cell rate algorithm
-    (GCRA), one instant for each. What is not used up may be caught up at once."""
-
-    MOST = 10000     # addresses remembered; strangers could fill the memory otherwise
-
-    def __init__(self, seconds, burst, clock=time.monotonic):
-        self._seconds, self._burst, self._clock = seconds, burst, clock
-        self._due = OrderedDict()          # address -> when all that it took is paid off
-        self._lock = threading.Lock()
-
-    def take(self, address, what):
-        """Count one. Raises RelayError if it is one too many."""
-        with self._lock:
-            now = self._clock()
-            due = max(now, self._due.pop(address, now)) + self._seconds
-            late = due - now - self._seconds * self._burst
-            if late > 0:
-                self._due[address] = due - self._seconds
-                raise RelayError("rate_limited", "Too many %s from your address: try again "
-                                 "in %d minutes." % (what, late // 60 + 1), retry_after=late)
-            self._due[address] = due
-            while len(self._due) > self.MOST:
-                self._due.popitem(last=False)
+@functools.lru_cache(maxsize=100)
+def host_name(host):
+    """The name in a Host header, without its port; "" if it is an address."""
+    with contextlib.suppress(ValueError):
+        name = urllib.parse.urlsplit("//" + host).hostname or ""
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name
+    return ""
 
 
 class Relay(ThreadingHTTPServer):
@@ -3289,14 +3452,25 @@ class Relay(ThreadingHTTPServer):
     allow_reuse_port = False
 
     def __init__(self, host="", port=0, *, store=None, limits=None, tls=None, page=None,
-                 broker=None, registration="open"):
-        """tls: an ssl.SSLContext, or None for plain HTTP. page: the bytes of chat.html.
-        registration: one of REGISTRATION."""
+                 broker=None, registration="open", proxies=(), hops=1, names=(),
+                 webroot=None, listener=None, plain=None):
+        """tls: a Certificate, or None for plain HTTP. page: the bytes of chat.html.
+
+        registration: one of REGISTRATION. proxies: ipaddress networks of proxies whose
+        X-Forwarded-For is believed, that is the address `hops` from its end. names: by
+        which clients may call the relay, if not by all. webroot: a folder with ACME's
+        challenges. listener: a socket that listens already, in place of host and port.
+        plain: a second one, on which a relay with TLS answers those challenges, and sends
+        browsers to https.
+        """
+        self.proxies, self.hops = proxies, hops
+        self.webroot, self.plain = webroot, plain
         self.limits = limits or Limits()
         self.store = store or Store(":memory:")
         self.broker = broker or Broker(self.limits)
         self.watcher = Watcher()
-        self.tls, self.page, self.csp = tls, page, page and content_security_policy(page)
+        self.tls = tls
+        self.show(page)
         self.stopping = False
         self.active = set()                # connections with a request under way
         self.registration = registration
@@ -3306,13 +3480,15 @@ class Relay(ThreadingHTTPServer):
         self.revoked = []                  # access keys that are still on the disk
         self._unsaved = {}                 # name -> Service whose counters are not
         self._changes = self.store.changes()   # before it is loaded
-        self.registrations = Rates(3600 / self.limits.max_registrations_per_hour,
-                                   self.limits.max_registrations_per_hour)
+        self.registrations, self.wrong_keys = Rates(), Rates()
         self.registered = OrderedDict()    # (caller, Idempotency-Key) -> body, answer
-        self.errors = {}                   # name -> how many were answered
+        self.counts = {}                   # (what, label) -> how many
         self.connections = 0
         self._per_address = {}
-        self._lock = threading.Lock()      # guards the three above
+        self.held = {"polls": 0, "waiting": 0}     # connections that wait for something
+        self._body_bytes = 0               # of bodies that are being read
+        self.counting = threading.Lock()   # guards the five above
+        self.idle = OrderedDict()          # sockets on which no request has begun
         self._date = (0, b"")
         self._spare = os.open(os.devnull, os.O_RDONLY)   # see get_request
         for service in self.store.load():
@@ -3321,7 +3497,21 @@ class Relay(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         elif ":" in host:
             self.address_family = socket.AF_INET6
-        super().__init__((host, port), Handler)
+        super().__init__((host, port), Handler, bind_and_activate=listener is None)
+        if listener is not None:
+            self.socket.close()
+            self.socket = listener
+            self.server_address = listener.getsockname()
+            self.server_port = self.server_address[1]
+        # A page anywhere can make its own name mean 127.0.0.1 (DNS rebinding) and then
+        # call a relay that only this machine can reach: what it is called gives it away.
+        self.names = {name.lower() for name in names}
+        if self.names or is_loopback(canonical_address(self.server_address[0])):
+            self.names.add("localhost")
+
+    def show(self, page):
+        """Serve these bytes of chat.html from now on; None for no page."""
+        self.page, self.csp = page, page and content_security_policy(page)
 
     def server_bind(self):
         """Bind, without the look-up of our own name that the base class makes."""
@@ -3342,19 +3532,29 @@ class Relay(ThreadingHTTPServer):
         return "%s://%s:%d" % ("https" if self.tls else "http", host, self.server_port)
 
     def get_request(self):
+        """Accept a connection. No TLS handshake here: a silent peer would hold up others."""
+        sock, address = self._accept(self.socket)
+        if self.tls:
+            sock = self.tls.context.wrap_socket(sock, server_side=True,
+                                                do_handshake_on_connect=False)
+        return sock, address
+
+    def _accept(self, listener):
         """Accept a connection; when out of descriptors, turn one away instead.
 
         Otherwise the listening socket stays readable and the loop spins: measured
         elsewhere at 350,000 failing accepts a second.
         """
         try:
-            sock, address = self.socket.accept()
+            sock, address = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.count("refused_connections", "descriptors")
+                self._close_idle()
                 spare, self._spare = self._spare, None
                 with contextlib.suppress(OSError, TypeError):
                     os.close(spare)
-                    self.socket.accept()[0].close()
+                    listener.accept()[0].close()
                 with contextlib.suppress(OSError):
                     self._spare = os.open(os.devnull, os.O_RDONLY)
                 time.sleep(0.05)
@@ -3365,30 +3565,37 @@ class Relay(ThreadingHTTPServer):
                             ("TCP_KEEPCNT", 3)):
             if hasattr(socket, name):      # a peer behind a NAT that forgot it
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        if self.tls:                       # no handshake here: it would hold up others
-            sock = self.tls.wrap_socket(sock, server_side=True,
-                                        do_handshake_on_connect=False)
         return sock, address
+
+    def _accept_plain(self):
+        """Accept what comes on the second socket, which is for who asks for plain HTTP."""
+        while not self.stopping:
+            with contextlib.suppress(OSError):
+                self.process_request(*self._accept(self.plain))
 
     def process_request(self, request, client_address):
         """Start a thread for a connection, if the limits allow one more."""
         address = canonical_address(client_address[0])
-        with self._lock:
-            mine = self._per_address.get(address, 0)
-            refuse = self.connections >= self.limits.max_connections or (
-                mine >= self.limits.max_connections_per_address
-                and not is_loopback(address))
-            if not refuse:
+        if self.is_proxy(client_address[0]):
+            address = None                 # its clients are counted, not itself
+        with self.counting:
+            room = self.connections < self.limits.max_connections
+            if room and self._enter(address):
                 self.connections += 1
-                self._per_address[address] = mine + 1
-        if not refuse:
+                refused = None
+            else:
+                refused = "address" if room else "connections"
+        if refused is None:
             try:
                 threading.Thread(target=self._serve, args=(request, client_address,
                                                            address), daemon=True).start()
                 return
             except RuntimeError:           # no more threads are to be had
+                refused = "threads"
                 self._closed(address)
-        self._refuse(request)
+        if refused != "address":
+            self._close_idle()
+        self._refuse(request, refused)
 
     def _serve(self, request, client_address, address):
         try:
@@ -3400,15 +3607,87 @@ class Relay(ThreadingHTTPServer):
             self._closed(address)
 
     def _closed(self, address):
-        with self._lock:
+        with self.counting:
             self.connections -= 1
+            self._leave(address)
+
+    def _close_idle(self):
+        """Make room for the next connection: close that on which nobody has begun a
+        request for the longest time."""
+        with contextlib.suppress(KeyError, OSError):
+            # The socket below the TLS object, which belongs to the connection's thread.
+            socket.socket.shutdown(self.idle.popitem(last=False)[0], socket.SHUT_RDWR)
+
+    # The lock is held in these two. None stands for nobody, who is not counted.
+
+    def _enter(self, address):
+        """Count one more of an address; False if it has as many as it may have."""
+        if address is not None:
+            mine = self._per_address.get(address, 0)
+            if mine >= self.limits.max_connections_per_address and not is_loopback(address):
+                return False
+            self._per_address[address] = mine + 1
+        return True
+
+    def _leave(self, address):
+        if address is not None:
             left = self._per_address.pop(address) - 1
             if left:
                 self._per_address[address] = left
 
-    def _refuse(self, request):
+    def hold(self, what, most, address):
+        """Count a connection that waits; address: who for, if not counted as its peer.
+        Raises RelayError if it is one too many."""
+        with self.counting:
+            if self.held[what] >= most:
+                raise RelayError("relay_busy", "%d connections wait at this relay already: "
+                                 "try again later." % most, retry_after=5)
+            if not self._enter(address or None):
+                raise RelayError("rate_limited", "%d requests from your address wait "
+                                 "already." % self.limits.max_connections_per_address,
+                                 retry_after=5)
+            self.held[what] += 1
+
+    def let_go(self, what, address):
+        """Undo hold."""
+        with self.counting:
+            self.held[what] -= 1
+            self._leave(address or None)
+
+    def count_body(self, size):
+        """Count bytes of a body that is being read; below zero, no more. Raises
+        RelayError if all such bodies take too much memory."""
+        with self.counting:
+            self._body_bytes += size
+            full = size > 0 and self._body_bytes > self.limits.max_held_bytes // 4
+        if full:
+            raise RelayError("relay_busy", "Too many large requests are on their way: try "
+                             "again later.", retry_after=5)
+
+    def is_proxy(self, address):
+        """Whether a peer's address is that of a trusted proxy."""
+        return any(ip_of(address) in network for network in self.proxies)
+
+    def forwarded_for(self, head, peer):
+        """The address that a trusted proxy speaks for: what stands left in
+        X-Forwarded-For is anybody's word, what stands right is the proxy's."""
+        addresses = head.fields.get("x-forwarded-for", "").split(",")
+        if len(addresses) >= self.hops:
+            with contextlib.suppress(ValueError):
+                return canonical_address(str(ipaddress.ip_address(
+                    addresses[-self.hops].strip())))
+        return peer
+
+    def check_host(self, host):
+        """Raise RelayError if a Host header does not call the relay by one of its names."""
+        name = host_name(host)
+        if self.names and name and name not in self.names:
+            raise RelayError("forbidden", "This relay is not called %s. If it is, by a "
+                             "proxy: start it with --allow-host %s." % (name, name))
+
+    def _refuse(self, request, why):
         """Say 503 without reading anything: over TLS there is no way to say it."""
-        self.count_error("relay_busy")
+        self.count("refused_connections", why)
         error = RelayError("relay_busy", "Too many connections: try again later.")
         body = dumps(error.native())
         with contextlib.suppress(OSError, ValueError):
@@ -3422,9 +3701,10 @@ class Relay(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """A connection that broke while it was being accepted: nothing to say."""
 
-    def count_error(self, name):
-        with self._lock:
-            self.errors[name] = self.errors.get(name, 0) + 1
+    def count(self, what, label):
+        """Count one, for /metrics."""
+        with self.counting:
+            self.counts[what, label] = self.counts.get((what, label), 0) + 1
 
     def date(self):
         """The Date header, made once a second."""
@@ -3435,8 +3715,11 @@ class Relay(ThreadingHTTPServer):
 
     def start(self):
         """Serve in threads of its own; returns at once. stop() ends it."""
-        for target in (self._keep_up, self._save_counters, self._take_care, self.watcher.run,
-                       functools.partial(self.serve_forever, poll_interval=0.2)):
+        targets = [self._keep_up, self._save_counters, self._take_care, self.watcher.run,
+                   functools.partial(self.serve_forever, poll_interval=0.2)]
+        if self.plain is not None:
+            targets.append(self._accept_plain)
+        for target in targets:
             threading.Thread(target=target, daemon=True).start()
 
     def _keep_up(self):
@@ -3469,9 +3752,12 @@ class Relay(ThreadingHTTPServer):
             self.reload()
 
     def reload(self):
-        """Take up what another process has changed in the data file. Never raises."""
+        """Take up what has changed on the disk: the certificate, and what another process
+        wrote into the data file. Never raises."""
         try:
             with self.changing:
+                if self.tls:
+                    self.tls.renew()
                 changes = None if self.broker.closed else self.store.changes()
                 if changes not in (None, self._changes):
                     self._take_up({s.name.lower(): s for s in self.store.load()})
@@ -3519,6 +3805,8 @@ class Relay(ThreadingHTTPServer):
             time.sleep(0.02)
         self.shutdown()
         self.server_close()
+        if self.plain is not None:
+            self.plain.close()
         self.save()
         with self.changing:
             self.store.close()
@@ -3545,6 +3833,39 @@ def tls_context(cert, key):
     context.set_alpn_protocols(["http/1.1"])
     context.load_cert_chain(cert, key)
     return context
+
+
+class Certificate:
+    """The certificate and key of a relay, in files that may be renewed while it runs."""
+
+    def __init__(self, cert, key):
+        """Raises OSError, of which ssl.SSLError is one, if they cannot be used."""
+        self.files, self._seen = (cert, key), None
+        self._seen = self._stamp()
+        # Never changed, only replaced as a whole: other threads are using it, and a pair
+        # that does not match would break every later handshake (security advice of ssl).
+        self.context = tls_context(cert, key)
+
+    def _stamp(self):
+        """What is different once the files were written again."""
+        try:
+            return [(stat.st_mtime_ns, stat.st_size, stat.st_ino)
+                    for stat in map(os.stat, self.files)]
+        except OSError as error:
+            return str(error)
+
+    def renew(self):
+        """Take the files up if they have changed. What cannot be used leaves the present
+        certificate in service, and is logged, once."""
+        stamp = self._stamp()
+        if stamp != self._seen:
+            self._seen = stamp
+            try:
+                self.context = tls_context(*self.files)
+                log("certificate_renewed", file=self.files[0])
+            except (OSError, ValueError) as error:
+                log("certificate_not_renewed", file=self.files[0], error=str(error),
+                    meaning="the one before stays in service")
 
 
 def certificate_of(cert, key):
@@ -3731,6 +4052,20 @@ def build_parser():
              "for a relay behind a proxy that does TLS")
     add("--registration", choices=REGISTRATION, default="open",
         help="who may register a service: everybody, who has an invitation, nobody")
+    add("--acme-webroot", metavar="DIR",
+        help="certbot's webroot, so that it can renew while the relay runs")
+    add("--acme-port", type=port_number, default=80, metavar="PORT",
+        help="with --acme-webroot and TLS: plain HTTP for certbot, and for browsers, which "
+             "are sent to https")
+    add("--trusted-proxy", type=ipaddress.ip_network, action="append", default=[],
+        metavar="ADDRESS", help="believe X-Forwarded-For of this address or network; may "
+        "be given more than once")
+    add("--trusted-hops", type=whole, default=1, metavar="N",
+        help="how many such proxies, one behind the other")
+    add("--allow-host", action="append", default=[], metavar="NAME",
+        help="answer to this name only, and to localhost; may be given more than once; "
+             "otherwise to any, or, if --host is this machine alone, to localhost")
+    add("--log", choices=("text", "json"), default="text", help="form of the log's lines")
     add("--demo", action="store_true",
         help="loopback only, nothing on disk, and a built-in service Eliza")
     add("--version", action="version", version="neuroengine " + __version__)
@@ -3779,14 +4114,15 @@ def choose_tls(options):
     """The TLS context that the options ask for, or None. Raises StoreError."""
     files = certificate_files(options)
     try:
-        return files and tls_context(*files)
-    except OSError as error:
+        return files and Certificate(*files)
+    except (OSError, ValueError) as error:
         raise StoreError(cannot_use(files, error))
 
 
 def cannot_use(files, error):
     """Say why a certificate and its key cannot be used."""
-    why = (getattr(error, "reason", None) or error.strerror or str(error)).lower()
+    why = str(getattr(error, "reason", None) or getattr(error, "strerror", None)
+              or error).lower()
     for file in files:
         if not os.access(file, os.R_OK):
             why = file + (" may not be read by this user" if os.path.exists(file)
@@ -3803,9 +4139,40 @@ def data_directory(options):
 def open_relay(options):
     """Build the relay that the options describe. Raises StoreError, OSError."""
     limits = Limits(**{name: getattr(options, name) for name, _, _ in LIMITS})
-    return Relay(options.host, options.port, store=Store(options.data), limits=limits,
-                 tls=choose_tls(options), page=read_page(),
-                 registration=options.registration)
+    listeners = inherited_listeners()
+    if listeners:
+        options.port = listeners[0].getsockname()[1]
+    store, tls, plain = Store(options.data), choose_tls(options), None
+    if tls and options.acme_webroot:
+        plain = listeners[1] if listeners[1:] else listen_plain(options)
+    return Relay(options.host, options.port, store=store, limits=limits, tls=tls,
+                 page=read_page(), registration=options.registration,
+                 proxies=options.trusted_proxy, hops=options.trusted_hops,
+                 names=options.allow_host, webroot=options.acme_webroot, plain=plain,
+                 listener=listeners[0] if listeners else None)
+
+
+def inherited_listeners():
+    """The sockets that systemd listens on for us (sd_listen_fds(3)): with them a restart
+    refuses no connection."""
+    count = 0
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        count = int(os.environ.get("LISTEN_FDS", "0"))
+    return [socket.socket(fileno=3 + number) for number in range(count)]
+
+
+def listen_plain(options):
+    """The socket for certbot's challenges; None, with a warning, if it cannot be had."""
+    try:
+        if options.host:
+            return socket.create_server((options.host, options.acme_port))
+        dual = socket.has_dualstack_ipv6()
+        return socket.create_server(("", options.acme_port), dualstack_ipv6=dual,
+                                    family=socket.AF_INET6 if dual else socket.AF_INET)
+    except OSError as error:
+        print("warning: cannot listen on port %d for certbot: %s." % (
+            options.acme_port, error.strerror or error), file=sys.stderr)
+        return None
 
 
 def cannot_listen(options, error):
@@ -3876,7 +4243,7 @@ def check_certificate(options):
     except ssl.SSLCertVerificationError as error:
         return "error", "Clients will not accept the certificate %s: %s. Renew it." % (
             files[0], error.verify_message)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return "error", cannot_use(files, error)
     words = "The certificate %s, for %s, is valid until %s" % (files[0], ", ".join(
         name for _, name in seen.get("subjectAltName", ())) or "no name", seen["notAfter"])
@@ -4049,6 +4416,7 @@ def main(argv=None):
     options = parse(argv)
     if options.command:
         return run_command(options)
+    LOG["format"] = options.log
     raise_descriptor_limit()
     keep_to_one_core()
     threading.stack_size(STACK_BYTES)
@@ -4065,20 +4433,27 @@ def main(argv=None):
             print("%s: %s" % (level, words), file=sys.stderr)
     # The kernel may give a signal to any thread, and then nothing wakes the main one, in
     # which handlers run. The byte that Python writes to a wake-up socket always does.
-    stop, wake_up = socket.socketpair()
+    signals, wake_up = socket.socketpair()
     wake_up.setblocking(False)
     signal.set_wakeup_fd(wake_up.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # Windows has none; and who closes a relay's terminal wants it to end.
+    hangup = None if sys.stderr.isatty() else getattr(signal, "SIGHUP", None)
+    for number in filter(None, (signal.SIGTERM, signal.SIGINT, hangup)):
         signal.signal(number, lambda *_: None)
     relay.start()
     print("neuroengine %s listens at %s" % (__version__, relay.url), flush=True)
     if options.demo:
         start_demo(relay)
         print("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url, flush=True)
-    stop.recv(1)
+    log("started", version=__version__, url=relay.url)
+    while signals.recv(1)[0] == hangup:
+        relay.reload()
+        relay.show(read_page())
+    log("stopping", drain_seconds=options.drain_seconds)
     for number in (signal.SIGTERM, signal.SIGINT):   # a second one ends it at once
         signal.signal(number, lambda *_: os._exit(1))
     relay.stop(options.drain_seconds)
+    log("stopped")
     return 0
 
 

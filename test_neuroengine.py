@@ -176,7 +176,7 @@ def test_held_bytes_are_bounded_and_come_back_to_zero():
     desk.reply(session, job, ["abc"], done=True)
     desk.broker.read(reader)
     desk.broker.leave(reader, delivered=True)
-    assert desk.broker.totals()["held_bytes"] == 0 and not desk.broker._held_by
+    assert desk.broker.totals()[1]["held_bytes"] == 0 and not desk.broker._held_by
 
 
 def test_empty_items_count_too_and_cannot_fill_the_memory():
@@ -211,18 +211,56 @@ def test_an_idle_provider_gets_the_job_it_avoided_once_it_is_the_only_one(desk):
 
 def test_rates_are_bounded_per_address_and_forgotten_in_time():
     now = [0.0]
-    rates = neuroengine_server.Rates(180, 20, clock=lambda: now[0])
+    rates = neuroengine_server.Rates(clock=lambda: now[0])
     for _ in range(20):
-        rates.take("a", "registrations")
+        rates.take("a", 20, 3600, "registrations")
     with pytest.raises(RelayError) as refused:
-        rates.take("a", "registrations")
+        rates.take("a", 20, 3600, "registrations")
     assert refused.value.name == "rate_limited" and 0 < refused.value.retry_after <= 180
-    rates.take("b", "registrations")
+    assert "20 in 60 minutes are allowed, and you may send the next in 3 minutes" in str(
+        refused.value)
+    rates.take("b", 20, 3600, "registrations")
     now[0] = 181
-    rates.take("a", "registrations")
+    rates.take("a", 20, 3600, "registrations")
     for n in range(11000):
-        rates.take(n, "registrations")
+        rates.take(n, 20, 3600, "registrations")
     assert len(rates._due) == rates.MOST
+
+
+def test_prompts_of_strangers_are_bounded_in_number_and_refilled_in_time():
+    desk = Desk(max_prompts_per_minute=3, max_anonymous_per_day=5)
+
+    def submit(**kw):
+        desk.submit(wait=True, **kw)
+
+    for _ in range(3):
+        submit(rated=True)
+    with pytest.raises(RelayError) as refused:
+        submit(rated=True)
+    assert refused.value.name == "rate_limited" and 0 < refused.value.retry_after <= 20
+    submit(rated=True, caller="bob")
+    submit(rated=True, own=True)
+    submit(rated=False)               # this machine's
+    desk.later(21)
+    submit(rated=True)
+    desk.later(60)
+    submit(rated=True)
+    with pytest.raises(RelayError) as refused:
+        submit(rated=True)
+    assert refused.value.name == "quota_exceeded" and "hours" in str(refused.value)
+
+
+def test_an_operator_may_give_callers_without_a_key_another_quota():
+    desk = Desk(max_anonymous_per_day=1)
+    desk.service.anonymous_per_day = 2
+    desk.login()
+    for _ in range(2):
+        desk.submit(rated=True)
+    with pytest.raises(RelayError) as refused:
+        desk.submit()
+    assert refused.value.name == "quota_exceeded"
+    key = neuroengine_server.AccessKey("i", "d", "", 0, *[None] * 5, 0, 0, 0, None)
+    desk.submit(rated=True, access=key)
 
 
 def test_a_repeat_is_dropped_and_a_gap_is_refused(desk):
@@ -676,7 +714,7 @@ def test_nothing_is_left_behind_by_ten_thousand_jobs(desk):
         desk.broker.read(reader)
         desk.broker.leave(reader, delivered=True)
     assert not desk.broker._jobs and len(desk.broker._timers) < 10
-    assert desk.broker.totals()["held_bytes"] == 0 and desk.service.numreq == 10000
+    assert desk.broker.totals()[1]["held_bytes"] == 0 and desk.service.numreq == 10000
 
 
 def test_the_estimate_comes_from_measured_times(desk):
@@ -891,16 +929,16 @@ def test_a_key_is_stored_as_its_hash_alone(relay, tmp_path):
 # HTTP reader
 ##############################################################################
 
-GOOD = b"POST /a HTTP/1.1\r\nHost: x\r\n"
+GOOD = b"POST /a HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @pytest.mark.parametrize("head", [
-    b"GET /\r\nHost: x\r\n", b"GET / HTTP/2.0\r\nHost: x\r\n", b"GET / HTTP/1.1\r\n",
-    b"GET  / HTTP/1.1\r\nHost: x\r\n", b"GET /a b HTTP/1.1\r\nHost: x\r\n",
-    b"G\x00T / HTTP/1.1\r\nHost: x\r\n", b"GET / HTTP/1.1\nHost: x\r\n",
-    b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n", b"GET / HTTP/1.1\r\nHost: a b\r\n",
-    b"GET / http/1.1\r\nHost: x\r\n", b"GET / HTTP/1.1 \r\nHost: x\r\n",
-    b"GET a HTTP/1.1\r\nHost: x\r\n",
+    b"GET /\r\nHost: localhost\r\n", b"GET / HTTP/2.0\r\nHost: localhost\r\n", b"GET / HTTP/1.1\r\n",
+    b"GET  / HTTP/1.1\r\nHost: localhost\r\n", b"GET /a b HTTP/1.1\r\nHost: localhost\r\n",
+    b"G\x00T / HTTP/1.1\r\nHost: localhost\r\n", b"GET / HTTP/1.1\nHost: localhost\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", b"GET / HTTP/1.1\r\nHost: a b\r\n",
+    b"GET / http/1.1\r\nHost: localhost\r\n", b"GET / HTTP/1.1 \r\nHost: localhost\r\n",
+    b"GET a HTTP/1.1\r\nHost: localhost\r\n",
     GOOD + b"Content-Length: 3\r\nContent-Length: 3\r\n",
     GOOD + b"Content-Length: +3\r\n", GOOD + b"Content-Length: 1_0\r\n",
     GOOD + b"Content-Length: -1\r\n", GOOD + b"Content-Length: 0x3\r\n",
@@ -929,7 +967,7 @@ def test_an_ambiguous_or_malformed_head_is_refused(head):
     (b"http://host/a", ("a",)), (b"*", ()), (b"/a%2Fb", ("a", "b")),
 ])
 def test_paths_are_decoded_and_empty_segments_do_not_count(target, path):
-    assert parse_head(b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n").path == path
+    assert parse_head(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n").path == path
 
 
 def test_a_good_head_is_read_whole():
@@ -1007,7 +1045,7 @@ def sent(relay, path, body, **headers):
     sock = socket.create_connection(relay.server_address[:2], SOON)
     body = json.dumps(body).encode()
     lines = "".join("%s: %s\r\n" % (k.replace("_", "-"), v) for k, v in headers.items())
-    sock.sendall(("POST %s HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n"
+    sock.sendall(("POST %s HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %d\r\n\r\n"
                   % (path, lines, len(body))).encode() + body)
     return sock
 
@@ -1496,7 +1534,7 @@ def test_a_revoked_key_is_out_even_if_the_disk_is_full(relay, hand, monkeypatch)
 def test_a_deleted_services_key_does_not_come_back_with_its_name(relay, hand):
     sock = socket.create_connection(relay.server_address[:2], SOON)
     body = b'{"new_key":true}'
-    sock.sendall(b"PATCH /api/services/%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n"
+    sock.sendall(b"PATCH /api/services/%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
                  b"Authorization: Bearer %s\r\n\r\n" % (
                      hand.name.encode(), len(body), hand.key.encode()))
     assert manage(relay, hand, "GET")[0] == 200
@@ -1815,25 +1853,25 @@ def test_an_error_reply_arrives_although_the_request_is_too_large(relay):
 
 
 def test_requests_on_one_connection_are_answered_in_order(relay):
-    one = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-    two = b"GET /nosuch/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    one = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    two = b"GET /nosuch/x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     answers = raw(relay, one + two)
     assert answers.index(b"200 OK") < answers.index(b"404 Not Found")
 
 
 def test_a_chunked_request_is_read_and_cannot_smuggle_another(relay, hand):
-    head = b"POST /%s HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" \
+    head = b"POST /%s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" \
         % hand.name.encode()
     body = b'5\r\n{"com\r\n16;a=b\r\nmand":"getmodels"    }\r\n0\r\n\r\n'
     assert raw(relay, head + body).startswith(b"HTTP/1.1 200")
     for bad in (b"5 x\r\n", b"-5\r\n", b"0x5\r\n", b"5\r\nabcdefg\r\n", b"FFFFFFFFF\r\n",
                 b"0\r\nTrailer: x\r\n\r\n"):
-        answer = raw(relay, head + bad + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = raw(relay, head + bad + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert answer.count(b"HTTP/1.1") == 1 and b" 400 " in answer[:20]
 
 
 def test_head_and_options_are_answered(relay):
-    answer = raw(relay, b"HEAD /api/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    answer = raw(relay, b"HEAD /api/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n")
     status, _, headers = ask(relay, "/v1/models", method="OPTIONS",
                              Access_Control_Request_Headers="authorization, x-stainless-os")
@@ -1843,7 +1881,7 @@ def test_head_and_options_are_answered(relay):
 
 
 def test_an_expected_continue_comes_only_if_the_body_is_wanted(relay, hand):
-    head = b"POST /%s HTTP/1.1\r\nHost: x\r\nExpect: %s\r\nContent-Length: %d\r\n" \
+    head = b"POST /%s HTTP/1.1\r\nHost: localhost\r\nExpect: %s\r\nContent-Length: %d\r\n" \
         b"Connection: close\r\n\r\n"
     body = b'{"command":"getmodels"}'
     name = hand.name.encode()
@@ -1853,13 +1891,13 @@ def test_an_expected_continue_comes_only_if_the_body_is_wanted(relay, hand):
 
 
 @pytest.mark.parametrize("data", [
-    b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20000 + b"\r\n\r\n",
-    b"POST /a HTTP/1.1\r\nHost: x\r\n\r\n", b"nonsense\r\n\r\n", b"\x16\x03\x01\x02\x00",
-    b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nshort"])
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20000 + b"\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nHost: localhost\r\n\r\n", b"nonsense\r\n\r\n", b"\x16\x03\x01\x02\x00",
+    b"POST /a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nshort"])
 def test_broken_requests_are_answered_or_closed_and_never_a_500(relay, data):
     answer = raw(relay, data)
     assert not answer or answer[9:10] == b"4"
-    assert not relay.errors.get("internal_error")
+    assert ("errors", "internal_error") not in relay.counts
 
 
 def test_a_head_that_drips_is_cut_in_the_end(relay):
@@ -1893,6 +1931,129 @@ def test_connections_are_bounded_and_the_next_one_hears_why():
         assert ask(relay, "/healthz")[0] == 200
 
 
+def test_too_many_wrong_keys_are_told_so_and_a_right_one_still_works():
+    with running_relay(limits=Limits(max_wrong_keys_per_minute=5)) as relay:
+        hand = Hand(relay)
+        path = "/api/services/" + hand.name
+        statuses = [ask(relay, path, Authorization="Bearer no%d" % n)[0] for n in range(8)]
+        assert statuses == [401] * 5 + [429] * 3
+        status, answer, headers = ask(relay, path, Authorization="Bearer no")
+        assert answer["error"] == "rate_limited" and 1 <= int(headers["Retry-After"]) <= 12
+        assert ask(relay, path, Authorization="Bearer " + hand.key)[0] == 200
+        hand.logout()
+
+
+@pytest.mark.parametrize("hops, header, address", [
+    (1, "203.0.113.9", "203.0.113.9"), (1, "6.6.6.6, 203.0.113.9", "203.0.113.9"),
+    (2, "203.0.113.9, 10.0.0.1", "203.0.113.9"), (2, "203.0.113.9", "127.0.0.1"),
+    (1, "", "127.0.0.1"), (1, "6.6.6.6, unknown", "127.0.0.1"),
+    (1, "2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64")])
+def test_a_trusted_proxy_says_who_asks_at_the_end_of_its_header(hops, header, address):
+    network = neuroengine_server.ipaddress.ip_network("127.0.0.0/8")
+    with running_relay(proxies=[network], hops=hops) as relay:
+        head = parse_head(b"GET / HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: %s\r\n"
+                          % header.encode())
+        assert relay.forwarded_for(head, "127.0.0.1") == address
+        assert relay.is_proxy("::ffff:127.0.0.1") and not relay.is_proxy("10.0.0.1")
+
+
+def test_what_a_trusted_proxys_client_does_counts_for_its_own_address():
+    network = neuroengine_server.ipaddress.ip_network("127.0.0.1")
+    with running_relay(proxies=[network], limits=Limits(
+            max_registrations_per_hour=1, max_connections_per_address=1)) as relay:
+        def register(address):
+            return ask(relay, "/api/services", {"name": name_of()},
+                       X_Forwarded_For="6.6.6.6, " + address)[0]
+        assert [register("203.0.113.9"), register("203.0.113.9")] == [201, 429]
+        assert register("203.0.113.10") == 201
+        hand, service = Hand(relay), {"message": "x", "wait": True}
+        first = sent(relay, "/" + hand.name, service, X_Forwarded_For="203.0.113.9")
+        until(lambda: relay.held["waiting"] == 1)
+        assert ask(relay, "/" + hand.name, service, X_Forwarded_For="203.0.113.9")[
+            1]["error"] == "rate_limited"
+        first.close()
+        hand.logout()
+
+
+def test_without_a_trusted_proxy_its_header_means_nothing(relay):
+    for _ in range(3):
+        ask(relay, "/api/models", X_Forwarded_For="203.0.113.77")
+    assert not any("203.0.113" in address for address in relay._per_address)
+
+
+@pytest.mark.parametrize("host, status", [
+    ("localhost", 200), ("localhost:8000", 200), ("LOCALHOST", 200), ("127.0.0.1:80", 200),
+    ("[::1]:8000", 200), ("relay.example.org", 200), ("evil.example", 403),
+    ("evil.example:8000", 403), ("localhost.evil.example", 403), ("127.0.0.1.nip.io", 403)])
+def test_a_relay_of_this_machine_alone_answers_to_its_own_names_only(host, status):
+    with running_relay(names=["relay.example.org"]) as relay:
+        answer = raw(relay, b"GET /healthz HTTP/1.1\r\nHost: %s\r\n\r\n" % host.encode())
+        assert int(answer.split()[1]) == status
+
+
+def test_waiting_prompts_and_polls_leave_connections_for_control():
+    with running_relay(limits=Limits(max_polls=1, max_waiting=1, poll_seconds=2)) as relay:
+        hand, other = Hand(relay), Hand(relay)
+        parked = in_thread(hand.poll)
+        until(lambda: relay.held["polls"] == 1)
+        with pytest.raises(AssertionError, match="relay_busy"):
+            other.poll()
+        waiting = sent(relay, "/" + other.name, {"message": "x"})
+        until(lambda: relay.held["waiting"] == 1)
+        status, answer, headers = ask(relay, "/" + other.name, {"message": "x"})
+        assert (status, answer["error"]) == (503, "relay_busy") and headers["Retry-After"]
+        assert ask(relay, "/api/models")[0] == 200
+        waiting.close()
+        until(lambda: relay.held["waiting"] == 0)
+        parked()
+        hand.logout()
+
+
+def test_the_longest_idle_connection_makes_room_for_the_next_one():
+    with running_relay(limits=Limits(max_connections=2)) as relay:
+        idle = [socket.create_connection(relay.server_address, SOON) for _ in range(2)]
+        until(lambda: len(relay.idle) == 2)
+        refused = socket.create_connection(relay.server_address, SOON)
+        assert refused.recv(100).startswith(b"HTTP/1.1 503")
+        assert idle[0].recv(1) == b""      # of the two, the first
+        until(lambda: relay.connections == 1)
+        assert ask(relay, "/healthz")[0] == 200
+        for sock in idle + [refused]:
+            sock.close()
+
+
+def test_bodies_on_their_way_count_as_memory(relay):
+    size = 1000000
+    limits = Limits(max_held_bytes=4 * size, max_request_bytes=2 * size)
+    with running_relay(limits=limits) as relay:
+        first = socket.create_connection(relay.server_address, SOON)
+        first.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+                      % size + b" " * (size - 1))
+        until(lambda: relay._body_bytes > size // 2)
+        status, answer, _ = ask(relay, "/x", b" " * size)
+        assert (status, answer["error"]) == (503, "relay_busy")
+        first.close()
+        until(lambda: relay._body_bytes == 0)
+        assert ask(relay, "/x", b" " * (size // 2))[0] == 400
+
+
+def test_metrics_are_well_formed_and_tell_what_happened(relay, hand):
+    waiting = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
+    hand.reply(hand.next_job(), ["a"], done=True)
+    assert waiting()[0] == 200
+    _, text, _ = ask(relay, "/metrics")
+    lines = text.decode().splitlines()
+    for line in lines:
+        assert re.match(r"# TYPE neuroengine_\w+ (counter|gauge|histogram)\Z|"
+                        r"neuroengine_\w+(\{\w+=\"[^\"]+\"\})? [0-9.]+\Z", line), line
+    values = dict(line.rsplit(" ", 1) for line in lines)
+    assert int(values["neuroengine_jobs_total"]) >= 1
+    assert int(values['neuroengine_requests_total{kind="native"}']) >= 1
+    assert values["neuroengine_answer_seconds_count"] == \
+        values['neuroengine_answer_seconds_bucket{le="+Inf"}'] != "0"
+    assert ask(relay, "/metrics", X_Forwarded_For="6.6.6.6")[0] == 403
+
+
 def test_the_relay_logs_neither_prompt_nor_reply_nor_key(relay, hand, capfd):
     secret = "canary" + uuid.uuid4().hex
     answer = in_thread(ask, relay, "/" + hand.name, {"message": secret, "key": secret})
@@ -1908,7 +2069,7 @@ def test_the_relay_logs_neither_prompt_nor_reply_nor_key(relay, hand, capfd):
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
 def test_tls_a_silent_peer_holds_up_nobody_and_a_hang_up_is_noticed(tmp_path):
     cert, key = neuroengine_server.self_signed(str(tmp_path))
-    with running_relay(tls=neuroengine_server.tls_context(cert, key),
+    with running_relay(tls=neuroengine_server.Certificate(cert, key),
                        limits=Limits(grace_seconds=0.2)) as relay:
         port = relay.server_address[1]
         with contextlib.ExitStack() as stack:
@@ -1931,13 +2092,72 @@ def test_tls_a_silent_peer_holds_up_nobody_and_a_hang_up_is_noticed(tmp_path):
             context = ssl.create_default_context(cafile=cert)
             sock = context.wrap_socket(socket.create_connection(("127.0.0.1", port)),
                                        server_hostname="localhost")
-            sock.sendall(b'POST /Tls HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n'
+            sock.sendall(b'POST /Tls HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\n\r\n'
                          b'{"message":"x"}')
             until(lambda: relay.broker.find("Tls").numreq)
             time.sleep(0.4)
             sock.close()
             assert closed.wait(2)
             provider.stop()
+
+
+def certificate_of(port, cafile=None):
+    """The serial number of the certificate that a relay shows."""
+    context = ssl.create_default_context(cafile=cafile)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(("127.0.0.1", port), SOON) as sock:
+        with context.wrap_socket(sock) as secure:
+            return secure.getpeercert(binary_form=True)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
+def test_a_renewed_certificate_is_taken_up_and_a_bad_pair_is_not(tmp_path, capfd):
+    files = neuroengine_server.self_signed(str(tmp_path))
+    os.mkdir(str(tmp_path / "new"))
+    renewed = neuroengine_server.self_signed(str(tmp_path / "new"))
+    with running_relay(tls=neuroengine_server.Certificate(*files)) as relay:
+        port = relay.server_address[1]
+        context = ssl.create_default_context(cafile=files[0])
+        kept = context.wrap_socket(socket.create_connection(("127.0.0.1", port)),
+                                   server_hostname="localhost")
+        old = certificate_of(port)
+        for bad in (lambda: shutil.copy(renewed[1], files[1]),        # matches no more
+                    lambda: open(files[0], "w").write("-----BEGIN CERT"),
+                    lambda: os.remove(files[0])):
+            bad()
+            for _ in range(3):
+                relay.reload()
+            assert certificate_of(port) == old
+        assert capfd.readouterr().err.count("certificate_not_renewed") == 3
+        shutil.copy(renewed[0], files[0])
+        relay.reload()
+        assert certificate_of(port) not in (old, None)
+        kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert kept.recv(100).startswith(b"HTTP/1.1 200")
+        kept.close()
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
+def test_beside_tls_plain_http_is_for_certbot_and_sends_browsers_to_https(tmp_path):
+    folder = tmp_path / ".well-known" / "acme-challenge"
+    folder.mkdir(parents=True)
+    (folder / "tok-1").write_bytes(b"tok-1.thumb")
+    (tmp_path / "secret").write_bytes(b"secret")
+    plain = socket.create_server(("127.0.0.1", 0))
+    tls = neuroengine_server.Certificate(*neuroengine_server.self_signed(str(tmp_path)))
+    with running_relay(tls=tls, webroot=str(tmp_path), plain=plain) as relay:
+        class door:
+            server_address = plain.getsockname()
+        status, body, _ = ask(door, "/.well-known/acme-challenge/tok-1")
+        assert (status, body) == (200, b"tok-1.thumb")
+        for path in ("..%2f..%2fsecret", "%2e%2e", "tok-2", ""):
+            assert ask(door, "/.well-known/acme-challenge/" + path)[0] in (301, 404)
+        status, _, headers = ask(door, "/MYGPT?x=1", Host="relay.example.org:80")
+        assert status == 403               # it is not called so
+        status, _, headers = ask(door, "/MYGPT?x=1", Host="localhost:80")
+        assert (status, headers["Location"]) == (
+            301, "https://localhost:%d/MYGPT?x=1" % relay.server_port)
+        assert ask(door, "/MYGPT", {"message": "x"})[1]["error"] == "forbidden"
 
 
 def test_a_page_is_served_with_a_policy_of_hashes(relay):
@@ -2091,7 +2311,7 @@ def test_what_is_wrong_with_the_transport_has_openais_form_too(
         relay, request_head, status, code, header):
     if b" HTTP/" not in request_head:
         request_head += b" HTTP/1.1"
-    head, _, body = raw(relay, request_head + b"\r\nHost: x\r\n\r\n{}").partition(
+    head, _, body = raw(relay, request_head + b"\r\nHost: localhost\r\n\r\n{}").partition(
         b"\r\n\r\n")
     body = body.partition(b"HTTP/1.1 ")[0]              # what {} is taken for
     assert head.split()[1] == b"%d" % status and header in head.lower()
@@ -2991,7 +3211,7 @@ def test_an_operator_may_bound_every_answer():
 
 
 def test_a_malformed_request_below_v1_is_answered_in_openais_form(relay):
-    answer = raw(relay, b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n\r\n")
+    answer = raw(relay, b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b" 411 " in answer[:20] and b'{"error":{"message"' in answer
     assert b"Access-Control-Allow-Origin: *" in answer
 
@@ -3408,6 +3628,48 @@ def test_a_relay_warns_at_its_start_in_single_lines(start, tmp_path, certificate
     assert program.says(r"(?m)^warning: The certificate .* renew it.*\.$")
     assert program.says(r"(?m)^warning: Only \d+ files may be open.*\.$")
     assert program.end() == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs a Unix")
+def test_sighup_reloads_and_the_log_may_be_json(start, tmp_path):
+    program, relay = start_relay(start, tmp_path, "--log", "json")
+    program.says('"event": "started"')
+    program.process.send_signal(signal.SIGHUP)
+    assert ask(relay, "/healthz")[0] == 200
+    program.process.send_signal(signal.SIGHUP)
+    assert program.end() == 0
+    lines = [json.loads(line) for line in program.output.splitlines() if line[0] == "{"]
+    assert [line["event"] for line in lines] == ["started", "stopping", "stopped"]
+
+
+AS_SYSTEMD_DOES = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.executable, [sys.executable] + sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="systemd is for Linux")
+def test_a_socket_that_systemd_holds_refuses_no_connection_in_a_restart(start, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        waiting = socket.create_connection(address)     # before there is any relay
+        for _ in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-c", AS_SYSTEMD_DOES, str(listener.fileno()),
+                 "neuroengine_server.py", "--data", str(tmp_path / "d.sqlite3")],
+                cwd=HERE, pass_fds=[listener.fileno()], stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL)
+            waiting.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            waiting.settimeout(SOON)
+            assert waiting.recv(100).startswith(b"HTTP/1.1 200")
+            waiting.close()
+            process.terminate()
+            assert process.wait(SOON) == 0
+            process.stdout.close()
+            waiting = socket.create_connection(address)
+        waiting.close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")

@@ -573,8 +573,8 @@ class Run:
                 text = connection.getresponse().read().decode()
         except BROKEN:
             return {}
-        return {name[len("neuroengine_"):]: int(value) for name, value in
-                (line.split() for line in text.splitlines())}
+        return {name[len("neuroengine_"):]: float(value) for name, value in
+                (line.split() for line in text.splitlines() if line[0] != "#")}
 
     # -- clients --
 
@@ -742,7 +742,7 @@ class Run:
 
     def calm(self):
         """Wait until nothing is left in the relay; what is, as words, or ""."""
-        wanted = {"waiting": 0, "running": 0, "jobs_held": 0, "held_bytes": 0,
+        wanted = {"queued": 0, "running": 0, "held_jobs": 0, "held_bytes": 0,
                   "sessions": len(self.providers)}
         deadline, left = time.monotonic() + CALM_SECONDS, "?"
         while left and time.monotonic() < deadline:
