@@ -509,10 +509,11 @@ class Rates:
             now, pause = self._clock(), seconds / most
             due = max(now, self._due.pop(who, now))
             late = due + pause - now - seconds
-            self._due[who] = due if late > 0 else due + pause
+            late = late if late > 0.001 else 0        # what is due now may come out as 1e-12
+            self._due[who] = due if late else due + pause
             if len(self._due) > self.MOST:
                 self._due.popitem(last=False)
-        if late > 0:
+        if late:
             raise RelayError(name, "Too many %s: %d in %s are allowed, and you may send "
                              "the next in %s." % (what, most, in_words(seconds),
                                                   in_words(late)),
