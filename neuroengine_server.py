@@ -3480,6 +3480,7 @@ class Relay(ThreadingHTTPServer):
         self.changing = threading.RLock()
         self.revoked = []                  # access keys that are still on the disk
         self._unsaved = {}                 # name -> Service whose counters are not
+        self._trouble = None               # why they could not be written, as logged
         self._changes = self.store.changes()   # before it is loaded
         self.registrations, self.wrong_keys = Rates(), Rates()
         self.registered = OrderedDict()    # (caller, Idempotency-Key) -> body, answer
@@ -3744,13 +3745,18 @@ class Relay(ThreadingHTTPServer):
                 if self._unsaved:
                     self.store.save(list(self._unsaved.values()))
                     self._unsaved.clear()
+                self._trouble = None
             except sqlite3.Error as error:
-                log("cannot_save", error=str(error))
+                if str(error) != self._trouble:        # once, not at each attempt
+                    self._trouble = str(error)
+                    log("cannot_save", error=str(error))
 
     def _take_care(self):
         while not self.broker.closed:
             time.sleep(RELOAD_SECONDS)
             self.reload()
+            if self.revoked or self._unsaved:          # the disk may have room again
+                self.save()
 
     def reload(self):
         """Take up what has changed on the disk: the certificate, and what another process
@@ -4326,10 +4332,11 @@ def run_list(store, _):
     for service in sorted(store.load(), key=lambda service: service.name.lower()):
         seen = "never connected" if service.last_seen is None else time.strftime(
             "last seen %Y-%m-%d %H:%M UTC", time.gmtime(service.last_seen))
-        words = ["private"] * service.private + ["paused"] * service.paused
+        words = ["private"] * service.private + ["paused"] * service.paused + [
+            "by " + printable(service.operator)] * bool(service.operator)
         print("%-24s %6d prompts  %3d keys  %-30s %s" % (
             service.name, service.numreq, len(service.keys), seen,
-            " ".join(words + ["by", printable(service.operator or "?")])))
+            " ".join(words)))
 
 
 def run_reset_key(store, name):

@@ -1705,6 +1705,9 @@ def test_a_key_revoked_while_the_disk_is_full_does_not_come_back(stored, monkeyp
     relay.reload()
     service = relay.broker.find(hand.name)
     assert service.comment == "new" and not service.keys
+    assert other.load()[0].keys
+    monkeypatch.undo()
+    until(lambda: not other.load()[0].keys)      # once there is room, without a further word
 
 
 def test_a_reload_reads_only_what_changed_and_never_raises(stored, monkeypatch, capfd):
@@ -5063,6 +5066,12 @@ def test_readmes_limits_are_the_codes_limits():
     assert [row for row in table("## Limits")] == [
         ["--" + name.replace("_", "-"), str(default), text]
         for name, default, text in neuroengine_server.LIMITS]
+
+
+def test_readmes_commands_are_the_codes_commands():
+    assert [row[0] for row in table("### Look after it")] == [
+        (name + " " + argument).strip()
+        for name, (_, argument, _) in neuroengine_server.COMMANDS.items()]
 
 
 def test_readmes_fields_are_the_codes_fields():
