@@ -3156,7 +3156,7 @@ class OperatorFace:
             if field in request and field != "new_key":
                 changes[field] = request[field]
         if "anonymous_per_day" in request:
-            check_fields(request, {"anonymous_per_day": (int, 0, 10**9)})
+            check_fields(request, {"anonymous_per_day": (int, 1, 10**9)})
             changes["anonymous_per_day"] = request.get("anonymous_per_day")
         if request.get("new_key"):
             answer["key"] = new_key()
@@ -3909,8 +3909,9 @@ class Certificate:
         if stamp != self._seen:
             self._seen = stamp
             try:
+                until = certificate_of(*self.files)["notAfter"]    # a trial handshake
                 self.context = tls_context(*self.files)
-                log("certificate_renewed", file=self.files[0])
+                log("certificate_renewed", file=self.files[0], until=until)
             except (OSError, ValueError) as error:
                 log("certificate_not_renewed", file=self.files[0], error=str(error),
                     meaning="the one before stays in service")
