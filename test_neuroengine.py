@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -762,6 +763,128 @@ def test_access_keys_and_their_use_survive_and_go_with_their_service(tmp_path):
     assert not store.load()[0].keys
 
 
+VERSION_1 = """
+    CREATE TABLE services (
+        name TEXT PRIMARY KEY COLLATE NOCASE, key_digest TEXT NOT NULL,
+        operator TEXT NOT NULL, comment TEXT NOT NULL, created REAL NOT NULL,
+        numreq INTEGER NOT NULL, last_seen REAL,
+        private INTEGER NOT NULL, paused INTEGER NOT NULL);
+    CREATE TABLE keys (
+        service TEXT NOT NULL COLLATE NOCASE REFERENCES services ON DELETE CASCADE,
+        id TEXT PRIMARY KEY, digest TEXT NOT NULL, label TEXT NOT NULL,
+        created REAL NOT NULL, requests_per_day INTEGER, tokens_per_day INTEGER,
+        concurrency INTEGER, max_new_len INTEGER, expires REAL,
+        day INTEGER, requests INTEGER, tokens INTEGER, last_used REAL);
+    INSERT INTO services VALUES ('Llm', 'd1', 'me', 'a comment', 1.5, 41, 4.5, 1, 0);
+    INSERT INTO services VALUES ('other', 'd2', '', '', 2.5, 0, NULL, 0, 1);
+    INSERT INTO keys VALUES ('Llm', 'id', 'hash', 'Ann', 1, 5, 6, 7, 8, 9, 2, 3, 4, 1.5);
+    PRAGMA user_version=1"""
+
+
+def test_a_file_of_version_1_is_migrated_with_all_its_data(tmp_path):
+    path = str(tmp_path / "data.sqlite3")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    with contextlib.closing(Store(path, existing=True)) as store:
+        assert store.version == 1                # a relay may be using it: left as it is
+    for _ in range(2):                           # the second time there is nothing to do
+        store = Store(path)
+        llm, other = store.load()
+        assert [getattr(llm, name) for name in Service.COLUMNS] == [
+            "Llm", "d1", "me", "a comment", 1.5, 41, 4.5, True, False, None]
+        assert [getattr(other, name) for name in Service.COLUMNS] == [
+            "other", "d2", "", "", 2.5, 0, None, False, True, None]
+        key, = llm.keys.values()
+        assert [getattr(key, name) for name in key.COLUMNS] == [
+            "id", "hash", "Ann", 1, 5, 6, 7, 8, 9, 2, 3, 4, 1.5]
+        assert store.version == len(neuroengine_server.MIGRATIONS)
+        store.close()
+
+
+def test_a_migration_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = str(tmp_path / "data.sqlite3")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    steps = neuroengine_server.MIGRATIONS
+    monkeypatch.setattr(neuroengine_server, "MIGRATIONS", steps + (
+        ("CREATE TABLE more (x)", "no SQL at all"),))
+    with pytest.raises(neuroengine_server.StoreError, match="no"):
+        Store(path)
+    monkeypatch.setattr(neuroengine_server, "MIGRATIONS", steps)
+    store = Store(path)                          # each step was whole, or is not there
+    assert store.version == len(steps) and len(store.load()) == 2
+    assert not store._db.execute("SELECT * FROM sqlite_master WHERE name='more'").fetchall()
+
+
+def test_what_is_counted_is_saved_and_no_more_than_that(tmp_path):
+    store, other = (Store(str(tmp_path / "data.sqlite3")) for _ in range(2))
+    store.add(Service("Llm", "old"))
+    service, = store.load()
+    before = store.changes()
+    other.change(service, key_digest="new", comment="changed")
+    assert store.changes() != before
+    service.numreq = 7
+    store.save([service])
+    loaded, = store.load()
+    assert (loaded.key_digest, loaded.comment, loaded.numreq) == ("new", "changed", 7)
+
+
+WRITER = """
+import itertools, sys
+from neuroengine_server import AccessKey, Service, Store
+store = Store(sys.argv[1])
+for n in itertools.count():
+    service = Service("%s.%d" % (sys.argv[2], n), "digest", created=n)
+    store.add(service)
+    key = AccessKey(service.name, service.name, "", 0, *9 * [None])
+    store.add_key(service, key)
+    print(service.name, flush=True)
+    service.numreq = n
+    store.save([service])
+"""
+
+
+def test_what_was_acknowledged_outlives_a_kill_at_any_moment(tmp_path):
+    path, acknowledged, choose = str(tmp_path / "data.sqlite3"), set(), random.Random(1)
+    for run in range(15):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, path, "run%d" % run],
+                                   cwd=HERE, stdout=subprocess.PIPE)
+        first = process.stdout.readline()
+        time.sleep(choose.uniform(0, 0.1))
+        process.kill()
+        rest = process.communicate()[0]
+        acknowledged.update((first + rest).decode().split("\n")[:-1])
+        with contextlib.closing(Store(path)) as store:    # which looks whether it is whole
+            services = {service.name: service for service in store.load()}
+        for name in acknowledged:
+            assert name in services[name].keys
+    assert len(acknowledged) >= 15
+
+
+def test_a_backup_made_amid_writes_is_whole_and_private(tmp_path):
+    path, copy = str(tmp_path / "data.sqlite3"), tmp_path / "copy"
+    store, acknowledged, stop = Store(path), [], threading.Event()
+
+    def write():
+        while not stop.is_set():
+            service = Service("s%d" % len(acknowledged), "digest")
+            store.add(service)
+            acknowledged.append(service.name)
+    thread = threading.Thread(target=write)
+    thread.start()
+    until(lambda: len(acknowledged) > 50)
+    before = list(acknowledged)
+    assert neuroengine_server.main(["backup", str(copy), "--data", path]) == 0
+    stop.set()
+    thread.join(SOON)
+    assert os.name == "nt" or copy.stat().st_mode & 0o777 == 0o600
+    assert neuroengine_server.main(["backup", str(copy), "--data", path]) == 1
+    restored = [service.name for service in Store(str(copy)).load()]
+    assert len(set(restored)) == len(restored) and set(restored) >= set(before)
+    assert sorted(os.listdir(str(tmp_path)))[0] == "copy"
+    store.close()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no such modes on Windows")
 def test_the_data_file_is_private(tmp_path):
     path = tmp_path / "data.sqlite3"
@@ -770,14 +893,25 @@ def test_the_data_file_is_private(tmp_path):
 
 
 def test_a_newer_or_broken_data_file_is_refused_in_words(tmp_path):
-    import sqlite3
-    newer, broken = tmp_path / "newer", tmp_path / "broken"
+    newer, broken, torn = (tmp_path / name for name in ("newer", "broken", "torn"))
     with contextlib.closing(sqlite3.connect(str(newer))) as db:
         db.execute("PRAGMA user_version=99")
     broken.write_bytes(b"this is no database, not at all" * 100)
-    for path in (newer, broken):
-        with pytest.raises(neuroengine_server.StoreError, match=path.name):
+    with contextlib.closing(Store(str(torn))) as store:
+        for n in range(100):
+            store.add(Service("llm%d" % n, "digest" * 10, created=n))
+    data = bytearray(torn.read_bytes())
+    data[8192:12288] = os.urandom(4096)          # a page in the middle
+    torn.write_bytes(data)
+    for path, words in ((newer, "newer"), (broken, "damaged"), (torn, "damaged")):
+        before = path.read_bytes()
+        with pytest.raises(neuroengine_server.StoreError, match=words) as refused:
             Store(str(path))
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+        assert path.read_bytes() == before
+    with pytest.raises(neuroengine_server.StoreError, match="No such file"):
+        Store(str(tmp_path / "nosuch"), existing=True)
+    assert not (tmp_path / "nosuch").exists()
 
 
 def test_a_key_is_stored_as_its_hash_alone(relay, tmp_path):
@@ -1386,7 +1520,6 @@ def test_an_access_key_keeps_to_its_limits(relay, hand):
 def test_a_revoked_key_is_out_even_if_the_disk_is_full(relay, hand, monkeypatch):
     manage(relay, hand, "PATCH", body={"private": True})
     guest = manage(relay, hand, "POST", "/keys", {})[1]
-    import sqlite3
     with monkeypatch.context() as patch:
         def full(key):
             raise sqlite3.OperationalError("database or disk is full")
@@ -1417,14 +1550,226 @@ def test_a_deleted_services_key_does_not_come_back_with_its_name(relay, hand):
 
 
 def test_a_change_that_cannot_be_written_is_not_in_force(relay, hand, monkeypatch):
-    import sqlite3
 
-    def full(*args):
+    def full(*args, **columns):
         raise sqlite3.OperationalError("database or disk is full")
-    monkeypatch.setattr(relay.store, "save", full)
+    monkeypatch.setattr(relay.store, "change", full)
     status, answer = manage(relay, hand, "PATCH", body={"new_key": True})
     assert status == 503 and "cannot write" in answer["reply"]
     assert manage(relay, hand, "GET")[0] == 200
+
+
+class FailingDB:
+    """A connection whose n-th statement fails, alone or with all that follow."""
+
+    def __init__(self, db):
+        self._db, self.left, self.stays, self.failed = db, -1, False, False
+
+    def arm(self, n, stays):
+        self.left, self.stays, self.failed = n, stays, False
+
+    def heal(self):
+        if self.failed:
+            self.left = -1
+
+    def _count(self):
+        if self.left == 0:
+            self.failed = True
+            self.left -= not self.stays
+            raise sqlite3.OperationalError("disk I/O error")
+        self.left -= self.left > 0
+
+    def execute(self, *args):
+        self._count()
+        return self._db.execute(*args)
+
+    def executemany(self, *args):
+        self._count()
+        return self._db.executemany(*args)
+
+    def __getattr__(self, name):
+        return getattr(self._db, name)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_no_failing_statement_leaves_a_change_half_done(tmp_path, stays):
+    path = str(tmp_path / "data.sqlite3")
+    relay = Relay("127.0.0.1", 0, store=Store(path))     # no thread but this writes
+    db = relay.store._db = FailingDB(relay.store._db)
+    serving = threading.Thread(target=relay.serve_forever, args=(0.05,), daemon=True)
+    serving.start()
+
+    def shown(service, *counted):
+        return [getattr(service, c) for c in ("key_digest",) + service.SETTINGS + counted]
+
+    def agree(*counted):
+        with contextlib.closing(Store(path, existing=True)) as store:
+            there = {service.name: service for service in store.load()}
+            if not stays:
+                store._db.execute("BEGIN IMMEDIATE")     # no lock was left behind
+        here = {service.name: service for service in relay.broker.services()}
+        assert set(here) == set(there)
+        for name, service in here.items():
+            assert shown(service, *counted) == shown(there[name], *counted)
+            assert set(there[name].keys) - {k.digest for k in relay.revoked} == set(
+                service.keys)
+
+    def step(method, path="", body=None, key=""):
+        status, answer, _ = ask(relay, "/api/services" + path, body, method,
+                                Authorization="Bearer " + key)
+        db.heal()
+        agree()
+        relay.reload()
+        agree()
+        assert status in (200, 201, 503) and ask(relay, "/healthz")[0] == 200
+        return status, answer
+
+    def insist(*args):
+        status, answer = step(*args)
+        if status == 503:                  # as if it had never been asked
+            status, answer = step(*args)
+        assert status in (200, 201)
+        return answer
+
+    for n in range(100):
+        db.arm(n, stays)
+        name = "s%d" % n
+        key = insist("POST", "", {"name": name, "comment": "first"})["key"]
+        service = relay.broker.find(name)
+        guest = insist("POST", "/%s/keys" % name, {"label": "Ann"}, key)
+        relay.broker.submit(service, b"{}", wait=True)
+        relay.save()
+        assert step("DELETE", "/%s/keys/%s" % (name, guest["id"]), None, key)[0] == 200
+        assert not service.keys            # in force, whatever the disk
+        key = insist("PATCH", "/" + name, {"comment": "second", "new_key": True}, key)["key"]
+        assert service.comment == "second"
+        relay.save()
+        relay.save()
+        agree("numreq")
+        assert not relay.revoked
+        insist("DELETE", "/" + name, None, key)
+        if not db.failed:
+            break
+    assert 15 < n < 99 and not relay.broker.services()
+    relay.shutdown()
+    relay.server_close()
+    relay.store.close()
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A relay with a data file, a provider at it, and the file as another process has it."""
+    path = str(tmp_path / "data.sqlite3")
+    with running_relay(store=Store(path)) as relay:
+        yield relay, Hand(relay), Store(path, existing=True)
+
+
+def test_what_another_process_changed_in_the_file_is_taken_up(stored):
+    relay, hand, other = stored
+    relay.broker.add(Service("Eliza", ""))       # not in the file
+    gone = manage(relay, hand, "POST", "/keys", {})[1]
+    stays = manage(relay, hand, "POST", "/keys", {})[1]
+    service, = other.load()
+    here, session = relay.broker.find(hand.name), hand.session
+    here.numreq = 5
+    other.change(service, comment="new", private=True, paused=True, anonymous_per_day=3)
+    other.remove_key(next(k for k in service.keys.values() if k.id == gone["id"]))
+    other.add_key(service, neuroengine_server.AccessKey("id", "hash", "Bob", 1.0, *9 * [None]))
+    other.add(Service("Other", digest("its key"), created=2.0))
+    relay.reload()
+    model = manage(relay, hand, "GET")[1]
+    assert (model["comment"], model["private"], model["paused"], model["numreq"],
+            model["anonymous_per_day"], model["connected"]) == ("new", True, True, 5, 3, True)
+    assert {key.id for key in here.keys.values()} == {stays["id"], "id"}
+    assert ask(relay, "/api/services/other", Authorization="Bearer its key")[0] == 200
+    other.change(service, key_digest=digest("new"))
+    relay.reload()
+    assert manage(relay, hand, "GET")[0] == 401 and session not in relay.broker._sessions
+    other.remove(service)
+    other.add(Service(hand.name.upper(), digest("another's"), created=3.0))
+    relay.reload()
+    assert relay.broker.find(hand.name).key_digest == digest("another's")
+    assert {s.name for s in relay.broker.services()} == {
+        "Eliza", "Other", hand.name.upper()}
+
+
+def test_a_key_revoked_while_the_disk_is_full_does_not_come_back(stored, monkeypatch):
+    relay, hand, other = stored
+    guest = manage(relay, hand, "POST", "/keys", {})[1]
+
+    def full(key):
+        raise sqlite3.OperationalError("database or disk is full")
+    monkeypatch.setattr(relay.store, "remove_key", full)
+    assert manage(relay, hand, "DELETE", "/keys/" + guest["id"])[0] == 200
+    other.change(other.load()[0], comment="new")
+    relay.reload()
+    service = relay.broker.find(hand.name)
+    assert service.comment == "new" and not service.keys
+    assert other.load()[0].keys
+    monkeypatch.undo()
+    until(lambda: not other.load()[0].keys)      # once there is room, without a further word
+
+
+def test_a_reload_reads_only_what_changed_and_never_raises(stored, monkeypatch, capfd):
+    relay, hand, other = stored
+    loads, load = [], relay.store.load
+    monkeypatch.setattr(relay.store, "load", lambda: loads.append(1) or load())
+    manage(relay, hand, "PATCH", body={"comment": "by the relay itself"})
+    relay.reload()
+    assert not loads
+    other.change(other.load()[0], comment="new")
+    monkeypatch.setattr(relay.store, "load", lambda: 1 / 0)
+    relay.reload()
+    assert "cannot_reload" in capfd.readouterr().err
+    monkeypatch.undo()
+    relay.reload()
+    assert relay.broker.find(hand.name).comment == "new"
+
+
+def test_a_relay_starts_with_more_services_than_it_would_register(tmp_path):
+    store = Store(str(tmp_path / "data.sqlite3"))
+    for n in range(3):
+        store.add(Service("s%d" % n, ""))
+    with running_relay(store=store, limits=Limits(max_services=2)) as relay:
+        assert len(ask(relay, "/api/models")[1]) == 3
+        assert ask(relay, "/api/services", {"name": "more"})[1]["error"] == "relay_busy"
+
+
+def test_where_registration_is_closed_it_says_so(tmp_path):
+    with running_relay(registration="closed") as relay:
+        status, answer, _ = ask(relay, "/api/services", {"name": "s"})
+        assert status == 403 and answer["error"] == "forbidden" and "closed" in answer["reply"]
+
+
+def test_an_invitation_is_used_up_by_services_and_by_nothing_else(monkeypatch):
+    with running_relay(registration="invited") as relay:
+        def register(name, code):
+            status, answer, _ = ask(relay, "/api/services", {
+                "name": name, "invitation": code})
+            return answer.get("error", status)
+        relay.store.invite(digest("code"), 2)
+        for code in ("", "wrong", None, 5, ["code"]):
+            assert register("a", code) == "invitation_needed"
+        assert ask(relay, "/api/services", {"name": "a"})[1]["errorcode"] == 35
+        assert not relay.broker.services() and not relay.store.load()
+        assert register("a", "code") == 201
+        assert register("a", "code") == "name_taken"
+        assert register("-", "code") == "invalid_name"
+        assert register("b", "code") == 201
+        assert register("c", "code") == "invitation_needed"
+        monkeypatch.setattr(neuroengine_server, "is_loopback", lambda address: False)
+        tries = [register("d", "guess") for _ in range(21)]
+        assert tries == ["invitation_needed"] * 20 + ["rate_limited"]
+
+
+def test_the_quota_of_anonymous_callers_is_set_and_reset(relay, hand):
+    for value, status in ((5, 200), (0, 200), (1.5, 400), (-1, 400), (True, 400), ("5", 400),
+                          (10**9 + 1, 400)):
+        assert manage(relay, hand, "PATCH", body={"anonymous_per_day": value})[0] == status
+    assert manage(relay, hand, "GET")[1]["anonymous_per_day"] == 0
+    assert manage(relay, hand, "PATCH", body={"comment": "x"})[1]["anonymous_per_day"] == 0
+    manage(relay, hand, "PATCH", body={"anonymous_per_day": None})
+    assert "anonymous_per_day" not in manage(relay, hand, "GET")[1]
 
 
 def test_a_paused_service_refuses_all_but_its_operator(relay, hand):
@@ -3169,6 +3514,125 @@ neuroengine_server.main(["--demo", "--port", "0"])""")
     assert program.process.wait(SOON) == 0
 
 
+def test_admin_commands_work_on_the_file_while_the_relay_runs(start, tmp_path, capsys):
+    program, relay = start_relay(start, tmp_path, "--registration", "invited")
+
+    def run(*args):
+        status = neuroengine_server.main([*args, "--data", str(tmp_path / "data.sqlite3")])
+        out, err = capsys.readouterr()
+        return status, out + err
+    code = run("invite", "2")[1].split("\n")[-2]
+    old = {name: ask(relay, "/api/services", {"name": name, "invitation": code})[1]["key"]
+           for name in ("One", "Two")}
+    assert re.search(r"^One +0 prompts +0 keys +never connected", run("list")[1], re.M)
+    new = run("reset-key", "one")[1].split("\n")[-2]
+    assert run("delete", "TWO")[0] == 0
+    until(lambda: ask(relay, "/api/services/Two")[0] == 404)
+    assert ask(relay, "/api/services/One", Authorization="Bearer " + old["One"])[0] == 401
+    assert ask(relay, "/api/services/One", Authorization="Bearer " + new)[0] == 200
+    assert ask(relay, "/api/services", {"name": "Two", "invitation": code})[0] == 403
+    for args, words in ((["delete", "Two"], "no service Two"), (["invite", "0"], "USES"),
+                        (["backup", "/nosuch/x"], "Cannot write /nosuch/x")):
+        status, text = run(*args)
+        assert status == 1 and words in text
+    for args in (["reset-key"], ["list", "x"], ["nosuch"], ["list", "x", "y"]):
+        with pytest.raises(SystemExit):
+            run(*args)
+    status = neuroengine_server.main(["list", "--data", str(tmp_path / "nosuch")])
+    assert status == 1 and not (tmp_path / "nosuch").exists()
+    assert program.end() == 0 and "Traceback" not in program.output
+
+
+def test_commands_leave_an_older_file_as_it_is(tmp_path, capsys):
+    path, copy = str(tmp_path / "data.sqlite3"), str(tmp_path / "copy")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    assert neuroengine_server.main(["list", "--data", path]) == 1
+    assert "older" in capsys.readouterr().err
+    assert neuroengine_server.main(["backup", copy, "--data", path]) == 0
+    for file in (path, copy):
+        assert Store(file, existing=True).version == 1
+
+
+def openssl(directory, *args):
+    subprocess.run(("openssl",) + args, cwd=str(directory), check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """A directory of certificates: good, soon (to expire) and expired, with their keys."""
+    path = tmp_path_factory.mktemp("certificates")
+    for name, days in (("good", "100"), ("soon", "10")):
+        openssl(path, "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                "ec_paramgen_curve:prime256v1", "-nodes", "-days", days, "-subj", "/CN=x",
+                "-addext", "subjectAltName=DNS:relay.example.org", "-keyout",
+                name + ".key", "-out", name + ".pem")
+    (path / "conf").write_text("[ca]\ndefault_ca=a\n[a]\ndatabase=db\nrand_serial=yes\n"
+                               "default_md=sha256\npolicy=p\nnew_certs_dir=.\n[p]\n"
+                               "commonName=supplied\n")
+    (path / "db").write_text("")
+    openssl(path, "req", "-new", "-key", "good.key", "-subj", "/CN=x", "-out", "request")
+    openssl(path, "ca", "-config", "conf", "-selfsign", "-batch", "-notext", "-keyfile",
+            "good.key", "-in", "request", "-out", "expired.pem", "-startdate",
+            "20200101000000Z", "-enddate", "20210101000000Z")
+    return path
+
+
+def test_the_doctor_says_what_is_wrong(tmp_path, capsys, monkeypatch, relay, certificates):
+    def doctor(*args):
+        """Its exit status and the words of each line that is not ok."""
+        args = ["--port", "0", "--data", str(tmp_path / "data.sqlite3"), *map(str, args)]
+        status = neuroengine_server.main(["doctor"] + args)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 8 and all(
+            re.match(r"(ok|warning|error) +[A-Z].*\.$", line) for line in lines), lines
+        return status, "\n".join(line for line in lines if not line.startswith("ok"))
+
+    def pair(cert, key):
+        return ["--cert", certificates / cert, "--key", certificates / key]
+    assert doctor() == (0, "")
+    assert doctor(*pair("good.pem", "good.key")) == (0, "")
+    for args, status, words in (
+            (pair("soon.pem", "soon.key"), 0, "warning .*relay.example.org.*renew it"),
+            (pair("expired.pem", "good.key"), 1, "error .*certificate has expired"),
+            (pair("good.pem", "soon.key"), 1, "error .*key values mismatch"),
+            (pair("good.pem", "nosuch"), 1, "error .*nosuch is not there"),
+            (["--key", "x"], 1, "error .*--cert and --key together"),
+            (["--port", 8443], 0, "warning .*clients must be told to trust it"),
+            (["--max-connections", 10**8], 0, "warning .*LimitNOFILE"),
+            (["--data", "/nosuch/x"], 1, "error .*directory /nosuch,")):
+        found = doctor(*args)
+        assert found[0] == status and re.search(words, found[1]), found
+    assert not list(tmp_path.iterdir())          # it looks, and makes nothing
+    # Ports: our own relay, another program, and one that is not for us.
+    assert doctor("--host", "127.0.0.1", "--port", relay.server_address[1]) == (0, "")
+    with serving(type("Other", (FakeLLM,), {"got": [], "script": []})) as url:
+        found = doctor("--host", "127.0.0.1", "--port", url.rsplit(":", 1)[1])
+    assert found[0] == 1 and re.search("error .*BaseHTTP.* has it", found[1]), found
+    for name, value, status, words in (
+            ("Relay", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")), 1,
+             "CAP_NET_BIND_SERVICE"),
+            ("read_page", lambda: None, 0, "no chat.html"),
+            ("EARLIEST_TIME", 10**11, 1, "set it"),
+            ("MIN_FREE_MIB", 10**12, 0, "MB left")):
+        with monkeypatch.context() as patch:
+            patch.setattr(neuroengine_server, name, value)
+            found = doctor()
+            assert found[0] == status and words in found[1], found
+    (tmp_path / "data.sqlite3").write_bytes(b"this is no database, not at all" * 100)
+    status, words = doctor()
+    assert status == 1 and "damaged" in words
+
+
+def test_a_relay_warns_at_its_start_in_single_lines(start, tmp_path, certificates):
+    program, _ = start_relay(start, tmp_path, "--cert", certificates / "soon.pem", "--key",
+                             certificates / "soon.key", "--max-connections", 10**8)
+    assert program.says(r"(?m)^warning: The certificate .* renew it.*\.$")
+    assert program.says(r"(?m)^warning: Only \d+ files may be open.*\.$")
+    assert program.end() == 0
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs a Unix")
 def test_sighup_reloads_and_the_log_may_be_json(start, tmp_path):
     program, relay = start_relay(start, tmp_path, "--log", "json")
@@ -4602,6 +5066,12 @@ def test_readmes_limits_are_the_codes_limits():
     assert [row for row in table("## Limits")] == [
         ["--" + name.replace("_", "-"), str(default), text]
         for name, default, text in neuroengine_server.LIMITS]
+
+
+def test_readmes_commands_are_the_codes_commands():
+    assert [row[0] for row in table("### Look after it")] == [
+        (name + " " + argument).strip()
+        for name, (_, argument, _) in neuroengine_server.COMMANDS.items()]
 
 
 def test_readmes_fields_are_the_codes_fields():
