@@ -1742,12 +1742,11 @@ def digest(key):
 # HTTP: the reader of requests (RFC 9112, strictly)
 ##############################################################################
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(
-    rb"(" + _TOKEN + rb") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(r"(" + _TOKEN + r") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
 # Control characters, a bare CR or LF, white space before the colon and folded lines
 # all fail to match: each of them has been used to smuggle requests past proxies.
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)\r\n")
+_FIELD = re.compile(r"(" + _TOKEN + r"):([\t\x20-\x7e\x80-\xff]*)\r\n")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization",
                    "content-type", "content-encoding", "expect", "idempotency-key"))
 _HOST = re.compile(r"[A-Za-z0-9.:_\[\]-]*\Z")
@@ -1767,21 +1766,22 @@ def parse_head(data):
     for a chunked one. Raises RelayError for whatever RFC 9112 does not allow, and for
     what it allows but two readers could understand differently.
     """
-    match = _REQUEST_LINE.match(data)
+    text = data.decode("latin-1")
+    match = _REQUEST_LINE.match(text)
     if not match:
         raise RelayError("bad_http", "That is not an HTTP/1.1 request line.")
     head = Head()
-    head.method, head.target = match[1].decode("ascii"), match[2].decode("ascii")
-    head.version, head.fields = int(match[3]), {}
+    head.method, head.target, version = match.groups()
+    head.version, head.fields = int(version), {}
     position, fields, count = match.end(), head.fields, 0
-    while position < len(data):
-        match = _FIELD.match(data, position)
+    while position < len(text):
+        match = _FIELD.match(text, position)
         count += 1
         if not match or count > MAX_FIELDS:
             raise RelayError("bad_http", "A header of this request is malformed."
                              if not match else "This request has too many headers.")
-        name = match[1].decode("ascii").lower()
-        value = match[2].strip(b" \t").decode("latin-1")
+        name, value = match.groups()
+        name, value = name.lower(), value.strip(" \t")
         if name not in fields:
             fields[name] = value
         elif name in _ONCE:
@@ -2157,14 +2157,16 @@ def _finite(text):
     return float(text)
 
 
+_from_json = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
+
+
 def parse_json(body):
     """Return the JSON object that body is. Raises RelayError."""
     if too_deep(body):
         raise RelayError("invalid_json", "The body is nested deeper than %d levels."
                          % MAX_DEPTH)
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant,
-                           parse_float=_finite)
+        value = _from_json(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise RelayError("invalid_json", "The body is not JSON: %s." % printable(error))
     if type(value) is not dict:
@@ -2182,10 +2184,10 @@ def printable(value, most=200):
 
 def check_fields(request, fields):
     """Check the numbers of a request and drop those that are null. Raises RelayError."""
-    for field, (kind, lowest, highest) in fields.items():
-        value = request.get(field)
+    for field in fields.keys() & request.keys():
+        (kind, lowest, highest), value = fields[field], request[field]
         if value is None:
-            request.pop(field, None)
+            del request[field]
             continue
         if type(value) not in (int, float):
             raise RelayError("invalid_request", "%s must be a number." % field,
