@@ -1763,11 +1763,11 @@ def test_an_invitation_is_used_up_by_services_and_by_nothing_else(monkeypatch):
 
 
 def test_the_quota_of_anonymous_callers_is_set_and_reset(relay, hand):
-    for value, status in ((5, 200), (0, 200), (1.5, 400), (-1, 400), (True, 400), ("5", 400),
-                          (10**9 + 1, 400)):
+    for value, status in ((5, 200), (1, 200), (0, 400), (1.5, 400), (-1, 400), (True, 400),
+                          ("5", 400), (10**9 + 1, 400)):
         assert manage(relay, hand, "PATCH", body={"anonymous_per_day": value})[0] == status
-    assert manage(relay, hand, "GET")[1]["anonymous_per_day"] == 0
-    assert manage(relay, hand, "PATCH", body={"comment": "x"})[1]["anonymous_per_day"] == 0
+    assert manage(relay, hand, "GET")[1]["anonymous_per_day"] == 1
+    assert manage(relay, hand, "PATCH", body={"comment": "x"})[1]["anonymous_per_day"] == 1
     manage(relay, hand, "PATCH", body={"anonymous_per_day": None})
     assert "anonymous_per_day" not in manage(relay, hand, "GET")[1]
 
