@@ -1763,11 +1763,11 @@ def test_an_invitation_is_used_up_by_services_and_by_nothing_else(monkeypatch):
 
 
 def test_the_quota_of_anonymous_callers_is_set_and_reset(relay, hand):
-    for value, status in ((5, 200), (0, 200), (1.5, 400), (-1, 400), (True, 400), ("5", 400),
-                          (10**9 + 1, 400)):
+    for value, status in ((5, 200), (1, 200), (0, 400), (1.5, 400), (-1, 400), (True, 400),
+                          ("5", 400), (10**9 + 1, 400)):
         assert manage(relay, hand, "PATCH", body={"anonymous_per_day": value})[0] == status
-    assert manage(relay, hand, "GET")[1]["anonymous_per_day"] == 0
-    assert manage(relay, hand, "PATCH", body={"comment": "x"})[1]["anonymous_per_day"] == 0
+    assert manage(relay, hand, "GET")[1]["anonymous_per_day"] == 1
+    assert manage(relay, hand, "PATCH", body={"comment": "x"})[1]["anonymous_per_day"] == 1
     manage(relay, hand, "PATCH", body={"anonymous_per_day": None})
     assert "anonymous_per_day" not in manage(relay, hand, "GET")[1]
 
@@ -1913,6 +1913,66 @@ def test_a_head_that_drips_is_cut_in_the_end(relay):
             with contextlib.suppress(socket.timeout):
                 answer = sock.recv(100)
         assert b" 408 " in answer and 0.8 < time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("limit, start", [
+    ("head_seconds", b""), ("head_seconds", b"GET / HTTP/1.1\r\n"),
+    ("body_seconds", b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n"),
+    ("idle_seconds", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")])
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_peer_that_drips_or_is_silent_is_cut_in_the_end(tmp_path, limit, start, secure):
+    tls = None
+    if secure:
+        if not shutil.which("openssl"):
+            pytest.skip("needs the openssl program")
+        tls = neuroengine_server.Certificate(*neuroengine_server.self_signed(str(tmp_path)))
+    limits = {name: 30 for name in ("head_seconds", "body_seconds", "idle_seconds")}
+    with running_relay(tls=tls, limits=Limits(**dict(limits, **{limit: 0.5}))) as relay:
+        sock = socket.create_connection(relay.server_address, SOON)
+        if secure:
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            sock = context.wrap_socket(sock)
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            sock.sendall(start)
+            for _ in range(24 if start and limit != "idle_seconds" else 0):
+                sock.sendall(b"x")         # never silent for as long as the limit
+                time.sleep(0.05)
+        with contextlib.suppress(OSError):
+            while sock.recv(65536):
+                pass
+        sock.close()
+        until(lambda: relay.connections == 0)
+        assert time.monotonic() - began < 6
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_peer_that_does_not_read_is_cut_in_the_end(tmp_path, secure):
+    ours, theirs = socket.socketpair()
+    if secure:
+        if not shutil.which("openssl"):
+            pytest.skip("needs the openssl program")
+        files = neuroengine_server.self_signed(str(tmp_path))
+        client = ssl.create_default_context()
+        client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+        shaken = in_thread(client.wrap_socket, theirs)
+        ours = neuroengine_server.tls_context(*files).wrap_socket(ours, server_side=True)
+        theirs = shaken()
+    wire, began = neuroengine_server.Wire(ours, Limits(write_seconds=0.3)), time.monotonic()
+
+    def drip():
+        with contextlib.suppress(OSError):
+            while theirs.recv(100):
+                time.sleep(0.05)           # it reads, but far too slowly
+    wait = in_thread(drip)
+    with pytest.raises(neuroengine_server.PeerGone):
+        wire.write(b"x" * 10000000)
+    assert time.monotonic() - began < 5
+    ours.close()
+    theirs.close()
+    with contextlib.suppress(AssertionError):
+        wait()
 
 
 def test_a_header_of_ours_cannot_be_ill_formed(relay):
