@@ -259,6 +259,7 @@ def outcome(parts):
     wire, made = ne.Wire(Pieces(parts), SMALL), []
     try:
         for _ in range(8):
+            wire.wait(1)
             head = wire.read_head()
             check_head(head)
             made.append((head.method, head.target, head.path, sorted(head.fields.items())))
