@@ -1032,6 +1032,34 @@ int clock_gettime(clockid_t id, struct timespec *now) {
 """
 
 
+@part("proxy-headers")
+def proxy_headers(siege, figures):
+    """X-Forwarded-For of a stranger changes nothing; of a trusted proxy, its last word."""
+    path = "/api/services/" + SERVICE
+    with Relay(siege) as relay:
+        def guess(forwarded, source="127.0.0.1", relay=relay):
+            return relay.ask("GET", path, key="ne_guess", source=source, headers={
+                "X-Forwarded-For": forwarded})[0]
+
+        statuses = [guess("203.0.113.%d" % n, "127.0.0.50") for n in range(100)]
+        figures.add("a stranger with 100 names: 401", statuses.count(401), most=40)
+        figures.add("429", statuses.count(429), least=60)
+        figures.add("metrics through a proxy", relay.ask("GET", "/metrics", headers={
+            "X-Forwarded-For": "127.0.0.1"})[0], exactly=403)
+    with Relay(siege, "--trusted-proxy", "127.0.0.1") as relay:
+        statuses = [guess("192.0.2.%d, 203.0.113.5" % n, relay=relay) for n in range(100)]
+        figures.add("one client behind the proxy with 100 names: 401",
+                    statuses.count(401), most=40)
+        figures.add("another client there", guess("203.0.113.5, 203.0.113.6", relay=relay),
+                    exactly=401)
+        statuses = [guess("203.0.113.%d" % n, "127.0.0.50", relay) for n in range(10, 110)]
+        figures.add("one that is not the proxy: 401", statuses.count(401), most=40)
+        odd = {guess(text, relay=relay) for text in (
+            "", ",", "x", "203.0.113.7:80", "[::1]", "::ffff:1.2.3.4", "1.2.3", "fe80::1%eth0")}
+        figures.add("odd headers", odd, good=odd <= {401, 429})
+        figures.add("tracebacks", relay.tracebacks(), exactly=0)
+
+
 @part("clock")
 def clock(siege, figures):
     """The wall clock jumps a day ahead and back: no lease, limit or wait changes."""
