@@ -546,7 +546,9 @@ class Soak:
 
     def flatness(self):
         """[(relay, what, median of the first third, of the last, whether it is flat)]"""
-        samples = self.samples[len(self.samples) // 6:]     # the warm-up
+        # The warm-up: until all of the allocator's pools have been as full as they get.
+        samples = [sample for sample in self.samples
+                   if sample["at"] >= min(600, self.seconds / 2)]
         third = max(1, len(samples) // 3)
         rows = []
         for title in self.relays:
