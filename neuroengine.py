@@ -44,7 +44,6 @@ import ssl
 import sys
 import threading
 import time
-import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -1039,7 +1038,7 @@ class _Listening:
             error = {"error": why.name or "provider_error", "message": why.message}
         except Exception as why:
             if not work.cancelled:
-                self.status.event("The callback failed:\n" + traceback.format_exc())
+                self.status.failure("The callback failed:")
             error = {"error": "provider_error",
                      "message": "its program raised %s" % type(why).__name__}
         finally:
@@ -1048,7 +1047,7 @@ class _Listening:
                 try:
                     close()
                 except Exception:
-                    self.status.event("Closing it failed:\n" + traceback.format_exc())
+                    self.status.failure("Closing it failed:")
         self.outbox.end(work, error or (
             CANCELLED if work.cancelled else None))
 
@@ -1134,6 +1133,11 @@ class Status:
             self._write(("\r\x1b[K" if self._line else "") + (
                 "" if self.live else time.strftime("%H:%M:%S ")) + text + "\n")
             self._line = ""
+
+    def failure(self, text):
+        """Say that something raised, with its traceback."""
+        import traceback                   # rarely needed, and 5 of 60 ms to import
+        self.event(text + "\n" + traceback.format_exc())
 
     def show(self, running, served, tokens):
         """Show the present state, on a terminal, at most some times a second."""
