@@ -3509,6 +3509,52 @@ def test_page_registers_a_service_and_shows_what_to_run(page_relay, page_tab):
     provider.leave()
 
 
+def test_page_asks_for_an_invitation_where_the_relay_wants_one(page_relay, page_tab):
+    tab, bodies = page_tab().open("/"), []
+    tab.expects_trouble = True
+
+    def relay(route):
+        bodies.append(route.request.post_data_json)
+        if bodies[-1].get("invitation") == "ne_code":
+            route.fulfill(status=201, json={"name": "My-Llama", "key": "ne_key"})
+        else:
+            route.fulfill(status=403, json={
+                "reply": "A new service needs an invitation.", "errorcode": 35,
+                "error": "invitation_needed"})
+    tab.tab.route("**/api/services", relay)
+    tab.tab.click("#open-share")
+    assert not tab.tab.is_visible("#share-invitation")
+    tab.tab.fill("#share-name", "My-Llama")
+    tab.tab.click("text=Register the name")
+    tab.shows("needs an invitation", "#register-trouble")
+    tab.tab.keyboard.type("ne_code")                     # the field has the focus
+    tab.tab.keyboard.press("Enter")
+    tab.tab.wait_for_selector("#share-done:visible")
+    assert [body.get("invitation") for body in bodies] == [None, "ne_code"]
+
+
+def test_page_limits_callers_without_a_key(page_relay, page_tab):
+    tab, sent, field = page_tab().open("/"), [], "#m-anonymous_per_day"
+
+    def relay(route):
+        if route.request.method == "PATCH":
+            sent.append(route.request.post_data_json)
+            return route.fulfill(json={"errorcode": 0})
+        answer = route.fetch()
+        route.fulfill(response=answer, json=dict(answer.json(), anonymous_per_day=7))
+    tab.tab.route("**/api/services/Demo", relay)
+    page_manage(tab)
+    assert tab.tab.input_value(field) == "7"
+    for text in ("", "0"):
+        tab.tab.fill(field, text)
+        with tab.tab.expect_response("**/api/services/Demo"):
+            tab.tab.click("#managed >> text=Save")
+    tab.shows("Saved.", ".toast")
+    assert sent == [{"operator": "Ada", "comment": "A small model on an old machine",
+                     "anonymous_per_day": number, "paused": False, "private": False}
+                    for number in (None, 0)]
+
+
 def test_page_manages_a_service_with_its_key(page_relay, page_tab):
     tab = page_tab().open("/")
     tab.expects_trouble = True
