@@ -689,7 +689,9 @@ class Work:
 
     def __init__(self, job, attempt, at, request):
         self.job, self.attempt, self.request = job, attempt, request
-        self.at, self.items, self.size = at, [], 0    # at: position of items[0]
+        self.at, self.items = at, []           # at: position of items[0]
+        self.size = self.sent = 0              # bytes of all items, of those taken
+        self.due = False                       # the sender will look at it by itself
         self.ended = False
         self.error = None
         self.cancelled = False                 # nobody wants it any more
@@ -727,19 +729,28 @@ class Outbox:
             return True
 
     def put(self, work, item):
-        """Add an item; False if the job is cancelled. Blocks if too much is unsent."""
-        with self._lock:
-            while work.size > MAX_UNSENT_BYTES and not work.cancelled:
-                self._room.wait()
-            if work.cancelled:
-                return False
-            work.items.append(item)
-            work.size += size_of(item)
-            self.tokens += 1
-            if work not in self._ready:
-                self._ready[work] = True
+        """Add an item; False if the job is cancelled. Blocks if too much is unsent.
+
+        Only for the one thread that answers this job.
+        """
+        if work.size - work.sent > MAX_UNSENT_BYTES:
+            with self._lock:
+                while work.size - work.sent > MAX_UNSENT_BYTES and not work.cancelled:
+                    self._room.wait()
+        if work.cancelled:
+            return False
+        # Without the lock, for which all workers would queue up (FIGURES). It is not lost:
+        # settle looks for items after it says that the work is not due any more.
+        work.items.append(item)
+        work.size += size_of(item)
+        if not work.due:
+            with self._lock:
+                self._make_ready_locked(work)
                 self._filled.notify()
-            return True
+        return True
+
+    def _make_ready_locked(self, work):
+        self._ready[work] = work.due = True
 
     def end(self, work, error=None):
         """Note that an answer has ended, with an error or without."""
@@ -747,7 +758,7 @@ class Outbox:
             work.ended, work.error = True, error
             self.served += 1
             if (work.job, work.attempt) in self._works:
-                self._ready[work] = True
+                self._make_ready_locked(work)
                 self._filled.notify()
 
     def running(self):
@@ -781,13 +792,13 @@ class Outbox:
                     entry["done"] = True
                 entries.append(entry)
                 taken.append((work, count, last))
-                size += work.size
-                del self._ready[work]
+                size += work.size - work.sent
+                del self._ready[work]          # and it is due still, until settle
             return entries, taken
 
     def _fitting(self, work, room):
         """How many of a work's items go into one request: all, but for a long outage."""
-        if work.size <= room:
+        if work.size - work.sent <= room:
             return len(work.items)
         count = 0
         for item in work.items:
@@ -803,13 +814,15 @@ class Outbox:
             for work, count, last in taken:
                 if sent:
                     work.at += count
-                    work.size -= sum(map(size_of, work.items[:count]))
+                    work.sent += sum(map(size_of, work.items[:count]))
                     del work.items[:count]
+                    self.tokens += count
                     if last:
                         self._works.pop((work.job, work.attempt), None)
+                work.due = False
                 if (work.items or work.ended and not (sent and last)) \
                         and (work.job, work.attempt) in self._works:
-                    self._ready[work] = True
+                    self._make_ready_locked(work)
             self._room.notify_all()
             if self._ready:
                 self._filled.notify()
@@ -823,7 +836,7 @@ class Outbox:
                 if work is not None and not work.cancelled:
                     work.cancelled = True
                     work.items.clear()
-                    work.size = 0
+                    work.sent = work.size
                     if work.ended:             # its last word must still be said: it
                         work.error = CANCELLED   # tells that a worker is free
                     else:
@@ -1060,8 +1073,9 @@ class _Listening:
         try:
             if not work.cancelled:
                 work.answer = self.callback(self._request_of(work))
+                needs_call = self._needs_call(work.request)
                 for item in items_of(work.answer):
-                    if type(item) is str and self._needs_call(work.request):
+                    if needs_call and type(item) is str:
                         raise NeuroengineError(1, "a tool call is demanded, and it "
                                                "answers with text", "unsupported")
                     if not self.outbox.put(work, item):

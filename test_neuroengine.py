@@ -2350,6 +2350,32 @@ def test_outbox_repeats_until_settled_and_forgets_after_the_end():
     assert outbox.running() == []
 
 
+def test_outbox_loses_and_doubles_nothing_that_many_threads_put_at_once():
+    outbox, got, many = neuroengine.Outbox(), {}, 2000
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def put(work):
+        for number in range(many):
+            assert outbox.put(work, str(number))
+    try:
+        for job in range(8):
+            work = neuroengine.Work(job, 1, 0, {})
+            outbox.add(work)
+            threading.Thread(target=put, args=(work,), daemon=True).start()
+        while sum(map(len, got.values())) < 8 * many:
+            entries, taken = outbox.take(SOON)
+            assert entries             # else something was left lying, and we waited
+            sent = random.random() < 0.8
+            for entry in entries if sent else ():
+                assert entry["at"] == len(got.setdefault(entry["job"], []))
+                got[entry["job"]] += entry["items"]
+            outbox.settle(taken, sent)
+    finally:
+        sys.setswitchinterval(before)
+    assert all(items == [str(n) for n in range(many)] for items in got.values())
+
+
 def test_outbox_says_the_last_word_of_an_answer_cancelled_at_its_end():
     outbox = neuroengine.Outbox()
     work = neuroengine.Work("j", 1, 0, {})
