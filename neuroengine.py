@@ -1579,10 +1579,9 @@ class Completion:
     def _events(self):
         finish, usage = None, None
         for line in self._response.lines():
-            line = line.strip()
-            if line[:6] == b"error:":          # older llama.cpp
-                raise self._failure(500, upstream_words(line[6:]))
             if line[:5] != b"data:":
+                if line[:6] == b"error:":      # older llama.cpp
+                    raise self._failure(500, upstream_words(line[6:]))
                 continue
             data = line[5:].strip()
             if data == b"[DONE]":
