@@ -517,6 +517,15 @@ def test_a_broken_poll_hands_its_jobs_out_again_at_once(desk):
     assert desk.poll(session)[0] == [(reader.job.id, 1, 0, None)]
 
 
+def test_a_poll_that_a_newer_one_ended_does_not_come_back(desk):
+    session, old, new = desk.login(), object(), object()
+    desk.poll(session, token=old)
+    desk.poll(session, token=new)
+    assert desk.broker.poll(desk.service, session, old, timeout=30) == ([], [])
+    desk.broker.lost(session, old)
+    assert desk.broker._sessions[session].poll is new
+
+
 def test_a_logout_hands_jobs_back_at_once_oldest_first(desk):
     session = desk.login(workers=2)
     first, second = desk.submit(), desk.submit()
