@@ -44,7 +44,6 @@ import ssl
 import sys
 import threading
 import time
-import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -73,6 +72,9 @@ REMEMBERED_STREAMS = 1000    # places of the streams that request() reads
 DEFAULT_MAX_TOKENS = 4096    # for an upstream whose own default is unlimited
 UPSTREAM_SECONDS = 600       # silence of the local LLM server; prefill can be slow
 LOADING_SECONDS = 300        # it may say "loading model" for so long
+LOOK_SECONDS = 60            # between two looks at the clock of `share --hours`
+DAY_MINUTES = 24 * 60
+DRAIN_LOOK_SECONDS = 1       # between two looks at a service that is drained
 
 SAMPLING = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "min_p": 0.0,
             "repetition_penalty": 1.2, "max_new_len": 128, "seed": 0, "raw": "False"}
@@ -687,7 +689,9 @@ class Work:
 
     def __init__(self, job, attempt, at, request):
         self.job, self.attempt, self.request = job, attempt, request
-        self.at, self.items, self.size = at, [], 0    # at: position of items[0]
+        self.at, self.items = at, []           # at: position of items[0]
+        self.size = self.sent = 0              # bytes of all items, of those taken
+        self.due = False                       # the sender will look at it by itself
         self.ended = False
         self.error = None
         self.cancelled = False                 # nobody wants it any more
@@ -725,19 +729,29 @@ class Outbox:
             return True
 
     def put(self, work, item):
-        """Add an item; False if the job is cancelled. Blocks if too much is unsent."""
-        with self._lock:
-            while work.size > MAX_UNSENT_BYTES and not work.cancelled:
-                self._room.wait()
-            if work.cancelled:
-                return False
-            work.items.append(item)
-            work.size += size_of(item)
-            self.tokens += 1
-            if work not in self._ready:
-                self._ready[work] = True
+        """Add an item; False if the job is cancelled. Blocks if too much is unsent.
+
+        Only for the one thread that answers this job.
+        """
+        if work.size - work.sent > MAX_UNSENT_BYTES:
+            with self._lock:
+                while work.size - work.sent > MAX_UNSENT_BYTES and not work.cancelled:
+                    self._room.wait()
+        if work.cancelled:
+            return False
+        # Without the lock, for which 64 workers queued up (52 us of CPU a token with it,
+        # 40 without). No item is left lying: settle says that the work is not due before
+        # it looks for more.
+        work.items.append(item)
+        work.size += size_of(item)
+        if not work.due:
+            with self._lock:
+                self._make_ready_locked(work)
                 self._filled.notify()
-            return True
+        return True
+
+    def _make_ready_locked(self, work):
+        self._ready[work] = work.due = True
 
     def end(self, work, error=None):
         """Note that an answer has ended, with an error or without."""
@@ -745,7 +759,7 @@ class Outbox:
             work.ended, work.error = True, error
             self.served += 1
             if (work.job, work.attempt) in self._works:
-                self._ready[work] = True
+                self._make_ready_locked(work)
                 self._filled.notify()
 
     def running(self):
@@ -779,13 +793,13 @@ class Outbox:
                     entry["done"] = True
                 entries.append(entry)
                 taken.append((work, count, last))
-                size += work.size
-                del self._ready[work]
+                size += work.size - work.sent
+                del self._ready[work]          # and it is due still, until settle
             return entries, taken
 
     def _fitting(self, work, room):
         """How many of a work's items go into one request: all, but for a long outage."""
-        if work.size <= room:
+        if work.size - work.sent <= room:
             return len(work.items)
         count = 0
         for item in work.items:
@@ -801,13 +815,15 @@ class Outbox:
             for work, count, last in taken:
                 if sent:
                     work.at += count
-                    work.size -= sum(map(size_of, work.items[:count]))
+                    work.sent += sum(map(size_of, work.items[:count]))
                     del work.items[:count]
+                    self.tokens += count
                     if last:
                         self._works.pop((work.job, work.attempt), None)
+                work.due = False
                 if (work.items or work.ended and not (sent and last)) \
                         and (work.job, work.attempt) in self._works:
-                    self._ready[work] = True
+                    self._make_ready_locked(work)
             self._room.notify_all()
             if self._ready:
                 self._filled.notify()
@@ -821,7 +837,7 @@ class Outbox:
                 if work is not None and not work.cancelled:
                     work.cancelled = True
                     work.items.clear()
-                    work.size = 0
+                    work.sent = work.size
                     if work.ended:             # its last word must still be said: it
                         work.error = CANCELLED   # tells that a worker is free
                     else:
@@ -858,7 +874,8 @@ class NeuroengineServer:
         self._stale = True        # not logged in with those
         self._ready = None        # the bridge's: waits until its upstream is there
         self._stopping = False
-        self._paused = False      # the upstream went away: log in when it is back
+        self._paused = False      # upstream gone, or closed: log in when that is over
+        self._hours = ()          # when to share, as parse_hours has it
 
     def login(self, service_name, service_key):
         """Log in to the relay as a provider of that service, with its service key.
@@ -925,21 +942,25 @@ class _Listening:
 
     def __init__(self, server, callback):
         self.server, self.callback = server, callback
-        self.outbox, self.status = Outbox(), Status()
+        self.outbox, self.status = Outbox(), Status(server._hours)
         self._todo = collections.deque()
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)   # work in _todo
         self._threads = self._resting = 0      # workers, and those with nothing to do
+        self._called = False                   # one of them is on its way to _todo
         self._online = threading.Event()       # the relay answered the last poll
+        self._closing = False                  # the hours are over: no more jobs
 
     def run(self):
         server = self.server
         sender = threading.Thread(target=self._send, daemon=True)
         server._stopping = False
         try:
-            if server._stale:
+            if server._stale and not server._paused:
                 self._keep_trying(server._log_in)
             sender.start()
+            if server._hours:
+                threading.Thread(target=self._keep_hours, daemon=True).start()
             self._say()
             while not server._stopping:
                 self._poll()
@@ -961,7 +982,8 @@ class _Listening:
             try:
                 answer = action()
             except NeuroengineError as error:
-                if self.server._paused or self.server._stopping:
+                if self.server._paused or self.server._stopping \
+                        or self._closing and not self.outbox.running():
                     return {}
                 if error.name == "session_unknown":
                     action = self.server._log_in
@@ -982,13 +1004,39 @@ class _Listening:
     def _poll(self):
         """Ask for work once, and take it."""
         server = self.server
+        if self._closing and not self.outbox.running():
+            self._pause(hours_words(server._hours).capitalize() + ".")
         if server._paused:
             server._ready()
-            server._paused = False
+            if server._stopping:
+                return
+            server._paused = self._closing = False
             self._keep_trying(server._log_in)
-        self._take(self._keep_trying(lambda: server._call(
-            "poll", timeout=POLL_SECONDS, session=server._session,
-            running=self.outbox.running())))
+        self._take(self._keep_trying(self._call_poll))
+
+    def _call_poll(self):
+        running = self.outbox.running()
+        if self._closing:
+            # What is named and not ours takes up a worker, so the relay gives us no more.
+            running += [("closing", n) for n in range(self.server._features["workers"])]
+        return self.server._call("poll", timeout=POLL_SECONDS, running=running,
+                                 session=self.server._session)
+
+    def _keep_hours(self):
+        """Begin to close when the hours are over; for a thread of its own."""
+        while not self.server._stopping:
+            if not opening(self.server._hours, local_minute())[0] \
+                    and not self.server._paused:
+                self._closing = True
+                self._end_poll()
+            sleep_until_look()
+
+    def _end_poll(self):
+        """End the poll under way, by another."""
+        try:
+            self._take(self._call_poll())
+        except NeuroengineError:
+            pass                               # the next one will say why
 
     def _take(self, answer):
         """Deal with the jobs and cancellations of a response."""
@@ -1005,20 +1053,34 @@ class _Listening:
     def _give(self, work):
         with self._lock:
             self._todo.append(work)
-            if self._resting >= len(self._todo):
-                self._arrived.notify()
-            elif self._threads < self.server._features["workers"]:
-                self._threads += 1
-                threading.Thread(target=self._work, daemon=True).start()
+            self._call_worker_locked()
+
+    def _call_worker_locked(self):
+        """Have a worker look at _todo; it calls the next if there is more. (To call one
+        for each job took 2.7 times the CPU when answers are so short that a worker which
+        is awake gets them all: 69 against 25 us a job.)"""
+        if self._called:
+            return
+        if self._resting:
+            self._called = True
+            self._arrived.notify()
+        elif self._threads < self.server._features["workers"]:
+            self._called = True
+            self._threads += 1
+            threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self):
+        self._called = False
         while True:
             with self._lock:
                 self._resting += 1
                 while not self._todo:
                     self._arrived.wait()
+                    self._called = False
                 self._resting -= 1
                 work = self._todo.popleft()
+                if self._todo:
+                    self._call_worker_locked()
             self._answer(work)
 
     def _answer(self, work):
@@ -1027,8 +1089,9 @@ class _Listening:
         try:
             if not work.cancelled:
                 work.answer = self.callback(self._request_of(work))
+                needs_call = self._needs_call(work.request)
                 for item in items_of(work.answer):
-                    if type(item) is str and self._needs_call(work.request):
+                    if needs_call and type(item) is str:
                         raise NeuroengineError(1, "a tool call is demanded, and it "
                                                "answers with text", "unsupported")
                     if not self.outbox.put(work, item):
@@ -1039,7 +1102,7 @@ class _Listening:
             error = {"error": why.name or "provider_error", "message": why.message}
         except Exception as why:
             if not work.cancelled:
-                self.status.event("The callback failed:\n" + traceback.format_exc())
+                self.status.failure("The callback failed:")
             error = {"error": "provider_error",
                      "message": "its program raised %s" % type(why).__name__}
         finally:
@@ -1048,7 +1111,7 @@ class _Listening:
                 try:
                     close()
                 except Exception:
-                    self.status.event("Closing it failed:\n" + traceback.format_exc())
+                    self.status.failure("Closing it failed:")
         self.outbox.end(work, error or (
             CANCELLED if work.cancelled else None))
 
@@ -1066,7 +1129,8 @@ class _Listening:
         return request if self.server._ready else callback_request(request)
 
     def _pause(self, why):
-        """The upstream is gone: hand everything back, and log in when it is there."""
+        """The upstream is gone, or the hours are over: hand everything back, and log in
+        when it is time again."""
         server = self.server
         with self._lock:
             first, server._paused = not server._paused, True
@@ -1103,6 +1167,8 @@ class _Listening:
                 continue
             failures = 0
             self.outbox.settle(taken, sent=True)
+            if self._closing and not self.outbox.running():
+                self._end_poll()
             for refusal in answer.get("refused", ()):
                 self._refused(refusal, taken)
             self._take(answer)
@@ -1117,11 +1183,68 @@ class _Listening:
                          self.outbox.tokens)
 
 
+def parse_hours(text):
+    """[(from, to)] in minutes of the day, of a text like "22-8" or "9-12:30,14-17"."""
+    spans = []
+    for span in text.split(","):
+        numbers = re.match(r"(\d\d?)(?::([0-5]\d))?-(\d\d?)(?::([0-5]\d))?\Z",
+                           span.strip())
+        hour, minute, end_hour, end_minute = (
+            int(number or 0) for number in numbers.groups()) if numbers else (25,) * 4
+        spans.append((60 * hour + minute, 60 * end_hour + end_minute))
+        if max(spans[-1]) > DAY_MINUTES:
+            raise NeuroengineError(NO_CONNECTION, "%s are no hours: write them like 22-8, "
+                                   "22:30-8 or 9-12,14-17." % (text or "These"))
+    return spans
+
+
+def opening(spans, minute):
+    """(whether it is open at that minute of the day, the minute when that changes).
+
+    It is always open without spans; what never changes has None for the minute.
+    """
+    def is_open(minute):
+        return not spans or any(
+            (minute - begin) % DAY_MINUTES < ((end - begin) % DAY_MINUTES or DAY_MINUTES)
+            for begin, end in spans)
+    now = is_open(minute)
+    return now, next((later % DAY_MINUTES for later in range(minute, minute + DAY_MINUTES)
+                      if is_open(later) != now), None)
+
+
+def local_minute():
+    """The minute of the day, on this machine's clock."""
+    now = time.localtime()
+    return 60 * now.tm_hour + now.tm_min
+
+
+def hours_words(spans):
+    """Whether it is open, and until when; "" if there are no hours."""
+    is_open, change = opening(spans, local_minute())
+    return "" if not spans else "open" if change is None else "%s until %02d:%02d" % (
+        "open" if is_open else "closed", change // 60, change % 60)
+
+
+def sleep_until_look():
+    """Sleep until the next full minute. (Clocks are set, and go to summer time: so look
+    at them again and again, rather than reckon how long it is to the next opening.)"""
+    time.sleep(LOOK_SECONDS - time.time() % LOOK_SECONDS)
+
+
+def wait_for_opening(spans):
+    """Wait until it is open; whether that took any time."""
+    waited = False
+    while not opening(spans, local_minute())[0]:
+        waited = True
+        sleep_until_look()
+    return waited
+
+
 class Status:
     """What a provider is doing: one live line on a terminal, log lines elsewhere."""
 
-    def __init__(self, stream=None):
-        self.stream = stream or sys.stderr
+    def __init__(self, hours=(), stream=None):
+        self.hours, self.stream = hours, stream or sys.stderr
         self.live = hasattr(self.stream, "isatty") and self.stream.isatty()
         self._lock = threading.Lock()
         self._shown = 0.0
@@ -1135,6 +1258,11 @@ class Status:
                 "" if self.live else time.strftime("%H:%M:%S ")) + text + "\n")
             self._line = ""
 
+    def failure(self, text):
+        """Say that something raised, with its traceback."""
+        import traceback                   # rarely needed, and 5 of 60 ms to import
+        self.event(text + "\n" + traceback.format_exc())
+
     def show(self, running, served, tokens):
         """Show the present state, on a terminal, at most some times a second."""
         now = time.monotonic()
@@ -1146,8 +1274,9 @@ class Status:
             if now - since > 2:
                 self._before = now, tokens
             self._shown = now
-            self._line = "%s  %d running  %d served  %.0f tokens/s" % (
-                "working" if running else "waiting", running, served, rate)
+            self._line = ("%s  %d running  %d served  %.0f tokens/s  %s" % (
+                "working" if running else "waiting", running, served, rate,
+                hours_words(self.hours))).rstrip()
             self._write("\r\x1b[K" + self._line)
 
     def _write(self, text):
@@ -1450,10 +1579,9 @@ class Completion:
     def _events(self):
         finish, usage = None, None
         for line in self._response.lines():
-            line = line.strip()
-            if line[:6] == b"error:":          # older llama.cpp
-                raise self._failure(500, upstream_words(line[6:]))
             if line[:5] != b"data:":
+                if line[:6] == b"error:":      # older llama.cpp
+                    raise self._failure(500, upstream_words(line[6:]))
                 continue
             data = line[5:].strip()
             if data == b"[DONE]":
@@ -1537,9 +1665,9 @@ def read_key(path):
         return ""
 
 
-def register(transport, name, operator="", comment=""):
+def register(transport, options):
     """Register a service and return its key, kept in key_file from now on."""
-    path = key_file(transport.base, name)
+    path = key_file(transport.base, options.name)
     try:
         # Before the relay is asked: the key is told only once.
         save_key(path, read_key(path))
@@ -1547,9 +1675,13 @@ def register(transport, name, operator="", comment=""):
         raise NeuroengineError(NO_CONNECTION, "The key could not be kept in %s (%s). Set "
                                "NEUROENGINE_HOME to a folder that can be written."
                                % (path, error.strerror)) from None
-    answer = transport.call("POST", "/api/services", {
-        "name": name, "operator": operator, "comment": comment},
-        idempotency_key=secrets.token_hex(16))
+    body = {"name": options.name, "operator": options.operator,
+            "comment": options.comment}
+    invitation = options.invitation or os.environ.get("NEUROENGINE_INVITATION")
+    if invitation:
+        body["invitation"] = invitation
+    answer = transport.call("POST", "/api/services", body,
+                            idempotency_key=secrets.token_hex(16))
     save_key(path, answer["key"])
     return answer["key"], path
 
@@ -1635,19 +1767,35 @@ def run_models(options):
 def run_register(options):
     """register: take a name, keep its key."""
     transport = client_of(options, "")._transport
-    key, path = register(transport, options.name, options.operator, options.comment)
+    key, path = register(transport, options)
     print("Registered %s. Its service key, which is not shown again, is in %s:\n%s" % (
         options.name, path, key))
 
 
+def service_path(name):
+    """Where a service is shown and changed."""
+    return "/api/services/%s" % urllib.parse.quote(name, safe="")
+
+
 def run_keys(options):
-    """keys: access keys for the guests of a service of one's own."""
+    """keys: who may use a service of one's own, and when; access keys for its guests."""
     transport = client_of(options, "")._transport
-    path = "/api/services/%s" % urllib.parse.quote(options.name, safe="")
+    name, path = options.name, service_path(options.name)
     own = service_key(options, transport.base)
-    if options.private or options.open:
-        transport.call("PATCH", path, {"private": options.private}, key=own)
-        print("%s is %s now." % (options.name, "private" if options.private else "open"))
+
+    def change(words, **fields):
+        transport.call("PATCH", path, fields, key=own)
+        print("%s %s." % (name, words), flush=True)
+    if options.private is not None:
+        change("is %s now" % ("private" if options.private else "open"),
+               private=options.private)
+    if options.anonymous is not None:
+        usual = options.anonymous == "default"
+        change("gives callers without a key %s prompts a day now" % (
+            "the relay's number of" if usual else options.anonymous),
+            anonymous_per_day=None if usual else options.anonymous)
+    if options.paused is not None:
+        change("is paused now" if options.paused else "goes on now", paused=options.paused)
     if options.add is not None:
         answer = transport.call("POST", path + "/keys", {
             "label": options.add, "requests_per_day": options.requests_per_day,
@@ -1656,18 +1804,46 @@ def run_keys(options):
             "expires": options.days and time.time() + 86400 * options.days}, key=own)
         print("The access key of %s, which is not shown again:\n%s\nAn invitation to the "
               "page:\n%s/%s#k=%s" % (options.add or answer["id"], answer["key"],
-                                     transport.base, options.name, answer["key"]))
+                                     transport.base, name, answer["key"]))
     if options.revoke:
         transport.call("DELETE", path + "/keys/" + urllib.parse.quote(options.revoke),
                        key=own)
         print("Revoked %s." % options.revoke)
-    if options.add is None and not options.revoke and not (options.private or options.open):
+    if options.drain:
+        change("is paused now, for good until --resume", paused=True)
+        wait_until_drained(transport, path, own)
+        print("Nothing waits or runs any more: its providers can be stopped now.")
+    if not options.revoke and not options.drain and all(value is None for value in (
+            options.add, options.private, options.anonymous, options.paused)):
         for key in transport.call("GET", path + "/keys", key=own)["keys"]:
             limits = ", ".join("%s %s" % (name.replace("_", " "), key[name])
                                for name in KEY_LIMITS if key.get(name) is not None)
             print("%s  %-20s  today %d requests, %d tokens  %s" % (
                 key["id"], key["label"], key["requests_today"], key["tokens_today"],
                 limits))
+
+
+def wait_until_drained(transport, path, key):
+    """Wait until no job of a service waits or runs, and say how many do meanwhile."""
+    said = None
+    try:
+        while True:
+            service = transport.call("GET", path, key=key)
+            left = service["queuelen"], service["running"]
+            if not any(left):
+                return
+            if left != said:
+                print("%d waiting, %d running" % left, flush=True)
+                said = left
+            time.sleep(DRAIN_LOOK_SECONDS)
+    except KeyboardInterrupt:
+        print("It stays paused; what it has goes on.")
+        raise
+
+
+def number_or_default(text):
+    """What --anonymous takes."""
+    return text if text == "default" else int(text)
 
 
 def service_key(options, base):
@@ -1698,6 +1874,7 @@ def run_share(options):
     """share: be a provider, with a local LLM server behind it."""
     server = NeuroengineServer(options.relay or DEFAULT_SERVER,
                                verify_ssl=options.ca or not options.insecure)
+    server._hours = parse_hours(options.hours) if options.hours else ()
     base, status = server._transport.base, Status()
     upstream = Upstream(options.upstream, options.model,
                         os.environ.get("NEUROENGINE_UPSTREAM_KEY", ""),
@@ -1705,8 +1882,7 @@ def run_share(options):
     upstream.wait(status.event)
     key = service_key(options, base)
     if not key:
-        key, path = patiently(status, lambda: register(
-            server._transport, options.name, options.operator, options.comment))
+        key, path = patiently(status, lambda: register(server._transport, options))
         status.event("Registered %s; its service key is kept in %s." % (
             options.name, path))
     workers = options.workers or upstream.slots or 1
@@ -1714,13 +1890,24 @@ def run_share(options):
                             embeddings=upstream.embeddings)
     if upstream.context_length:
         server._features["context_length"] = upstream.context_length
-    server._ready = lambda: upstream.wait(status.event)
+
+    def ready():
+        upstream.wait(status.event)
+        while wait_for_opening(server._hours):
+            status.event(hours_words(server._hours).capitalize() + ".")
+            upstream.wait(status.event)        # it may have gone meanwhile
+    server._ready = ready
     server.service_name, server.service_key = options.name, key
-    patiently(status, server._log_in)
+    server._paused = not opening(server._hours, local_minute())[0]
+    # When it is closed the key is tried all the same, rather than in the night.
+    patiently(status, server._log_in if not server._paused else
+              lambda: server._transport.call("GET", service_path(options.name), key=key))
     print("Sharing %s (%s, %d at once) at %s/%s\nTry it: curl %s/%s -d "
           "'{\"message\": \"Hello!\"}'" % (
               options.name, upstream.kind or "an OpenAI-compatible server", workers,
               base, options.name, base, options.name), flush=True)
+    if server._hours:
+        status.event(hours_words(server._hours).capitalize() + ".")
     import signal                              # only here: a service manager's stop
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server.listen(upstream.answer, workers, continues=upstream.continues)
@@ -1747,6 +1934,8 @@ def build_parser():
     naming.add_argument("name", help="the name of the service")
     naming.add_argument("--operator", default="", help="who shares it, for the directory")
     naming.add_argument("--comment", default="", help="a line about it")
+    naming.add_argument("--invitation", metavar="CODE", help="what a relay that registers "
+                        "by invitation only wants; otherwise $NEUROENGINE_INVITATION")
     parser = argparse.ArgumentParser(
         prog="neuroengine.py", description="Use an LLM that somebody shares, or share "
         "your own. `neuroengine.py \"prompt\"` is short for `ask`.")
@@ -1768,13 +1957,27 @@ def build_parser():
                        "otherwise as many as the server has slots, or 1")
     share.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, "
                        "whatever is asked; otherwise as asked, or %d" % DEFAULT_MAX_TOKENS)
-    keys = add("keys", parents=[common], help="access keys for guests of your service")
+    share.add_argument("--hours", metavar="FROM-TO", help="share only at these hours, by "
+                       "this machine's clock: 22-8, 22:30-8, or 9-12,14-17")
+    keys = add("keys", parents=[common], help="your service: access keys for its guests, "
+               "and whether it answers")
     keys.add_argument("name", help="the name of the service")
     keys.add_argument("--add", metavar="LABEL", help="make a key, for whom LABEL says")
     keys.add_argument("--revoke", metavar="ID", help="make a key invalid, at once")
     kind = keys.add_mutually_exclusive_group()
-    kind.add_argument("--private", action="store_true", help="only guests may ask")
-    kind.add_argument("--open", action="store_true", help="everybody may ask")
+    kind.add_argument("--private", action="store_true", default=None,
+                      help="only guests may ask")
+    kind.add_argument("--open", dest="private", action="store_false", default=None,
+                      help="everybody may ask")
+    keys.add_argument("--anonymous", metavar="N", type=number_or_default, help="prompts a "
+                      "day of each caller without a key; `default`: as the relay has it")
+    pausing = keys.add_mutually_exclusive_group()
+    pausing.add_argument("--pause", dest="paused", action="store_true", default=None,
+                         help="take no more prompts")
+    pausing.add_argument("--resume", dest="paused", action="store_false", default=None,
+                         help="take prompts again")
+    pausing.add_argument("--drain", action="store_true", help="pause, and wait until "
+                         "nothing waits or runs, so that providers can be stopped")
     for limit, text in KEY_LIMITS.items():
         keys.add_argument("--" + limit.replace("_", "-"), type=int, metavar="N",
                           help="with --add: " + text)

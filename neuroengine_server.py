@@ -827,14 +827,17 @@ class Broker:
 
         jobs: tuples (Job, attempt, position of its next item, text so far or None).
         cancelled: tuples (job id, attempt). running: the same, of what the provider has
-        in hand, or None if it was just told. A job it was given and does not name is
-        handed out again; one it names and no longer has a right to is cancelled.
+        in hand, or None to go on with the poll of that token. A job it was given and does
+        not name is handed out again; one it names and no longer has a right to is
+        cancelled.
         token: whatever names this poll; if its connection breaks, call lost with it.
         Blocks up to timeout seconds (limits.poll_seconds), less if jobs are running, so
         that a silent provider is noticed within its lease.
         """
         with self._lock:
             session = self._session_locked(service, session_id)
+            if running is None and session.poll is not token:
+                return [], []                   # a newer poll came meanwhile
             session.poll = token
             session.arrived.notify_all()        # an older poll of this session ends
             if session.id not in service.sessions:
@@ -1659,7 +1662,7 @@ class Store:
                     (invitation,)).rowcount:
                 raise RelayError("invitation_needed", "A new service needs an invitation "
                                  "here, and this is none, or it is used up: ask whoever "
-                                 "runs the relay for one, and send it as \"invitation\".",
+                                 "runs the relay for one, and give it as \"invitation\".",
                                  param="invitation")
             self._db.execute(
                 "INSERT INTO services (%s) VALUES (?%s)" % (

@@ -517,6 +517,15 @@ def test_a_broken_poll_hands_its_jobs_out_again_at_once(desk):
     assert desk.poll(session)[0] == [(reader.job.id, 1, 0, None)]
 
 
+def test_a_poll_that_a_newer_one_ended_does_not_come_back(desk):
+    session, old, new = desk.login(), object(), object()
+    desk.poll(session, token=old)
+    desk.poll(session, token=new)
+    assert desk.broker.poll(desk.service, session, old, timeout=30) == ([], [])
+    desk.broker.lost(session, old)
+    assert desk.broker._sessions[session].poll is new
+
+
 def test_a_logout_hands_jobs_back_at_once_oldest_first(desk):
     session = desk.login(workers=2)
     first, second = desk.submit(), desk.submit()
@@ -2757,6 +2766,75 @@ def test_a_key_that_stops_being_right_ends_listen_in_words(relay, hand):
     assert ended
 
 
+@pytest.mark.parametrize("hours, now, is_open, change", [
+    ("", "3:00", True, None),
+    ("22-8", "22:00", True, "8:00"), ("22-8", "21:59", False, "22:00"),
+    ("22-8", "0:00", True, "8:00"), ("22-8", "7:59", True, "8:00"),
+    ("22-8", "8:00", False, "22:00"), ("22-8", "23:59", True, "8:00"),
+    ("9-17", "12:00", True, "17:00"), ("9-17", "17:00", False, "9:00"),
+    ("22:30-8", "22:29", False, "22:30"), ("22:30-8:05", "8:04", True, "8:05"),
+    ("9-12,14-17", "12:00", False, "14:00"), ("9-12, 14-17", "16:00", True, "17:00"),
+    ("9-12,14-17", "18:00", False, "9:00"), ("9-12,11-14", "11:30", True, "14:00"),
+    ("9-24", "23:59", True, "0:00"), ("0-8", "23:00", False, "0:00"),
+    ("0-24", "12:00", True, None), ("8-8", "8:00", True, None)])
+def test_when_it_is_open_and_when_that_changes(hours, now, is_open, change):
+    def minute(text):
+        return text and 60 * int(text.split(":")[0]) + int(text.split(":")[1])
+    spans = neuroengine.parse_hours(hours) if hours else ()
+    assert neuroengine.opening(spans, minute(now)) == (is_open, minute(change))
+
+
+@pytest.mark.parametrize("text", ["x", "", "8", "22-25", "8:60-9", "24:01-3", "8-9,", "-1-3"])
+def test_what_are_no_hours_is_said(text):
+    with pytest.raises(NeuroengineError, match="are no hours"):
+        neuroengine.parse_hours(text)
+
+
+def test_at_closing_time_running_jobs_are_finished_and_no_more_are_taken(
+        relay, monkeypatch):
+    clock, go, got = [60 * 21], threading.Event(), []
+    monkeypatch.setattr(neuroengine, "local_minute", lambda: clock[0])
+    monkeypatch.setattr(neuroengine, "LOOK_SECONDS", 0.02)
+
+    def answer(request):
+        got.append(request["message"])
+        yield "a"
+        assert go.wait(SOON)
+        yield "b"
+    key = ask(relay, "/api/services", {"name": name_of("H")})[1]
+    provider = NeuroengineServer(relay.url)
+    provider._hours = neuroengine.parse_hours("9-22")
+    provider._ready = lambda: neuroengine.wait_for_opening(provider._hours)
+    assert provider.login(key["name"], key["key"]) == 0
+    thread = threading.Thread(target=provider.listen, args=(answer, 2), daemon=True)
+    thread.start()
+    service = relay.broker.find(key["name"])
+    api = client_of(relay, key["name"])
+    try:
+        first = in_thread(api.request, "first")
+        until(lambda: got)
+        clock[0] = 60 * 22
+        # Its worker that is free looks taken to the relay, from now on.
+        until(lambda: [s for s in service.sessions.values() if s.free() < 1])
+        second = in_thread(api.request, "second")
+        until(lambda: len(service.queue))
+        time.sleep(0.1)                    # in which it might, wrongly, be handed out
+        assert got == ["first"] and len(service.queue) == 1
+        go.set()
+        assert first() == "ab"
+        until(lambda: not service.sessions)
+        assert got == ["first"] and len(service.queue) == 1
+        clock[0] = 60 * 9
+        assert second() == "ab" and got == ["first", "second"]
+        clock[0] = 60 * 22                 # and when it has nothing in hand: at once
+        until(lambda: not service.sessions, 1)
+    finally:
+        provider.stop()
+        clock[0] = 60 * 9
+        thread.join(SOON)
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("address, port, url", [
     ("host.example", 443, "https://host.example:443"), ("host", 8443, "https://host:8443"),
     ("http://localhost:8000/", 443, "http://localhost:8000"),
@@ -2904,6 +2982,32 @@ def test_outbox_repeats_until_settled_and_forgets_after_the_end():
     assert entries == [{"job": "j", "attempt": 1, "at": 2, "items": [], "done": True}]
     outbox.settle(taken, sent=True)
     assert outbox.running() == []
+
+
+def test_outbox_loses_and_doubles_nothing_that_many_threads_put_at_once():
+    outbox, got, many = neuroengine.Outbox(), {}, 2000
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def put(work):
+        for number in range(many):
+            assert outbox.put(work, str(number))
+    try:
+        for job in range(8):
+            work = neuroengine.Work(job, 1, 0, {})
+            outbox.add(work)
+            threading.Thread(target=put, args=(work,), daemon=True).start()
+        while sum(map(len, got.values())) < 8 * many:
+            entries, taken = outbox.take(SOON)
+            assert entries             # else something was left lying, and we waited
+            sent = random.random() < 0.8
+            for entry in entries if sent else ():
+                assert entry["at"] == len(got.setdefault(entry["job"], []))
+                got[entry["job"]] += entry["items"]
+            outbox.settle(taken, sent)
+    finally:
+        sys.setswitchinterval(before)
+    assert all(items == [str(n) for n in range(many)] for items in got.values())
 
 
 def test_outbox_says_the_last_word_of_an_answer_cancelled_at_its_end():
@@ -3487,6 +3591,70 @@ def test_keys_are_made_listed_and_revoked_from_the_command_line(command, relay):
     assert "Ann" in listed and "requests per day 5" in listed and key not in listed
     run("keys", name, "--revoke", listed.split()[0])
     assert "is private" in Neuroengine(name, relay.url, key=key).request("x")
+    assert "is open now" in run("keys", name, "--open")
+
+
+def test_a_service_is_paused_resumed_and_drained_from_the_command_line(
+        start, command, relay, provide):
+    go = threading.Event()
+
+    def answer(request):
+        yield "a"
+        assert go.wait(SOON)
+    name, provider = provide(answer)
+    keys = ["neuroengine.py", "keys", name, "--relay", relay.url]
+    own = {"NEUROENGINE_KEY": provider.service_key}
+    api, service = client_of(relay, name), relay.broker.find(name)
+    start(*keys, "--pause", **own).says("is paused now")
+    assert "paused" in api.request("x")
+    start(*keys, "--resume", **own).says("goes on now")
+    until(lambda: not service.paused)
+    first, second = in_thread(api.request, "x"), in_thread(api.request, "y")
+    until(lambda: len(service.queue) == 1)
+    for number in range(2):
+        drain = start(*keys, "--drain", **own)
+        drain.says("1 waiting, 1 running")
+        if not number:
+            assert drain.end(signal.SIGINT) == 130 and service.paused
+            drain.says("stays paused")
+    go.set()
+    drain.says("can be stopped now")
+    assert first() == second() == "a" and drain.process.wait(SOON) == 0
+
+
+@pytest.mark.parametrize("args, sent, words", [
+    (["--anonymous", "5"], {"anonymous_per_day": 5}, "key 5 prompts a day"),
+    (["--anonymous", "0"], {"anonymous_per_day": 0}, "key 0 prompts a day"),
+    (["--anonymous", "default"], {"anonymous_per_day": None}, "the relay's number"),
+    (["--private"], {"private": True}, "is private"), (["--open"], {"private": False}, "open"),
+    (["--pause"], {"paused": True}, "is paused"), (["--resume"], {"paused": False}, "on")])
+def test_keys_sends_what_it_says(relay, command, monkeypatch, args, sent, words):
+    calls = []
+    monkeypatch.setattr(neuroengine.Transport, "call", lambda self, method, path, body, key:
+                        calls.append((method, path, body)))
+    status, text = command(relay, "keys", "My.1", *args)
+    assert (status, calls) == (0, [("PATCH", "/api/services/My.1", sent)])
+    assert words in text
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_an_invitation_is_sent_and_the_relays_words_are_shown(
+        relay, command, monkeypatch, how):
+    bodies = []
+
+    def call(self, method, path, body, **more):
+        bodies.append(body)
+        raise NeuroengineError(35, "A new service needs an invitation.", "invitation_needed")
+    monkeypatch.setattr(neuroengine.Transport, "call", call)
+    monkeypatch.setattr(neuroengine.Upstream, "wait", lambda *args: None)
+    monkeypatch.delenv("NEUROENGINE_KEY", raising=False)
+    args = ["--invitation", "code"] if how == "option" else []
+    if how == "environment":
+        monkeypatch.setenv("NEUROENGINE_INVITATION", "code")
+    for verb in ("register", "share"):
+        status, text = command(relay, verb, "New", *args)
+        assert status == 1 and "needs an invitation" in text
+    assert [body["invitation"] for body in bodies] == ["code", "code"]
 
 
 def test_a_key_that_cannot_be_kept_is_not_asked_for(start, relay, tmp_path):
@@ -4160,6 +4328,52 @@ def test_page_registers_a_service_and_shows_what_to_run(page_relay, page_tab):
     tab.tab.keyboard.press("Escape")
     tab.eventually("(key) => !document.body.outerHTML.includes(key)", key)   # once
     provider.leave()
+
+
+def test_page_asks_for_an_invitation_where_the_relay_wants_one(page_relay, page_tab):
+    tab, bodies = page_tab().open("/"), []
+    tab.expects_trouble = True
+
+    def relay(route):
+        bodies.append(route.request.post_data_json)
+        if bodies[-1].get("invitation") == "ne_code":
+            route.fulfill(status=201, json={"name": "My-Llama", "key": "ne_key"})
+        else:
+            route.fulfill(status=403, json={
+                "reply": "A new service needs an invitation.", "errorcode": 35,
+                "error": "invitation_needed"})
+    tab.tab.route("**/api/services", relay)
+    tab.tab.click("#open-share")
+    assert not tab.tab.is_visible("#share-invitation")
+    tab.tab.fill("#share-name", "My-Llama")
+    tab.tab.click("text=Register the name")
+    tab.shows("needs an invitation", "#register-trouble")
+    tab.tab.keyboard.type("ne_code")                     # the field has the focus
+    tab.tab.keyboard.press("Enter")
+    tab.tab.wait_for_selector("#share-done:visible")
+    assert [body.get("invitation") for body in bodies] == [None, "ne_code"]
+
+
+def test_page_limits_callers_without_a_key(page_relay, page_tab):
+    tab, sent, field = page_tab().open("/"), [], "#m-anonymous_per_day"
+
+    def relay(route):
+        if route.request.method == "PATCH":
+            sent.append(route.request.post_data_json)
+            return route.fulfill(json={"errorcode": 0})
+        answer = route.fetch()
+        route.fulfill(response=answer, json=dict(answer.json(), anonymous_per_day=7))
+    tab.tab.route("**/api/services/Demo", relay)
+    page_manage(tab)
+    assert tab.tab.input_value(field) == "7"
+    for text in ("", "0"):
+        tab.tab.fill(field, text)
+        with tab.tab.expect_response("**/api/services/Demo"):
+            tab.tab.click("#managed >> text=Save")
+    tab.shows("Saved.", ".toast")
+    assert sent == [{"operator": "Ada", "comment": "A small model on an old machine",
+                     "anonymous_per_day": number, "paused": False, "private": False}
+                    for number in (None, 0)]
 
 
 def test_page_manages_a_service_with_its_key(page_relay, page_tab):
