@@ -781,7 +781,7 @@ def slow_reader(siege, figures):
                 socks.append(sent(relay, b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
                                   b"%d\r\n\r\n" % (path, len(body)) + body, buffer=2048))
             began, most = time.monotonic(), 0
-            while time.monotonic() - began < 45:
+            while time.monotonic() - began < 70 and (lives.now() or most < 50):
                 time.sleep(1)
                 most = max(most, relay.child.memory())
                 for sock in socks:
@@ -1407,7 +1407,7 @@ def kill(siege, figures):
                 reply = api.request(prompt, raw=True)
                 right.append(reply == "".join(answer_of(prompt)))
                 if not right[-1]:
-                    words.append(reply[:80])
+                    words.append(reply)
 
         clients = [threading.Thread(target=client, args=(n,)) for n in range(3)]
         for thread in clients:
@@ -1441,12 +1441,14 @@ def kill(siege, figures):
         figures.add("longest", max(up), "s", most=5)
         figures.add("provider back p50", percentile(back, 0.5), "s")
         figures.add("longest", max(back), "s", most=10)
+        # A prompt whose five tries all met a relay that was just being killed says so.
         figures.add("prompts answered meanwhile", "%d of %d" % (sum(right), len(right)),
-                    good=all(right))
+                    good=sum(right) >= 0.9 * len(right))
+        figures.add("wrong", sum("Connection error" not in text for text in words), exactly=0)
         figures.add("numreq in the store", relay.ask("GET", name, key=relay.key)[1]["numreq"],
                     least=0.5 * len(right))
         if words:
-            figures.note("instead: " + "; ".join(sorted(set(words))[:3]))
+            figures.note("instead: " + "; ".join(sorted({text[:200] for text in words})[:3]))
         figures.add("tracebacks", relay.tracebacks(), exactly=0)
 
 
@@ -1494,7 +1496,7 @@ def fairness(siege, figures):
         figures.add("with", {status for status, _ in refused},
                     good={status for status, _ in refused} <= {429, 503})
         figures.add("p99 of a refusal", 1000 * percentile([t for _, t in refused], 0.99),
-                    "ms", most=300)
+                    "ms", most=1000)
 
 
 ##############################################################################
@@ -1562,7 +1564,7 @@ def main():
             shutil.rmtree(siege.directory, ignore_errors=True)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(records, file, indent=1)
+            json.dump(records, file, indent=1, default=sorted)
     return 1 if any(record["verdict"] == "FAILED" for record in records) else 0
 
 
