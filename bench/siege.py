@@ -670,7 +670,7 @@ def descriptors(siege, figures):
 
     for title, tls in (("plain", False), ("TLS", True)):
         with Relay(siege, tls=tls, preexec=few) as relay:
-            def open_one(n):
+            def open_one(n, relay=relay, tls=tls):
                 sock = socket.create_connection(("127.0.0.1", relay.port), 5)
                 if not tls:                # half a head: those that are idle it may close
                     sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
