@@ -183,7 +183,58 @@ def test_empty_items_count_too_and_cannot_fill_the_memory():
     desk = Desk(max_held_bytes=50000)
     reader, session, job = desk.start()
     desk.reply(session, job, [""] * 1000)
-    assert reader.job.error.name == "reply_too_large"
+    assert reader.job.error.name == "relay_busy"
+
+
+def test_who_holds_most_of_a_full_memory_loses_it_and_not_who_comes_last():
+    desk = Desk(max_held_bytes=400000)
+    session = desk.login(workers=9)
+    greedy = [desk.submit(b"x" * 90000, caller="key %d" % n, holder="greedy %d" % n)
+              for n in range(4)]
+    modest = desk.submit(caller="bob")
+    desk.poll(session)
+    desk.reply(session, modest.job.id, ["y" * 1000] * 30)
+    assert modest.job.error is None and len(desk.broker.read(modest)[0]) == 30
+    lost = [reader.job for reader in greedy if reader.job.error]
+    assert [job.error.name for job in lost] == ["relay_busy"]
+    assert desk.broker.read(greedy[greedy.index(next(
+        r for r in greedy if r.job is lost[0]))]) == ([], True)
+    with pytest.raises(RelayError) as refused:        # other keys, the same address
+        desk.submit(b"x" * 60000, caller="key 9", holder="greedy 1")
+    assert refused.value.name == "rate_limited"
+    for reader in greedy + [modest]:
+        desk.broker.cancel(reader.job)
+        desk.broker.leave(reader, True)
+    desk.broker.logout(desk.service, session)
+    assert desk.broker.totals()[1]["held_bytes"] == 0 and not desk.broker._held_by
+
+
+def test_shares_are_bounded_in_all_and_by_address_but_not_for_this_machine():
+    shares = neuroengine_server.Shares("places", 5, 2)
+    for _ in range(2):
+        shares.take("203.0.113.1")
+    with pytest.raises(RelayError) as refused:
+        shares.take("203.0.113.1")
+    assert refused.value.name == "rate_limited"
+    shares.take("203.0.113.1", always=True)
+    shares.take("127.0.0.1", 2)
+    with pytest.raises(RelayError) as refused:
+        shares.take("203.0.113.2")
+    assert refused.value.name == "relay_busy"
+    shares.give("203.0.113.1")
+    shares.take(None)
+    shares.give("127.0.0.1", 2)
+    shares.give("203.0.113.1", 2)
+    shares.give(None)
+    assert shares.taken == 0 and not shares._by
+
+
+def test_a_late_deletion_spares_the_next_service_of_that_name(desk):
+    again = Service("Llm", "")
+    desk.broker.remove(desk.service)
+    desk.broker.add(again)
+    desk.broker.remove(desk.service)
+    assert desk.broker.find("llm") is again
 
 
 def test_many_unknown_jobs_of_a_poll_cost_little(desk):
@@ -977,6 +1028,15 @@ def test_an_ambiguous_or_malformed_head_is_refused(head):
 ])
 def test_paths_are_decoded_and_empty_segments_do_not_count(target, path):
     assert parse_head(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n").path == path
+
+
+@pytest.mark.parametrize("depth", [98, 100, 102, 5000])
+def test_the_depth_of_json_is_measured_exactly(depth):
+    for opening, closing in ((b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")):
+        half = depth // len(closing)
+        body = opening * half + b'"' + b"\\\"[{" * 9 + b'"' + closing * half
+        assert neuroengine_server.too_deep(body) == (half * len(closing) > 100)
+    assert neuroengine_server.too_deep(b"[" * 99 + b'{"a":[]}' + b"]" * 99)
 
 
 def test_a_good_head_is_read_whole():
@@ -1864,6 +1924,16 @@ def test_an_error_reply_arrives_although_the_request_is_too_large(relay):
         assert status == 413 and answer["error"] == "request_too_large"
 
 
+def test_one_empty_line_before_a_request_is_forgiven_however_it_comes(relay):
+    for parts in ((b"\r\n",), (b"\r", b"\n")):
+        with socket.create_connection(relay.server_address, SOON) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for part in parts + (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",):
+                sock.sendall(part)
+                time.sleep(0.05)           # so that it comes in a packet of its own
+            assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+
 def test_requests_on_one_connection_are_answered_in_order(relay):
     one = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     two = b"GET /nosuch/x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -1952,7 +2022,7 @@ def test_a_peer_that_drips_or_is_silent_is_cut_in_the_end(tmp_path, limit, start
             while sock.recv(65536):
                 pass
         sock.close()
-        until(lambda: relay.connections == 0)
+        until(lambda: relay.connections.taken == 0)
         assert time.monotonic() - began < 6
 
 
@@ -1995,11 +2065,11 @@ def test_connections_are_bounded_and_the_next_one_hears_why():
     with running_relay(limits=Limits(max_connections=2)) as relay:
         with socket.create_connection(relay.server_address[:2]), \
                 socket.create_connection(relay.server_address[:2]):
-            until(lambda: relay.connections == 2)
+            until(lambda: relay.connections.taken == 2)
             status, answer, headers = ask(relay, "/healthz")
             assert status == 503 and answer["error"] == "relay_busy"
             assert headers["Retry-After"]
-        until(lambda: relay.connections == 0)
+        until(lambda: relay.connections.taken == 0)
         assert ask(relay, "/healthz")[0] == 200
 
 
@@ -2040,7 +2110,7 @@ def test_what_a_trusted_proxys_client_does_counts_for_its_own_address():
         assert register("203.0.113.10") == 201
         hand, service = Hand(relay), {"message": "x", "wait": True}
         first = sent(relay, "/" + hand.name, service, X_Forwarded_For="203.0.113.9")
-        until(lambda: relay.held["waiting"] == 1)
+        until(lambda: relay.waiting.taken == 1)
         assert ask(relay, "/" + hand.name, service, X_Forwarded_For="203.0.113.9")[
             1]["error"] == "rate_limited"
         first.close()
@@ -2050,7 +2120,7 @@ def test_what_a_trusted_proxys_client_does_counts_for_its_own_address():
 def test_without_a_trusted_proxy_its_header_means_nothing(relay):
     for _ in range(3):
         ask(relay, "/api/models", X_Forwarded_For="203.0.113.77")
-    assert not any("203.0.113" in address for address in relay._per_address)
+    assert not any("203.0.113" in address for address in relay.connections._by)
 
 
 @pytest.mark.parametrize("host, status", [
@@ -2067,46 +2137,111 @@ def test_waiting_prompts_and_polls_leave_connections_for_control():
     with running_relay(limits=Limits(max_polls=1, max_waiting=1, poll_seconds=2)) as relay:
         hand, other = Hand(relay), Hand(relay)
         parked = in_thread(hand.poll)
-        until(lambda: relay.held["polls"] == 1)
+        until(lambda: relay.polls.taken == 1)
         with pytest.raises(AssertionError, match="relay_busy"):
             other.poll()
         waiting = sent(relay, "/" + other.name, {"message": "x"})
-        until(lambda: relay.held["waiting"] == 1)
+        until(lambda: relay.waiting.taken == 1)
         status, answer, headers = ask(relay, "/" + other.name, {"message": "x"})
         assert (status, answer["error"]) == (503, "relay_busy") and headers["Retry-After"]
         assert ask(relay, "/api/models")[0] == 200
         waiting.close()
-        until(lambda: relay.held["waiting"] == 0)
+        until(lambda: relay.waiting.taken == 0)
         parked()
         hand.logout()
 
 
 def test_the_longest_idle_connection_makes_room_for_the_next_one():
     with running_relay(limits=Limits(max_connections=2)) as relay:
-        idle = [socket.create_connection(relay.server_address, SOON) for _ in range(2)]
-        until(lambda: len(relay.idle) == 2)
+        idle = []
+        for count in (1, 2):
+            idle.append(socket.create_connection(relay.server_address, SOON))
+            until(lambda count=count: len(relay.idle) == count)
         refused = socket.create_connection(relay.server_address, SOON)
         assert refused.recv(100).startswith(b"HTTP/1.1 503")
         assert idle[0].recv(1) == b""      # of the two, the first
-        until(lambda: relay.connections == 1)
+        until(lambda: relay.connections.taken == 1)
         assert ask(relay, "/healthz")[0] == 200
         for sock in idle + [refused]:
             sock.close()
 
 
-def test_bodies_on_their_way_count_as_memory(relay):
-    size = 1000000
-    limits = Limits(max_held_bytes=4 * size, max_request_bytes=2 * size)
-    with running_relay(limits=limits) as relay:
+def test_bodies_on_their_way_count_as_memory_and_small_ones_always_pass():
+    size = 4 * neuroengine_server.MAX_SMALL_BODY_BYTES
+    with running_relay(limits=Limits(max_held_bytes=4 * size,
+                                     max_request_bytes=2 * size)) as relay:
+        hand = Hand(relay)
         first = socket.create_connection(relay.server_address, SOON)
         first.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-                      % size + b" " * (size - 1))
-        until(lambda: relay._body_bytes > size // 2)
+                      % (size + 1) + b" " * (size - 1))
+        until(lambda: relay.bytes.taken > size // 2)
         status, answer, _ = ask(relay, "/x", b" " * size)
         assert (status, answer["error"]) == (503, "relay_busy")
+        waiting = in_thread(ask, relay, "/" + hand.name, {"message": "x" * 200000})
+        hand.reply(hand.next_job(), ["y" * 200000], done=True)
+        assert waiting()[0] == 200
         first.close()
-        until(lambda: relay._body_bytes == 0)
+        until(lambda: relay.bytes.taken == 0)
         assert ask(relay, "/x", b" " * (size // 2))[0] == 400
+        hand.logout()
+
+
+def test_responses_that_nobody_reads_count_as_memory():
+    size = 4 * neuroengine_server.MAX_SMALL_BODY_BYTES
+    with running_relay(limits=Limits(max_held_bytes=40 * size)) as relay:
+        hand = Hand(relay)
+        body = {"message": "x", "key": "k", "gettokens": 9, "at": 0}
+        waiting = in_thread(ask, relay, "/" + hand.name, body)
+        hand.reply(hand.next_job(), ["y" * 4 * size], done=True)
+        assert waiting()[0] == 200
+        readers = [sent(relay, "/" + hand.name, body) for _ in range(2)]
+        until(lambda: relay.bytes.taken > 8 * size)
+        assert ask(relay, "/" + hand.name, body)[1]["error"] == "relay_busy"
+        for reader in readers:
+            reader.close()
+        until(lambda: relay.bytes.taken == 0)
+        assert ask(relay, "/" + hand.name, body)[0] == 200
+        hand.logout()
+
+
+def test_who_comes_through_a_proxy_is_not_of_this_machine():
+    network = neuroengine_server.ipaddress.ip_network("127.0.0.1")
+    for proxies in ((), [network]):
+        with running_relay(proxies=proxies, limits=Limits(
+                max_registrations_per_hour=1)) as relay:
+            for header in ("127.0.0.1", "unknown", ""):
+                statuses = [ask(relay, "/api/services", {"name": name_of()},
+                                X_Forwarded_For=header)[0] for _ in range(2)]
+                assert statuses[1] == 429
+
+
+def test_a_key_that_was_changed_while_a_body_was_on_its_way_is_refused(relay, hand):
+    body = json.dumps({"workers": 1}).encode()
+    late = socket.create_connection(relay.server_address, SOON)
+    late.sendall(("POST /provider/%s/login HTTP/1.1\r\nHost: localhost\r\nAuthorization: "
+                  "Bearer %s\r\nContent-Length: %d\r\n\r\n" % (
+                      hand.name, hand.key, len(body))).encode())
+    late.sendall(body[:5])
+    until(lambda: len(relay.active) == 1)
+    hand.key = manage(relay, hand, "PATCH", body={"new_key": True})[1]["key"]
+    late.sendall(body[5:])
+    assert late.recv(100).startswith(b"HTTP/1.1 401")
+    late.close()
+
+
+@pytest.mark.parametrize("body", [
+    b'{"a":' + b"9" * 5000 + b"}", b'["' + b'","' * 500000 + b'"]', b"[" + b"1," * 1000001])
+def test_json_that_would_hold_up_all_others_is_refused(relay, body):
+    with pytest.raises(RelayError) as refused:
+        neuroengine_server.parse_json(body)
+    assert refused.value.name == "invalid_json"
+
+
+@pytest.mark.parametrize("origin, status", [
+    ("http://localhost:3000", 200), ("http://127.0.0.1:5000", 200), ("null", 403),
+    ("https://evil.example", 403), ("https://[evil", 403)])
+def test_pages_from_elsewhere_may_not_use_a_relay_of_this_machine(relay, origin, status):
+    assert ask(relay, "/v1/models", Origin=origin)[0] == status
 
 
 def test_metrics_are_well_formed_and_tell_what_happened(relay, hand):
