@@ -6,7 +6,8 @@
    ask   keeps CLIENTS kept-alive connections busy with REQUEST, a whole HTTP request of
          which "########" is replaced by a number that no other has. Counts what comes
          from the moment that every client has had something, but no sooner than WARM and
-         no later than MOST seconds after the start, and for SECONDS. Prints JSON.
+         no later than MOST seconds after the start, and for SECONDS. Prints "begun" at
+         that moment, "over" at the end, and JSON.
    llm   serves what an OpenAI-compatible server does, and what a FastChat worker does;
          prints its port. A prompt tells what to answer: "tokens=8 rate=50" is 8 tokens,
          the first at once, 50 a second; rate=0 is all at once.
@@ -281,10 +282,16 @@ static int run_clients(char **argv)
         double t = now();
         if (all_started < 0 && started == n)
             all_started = t - begun;
-        if (window > t && ((t - begun >= warm && started == n) || t - begun >= most))
+        if (window > t && ((t - begun >= warm && started == n) || t - begun >= most)) {
             window = counted_from = t, window_end = t + seconds;
-        if (t >= window_end)
+            puts("begun");
+            fflush(stdout);
+        }
+        if (t >= window_end) {
+            puts("over");
+            fflush(stdout);
             break;
+        }
         int ready = epoll_wait(poller, events, 512, 5);
         for (i = 0; i < ready; i++)
             hear(events[i].data.ptr);
