@@ -227,6 +227,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\n\\r\\nhello~")
 class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
+    def handle_error(self, *_):
+        pass
 server = Server(("127.0.0.1", 0), Handler)
 print(server.server_port, flush=True)
 server.serve_forever()

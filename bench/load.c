@@ -326,6 +326,7 @@ static int run_clients(char **argv)
 /* ---- llm -------------------------------------------------------------------------- */
 
 #define JSON_HEAD "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: "
+#define NOT_FOUND "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 #define EVENT_HEAD "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" \
     "Transfer-Encoding: chunked\r\n\r\n"
 #define CHUNK "{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\",\"created\":1," \
@@ -448,6 +449,10 @@ static void serve(struct caller *c, const char *path, const char *body)
         return put_json(c, "{\"text\": \"" TOKEN "\", \"error_code\": 0, \"usage\": "
             "{\"prompt_tokens\": 1, \"completion_tokens\": 1, \"total_tokens\": 2}, "
             "\"finish_reason\": \"stop\"}");
+    if (!worker && strncmp(path, "/v1/chat/completions", 20)) {
+        put(c, NOT_FOUND, strlen(NOT_FOUND));
+        return flush_out(c);
+    }
     if (!worker && !strstr(body, "\"stream\":true") && !strstr(body, "\"stream\": true"))
         return put_json(c, "{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\","
             "\"created\":1,\"model\":\"m\",\"choices\":[{\"index\":0,\"message\":{\"role\":"
