@@ -21,14 +21,20 @@ import json
 import os
 import platform
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
+import sqlite3
+import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+import charts
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -51,7 +57,7 @@ class Child:
 
     def __init__(self, bench, title, args, env=None, cwd=None):
         self.log = os.path.join(bench.directory, "%s-%d.log" % (title, len(bench.children)))
-        self.title = title
+        self.title, self.begun = title, time.monotonic()
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
@@ -61,7 +67,6 @@ class Child:
 
     def line(self, seconds=START_SECONDS):
         """The next line that it prints."""
-        import select
         if not select.select([self.process.stdout], [], [], seconds)[0]:
             raise Broken("%s says nothing" % self.title)
         line = self.process.stdout.readline().decode()
@@ -125,9 +130,18 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def call(port, method, path, body=None, **headers):
-    """One request; the status and the body, which may be JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+def trusting():
+    """A TLS context that trusts anyone: the certificate is ours, of a minute ago."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def call(port, method, path, body=None, tls=False, **headers):
+    """One request; the status and the body, which is JSON."""
+    connection = (
+        http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=trusting())
+        if tls else http.client.HTTPConnection("127.0.0.1", port, timeout=30))
     try:
         connection.request(method, path, None if body is None else json.dumps(body),
                            dict({"Content-Type": "application/json"}, **headers))
@@ -135,19 +149,6 @@ def call(port, method, path, body=None, **headers):
         return response.status, json.loads(response.read() or b"null")
     finally:
         connection.close()
-
-
-def wait_for(child, port, path, **headers):
-    """Wait until a GET of that path is answered with 200."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            if call(port, "GET", path, **headers)[0] == 200:
-                return
-        if child.process.poll() is not None:
-            raise Broken("%s has ended:\n%s" % (child.title, child.words()))
-        time.sleep(0.002)
-    raise Broken("%s does not answer:\n%s" % (child.title, child.words()))
 
 
 ##############################################################################
@@ -160,6 +161,8 @@ class Target:
 
     path, model, headers = "/v1/chat/completions", "m", {}
     streams = True            # whether it can stream
+    port = None               # where it listens; None while it does not
+    first_answer = None       # seconds from its start to that
 
     def __init__(self, bench):
         self.bench, self.children, self.own = bench, [], []
@@ -177,7 +180,20 @@ class Target:
     def end(self):
         for child in self.children:
             child.end()
-        self.children, self.own = [], []
+        self.children, self.own, self.port = [], [], None
+
+    def wait(self, child, port=None, path="/v1/models"):
+        """Wait until a GET is answered with 200, and note how long that took."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                if call(port or self.port, "GET", path, **self.headers)[0] == 200:
+                    self.first_answer = time.monotonic() - self.children[0].begun
+                    return
+            if child.process.poll() is not None:
+                raise Broken("%s has ended:\n%s" % (child.title, child.words()))
+            time.sleep(0.002)
+        raise Broken("%s does not answer:\n%s" % (child.title, child.words()))
 
     def body(self, tokens, rate, stream):
         return {"model": self.model, "stream": stream, "messages": [
@@ -209,8 +225,12 @@ class Direct(Target):
 
     name = "LLM itself"
 
-    def start(self):
-        self.port = self.bench.llm
+    @property
+    def port(self):
+        return self.bench.llm
+
+    def end(self):
+        pass
 
 
 class Hello(Target):
@@ -270,7 +290,7 @@ http {{
                                             port=self.port))
         child = self.spawn("nginx", [nginx_program(), "-c", file, "-p",
                                      self.bench.directory, "-e", "stderr"])
-        wait_for(child, self.port, "/v1/models")
+        self.wait(child)
 
 
 def nginx_program():
@@ -299,12 +319,12 @@ class FastChat(Target):
         api = self.spawn("fastchat", serve + ["fastchat.serve.openai_api_server",
                          "--host", "127.0.0.1", "--port", str(self.port),
                          "--controller-address", "http://127.0.0.1:%d" % controller])
-        wait_for(child, controller, "/test_connection")
+        self.wait(child, controller, "/test_connection")
         call(controller, "POST", "/register_worker", {
             "worker_name": "http://127.0.0.1:%d" % self.bench.llm,
             "check_heart_beat": False, "multimodal": False, "worker_status": {
                 "model_names": ["m"], "speed": 1, "queue_length": 0}})
-        wait_for(api, self.port, "/v1/models")
+        self.wait(api)
 
 
 class LiteLLM(Target):
@@ -330,7 +350,7 @@ class LiteLLM(Target):
                            "--telemetry", "False"],
                            env={"LITELLM_LOCAL_MODEL_COST_MAP": "True",
                                 "NO_PROXY": "127.0.0.1"})
-        wait_for(child, self.port, "/v1/models", **self.headers)
+        self.wait(child)
 
 
 class Native(Target):
@@ -345,25 +365,34 @@ class Native(Target):
         super().__init__(bench)
         self.file = file or os.path.join(ROOT, "neuroengine_server.py")
         self.name = title or self.name
+        self.data = None
 
-    def start(self, provider=True):
+    def another(self):
+        return type(self)(self.bench, self.file, self.name)
+
+    def start(self):
         self.start_relay()
         self.key = self.register(SERVICE)
-        if provider:
-            self.provide()
+        self.provide()
 
-    def start_relay(self, **limits):
-        data = os.path.join(self.bench.directory, "relay-%d.sqlite3"
-                            % len(self.bench.children))
+    def start_relay(self):
+        self.data = self.data or os.path.join(
+            self.bench.directory, "relay-%d.sqlite3" % len(self.bench.children))
         args = [self.python, self.file, "--host", "127.0.0.1", "--port", "0",
-                "--data", data, "--tls", "off"]
-        for name, value in dict(self.limits, **limits).items():
+                "--data", self.data]
+        args += ["--cert", self.bench.certificate()] if self.tls else ["--tls", "off"]
+        for name, value in self.limits.items():
             args += ["--" + name, str(value)]
-        self.relay = self.spawn("relay", args)
-        self.port = int(re.search(r":(\d+)\s*$", self.relay.line()).group(1))
+        child = self.spawn("relay", args)
+        self.port = int(re.search(r":(\d+)\s*$", child.line()).group(1))
+        if not self.tls:
+            self.wait(child)
+
+    def call(self, *args, **headers):
+        return call(self.port, *args, tls=self.tls, **headers)
 
     def register(self, name):
-        status, answer = call(self.port, "POST", "/api/services", {"name": name})
+        status, answer = self.call("POST", "/api/services", {"name": name})
         if status != 201:
             raise Broken("the relay did not register %s: %s" % (name, answer))
         return answer["key"]
@@ -371,7 +400,7 @@ class Native(Target):
     def provide(self):
         self.provider = self.spawn("provider", [
             sys.executable, os.path.join(HERE, "provider.py"), str(self.port), SERVICE,
-            self.key], own=False)
+            self.key] + ["tls"] * self.tls, own=False)
         self.provider.line()
 
     def body(self, tokens, rate, stream):
@@ -397,7 +426,9 @@ class Bench:
     def __init__(self, options, directory):
         self.options, self.directory = options, directory
         self.children = []
-        self.values = {}          # row -> column -> value of each round
+        self.values = {}          # row -> column -> [value of each round]
+        self.curves = {}          # title -> [[how many, value]]
+        self.round = 0
         self.load = build_load()
         self.llm = None
         self.targets = []
@@ -409,12 +440,26 @@ class Bench:
         for child in reversed(self.children):
             child.end()
 
+    def certificate(self):
+        """A certificate of our own, with its key in the same file."""
+        file = os.path.join(self.directory, "certificate.pem")
+        if not os.path.exists(file):
+            subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                            "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+                            "-subj", "/CN=localhost", "-keyout", file, "-out",
+                            file + ".cert"], check=True, stderr=subprocess.DEVNULL)
+            with open(file + ".cert") as cert, open(file, "a") as both:
+                both.write(cert.read())
+        return file
+
     def note(self, row, column, value):
-        self.values.setdefault(row, {}).setdefault(column, []).append(value)
-        print("  %-34s %-12s %s" % (row, column, shown(row, value)), flush=True)
+        values = self.values.setdefault(row, {}).setdefault(column, [])
+        values += [None] * (self.round - len(values)) + [value]
+        print("  %-40s %-12s %s" % (row, column, shown(row, value)), flush=True)
 
     def ask(self, target, request, clients, warm=0.3, most=5.0, rate=0, seconds=None):
-        """Let clients ask; what they saw, with the target's cost in that time."""
+        """Let clients ask; what they saw, with the target's cost in that time. None if
+        it cannot be asked."""
         seconds = seconds or self.options.seconds
         file = os.path.join(self.directory, "request")
         with open(file, "wb") as out:
@@ -423,28 +468,38 @@ class Bench:
                 [self.load, "ask", str(target.port), str(clients), str(warm), str(most),
                  str(seconds), str(rate)], stdin=body, stdout=subprocess.PIPE) as load:
             try:
-                if load.stdout.readline():                # begun
+                said = load.stdout.readline()
+                if said == b"begun\n":
                     cpu, at = target.cpu(), time.monotonic()
-                    if load.stdout.readline() == b"over\n":
-                        cpu, at = target.cpu() - cpu, time.monotonic() - at
-                        memory = target.memory()
-                        answer = json.loads(load.stdout.read())
-                        answer.update(cpu_used=cpu, memory=memory, cores=cpu / at)
-                        if answer["errors"]:
-                            print("  ! %s: %d errors: %s" % (
-                                target.name, answer["errors"], answer["error"]))
-                        return answer
-                raise Broken("%s cannot be asked: %s" % (
-                    target.name, load.stdout.read().decode("utf-8", "replace")))
+                    said = load.stdout.readline()
+                if said == b"over\n":
+                    cpu, at = target.cpu() - cpu, time.monotonic() - at
+                    memory = target.memory()
+                    said = load.stdout.read()
+                answer = json.loads(said or b'{"errors": 1, "error": "it ended"}')
             finally:
                 load.kill()
+        if answer["errors"]:
+            print("  ! %s: %d errors: %s" % (target.name, answer["errors"],
+                                             answer["error"][:200]))
+        if not answer.get("tokens"):
+            return None
+        answer.update(cpu_used=cpu, memory=memory, cores=cpu / at)
+        return answer
+
+    def curve(self, title, points):
+        """Keep, of each point, the best of all runs."""
+        old = dict(self.curves.get(title, ()))
+        self.curves[title] = [[n, min(value, old.get(n, value))] for n, value in points]
+        print("  %-40s %s" % (title, ", ".join("{:,}: {}".format(n, shown("", value))
+                                               for n, value in points)), flush=True)
 
     @contextlib.contextmanager
     def fresh(self, target):
         """The target, without what an earlier row left in it: the relay is so quickly
         started that it is started anew; its peers have a second to get over it."""
         if isinstance(target, Native):
-            again = type(target)(self, target.file, target.name)
+            again = target.another()
             try:
                 again.start()
                 yield again
@@ -454,9 +509,22 @@ class Bench:
             yield target
             time.sleep(1)
 
+    @contextlib.contextmanager
+    def relay(self, **attributes):
+        """The first relay, started for one row."""
+        relay = self.targets[0].another()
+        for name, value in attributes.items():
+            setattr(relay, name, value)
+        try:
+            yield relay
+        finally:
+            relay.end()
+
     def each(self, streams=False):
-        """The targets, in an order that changes from round to round."""
-        return [t for t in self.targets if t.streams or not streams]
+        """The targets, beginning with another one each round."""
+        first = self.round % len(self.targets)
+        return [t for t in self.targets[first:] + self.targets[:first]
+                if t.port and (t.streams or not streams)]
 
 
 def build_load():
@@ -474,37 +542,314 @@ def build_load():
 ##############################################################################
 
 
+def part_start(bench):
+    """From the start of the program to its first answer, and what it holds then."""
+    for target in bench.each():
+        if target.first_answer:
+            bench.note("start to first answer", target.name, target.first_answer)
+        if target.own:
+            bench.note("memory, idle", target.name, target.memory())
+
+
 def part_requests(bench):
     """Requests a second with 1, 16 and 64 clients, and their times."""
     for clients in 1, 16, 64:
         for target in bench.each():
+            cpu = getattr(target, "provider", target).cpu()
             got = bench.ask(target, target.request(), clients)
-            if not got["answers"]:
+            if not got:
                 continue
-            bench.note("requests/s, %d clients" % clients, target.name,
-                       got["answers"] / got["seconds"])
+            bench.note("requests/s, %d client%s" % (clients, "s"[:clients - 1]),
+                       target.name, got["answers"] / got["seconds"])
             if clients == 1:
                 bench.note("p50, 1 client", target.name, got["latency"]["p50"])
             if clients == 64:
                 bench.note("p99, 64 clients", target.name, got["latency"]["p99"])
-            if target.own:
-                bench.note("CPU a request, %d clients" % clients, target.name,
-                           got["cpu_used"] / got["answers"])
+            if target.own and got["answers"]:
+                bench.note("CPU a request, %d client%s" % (clients, "s"[:clients - 1]),
+                           target.name, got["cpu_used"] / got["answers"])
+            if clients == 1 and hasattr(target, "provider"):
+                bench.note("CPU a request, provider", target.name,
+                           (target.provider.cpu() - cpu) / got["asked"])
+
+
+def part_first(bench):
+    """What is added to the time to the first token: streams of 8 tokens, 1,000 a second,
+    one after the other, against the LLM asked directly."""
+    for clients in 1, 16:
+        direct = Direct(bench)
+        got = bench.ask(direct, direct.request(8, 1000, True), clients)
+        base = got["first"]["p50"]
+        for target in bench.each(streams=True):
+            got = bench.ask(target, target.request(8, 1000, True), clients)
+            if got and got["first"]:
+                bench.note("first token, added, %d client%s" % (clients, "s"[:clients - 1]),
+                           target.name, got["first"]["p50"] - base)
 
 
 def part_tokens(bench):
     """Tokens a second over 256 streams, 2,000 a second offered to each."""
     for target in bench.each(streams=True):
         with bench.fresh(target) as fresh:
-            got = bench.ask(fresh, fresh.request(1000, 2000, True), 256, 0.5, 20)
-            bench.note("tokens/s, 256 streams", target.name,
-                       got["tokens"] / got["seconds"])
-            if fresh.own and got["tokens"]:
-                bench.note("CPU a token, 256 streams", target.name,
-                           got["cpu_used"] / got["tokens"])
+            got = bench.ask(fresh, fresh.request(1000, 2000, True), 256, 0.5,
+                            bench.options.patience)
+        if not got:
+            continue
+        bench.note("tokens/s, 256 streams", target.name, got["tokens"] / got["seconds"])
+        if target.own and got["tokens"]:
+            bench.note("CPU a token, 256 streams", target.name,
+                       got["cpu_used"] / got["tokens"])
 
 
-PARTS = {"requests": part_requests, "tokens": part_tokens}
+def part_pace(bench):
+    """Streams of 50 tokens a second: which keep their pace, and their worst gaps."""
+    for streams in 256, 1000:
+        for target in bench.each(streams=True):
+            if streams > 256 and isinstance(target, (FastChat, LiteLLM)):
+                continue                    # they do not keep up with 256
+            with bench.fresh(target) as fresh:
+                got = bench.ask(fresh, fresh.request(100000, 50, True), streams, 1,
+                                bench.options.patience, rate=50,
+                                seconds=max(1, bench.options.seconds))
+            if not got:
+                continue
+            tail = ", %d streams of 50 tokens/s" % streams
+            bench.note("share that keep their pace" + tail, target.name, got["kept"])
+            bench.note("worst gap p99" + tail, target.name, got["gap"]["p99"])
+            bench.note("cores" + tail, target.name, got["cores"])
+            if streams == 256:
+                bench.note("memory, 256 streams", target.name, got["memory"])
+                bench.note("all started after" + tail, target.name,
+                           got["all_started"] if got["all_started"] > 0 else None)
+
+
+def part_waiting(bench):
+    """Memory of a further connection whose prompt waits, plain and TLS."""
+    count = 100 if bench.options.quick else 1000
+    for tls in False, True:
+        with bench.relay(tls=tls) as relay:
+            relay.start_relay()
+            relay.register("Nobody")
+            before, sockets = relay.memory(), []
+            body = json.dumps({"message": "Hello", "wait": True, "id": "########"})
+            request = "POST /Nobody HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+            context = trusting()
+            try:
+                for number in range(count):
+                    sock = socket.create_connection(("127.0.0.1", relay.port))
+                    sockets.append(context.wrap_socket(sock) if tls else sock)
+                    sockets[-1].sendall((request % (len(body), body.replace(
+                        "########", "%08d" % number))).encode())
+                deadline = time.monotonic() + 20
+                while relay.call("GET", "/api/models")[1][0]["queuelen"] < count \
+                        and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                bench.note("memory, a further waiting connection%s" % (
+                    " with TLS" if tls else ""), "native",
+                    (relay.memory() - before) / count)
+            finally:
+                for sock in sockets:
+                    sock.close()
+
+
+def part_tls(bench):
+    """Kept-alive requests a second of 16 clients, plain and TLS, by wrk."""
+    if not shutil.which("wrk"):
+        return print("  wrk is not installed: nothing is said of TLS")
+    rates = {}
+    for tls in False, True:
+        with bench.relay(tls=tls) as relay:
+            relay.start()
+            rates[tls] = wrk(bench, relay, 16)
+            bench.note("requests/s, 16 clients of wrk%s" % (", TLS" if tls else ""),
+                       "native", rates[tls])
+    bench.note("TLS, share of plain requests/s", "native", rates[True] / rates[False])
+
+
+def wrk(bench, target, clients):
+    """Requests a second, as wrk counts them."""
+    script = os.path.join(bench.directory, "post.lua")
+    body = json.dumps(target.body(1, 0, False))
+    with open(script, "w") as file:
+        file.write("wrk.method = 'POST'\nwrk.body = [[%s]]\n"
+                   "wrk.headers['Content-Type'] = 'application/json'\n" % body)
+    url = "http%s://127.0.0.1:%d%s" % ("s" * getattr(target, "tls", False), target.port,
+                                       target.path)
+    said = subprocess.run(
+        ["wrk", "-t1", "-c%d" % clients, "-d%ds" % max(1, round(bench.options.seconds)),
+         "-s", script, url], stdout=subprocess.PIPE, universal_newlines=True).stdout
+    if "Non-2xx" in said:
+        print("  ! %s: not all answers were 200" % target.name)
+    return float(re.search(r"Requests/sec: *([\d.]+)", said).group(1))
+
+
+def part_check(bench):
+    """Our clients against wrk, of the fastest target: they must not be what limits."""
+    for target in bench.each():
+        if isinstance(target, (Nginx, Native)) and shutil.which("wrk"):
+            got = bench.ask(target, target.request(), 16)
+            bench.note("requests/s, 16 clients, ours", target.name,
+                       got["answers"] / got["seconds"])
+            bench.note("requests/s, 16 clients, wrk", target.name,
+                       wrk(bench, target, 16))
+
+
+def part_import(bench):
+    """`import neuroengine`, beside the bare interpreter."""
+    best = {}
+    env = dict(os.environ, PYTHONPYCACHEPREFIX=bench.directory, PYTHONPATH=ROOT)
+    for code in ["pass", "import neuroengine"] * (4 if bench.options.quick else 10):
+        begun = time.monotonic()
+        subprocess.run([sys.executable, "-c", code], env=env, check=True)
+        best[code] = min(best.get(code, 9), time.monotonic() - begun)
+    bench.note("import neuroengine", "native", best["import neuroengine"] - best["pass"])
+
+
+def part_pythons(bench):
+    """The relay on every Python that pyenv has, with 16 clients."""
+    found = pythons()
+    if not found:
+        print("  pyenv has no Pythons")
+    for version, program in found:
+        with bench.relay(python=program) as relay:
+            relay.start()
+            got = bench.ask(relay, relay.request(), 16)
+            if got:
+                bench.note("requests/s, 16 clients, Python %s" % version, "native",
+                           got["answers"] / got["seconds"])
+                bench.note("CPU a request, Python %s" % version, "native",
+                           got["cpu_used"] / got["answers"])
+
+
+def pythons():
+    """(minor version, program) of the newest of each from 3.8 on."""
+    root = os.path.join(os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv"),
+                        "versions")
+    found = {}
+    for name in os.listdir(root) if os.path.isdir(root) else ():
+        version = re.match(r"3\.(\d+)\.(\d+)$", name)
+        if version and int(version.group(1)) >= 8:
+            minor, micro = map(int, version.groups())
+            found[minor] = max(found.get(minor, (0, "")),
+                               (micro, os.path.join(root, name, "bin", "python")))
+    return [("3.%d" % minor, found[minor][1]) for minor in sorted(found)]
+
+
+LISTEN = """
+import sys
+sys.path.insert(0, %r)
+from neuroengine import NeuroengineServer
+server = NeuroengineServer("http://127.0.0.1:%d")
+assert server.login(%r, %r) >= 0, server.error
+print("ready", flush=True)
+server.listen(lambda request: "word~ ", workers=64)
+"""
+
+
+def part_listen(bench):
+    """neuroengine.py's own provider: NeuroengineServer.listen with 64 workers."""
+    with bench.relay() as relay:
+        relay.start_relay()
+        key = relay.register(SERVICE)
+        child = relay.spawn("listen", [sys.executable, "-c", LISTEN % (
+            ROOT, relay.port, SERVICE, key)], own=False)
+        child.line()
+        for clients in 1, 64:
+            cpu = child.cpu()
+            got = bench.ask(relay, relay.request(), clients)
+            if got:
+                tail = "listen, %d client%s" % (clients, "s"[:clients - 1])
+                bench.note("requests/s, " + tail, "native",
+                           got["answers"] / got["seconds"])
+                bench.note("p50, " + tail, "native", got["latency"]["p50"])
+                bench.note("CPU a request, " + tail, "native",
+                           (child.cpu() - cpu) / got["asked"])
+
+
+def part_share(bench):
+    """`neuroengine.py share`, in front of the LLM that takes no time."""
+    with bench.relay() as lean:
+        lean.start()
+        first = bench.ask(lean, lean.request(8, 1000, True), 1)["first"]["p50"]
+    with bench.relay() as relay:
+        relay.start_relay()
+        child = relay.spawn("share", [
+            sys.executable, os.path.join(ROOT, "neuroengine.py"), "share", SERVICE,
+            "--upstream", "http://127.0.0.1:%d" % bench.llm, "--workers", "64",
+            "--max-tokens", "1000000", "--relay", "http://127.0.0.1:%d" % relay.port],
+            own=False, env={"NEUROENGINE_HOME": os.path.join(
+                bench.directory, "home-%d" % len(bench.children))})
+        deadline = time.monotonic() + 20
+        while not call(relay.port, "GET", "/v1/models")[1]["data"]:
+            if time.monotonic() > deadline:
+                raise Broken("share does not log in:\n" + child.words())
+            time.sleep(0.02)
+        direct = Direct(bench)
+        base = bench.ask(direct, direct.request(8, 1000, True), 1)["first"]["p50"]
+        got = bench.ask(relay, relay.request(8, 1000, True), 1)
+        bench.note("first token, added by share and relay", "native",
+                   got["first"]["p50"] - base)
+        bench.note("first token, added by share", "native", got["first"]["p50"] - first)
+        # 64 streams of 320 tokens a second are 20,480; then as fast as they come.
+        for title, rate in ("share, 20,480 offered", 320), ("share, all it can", 2000):
+            cpu = child.cpu()
+            got = bench.ask(relay, relay.request(1000, rate, True), 64, 0.5, 5)
+            if got:
+                bench.note("tokens/s, 64 streams, " + title, "native",
+                           got["tokens"] / got["seconds"])
+                bench.note("worst gap p99, 64 streams, " + title, "native",
+                           got["gap"]["p99"])
+
+
+def part_curves(bench):
+    """What a job costs against the number of everything else."""
+    args = [sys.executable, os.path.join(HERE, "curves.py"), bench.targets[0].file]
+    said = subprocess.run(args + ["--quick"] * bench.options.quick, stdout=subprocess.PIPE,
+                          check=True, timeout=300).stdout
+    for title, points in json.loads(said).items():
+        bench.curve(title, [[n, value * 1e-6] for n, value in points])
+    sizes = (1, 100) if bench.options.quick else (1, 100, 1000, 10000)
+    bench.curve("request over sockets, by services",
+                [[n, socket_cost(bench, services=n)] for n in sizes])
+    sizes = (1, 100) if bench.options.quick else (1, 100, 1000, 5000)
+    bench.curve("request over sockets, by parked polls",
+                [[n, socket_cost(bench, polls=n)] for n in sizes])
+
+
+def socket_cost(bench, services=1, polls=0):
+    """The relay's CPU seconds a request, among so many services and parked polls."""
+    with bench.relay() as relay, contextlib.ExitStack() as stack:
+        relay.limits = dict(relay.limits, **{"max-sessions": 10**6, "poll-seconds": 600})
+        relay.start_relay()
+        relay.key, parked = relay.register(SERVICE), relay.register("Parked")
+        if services > 1:
+            relay.end()                      # and put the rest into its file
+            with contextlib.closing(sqlite3.connect(relay.data)) as base, base:
+                row = base.execute("SELECT * FROM services WHERE name='Parked'").fetchone()
+                at = row.index("Parked")
+                base.executemany(
+                    "INSERT INTO services VALUES (%s)" % ",".join("?" * len(row)),
+                    (row[:at] + ("S%d" % n,) + row[at + 1:] for n in range(services - 1)))
+            relay.start_relay()
+        for _ in range(polls):
+            connection = stack.enter_context(contextlib.closing(
+                http.client.HTTPConnection("127.0.0.1", relay.port, timeout=30)))
+            headers = {"Authorization": "Bearer " + parked}
+            connection.request("POST", "/provider/Parked/login", "{}", headers)
+            session = json.loads(connection.getresponse().read())["session"]
+            connection.request("POST", "/provider/Parked/poll",
+                               json.dumps({"session": session}), headers)
+        relay.provide()
+        got = bench.ask(relay, relay.request(), 16)
+        return got["cpu_used"] / got["answers"]
+
+
+# Those of each round, then those of once a run.
+ROUND = {"start": part_start, "requests": part_requests, "first": part_first,
+         "tokens": part_tokens, "pace": part_pace}
+ONCE = {"waiting": part_waiting, "tls": part_tls, "check": part_check,
+        "import": part_import, "pythons": part_pythons, "listen": part_listen,
+        "share": part_share, "curves": part_curves}
 
 
 ##############################################################################
@@ -516,82 +861,198 @@ def shown(row, value):
     """A figure with its unit, as the name of its row tells."""
     if value is None:
         return "-"
-    if "/s" in row:
+    if row.startswith(("requests/s", "tokens/s")):
         return "{:,.0f}".format(value)
-    if row.startswith("CPU a"):
-        return "%.2f us" % (value * 1e6)
-    if row.startswith(("p50", "p99", "first")):
-        return "%.3g ms" % (value * 1e3)
-    return "%.3g" % value
+    if row.startswith(("share", "TLS, share")):
+        return "%.0f %%" % (100 * value)
+    if row.startswith("memory, a"):
+        return "%.0f KB" % (value / 1e3)
+    if row.startswith("memory"):
+        return "%.1f MB" % (value / 1e6)
+    if row.startswith("cores"):
+        return "%.2f" % value
+    for unit, factor, below in ("\u00b5s", 1e6, 1e-3), ("ms", 1e3, 1), ("s", 1, 1e9):
+        if abs(value) < below:
+            return "%.3g %s" % (value * factor, unit)
 
 
-def print_table(bench):
+def spread(values, show):
+    """The median of some values, with the least and the greatest."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return show(values[0])
+    return "%s (%s-%s)" % tuple(map(show, (statistics.median(values), min(values),
+                                           max(values))))
+
+
+def table(bench):
+    """All rows, in Markdown."""
     columns = [target.name for target in bench.targets]
-    print("\n| median (least - most) | " + " | ".join(columns) + " |")
-    print("|---|" + "---|" * len(columns))
+    lines = ["| median (least-most) | " + " | ".join(columns) + " |",
+             "|---|" + "---|" * len(columns)]
+    for row, values in bench.values.items():
+        lines.append("| %s | %s |" % (row, " | ".join(
+            spread(values[c], lambda v: shown(row, v)) if c in values else ""
+            for c in columns)))
+    return "\n".join(lines)
+
+
+def ratios(bench):
+    """How many times the relay's figure is another's, each within one round."""
+    others = [t.name for t in bench.targets if not isinstance(t, Native)]
+    ours = [t.name for t in bench.targets if isinstance(t, Native)]
+    if len(ours) > 2:                        # several relays: against the first
+        others += ours[:2]
+    lines = ["| times the other's, within a round | " + " | ".join(
+        "%s / %s" % (a, b) for b in others for a in ours if a != b) + " |"]
+    lines.append("|---|" + "---|" * (lines[0].count("|") - 2))
     for row, values in bench.values.items():
         cells = []
-        for column in columns:
-            got = values.get(column)
-            cells.append("" if not got else shown(row, got[0]) if len(got) == 1 else
-                         "%s (%s - %s)" % (shown(row, statistics.median(got)),
-                                           shown(row, min(got)), shown(row, max(got))))
-        print("| %s | %s |" % (row, " | ".join(cells)))
+        for b in others:
+            for a in ours:
+                if a != b:
+                    pairs = [x / y for x, y in zip(values.get(a, ()), values.get(b, ()))
+                             if x is not None and y]
+                    cells.append(spread(pairs, "{:.3g}".format) if pairs else "")
+        if any(cells):
+            lines.append("| %s | %s |" % (row, " | ".join(cells)))
+    return "\n".join(lines)
+
+
+def curve_table(bench):
+    """The curves, in Markdown."""
+    counts = sorted({n for points in bench.curves.values() for n, _ in points})
+    lines = ["| cost, by how many | " + " | ".join("{:,}".format(n) for n in counts) + " |",
+             "|---|" + "---|" * len(counts)]
+    for title, points in bench.curves.items():
+        points = dict(points)
+        lines.append("| %s | %s |" % (title, " | ".join(
+            shown("", points[n]) if n in points else "" for n in counts)))
+    return "\n".join(lines)
+
+
+def about(options):
+    """Where and how the figures were measured."""
+    with open("/proc/cpuinfo") as file:
+        model = re.search(r"model name\s*: (.*)", file.read())
+    return {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            "command": "python bench/compare.py " + " ".join(options.argv),
+            "python": platform.python_version(), "cores": os.cpu_count(),
+            "processor": model.group(1) if model else platform.machine(),
+            "rounds": options.runs * options.rounds, "seconds": options.seconds}
+
+
+def install():
+    """Put FastChat and LiteLLM into virtual environments of the cache directory."""
+    for name, packages in PEERS.items():
+        directory = os.path.join(CACHE, name)
+        if not os.path.exists(peer(name, "python")):
+            print("installing %s into %s" % (name, directory), flush=True)
+            subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+            subprocess.run([peer(name, "python"), "-m", "pip", "install", "-q",
+                            "--disable-pip-version-check"] + packages, check=True)
+    if not nginx_program():
+        print("nginx is not there: apt install nginx-light")
 
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__.split("\n\n")[0], epilog="Parts: " + "; ".join(
+            "%s: %s" % (name, " ".join(part.__doc__.split())) for name, part in
+            list(ROUND.items()) + list(ONCE.items())))
     add = parser.add_argument
-    add("--only", default=",".join(PARTS), metavar="PARTS", help="parts to run")
-    add("--peers", default="hello,nginx,fastchat,litellm", help="what to compare with")
-    add("--rounds", type=int, default=6, help="how often each row is measured")
-    add("--seconds", type=float, default=2.0, help="how long each cell is measured")
-    add("--quick", action="store_true", help="one round of half a second a cell")
+    add("--install", action="store_true", help="first install the peers that can be")
+    add("--only", metavar="PARTS", help="parts to run, with commas; otherwise all")
+    add("--peers", default="hello,nginx,fastchat,litellm", metavar="NAMES",
+        help="what to compare with (%(default)s); llm is the fake LLM itself")
+    add("--runs", type=int, default=2, help="how often all is done (%(default)s)")
+    add("--rounds", type=int, default=3, help="rounds of a run (%(default)s)")
+    add("--seconds", type=float, default=1.5, help="of each cell (%(default)s)")
+    add("--patience", type=float, default=20, metavar="SECONDS",
+        help="for all streams of a cell to start (%(default)s)")
+    add("--quick", action="store_true", help="one round, half a second a cell")
     add("--relay", metavar="FILE", action="append",
         help="the relay; repeat it to compare several in the same rounds")
     add("--json", metavar="FILE", help="write all figures there")
+    add("--charts", metavar="DIR", help="draw charts there, as SVG")
     return parser
+
+
+def attempt(what, work):
+    """Do a piece of work; if it cannot be done, say so and go on."""
+    try:
+        work()
+    except (Broken, OSError, subprocess.SubprocessError, http.client.HTTPException) as error:
+        print("  ! %s: %s" % (what, error), flush=True)
+
+
+def measure(bench, parts):
+    """All rounds of all runs."""
+    for run in range(bench.options.runs):
+        for number in range(bench.options.rounds):
+            print("run %d, round %d, %s, load %.1f" % (
+                run + 1, number + 1, time.strftime("%H:%M:%S"), os.getloadavg()[0]),
+                flush=True)
+            for target in bench.targets:
+                attempt(target.name, target.start)
+            for name, part in ROUND.items():
+                if name in parts:
+                    attempt(name, lambda: part(bench))
+            if number == bench.options.rounds - 1:
+                for name, part in ONCE.items():
+                    if name in parts:
+                        attempt(name, lambda: part(bench))
+            for target in bench.targets:
+                target.end()
+            bench.round += 1
 
 
 def main(argv=None):
     options = build_parser().parse_args(argv)
+    options.argv = sys.argv[1:] if argv is None else argv
     if options.quick:
-        options.rounds, options.seconds = 1, 0.5
+        options.runs, options.rounds, options.seconds, options.patience = 1, 1, 0.5, 4
+    parts = options.only.split(",") if options.only else list(ROUND) + list(ONCE)
+    if set(parts) - set(ROUND) - set(ONCE):
+        sys.exit("there are these parts: " + ", ".join(list(ROUND) + list(ONCE)))
+    if options.install:
+        install()
+    # Thousands of connections; and a signal ends what we started, too.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="neuroengine-bench-") as directory:
         bench = Bench(options, directory)
+        for number, file in enumerate(options.relay or [None], 1):
+            tail = " (%d)" % number if number > 1 else ""
+            file = file and os.path.abspath(file)
+            bench.targets += [Native(bench, file, "native" + tail),
+                              OpenAI(bench, file, "/v1" + tail)]
+        known = {"hello": Hello, "nginx": Nginx, "fastchat": FastChat,
+                 "litellm": LiteLLM, "llm": Direct}
+        for name in filter(None, options.peers.split(",")):
+            if getattr(known[name], "there", lambda: True)():
+                bench.targets.append(known[name](bench))
+            else:
+                print("%s is not installed" % name)
         try:
             bench.start()
-            files = options.relay or [None]
-            for number, file in enumerate(files):
-                tail = " (%d)" % (number + 1) if len(files) > 1 else ""
-                file = file and os.path.abspath(file)
-                bench.targets += [Native(bench, file, "native" + tail),
-                                  OpenAI(bench, file, "/v1" + tail)]
-            known = {"hello": Hello, "nginx": Nginx, "fastchat": FastChat,
-                     "litellm": LiteLLM, "direct": Direct}
-            for name in options.peers.split(","):
-                if name and getattr(known[name], "there", lambda: True)():
-                    bench.targets.append(known[name](bench))
-            for number in range(options.rounds):
-                print("round %d, load %.2f" % (number + 1, os.getloadavg()[0]))
-                for target in bench.targets:
-                    target.start()
-                for name in options.only.split(","):
-                    PARTS[name](bench)
-                for target in bench.targets:
-                    target.end()
+            measure(bench, parts)
         except KeyboardInterrupt:
             print("stopped")
         finally:
             bench.end()
-        print_table(bench)
-        if options.json:
-            with open(options.json, "w") as file:
-                json.dump({"python": platform.python_version(), "values": bench.values},
-                          file, indent=1)
+    facts = about(options)
+    print("\n".join("%s: %s" % fact for fact in facts.items()))
+    for text in table(bench), ratios(bench), curve_table(bench):
+        print("\n" + text)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(dict(facts, values=bench.values, curves=bench.curves), file, indent=1)
+    if options.charts:
+        charts.draw(options.charts, facts, bench.values, bench.curves)
     return 0
 
 
