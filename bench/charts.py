@@ -1,5 +1,6 @@
 """The charts of bench/compare.py: SVG by hand, readable on light and dark pages."""
 
+import functools
 import math
 import os
 import statistics
@@ -139,11 +140,11 @@ def draw(directory, facts, values, curves):
                 groups.append((group, found))
         if groups:
             write(directory, name, bars(title, note, groups,
-                                        lambda value: shown(rows[0][0], value)))
+                                        functools.partial(shown, rows[0][0])))
     if curves:
         write(directory, "curves", lines(
             "What one costs the relay, against how many there are", note, curves,
-            lambda value: shown("", value)))
+            functools.partial(shown, "")))
 
 
 def write(directory, name, chart):

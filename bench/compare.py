@@ -16,10 +16,12 @@ started. Results are medians of all rounds, with minimum and maximum.
 
 import argparse
 import contextlib
+import functools
 import http.client
 import json
 import os
 import platform
+import random
 import re
 import resource
 import select
@@ -125,9 +127,12 @@ class Broken(Exception):
 
 
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port below those that the system gives to connections, so it stays free."""
+    while True:
+        port = random.randrange(12000, 32000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def trusting():
@@ -359,7 +364,7 @@ class Native(Target):
     name, path = "native", "/" + SERVICE
     tls, python = False, sys.executable
     limits = {"max-queue": 100000, "max-queue-per-caller": 100000,
-              "max-connections": 20000, "max-services": 100000}
+              "max-connections": 20000, "max-services": 100000, "idle-seconds": 3600}
 
     def __init__(self, bench, file=None, title=None):
         super().__init__(bench)
@@ -458,8 +463,8 @@ class Bench:
         print("  %-40s %-12s %s" % (row, column, shown(row, value)), flush=True)
 
     def ask(self, target, request, clients, warm=0.3, most=5.0, rate=0, seconds=None):
-        """Let clients ask; what they saw, with the target's cost in that time. None if
-        it cannot be asked."""
+        """Let clients ask; what they saw, with the target's cost in that time. Raises
+        Broken if no token came."""
         seconds = seconds or self.options.seconds
         file = os.path.join(self.directory, "request")
         with open(file, "wb") as out:
@@ -483,7 +488,7 @@ class Bench:
             print("  ! %s: %d errors: %s" % (target.name, answer["errors"],
                                              answer["error"][:200]))
         if not answer.get("tokens"):
-            return None
+            raise Broken("no token came")
         answer.update(cpu_used=cpu, memory=memory, cores=cpu / at)
         return answer
 
@@ -520,11 +525,12 @@ class Bench:
         finally:
             relay.end()
 
-    def each(self, streams=False):
-        """The targets, beginning with another one each round."""
+    def each(self, work, streams=False):
+        """Do it with every target, beginning with another one each round."""
         first = self.round % len(self.targets)
-        return [t for t in self.targets[first:] + self.targets[:first]
-                if t.port and (t.streams or not streams)]
+        for target in self.targets[first:] + self.targets[:first]:
+            if target.port and (target.streams or not streams):
+                attempt(target.name, work, target)
 
 
 def build_load():
@@ -544,83 +550,89 @@ def build_load():
 
 def part_start(bench):
     """From the start of the program to its first answer, and what it holds then."""
-    for target in bench.each():
+    def work(target):
         if target.first_answer:
             bench.note("start to first answer", target.name, target.first_answer)
-        if target.own:
+            target.first_answer = None
             bench.note("memory, idle", target.name, target.memory())
+
+    bench.each(work)
 
 
 def part_requests(bench):
     """Requests a second with 1, 16 and 64 clients, and their times."""
+    def work(target):
+        cpu = getattr(target, "provider", target).cpu()
+        got = bench.ask(target, target.request(), clients)
+        many = counted(clients, "client")
+        bench.note("requests/s, " + many, target.name, got["answers"] / got["seconds"])
+        if clients == 1:
+            bench.note("p50, 1 client", target.name, got["latency"]["p50"])
+        if clients == 64:
+            bench.note("p99, 64 clients", target.name, got["latency"]["p99"])
+        if target.own:
+            bench.note("CPU a request, " + many, target.name,
+                       got["cpu_used"] / got["answers"])
+        if clients == 1 and hasattr(target, "provider"):
+            bench.note("CPU a request, 1 client, of the provider", target.name,
+                       (target.provider.cpu() - cpu) / got["asked"])
+
     for clients in 1, 16, 64:
-        for target in bench.each():
-            cpu = getattr(target, "provider", target).cpu()
-            got = bench.ask(target, target.request(), clients)
-            if not got:
-                continue
-            bench.note("requests/s, %d client%s" % (clients, "s"[:clients - 1]),
-                       target.name, got["answers"] / got["seconds"])
-            if clients == 1:
-                bench.note("p50, 1 client", target.name, got["latency"]["p50"])
-            if clients == 64:
-                bench.note("p99, 64 clients", target.name, got["latency"]["p99"])
-            if target.own and got["answers"]:
-                bench.note("CPU a request, %d client%s" % (clients, "s"[:clients - 1]),
-                           target.name, got["cpu_used"] / got["answers"])
-            if clients == 1 and hasattr(target, "provider"):
-                bench.note("CPU a request, provider", target.name,
-                           (target.provider.cpu() - cpu) / got["asked"])
+        bench.each(work)
 
 
 def part_first(bench):
     """What is added to the time to the first token: streams of 8 tokens, 1,000 a second,
     one after the other, against the LLM asked directly."""
+    def work(target):
+        got = bench.ask(target, target.request(8, 1000, True), clients)
+        bench.note("first token, added, " + counted(clients, "client"), target.name,
+                   got["first"]["p50"] - base)
+
+    direct = Direct(bench)
     for clients in 1, 16:
-        direct = Direct(bench)
-        got = bench.ask(direct, direct.request(8, 1000, True), clients)
-        base = got["first"]["p50"]
-        for target in bench.each(streams=True):
-            got = bench.ask(target, target.request(8, 1000, True), clients)
-            if got and got["first"]:
-                bench.note("first token, added, %d client%s" % (clients, "s"[:clients - 1]),
-                           target.name, got["first"]["p50"] - base)
+        base = bench.ask(direct, direct.request(8, 1000, True), clients)["first"]["p50"]
+        bench.each(work, streams=True)
 
 
 def part_tokens(bench):
     """Tokens a second over 256 streams, 2,000 a second offered to each."""
-    for target in bench.each(streams=True):
+    def work(target):
         with bench.fresh(target) as fresh:
             got = bench.ask(fresh, fresh.request(1000, 2000, True), 256, 0.5,
                             bench.options.patience)
-        if not got:
-            continue
         bench.note("tokens/s, 256 streams", target.name, got["tokens"] / got["seconds"])
-        if target.own and got["tokens"]:
+        if target.own:
             bench.note("CPU a token, 256 streams", target.name,
                        got["cpu_used"] / got["tokens"])
+
+    bench.each(work, streams=True)
 
 
 def part_pace(bench):
     """Streams of 50 tokens a second: which keep their pace, and their worst gaps."""
+    def work(target):
+        if streams > 256 and isinstance(target, (FastChat, LiteLLM)):
+            return                          # they do not keep up with 256
+        with bench.fresh(target) as fresh:
+            got = bench.ask(fresh, fresh.request(100000, 50, True), streams, 1,
+                            bench.options.patience, rate=50,
+                            seconds=max(1, bench.options.seconds))
+        tail = ", %d streams of 50 tokens/s" % streams
+        bench.note("share that keep their pace" + tail, target.name, got["kept"])
+        bench.note("worst gap p99" + tail, target.name, got["gap"]["p99"])
+        bench.note("cores" + tail, target.name, got["cores"])
+        if streams == 256:
+            bench.note("memory, 256 streams", target.name, got["memory"])
+            bench.note("all started after" + tail, target.name,
+                       got["all_started"] if got["all_started"] > 0 else None)
+
     for streams in 256, 1000:
-        for target in bench.each(streams=True):
-            if streams > 256 and isinstance(target, (FastChat, LiteLLM)):
-                continue                    # they do not keep up with 256
-            with bench.fresh(target) as fresh:
-                got = bench.ask(fresh, fresh.request(100000, 50, True), streams, 1,
-                                bench.options.patience, rate=50,
-                                seconds=max(1, bench.options.seconds))
-            if not got:
-                continue
-            tail = ", %d streams of 50 tokens/s" % streams
-            bench.note("share that keep their pace" + tail, target.name, got["kept"])
-            bench.note("worst gap p99" + tail, target.name, got["gap"]["p99"])
-            bench.note("cores" + tail, target.name, got["cores"])
-            if streams == 256:
-                bench.note("memory, 256 streams", target.name, got["memory"])
-                bench.note("all started after" + tail, target.name,
-                           got["all_started"] if got["all_started"] > 0 else None)
+        bench.each(work, streams=True)
+
+
+def counted(number, what):
+    return "%d %s%s" % (number, what, "s" * (number != 1))
 
 
 def part_waiting(bench):
@@ -685,13 +697,14 @@ def wrk(bench, target, clients):
 
 def part_check(bench):
     """Our clients against wrk, of the fastest target: they must not be what limits."""
-    for target in bench.each():
-        if isinstance(target, (Nginx, Native)) and shutil.which("wrk"):
-            got = bench.ask(target, target.request(), 16)
-            bench.note("requests/s, 16 clients, ours", target.name,
-                       got["answers"] / got["seconds"])
-            bench.note("requests/s, 16 clients, wrk", target.name,
-                       wrk(bench, target, 16))
+    def work(target):
+        got = bench.ask(target, target.request(), 16)
+        bench.note("requests/s, 16 clients, ours", target.name,
+                   got["answers"] / got["seconds"])
+        bench.note("requests/s, 16 clients, wrk", target.name, wrk(bench, target, 16))
+
+    if shutil.which("wrk"):
+        bench.each(work)
 
 
 def part_import(bench):
@@ -714,11 +727,10 @@ def part_pythons(bench):
         with bench.relay(python=program) as relay:
             relay.start()
             got = bench.ask(relay, relay.request(), 16)
-            if got:
-                bench.note("requests/s, 16 clients, Python %s" % version, "native",
-                           got["answers"] / got["seconds"])
-                bench.note("CPU a request, Python %s" % version, "native",
-                           got["cpu_used"] / got["answers"])
+            bench.note("requests/s, 16 clients, Python %s" % version, "native",
+                       got["answers"] / got["seconds"])
+            bench.note("CPU a request, Python %s" % version, "native",
+                       got["cpu_used"] / got["answers"])
 
 
 def pythons():
@@ -757,13 +769,11 @@ def part_listen(bench):
         for clients in 1, 64:
             cpu = child.cpu()
             got = bench.ask(relay, relay.request(), clients)
-            if got:
-                tail = "listen, %d client%s" % (clients, "s"[:clients - 1])
-                bench.note("requests/s, " + tail, "native",
-                           got["answers"] / got["seconds"])
-                bench.note("p50, " + tail, "native", got["latency"]["p50"])
-                bench.note("CPU a request, " + tail, "native",
-                           (child.cpu() - cpu) / got["asked"])
+            tail = "listen, " + counted(clients, "client")
+            bench.note("requests/s, " + tail, "native", got["answers"] / got["seconds"])
+            bench.note("p50, " + tail, "native", got["latency"]["p50"])
+            bench.note("CPU a request, " + tail, "native",
+                       (child.cpu() - cpu) / got["asked"])
 
 
 def part_share(bench):
@@ -792,13 +802,10 @@ def part_share(bench):
         bench.note("first token, added by share", "native", got["first"]["p50"] - first)
         # 64 streams of 320 tokens a second are 20,480; then as fast as they come.
         for title, rate in ("share, 20,480 offered", 320), ("share, all it can", 2000):
-            cpu = child.cpu()
             got = bench.ask(relay, relay.request(1000, rate, True), 64, 0.5, 5)
-            if got:
-                bench.note("tokens/s, 64 streams, " + title, "native",
-                           got["tokens"] / got["seconds"])
-                bench.note("worst gap p99, 64 streams, " + title, "native",
-                           got["gap"]["p99"])
+            bench.note("tokens/s, 64 streams, " + title, "native",
+                       got["tokens"] / got["seconds"])
+            bench.note("worst gap p99, 64 streams, " + title, "native", got["gap"]["p99"])
 
 
 def part_curves(bench):
@@ -893,9 +900,9 @@ def table(bench):
     lines = ["| median (least-most) | " + " | ".join(columns) + " |",
              "|---|" + "---|" * len(columns)]
     for row, values in bench.values.items():
+        show = functools.partial(shown, row)
         lines.append("| %s | %s |" % (row, " | ".join(
-            spread(values[c], lambda v: shown(row, v)) if c in values else ""
-            for c in columns)))
+            spread(values[c], show) if c in values else "" for c in columns)))
     return "\n".join(lines)
 
 
@@ -970,7 +977,7 @@ def build_parser():
     add("--runs", type=int, default=2, help="how often all is done (%(default)s)")
     add("--rounds", type=int, default=3, help="rounds of a run (%(default)s)")
     add("--seconds", type=float, default=1.5, help="of each cell (%(default)s)")
-    add("--patience", type=float, default=20, metavar="SECONDS",
+    add("--patience", type=float, default=15, metavar="SECONDS",
         help="for all streams of a cell to start (%(default)s)")
     add("--quick", action="store_true", help="one round, half a second a cell")
     add("--relay", metavar="FILE", action="append",
@@ -980,33 +987,35 @@ def build_parser():
     return parser
 
 
-def attempt(what, work):
+def attempt(what, work, *args, otherwise=lambda: None):
     """Do a piece of work; if it cannot be done, say so and go on."""
     try:
-        work()
+        work(*args)
     except (Broken, OSError, subprocess.SubprocessError, http.client.HTTPException) as error:
         print("  ! %s: %s" % (what, error), flush=True)
+        otherwise()
 
 
 def measure(bench, parts):
     """All rounds of all runs."""
     for run in range(bench.options.runs):
+        for target in bench.targets:
+            attempt(target.name, target.start, otherwise=target.end)
         for number in range(bench.options.rounds):
             print("run %d, round %d, %s, load %.1f" % (
                 run + 1, number + 1, time.strftime("%H:%M:%S"), os.getloadavg()[0]),
                 flush=True)
-            for target in bench.targets:
-                attempt(target.name, target.start)
             for name, part in ROUND.items():
                 if name in parts:
-                    attempt(name, lambda: part(bench))
-            if number == bench.options.rounds - 1:
-                for name, part in ONCE.items():
-                    if name in parts:
-                        attempt(name, lambda: part(bench))
-            for target in bench.targets:
-                target.end()
+                    attempt(name, part, bench)
             bench.round += 1
+        bench.round -= 1                    # what is done once belongs to the last round
+        for name, part in ONCE.items():
+            if name in parts:
+                attempt(name, part, bench)
+        bench.round += 1
+        for target in bench.targets:
+            target.end()
 
 
 def main(argv=None):
