@@ -24,6 +24,36 @@ text { fill: #e6edf3; } .s { fill: #9198a1; } .g { stroke: #3d444d; }
 """
 
 
+def shown(row, value):
+    """A figure with its unit, as the name of its row tells."""
+    if value is None:
+        return "-"
+    if row.startswith(("requests/s", "tokens/s")):
+        return "{:,.0f}".format(value)
+    if row.startswith(("share", "TLS, share")):
+        return "%.0f %%" % (100 * value)
+    if row.startswith("memory, a"):
+        return "%.0f KB" % (value / 1e3)
+    if row.startswith("memory"):
+        return "%.1f MB" % (value / 1e6)
+    if row.startswith("cores"):
+        return "%.2f" % value
+    for unit, factor, below in ("\u00b5s", 1e6, 1e-3), ("ms", 1e3, 1), ("s", 1, 1e9):
+        if abs(value) < below:
+            return "%.3g %s" % (value * factor, unit)
+
+
+def spread(values, show):
+    """The median of some values, with the least and the greatest."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return show(values[0])
+    return "%s (%s-%s)" % tuple(map(show, (statistics.median(values), min(values),
+                                           max(values))))
+
+
 def svg(title, note, height, parts):
     return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" role="img" '
             'aria-label="%s"><style>%s</style>\n<text class="t" x="8" y="20">%s</text>\n'
@@ -64,7 +94,7 @@ def bars(title, note, groups, show):
             parts.append(text(place(max(vs)) + 6, y + 14, show(middle)))
             y += LINE
         y += 8
-    return svg(title, note + " Logarithmic scale; the line goes from least to most.",
+    return svg(title, note + "; logarithmic, with a line from least to most",
                y + 4, parts)
 
 
@@ -122,11 +152,9 @@ OURS = {"native": "neuroengine, native", "/v1": "neuroengine, /v1"}
 
 def draw(directory, facts, values, curves):
     """Write all charts for which there are figures."""
-    from compare import shown
-
     os.makedirs(directory, exist_ok=True)
-    note = "%s, %d cores for load, LLM and program, %s." % (
-        facts["date"][:10], facts["cores"], "median of %d rounds" % facts["rounds"])
+    note = "%s, %d cores for all, median of %d rounds" % (
+        facts["date"][:10], facts["cores"], facts["rounds"])
     for name, title, rows in CHARTS:
         groups = []
         for row, group in rows:

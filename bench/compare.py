@@ -21,404 +21,36 @@ import http.client
 import json
 import os
 import platform
-import random
 import re
 import resource
-import select
 import shutil
 import signal
 import socket
 import sqlite3
-import ssl
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
 import charts
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
-                     "neuroengine-bench")
-PEERS = {"fastchat": ["fschat==0.2.36", "pydantic<2"],    # newer pydantic: no streams
-         "litellm": ["litellm[proxy]==1.106.*"]}
-SERVICE, MASTER_KEY = "Bench", "sk-bench"
-START_SECONDS = 60        # for any of the programs to be ready
-TICK = os.sysconf("SC_CLK_TCK")
-PAGE = os.sysconf("SC_PAGE_SIZE")
-
-##############################################################################
-# Programs: started, watched and ended
-##############################################################################
-
-
-class Child:
-    """A program of ours, in a process group of its own, with its output in a file."""
-
-    def __init__(self, bench, title, args, env=None, cwd=None):
-        self.log = os.path.join(bench.directory, "%s-%d.log" % (title, len(bench.children)))
-        self.title, self.begun = title, time.monotonic()
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
-                start_new_session=True, cwd=cwd or bench.directory,
-                env=dict(os.environ, **env or {}))
-        bench.children.append(self)
-
-    def line(self, seconds=START_SECONDS):
-        """The next line that it prints."""
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
-            raise Broken("%s says nothing" % self.title)
-        line = self.process.stdout.readline().decode()
-        if not line:
-            raise Broken("%s has ended:\n%s" % (self.title, self.words()))
-        return line.strip()
-
-    def words(self):
-        """The end of what it wrote to standard error."""
-        with open(self.log, "rb") as log:
-            return log.read()[-2000:].decode("utf-8", "replace")
-
-    def pids(self):
-        """Its process and all that come of it."""
-        found, todo = [], [self.process.pid]
-        while todo:
-            pid = todo.pop()
-            found.append(pid)
-            with contextlib.suppress(OSError):
-                for task in os.listdir("/proc/%d/task" % pid):
-                    with open("/proc/%d/task/%s/children" % (pid, task)) as file:
-                        todo += map(int, file.read().split())
-        return found
-
-    def cpu(self):
-        """Seconds of processor time so far."""
-        total = 0
-        for pid in self.pids():
-            with contextlib.suppress(OSError), open("/proc/%d/stat" % pid) as file:
-                fields = file.read().rsplit(")", 1)[1].split()
-                total += int(fields[11]) + int(fields[12])
-        return total / TICK
-
-    def memory(self):
-        """Bytes resident, of all its processes."""
-        total = 0
-        for pid in self.pids():
-            with contextlib.suppress(OSError), open("/proc/%d/statm" % pid) as file:
-                total += int(file.read().split()[1]) * PAGE
-        return total
-
-    def end(self):
-        """End it, and whatever it started."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.3)
-        with contextlib.suppress(OSError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stdout.close()
-
-
-class Broken(Exception):
-    """A program did not do what it should; the words say which and what."""
-
-
-def free_port():
-    """A port below those that the system gives to connections, so it stays free."""
-    while True:
-        port = random.randrange(12000, 32000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
-
-
-def trusting():
-    """A TLS context that trusts anyone: the certificate is ours, of a minute ago."""
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
-def call(port, method, path, body=None, tls=False, **headers):
-    """One request; the status and the body, which is JSON."""
-    connection = (
-        http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=trusting())
-        if tls else http.client.HTTPConnection("127.0.0.1", port, timeout=30))
-    try:
-        connection.request(method, path, None if body is None else json.dumps(body),
-                           dict({"Content-Type": "application/json"}, **headers))
-        response = connection.getresponse()
-        return response.status, json.loads(response.read() or b"null")
-    finally:
-        connection.close()
-
-
-##############################################################################
-# What is compared
-##############################################################################
-
-
-class Target:
-    """Something that clients can ask. `own` are the programs whose cost is counted."""
-
-    path, model, headers = "/v1/chat/completions", "m", {}
-    streams = True            # whether it can stream
-    port = None               # where it listens; None while it does not
-    first_answer = None       # seconds from its start to that
-
-    def __init__(self, bench):
-        self.bench, self.children, self.own = bench, [], []
-
-    def spawn(self, title, args, own=True, **more):
-        child = Child(self.bench, title, args, **more)
-        self.children.append(child)
-        if own:
-            self.own.append(child)
-        return child
-
-    def start(self):
-        """Start it, and return when it can be asked."""
-
-    def end(self):
-        for child in self.children:
-            child.end()
-        self.children, self.own, self.port = [], [], None
-
-    def wait(self, child, port=None, path="/v1/models"):
-        """Wait until a GET is answered with 200, and note how long that took."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-                if call(port or self.port, "GET", path, **self.headers)[0] == 200:
-                    self.first_answer = time.monotonic() - self.children[0].begun
-                    return
-            if child.process.poll() is not None:
-                raise Broken("%s has ended:\n%s" % (child.title, child.words()))
-            time.sleep(0.002)
-        raise Broken("%s does not answer:\n%s" % (child.title, child.words()))
-
-    def body(self, tokens, rate, stream):
-        return {"model": self.model, "stream": stream, "messages": [
-            {"role": "user", "content": wish(tokens, rate)}]}
-
-    def request(self, tokens=1, rate=0, stream=False):
-        """The bytes of one request; the clients number them."""
-        body = json.dumps(self.body(tokens, rate, stream))
-        head = {"Host": "127.0.0.1", "Content-Type": "application/json",
-                "Content-Length": len(body)}
-        head.update(self.headers)
-        lines = ["POST %s HTTP/1.1" % self.path] + ["%s: %s" % h for h in head.items()]
-        return ("\r\n".join(lines) + "\r\n\r\n" + body).encode("ascii")
-
-    def cpu(self):
-        return sum(child.cpu() for child in self.own)
-
-    def memory(self):
-        return sum(child.memory() for child in self.own)
-
-
-def wish(tokens, rate):
-    """A prompt that tells the fake LLM what to answer."""
-    return "tokens=%d rate=%d ########" % (tokens, rate)
-
-
-class Direct(Target):
-    """The fake LLM, asked directly."""
-
-    name = "LLM itself"
-
-    @property
-    def port(self):
-        return self.bench.llm
-
-    def end(self):
-        pass
-
-
-class Hello(Target):
-    """A bare ThreadingHTTPServer: as much as that can do."""
-
-    name, streams = "bare hello", False
-    program = """
-import http.server
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.wfile.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\n\\r\\nhello~")
-class Server(http.server.ThreadingHTTPServer):
-    request_queue_size = 1024
-    def handle_error(self, *_):
-        pass
-server = Server(("127.0.0.1", 0), Handler)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
-
-    def start(self):
-        self.port = int(self.spawn("hello", [sys.executable, "-c", self.program]).line())
-
-
-class Nginx(Target):
-    """nginx, as a proxy of the fake LLM."""
-
-    name = "nginx"
-    config = """
-daemon off; pid {dir}/nginx.pid; error_log stderr crit; worker_processes auto;
-events {{ worker_connections 8192; }}
-http {{
-  access_log off; keepalive_requests 1000000000;
-  client_body_temp_path {dir}/a; proxy_temp_path {dir}/b; fastcgi_temp_path {dir}/c;
-  uwsgi_temp_path {dir}/d; scgi_temp_path {dir}/e;
-  upstream llm {{ server 127.0.0.1:{llm}; keepalive 256; keepalive_requests 1000000000; }}
-  server {{
-    listen 127.0.0.1:{port} backlog=4096;
-    location / {{ proxy_pass http://llm; proxy_http_version 1.1; proxy_buffering off;
-                  proxy_set_header Connection ""; }}
-  }}
-}}
-"""
-
-    @staticmethod
-    def there():
-        return nginx_program() is not None
-
-    def start(self):
-        self.port = free_port()
-        file = os.path.join(self.bench.directory, "nginx.conf")
-        with open(file, "w") as config:
-            config.write(self.config.format(dir=self.bench.directory, llm=self.bench.llm,
-                                            port=self.port))
-        child = self.spawn("nginx", [nginx_program(), "-c", file, "-p",
-                                     self.bench.directory, "-e", "stderr"])
-        self.wait(child)
-
-
-def nginx_program():
-    return shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-
-
-def peer(name, program):
-    """The path of a program in a peer's virtual environment."""
-    return os.path.join(CACHE, name, "bin", program)
-
-
-class FastChat(Target):
-    """FastChat's controller and API server; its worker is the fake LLM."""
-
-    name = "FastChat"
-
-    @staticmethod
-    def there():
-        return os.path.exists(peer("fastchat", "python"))
-
-    def start(self):
-        controller, self.port = free_port(), free_port()
-        serve = [peer("fastchat", "python"), "-m"]
-        child = self.spawn("controller", serve + ["fastchat.serve.controller",
-                           "--host", "127.0.0.1", "--port", str(controller)])
-        api = self.spawn("fastchat", serve + ["fastchat.serve.openai_api_server",
-                         "--host", "127.0.0.1", "--port", str(self.port),
-                         "--controller-address", "http://127.0.0.1:%d" % controller])
-        self.wait(child, controller, "/test_connection")
-        call(controller, "POST", "/register_worker", {
-            "worker_name": "http://127.0.0.1:%d" % self.bench.llm,
-            "check_heart_beat": False, "multimodal": False, "worker_status": {
-                "model_names": ["m"], "speed": 1, "queue_length": 0}})
-        self.wait(api)
-
-
-class LiteLLM(Target):
-    """LiteLLM's proxy."""
-
-    name = "LiteLLM"
-    headers = {"Authorization": "Bearer " + MASTER_KEY}
-
-    @staticmethod
-    def there():
-        return os.path.exists(peer("litellm", "litellm"))
-
-    def start(self):
-        self.port = free_port()
-        file = os.path.join(self.bench.directory, "litellm.json")    # JSON is YAML
-        with open(file, "w") as config:
-            json.dump({"model_list": [{"model_name": "m", "litellm_params": {
-                "model": "openai/m", "api_key": "none",
-                "api_base": "http://127.0.0.1:%d/v1" % self.bench.llm}}],
-                "general_settings": {"master_key": MASTER_KEY}}, config)
-        child = self.spawn("litellm", [peer("litellm", "litellm"), "--config", file,
-                           "--host", "127.0.0.1", "--port", str(self.port),
-                           "--telemetry", "False"],
-                           env={"LITELLM_LOCAL_MODEL_COST_MAP": "True",
-                                "NO_PROXY": "127.0.0.1"})
-        self.wait(child)
-
-
-class Native(Target):
-    """The relay with its provider, asked natively."""
-
-    name, path = "native", "/" + SERVICE
-    tls, python = False, sys.executable
-    limits = {"max-queue": 100000, "max-queue-per-caller": 100000,
-              "max-connections": 20000, "max-services": 100000, "idle-seconds": 3600}
-
-    def __init__(self, bench, file=None, title=None):
-        super().__init__(bench)
-        self.file = file or os.path.join(ROOT, "neuroengine_server.py")
-        self.name = title or self.name
-        self.data = None
-
-    def another(self):
-        return type(self)(self.bench, self.file, self.name)
-
-    def start(self):
-        self.start_relay()
-        self.key = self.register(SERVICE)
-        self.provide()
-
-    def start_relay(self):
-        self.data = self.data or os.path.join(
-            self.bench.directory, "relay-%d.sqlite3" % len(self.bench.children))
-        args = [self.python, self.file, "--host", "127.0.0.1", "--port", "0",
-                "--data", self.data]
-        args += ["--cert", self.bench.certificate()] if self.tls else ["--tls", "off"]
-        for name, value in self.limits.items():
-            args += ["--" + name, str(value)]
-        child = self.spawn("relay", args)
-        self.port = int(re.search(r":(\d+)\s*$", child.line()).group(1))
-        if not self.tls:
-            self.wait(child)
-
-    def call(self, *args, **headers):
-        return call(self.port, *args, tls=self.tls, **headers)
-
-    def register(self, name):
-        status, answer = self.call("POST", "/api/services", {"name": name})
-        if status != 201:
-            raise Broken("the relay did not register %s: %s" % (name, answer))
-        return answer["key"]
-
-    def provide(self):
-        self.provider = self.spawn("provider", [
-            sys.executable, os.path.join(HERE, "provider.py"), str(self.port), SERVICE,
-            self.key] + ["tls"] * self.tls, own=False)
-        self.provider.line()
-
-    def body(self, tokens, rate, stream):
-        body = {"message": wish(tokens, rate)}
-        return dict(body, stream=True) if stream else body
-
-
-class OpenAI(Native):
-    """The same, through /v1/chat/completions."""
-
-    name, path, model = "/v1", "/v1/chat/completions", SERVICE
-    body = Target.body
-
+from charts import shown
+from charts import spread
+from targets import HERE
+from targets import ROOT
+from targets import SERVICE
+from targets import Broken
+from targets import Child
+from targets import Direct
+from targets import FastChat
+from targets import Hello
+from targets import LiteLLM
+from targets import Native
+from targets import Nginx
+from targets import OpenAI
+from targets import build_load
+from targets import call
+from targets import install
+from targets import trusting
 
 ##############################################################################
 # The bench: all that is running, and what was measured
@@ -433,7 +65,7 @@ class Bench:
         self.children = []
         self.values = {}          # row -> column -> [value of each round]
         self.curves = {}          # title -> [[how many, value]]
-        self.round = 0
+        self.round, self.loads = 0, []
         self.load = build_load()
         self.llm = None
         self.targets = []
@@ -531,16 +163,6 @@ class Bench:
         for target in self.targets[first:] + self.targets[:first]:
             if target.port and (target.streams or not streams):
                 attempt(target.name, work, target)
-
-
-def build_load():
-    """Compile load.c, unless that is done."""
-    os.makedirs(CACHE, exist_ok=True)
-    program, source = os.path.join(CACHE, "load"), os.path.join(HERE, "load.c")
-    if not os.path.exists(program) or os.path.getmtime(program) < os.path.getmtime(source):
-        subprocess.run([os.environ.get("CC", "cc"), "-O2", "-o", program, source],
-                       check=True)
-    return program
 
 
 ##############################################################################
@@ -851,12 +473,27 @@ def socket_cost(bench, services=1, polls=0):
         return got["cpu_used"] / got["answers"]
 
 
-# Those of each round, then those of once a run.
+def part_soak(bench):
+    """Memory before and after a million jobs; takes minutes, so only if it is named."""
+    with bench.relay() as relay:
+        relay.start()
+        jobs, next_note = 0, 20000
+        deadline = time.monotonic() + 1800
+        while jobs < 10**6 and time.monotonic() < deadline:
+            jobs += bench.ask(relay, relay.request(), 64, seconds=5)["asked"]
+            if jobs >= next_note:
+                bench.note("memory, after {:,} jobs or more".format(next_note), "native",
+                           relay.memory())
+                next_note = jobs // 100000 * 100000 + 100000
+
+
+# Those of each round, those of once a run, and those that must be named.
 ROUND = {"start": part_start, "requests": part_requests, "first": part_first,
          "tokens": part_tokens, "pace": part_pace}
 ONCE = {"waiting": part_waiting, "tls": part_tls, "check": part_check,
         "import": part_import, "pythons": part_pythons, "listen": part_listen,
         "share": part_share, "curves": part_curves}
+NAMED = {"soak": part_soak}
 
 
 ##############################################################################
@@ -864,46 +501,20 @@ ONCE = {"waiting": part_waiting, "tls": part_tls, "check": part_check,
 ##############################################################################
 
 
-def shown(row, value):
-    """A figure with its unit, as the name of its row tells."""
-    if value is None:
-        return "-"
-    if row.startswith(("requests/s", "tokens/s")):
-        return "{:,.0f}".format(value)
-    if row.startswith(("share", "TLS, share")):
-        return "%.0f %%" % (100 * value)
-    if row.startswith("memory, a"):
-        return "%.0f KB" % (value / 1e3)
-    if row.startswith("memory"):
-        return "%.1f MB" % (value / 1e6)
-    if row.startswith("cores"):
-        return "%.2f" % value
-    for unit, factor, below in ("\u00b5s", 1e6, 1e-3), ("ms", 1e3, 1), ("s", 1, 1e9):
-        if abs(value) < below:
-            return "%.3g %s" % (value * factor, unit)
-
-
-def spread(values, show):
-    """The median of some values, with the least and the greatest."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return show(values[0])
-    return "%s (%s-%s)" % tuple(map(show, (statistics.median(values), min(values),
-                                           max(values))))
-
-
 def table(bench):
-    """All rows, in Markdown."""
+    """All rows, in Markdown: those that compare, and those of the relay alone."""
     columns = [target.name for target in bench.targets]
     lines = ["| median (least-most) | " + " | ".join(columns) + " |",
              "|---|" + "---|" * len(columns)]
+    alone = ["", "| the relay, median (least-most) | |", "|---|---|"]
     for row, values in bench.values.items():
         show = functools.partial(shown, row)
-        lines.append("| %s | %s |" % (row, " | ".join(
-            spread(values[c], show) if c in values else "" for c in columns)))
-    return "\n".join(lines)
+        cells = [spread(values[c], show) if c in values else "" for c in columns]
+        if list(values) == [bench.targets[0].name]:
+            alone.append("| %s | %s |" % (row, cells[0]))
+        else:
+            lines.append("| %s | %s |" % (row, " | ".join(cells)))
+    return "\n".join(lines + alone)
 
 
 def ratios(bench):
@@ -951,24 +562,11 @@ def about(options):
             "rounds": options.runs * options.rounds, "seconds": options.seconds}
 
 
-def install():
-    """Put FastChat and LiteLLM into virtual environments of the cache directory."""
-    for name, packages in PEERS.items():
-        directory = os.path.join(CACHE, name)
-        if not os.path.exists(peer(name, "python")):
-            print("installing %s into %s" % (name, directory), flush=True)
-            subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-            subprocess.run([peer(name, "python"), "-m", "pip", "install", "-q",
-                            "--disable-pip-version-check"] + packages, check=True)
-    if not nginx_program():
-        print("nginx is not there: apt install nginx-light")
-
-
 def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog="Parts: " + "; ".join(
             "%s: %s" % (name, " ".join(part.__doc__.split())) for name, part in
-            list(ROUND.items()) + list(ONCE.items())))
+            dict(ROUND, **ONCE, **NAMED).items()))
     add = parser.add_argument
     add("--install", action="store_true", help="first install the peers that can be")
     add("--only", metavar="PARTS", help="parts to run, with commas; otherwise all")
@@ -1002,15 +600,16 @@ def measure(bench, parts):
         for target in bench.targets:
             attempt(target.name, target.start, otherwise=target.end)
         for number in range(bench.options.rounds):
+            bench.loads.append(os.getloadavg()[0])
             print("run %d, round %d, %s, load %.1f" % (
-                run + 1, number + 1, time.strftime("%H:%M:%S"), os.getloadavg()[0]),
+                run + 1, number + 1, time.strftime("%H:%M:%S"), bench.loads[-1]),
                 flush=True)
             for name, part in ROUND.items():
                 if name in parts:
                     attempt(name, part, bench)
             bench.round += 1
         bench.round -= 1                    # what is done once belongs to the last round
-        for name, part in ONCE.items():
+        for name, part in dict(ONCE, **NAMED).items():
             if name in parts:
                 attempt(name, part, bench)
         bench.round += 1
@@ -1024,8 +623,9 @@ def main(argv=None):
     if options.quick:
         options.runs, options.rounds, options.seconds, options.patience = 1, 1, 0.5, 4
     parts = options.only.split(",") if options.only else list(ROUND) + list(ONCE)
-    if set(parts) - set(ROUND) - set(ONCE):
-        sys.exit("there are these parts: " + ", ".join(list(ROUND) + list(ONCE)))
+    known = dict(ROUND, **ONCE, **NAMED)
+    if set(parts) - set(known):
+        sys.exit("there are these parts: " + ", ".join(known))
     if options.install:
         install()
     # Thousands of connections; and a signal ends what we started, too.
@@ -1039,11 +639,11 @@ def main(argv=None):
             file = file and os.path.abspath(file)
             bench.targets += [Native(bench, file, "native" + tail),
                               OpenAI(bench, file, "/v1" + tail)]
-        known = {"hello": Hello, "nginx": Nginx, "fastchat": FastChat,
+        peers = {"hello": Hello, "nginx": Nginx, "fastchat": FastChat,
                  "litellm": LiteLLM, "llm": Direct}
         for name in filter(None, options.peers.split(",")):
-            if getattr(known[name], "there", lambda: True)():
-                bench.targets.append(known[name](bench))
+            if getattr(peers[name], "there", lambda: True)():
+                bench.targets.append(peers[name](bench))
             else:
                 print("%s is not installed" % name)
         try:
@@ -1053,7 +653,7 @@ def main(argv=None):
             print("stopped")
         finally:
             bench.end()
-    facts = about(options)
+    facts = dict(about(options), loads=bench.loads)
     print("\n".join("%s: %s" % fact for fact in facts.items()))
     for text in table(bench), ratios(bench), curve_table(bench):
         print("\n" + text)
