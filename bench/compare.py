@@ -116,6 +116,7 @@ class Bench:
                 answer = json.loads(said or b'{"errors": 1, "error": "it ended"}')
             finally:
                 load.kill()
+        target.rest()
         if answer["errors"]:
             print("  ! %s: %d errors: %s" % (target.name, answer["errors"],
                                              answer["error"][:200]))
@@ -133,8 +134,8 @@ class Bench:
 
     @contextlib.contextmanager
     def fresh(self, target):
-        """The target, without what an earlier row left in it: the relay is so quickly
-        started that it is started anew; its peers have a second to get over it."""
+        """The target, without what an earlier row left in it: the relay, so quickly
+        started, is started anew."""
         if isinstance(target, Native):
             again = target.another()
             try:
@@ -144,7 +145,6 @@ class Bench:
                 again.end()
         else:
             yield target
-            time.sleep(1)
 
     @contextlib.contextmanager
     def relay(self, **attributes):
@@ -175,6 +175,7 @@ def part_start(bench):
     def work(target):
         if target.first_answer:
             bench.note("start to first answer", target.name, target.first_answer)
+            bench.note("CPU a start", target.name, target.first_cpu)
             target.first_answer = None
             bench.note("memory, idle", target.name, target.memory())
 
@@ -331,13 +332,17 @@ def part_check(bench):
 
 def part_import(bench):
     """`import neuroengine`, beside the bare interpreter."""
-    best = {}
+    wall, cpu = {}, {}
     env = dict(os.environ, PYTHONPYCACHEPREFIX=bench.directory, PYTHONPATH=ROOT)
-    for code in ["pass", "import neuroengine"] * (4 if bench.options.quick else 10):
-        begun = time.monotonic()
+    for code in ["pass", "import neuroengine"] * (4 if bench.options.quick else 15):
+        begun, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", code], env=env, check=True)
-        best[code] = min(best.get(code, 9), time.monotonic() - begun)
-    bench.note("import neuroengine", "native", best["import neuroengine"] - best["pass"])
+        wall[code] = min(wall.get(code, 9), time.monotonic() - begun)
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu[code] = min(cpu.get(code, 9), now.ru_utime + now.ru_stime
+                        - used.ru_utime - used.ru_stime)
+    for row, best in ("import neuroengine", wall), ("import neuroengine, CPU", cpu):
+        bench.note(row, "native", best["import neuroengine"] - best["pass"])
 
 
 def part_pythons(bench):
@@ -521,19 +526,16 @@ def ratios(bench):
     """How many times the relay's figure is another's, each within one round."""
     others = [t.name for t in bench.targets if not isinstance(t, Native)]
     ours = [t.name for t in bench.targets if isinstance(t, Native)]
-    if len(ours) > 2:                        # several relays: against the first
-        others += ours[:2]
+    pairs = [(a, b) for b in others for a in ours]
+    pairs += [(a, ours[n % 2]) for n, a in enumerate(ours) if n > 1]   # several relays
     lines = ["| times the other's, within a round | " + " | ".join(
-        "%s / %s" % (a, b) for b in others for a in ours if a != b) + " |"]
-    lines.append("|---|" + "---|" * (lines[0].count("|") - 2))
+        "%s / %s" % pair for pair in pairs) + " |", "|---|" + "---|" * len(pairs)]
     for row, values in bench.values.items():
         cells = []
-        for b in others:
-            for a in ours:
-                if a != b:
-                    pairs = [x / y for x, y in zip(values.get(a, ()), values.get(b, ()))
-                             if x is not None and y]
-                    cells.append(spread(pairs, "{:.3g}".format) if pairs else "")
+        for a, b in pairs:
+            quotients = [x / y for x, y in zip(values.get(a, ()), values.get(b, ()))
+                         if x is not None and y]
+            cells.append(spread(quotients, "{:.3g}".format) if quotients else "")
         if any(cells):
             lines.append("| %s | %s |" % (row, " | ".join(cells)))
     return "\n".join(lines)
@@ -631,7 +633,8 @@ def main(argv=None):
     # Thousands of connections; and a signal ends what we started, too.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="neuroengine-bench-") as directory:
         bench = Bench(options, directory)
         for number, file in enumerate(options.relay or [None], 1):
@@ -646,12 +649,16 @@ def main(argv=None):
                 bench.targets.append(peers[name](bench))
             else:
                 print("%s is not installed" % name)
+        stopped = False
         try:
             bench.start()
             measure(bench, parts)
         except KeyboardInterrupt:
+            stopped = True
             print("stopped")
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
             bench.end()
     facts = dict(about(options), loads=bench.loads)
     print("\n".join("%s: %s" % fact for fact in facts.items()))
@@ -662,7 +669,7 @@ def main(argv=None):
             json.dump(dict(facts, values=bench.values, curves=bench.curves), file, indent=1)
     if options.charts:
         charts.draw(options.charts, facts, bench.values, bench.curves)
-    return 0
+    return 130 if stopped else 0
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@
 #include <unistd.h>
 
 #define TOKEN "word~ "
+#define MOST_PENDING 65536    /* bytes of an answer that were made and not yet sent */
 
 static double now(void)
 {
@@ -345,6 +346,7 @@ struct caller {
 static struct caller *active[20000];
 static int actives;
 static char token_chunk[512], last_chunks[1024];
+static char words[10000 * sizeof TOKEN];
 static size_t token_bytes, last_bytes;
 
 static void put(struct caller *c, const char *data, size_t n)
@@ -387,25 +389,26 @@ static void put_json(struct caller *c, const char *body)
 /* One event of a FastChat worker: the whole text so far, with a zero byte after it. */
 static void put_worker_event(struct caller *c)
 {
-    static char body[1 << 16], head[32];
-    int n = snprintf(body, sizeof body, "{\"text\": \"");
-    for (long i = 0; i < c->done && n < 60000; i++)
-        n += snprintf(body + n, sizeof body - n, TOKEN);
-    n += snprintf(body + n, sizeof body - n, "\", \"error_code\": 0, \"usage\": "
+    static char body[sizeof words + 256], head[32];
+    size_t bytes = c->done * strlen(TOKEN);
+    if (bytes > sizeof words)
+        bytes = sizeof words;
+    int n = sprintf(body, "{\"text\": \"%.*s\", \"error_code\": 0, \"usage\": "
         "{\"prompt_tokens\": 1, \"completion_tokens\": %ld, \"total_tokens\": 1}, "
-        "\"finish_reason\": %s}", c->done, c->done == c->tokens ? "\"stop\"" : "null") + 1;
+        "\"finish_reason\": %s}", (int)bytes, words, c->done,
+        c->done == c->tokens ? "\"stop\"" : "null") + 1;     /* the zero byte */
     put(c, head, snprintf(head, sizeof head, "%x\r\n", n));
     put(c, body, n);
     put(c, "\r\n", 2);
 }
 
-/* Write the tokens that are due. */
+/* Write the tokens that are due, but no more than a reader that is slow can take. */
 static void generate(struct caller *c, double t)
 {
     long due = c->rate ? 1 + (long)((t - c->began) * c->rate) : c->tokens;
     if (due > c->tokens)
         due = c->tokens;
-    while (c->done < due) {
+    while (c->done < due && c->pending < MOST_PENDING) {
         c->done++;
         if (c->worker)
             put_worker_event(c);
@@ -514,6 +517,8 @@ static void run_llm(void)
         "data: [DONE]\n\n";
     token_bytes = sprintf(token_chunk, "%zx\r\n%s\r\n", sizeof token - 1, token);
     last_bytes = sprintf(last_chunks, "%zx\r\n%s\r\n0\r\n\r\n", sizeof last - 1, last);
+    for (size_t i = 0; i + strlen(TOKEN) < sizeof words; i += strlen(TOKEN))
+        memcpy(words + i, TOKEN, strlen(TOKEN));
     watch(server, NULL, EPOLL_CTL_ADD);
     for (double stepped = 0;;) {
         int ready = epoll_wait(poller, events, 512, actives ? 1 : -1);

@@ -23,6 +23,7 @@ PEERS = {"fastchat": ["fschat==0.2.36", "pydantic<2"],    # newer pydantic: no s
          "litellm": ["litellm[proxy]==1.106.*"]}
 SERVICE, MASTER_KEY = "Bench", "sk-bench"
 START_SECONDS = 60        # for any of the programs to be ready
+REST_SECONDS = 10         # for one to get over clients that have gone
 TICK = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -143,8 +144,10 @@ class Target:
 
     path, model, headers = "/v1/chat/completions", "m", {}
     streams = True            # whether it can stream
+    lingers = False           # whether it goes on working when its clients have gone
     port = None               # where it listens; None while it does not
     first_answer = None       # seconds from its start to that
+    first_cpu = None          # and of processor time
 
     def __init__(self, bench):
         self.bench, self.children, self.own = bench, [], []
@@ -164,6 +167,15 @@ class Target:
             child.end()
         self.children, self.own, self.port = [], [], None
 
+    def rest(self):
+        """Called when clients have gone. Some need long to get over what they left."""
+        deadline = time.monotonic() + REST_SECONDS
+        while self.lingers and time.monotonic() < deadline:
+            used = self.cpu()
+            time.sleep(0.3)
+            if self.cpu() - used < 0.03:
+                break
+
     def wait(self, child, port=None, path="/v1/models"):
         """Wait until a GET is answered with 200, and note how long that took."""
         deadline = time.monotonic() + START_SECONDS
@@ -171,6 +183,7 @@ class Target:
             with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
                 if call(port or self.port, "GET", path, **self.headers)[0] == 200:
                     self.first_answer = time.monotonic() - self.children[0].begun
+                    self.first_cpu = self.cpu()
                     return
             if child.process.poll() is not None:
                 raise Broken("%s has ended:\n%s" % (child.title, child.words()))
@@ -287,7 +300,7 @@ def peer(name, program):
 class FastChat(Target):
     """FastChat's controller and API server; its worker is the fake LLM."""
 
-    name = "FastChat"
+    name, lingers = "FastChat", True
 
     @staticmethod
     def there():
@@ -312,7 +325,7 @@ class FastChat(Target):
 class LiteLLM(Target):
     """LiteLLM's proxy."""
 
-    name = "LiteLLM"
+    name, lingers = "LiteLLM", True
     headers = {"Authorization": "Bearer " + MASTER_KEY}
 
     @staticmethod
