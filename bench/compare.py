@@ -30,6 +30,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import charts
@@ -104,6 +105,8 @@ class Bench:
         with open(file, "rb") as body, subprocess.Popen(
                 [self.load, "ask", str(target.port), str(clients), str(warm), str(most),
                  str(seconds), str(rate)], stdin=body, stdout=subprocess.PIPE) as load:
+            late = threading.Timer(most + seconds + 30, load.kill)
+            late.start()
             try:
                 said = load.stdout.readline()
                 if said == b"begun\n":
@@ -115,6 +118,7 @@ class Bench:
                     said = load.stdout.read()
                 answer = json.loads(said or b'{"errors": 1, "error": "it ended"}')
             finally:
+                late.cancel()
                 load.kill()
         target.rest()
         if answer["errors"]:
@@ -308,11 +312,15 @@ def wrk(bench, target, clients):
     with open(script, "w") as file:
         file.write("wrk.method = 'POST'\nwrk.body = [[%s]]\n"
                    "wrk.headers['Content-Type'] = 'application/json'\n" % body)
+        for header in target.headers.items():
+            file.write("wrk.headers['%s'] = '%s'\n" % header)
     url = "http%s://127.0.0.1:%d%s" % ("s" * getattr(target, "tls", False), target.port,
                                        target.path)
     said = subprocess.run(
         ["wrk", "-t1", "-c%d" % clients, "-d%ds" % max(1, round(bench.options.seconds)),
-         "-s", script, url], stdout=subprocess.PIPE, universal_newlines=True).stdout
+         "-s", script, url], stdout=subprocess.PIPE, universal_newlines=True,
+        timeout=60).stdout
+    target.rest()
     if "Non-2xx" in said:
         print("  ! %s: not all answers were 200" % target.name)
     return float(re.search(r"Requests/sec: *([\d.]+)", said).group(1))
@@ -393,14 +401,14 @@ def part_listen(bench):
         child = relay.spawn("listen", [sys.executable, "-c", LISTEN % (
             ROOT, relay.port, SERVICE, key)], own=False)
         child.line()
+        relay.own = [child]                  # whose cost is counted here
         for clients in 1, 64:
-            cpu = child.cpu()
             got = bench.ask(relay, relay.request(), clients)
             tail = "listen, " + counted(clients, "client")
             bench.note("requests/s, " + tail, "native", got["answers"] / got["seconds"])
             bench.note("p50, " + tail, "native", got["latency"]["p50"])
             bench.note("CPU a request, " + tail, "native",
-                       (child.cpu() - cpu) / got["asked"])
+                       got["cpu_used"] / got["answers"])
 
 
 def part_share(bench):
@@ -427,12 +435,15 @@ def part_share(bench):
         bench.note("first token, added by share and relay", "native",
                    got["first"]["p50"] - base)
         bench.note("first token, added by share", "native", got["first"]["p50"] - first)
+        relay.own = [child]
         # 64 streams of 320 tokens a second are 20,480; then as fast as they come.
         for title, rate in ("share, 20,480 offered", 320), ("share, all it can", 2000):
             got = bench.ask(relay, relay.request(1000, rate, True), 64, 0.5, 5)
             bench.note("tokens/s, 64 streams, " + title, "native",
                        got["tokens"] / got["seconds"])
             bench.note("worst gap p99, 64 streams, " + title, "native", got["gap"]["p99"])
+            bench.note("CPU a token, 64 streams, " + title, "native",
+                       got["cpu_used"] / got["tokens"])
 
 
 def part_curves(bench):
