@@ -23,7 +23,7 @@ PEERS = {"fastchat": ["fschat==0.2.36", "pydantic<2"],    # newer pydantic: no s
          "litellm": ["litellm[proxy]==1.106.*"]}
 SERVICE, MASTER_KEY = "Bench", "sk-bench"
 START_SECONDS = 60        # for any of the programs to be ready
-REST_SECONDS = 10         # for one to get over clients that have gone
+REST_SECONDS = 5          # for one to get over clients that have gone
 TICK = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -168,12 +168,18 @@ class Target:
         self.children, self.own, self.port = [], [], None
 
     def rest(self):
-        """Called when clients have gone. Some need long to get over what they left."""
+        """Called when clients have gone. Some go on for long with what those left: they
+        are started anew."""
         deadline = time.monotonic() + REST_SECONDS
-        while self.lingers and time.monotonic() < deadline:
+        while self.lingers:
             used = self.cpu()
             time.sleep(0.3)
             if self.cpu() - used < 0.03:
+                break
+            if time.monotonic() > deadline:
+                self.end()
+                self.start()
+                self.first_answer = None      # it tells nothing new
                 break
 
     def wait(self, child, port=None, path="/v1/models"):
