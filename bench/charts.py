@@ -103,7 +103,7 @@ def lines(title, note, curves, show):
     points = [p for curve in curves.values() for p in curve]
     most = max(n for n, _ in points)
     low = 10 ** math.floor(math.log10(min(v for _, v in points)))
-    high = 10 ** math.ceil(math.log10(max(v for _, v in points)))
+    high = max(low * 10, 10 ** math.ceil(math.log10(max(v for _, v in points))))
     left, top, bottom = 70, 54, 300
     right = WIDTH - 20
 
