@@ -32,7 +32,7 @@ def shown(row, value):
         return "{:,.0f}".format(value)
     if row.startswith(("share", "TLS, share")):
         return "%.0f %%" % (100 * value)
-    if row.startswith("memory, a"):
+    if row.startswith("memory, a further"):
         return "%.0f KB" % (value / 1e3)
     if row.startswith("memory"):
         return "%.1f MB" % (value / 1e6)
