@@ -342,6 +342,7 @@ def part_import(bench):
     """`import neuroengine`, beside the bare interpreter."""
     wall, cpu = {}, {}
     env = dict(os.environ, PYTHONPYCACHEPREFIX=bench.directory, PYTHONPATH=ROOT)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)     # it would be compiled each time
     for code in ["pass", "import neuroengine"] * (4 if bench.options.quick else 15):
         begun, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", code], env=env, check=True)
@@ -602,8 +603,8 @@ def attempt(what, work, *args, otherwise=lambda: None):
     """Do a piece of work; if it cannot be done, say so and go on."""
     try:
         work(*args)
-    except (Broken, OSError, subprocess.SubprocessError, http.client.HTTPException) as error:
-        print("  ! %s: %s" % (what, error), flush=True)
+    except Exception as error:               # whatever it is, the other figures count
+        print("  ! %s: %s: %s" % (what, type(error).__name__, error), flush=True)
         otherwise()
 
 

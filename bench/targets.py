@@ -47,7 +47,9 @@ class Child:
 
     def line(self, seconds=START_SECONDS):
         """The next line that it prints."""
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
+        poller = select.poll()               # select() knows no more than 1,024 files
+        poller.register(self.process.stdout, select.POLLIN)
+        if not poller.poll(1000 * seconds):
             raise Broken("%s says nothing" % self.title)
         line = self.process.stdout.readline().decode()
         if not line:
