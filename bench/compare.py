@@ -584,8 +584,9 @@ def build_parser():
     add = parser.add_argument
     add("--install", action="store_true", help="first install the peers that can be")
     add("--only", metavar="PARTS", help="parts to run, with commas; otherwise all")
-    add("--peers", default="hello,nginx,fastchat,litellm", metavar="NAMES",
-        help="what to compare with (%(default)s); llm is the fake LLM itself")
+    add("--peers", metavar="NAMES", help="what to compare with, of hello, nginx, fastchat, "
+        "litellm and llm, the fake LLM itself; otherwise the first four, and the first "
+        "two with --quick")
     add("--runs", type=int, default=2, help="how often all is done (%(default)s)")
     add("--rounds", type=int, default=3, help="rounds of a run (%(default)s)")
     add("--seconds", type=float, default=1.5, help="of each cell (%(default)s)")
@@ -636,6 +637,8 @@ def main(argv=None):
     options.argv = sys.argv[1:] if argv is None else argv
     if options.quick:
         options.runs, options.rounds, options.seconds, options.patience = 1, 1, 0.5, 4
+    if options.peers is None:                # the others start slowly
+        options.peers = "hello,nginx" + ",fastchat,litellm" * (not options.quick)
     parts = options.only.split(",") if options.only else list(ROUND) + list(ONCE)
     known = dict(ROUND, **ONCE, **NAMED)
     if set(parts) - set(known):
