@@ -35,7 +35,7 @@ class Line:
             # Of 1.3, a session ticket looks like an answer where none is due.
             context.maximum_version = ssl.TLSVersion.TLSv1_2
             self.sock = context.wrap_socket(self.sock)
-        self.head = ("POST %s HTTP/1.1\r\nHost: relay\r\nAuthorization: Bearer %s\r\n"
+        self.head = ("POST %s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n"
                      "Content-Length: %%d\r\n\r\n%%s" % (path, key))
         self.busy = False
 

@@ -362,7 +362,8 @@ class Native(Target):
     name, path = "native", "/" + SERVICE
     tls, python = False, sys.executable
     limits = {"max-queue": 100000, "max-queue-per-caller": 100000,
-              "max-connections": 20000, "max-services": 100000, "idle-seconds": 3600}
+              "max-connections": 20000, "max-polls": 9000, "max-waiting": 9000,
+              "max-services": 100000, "idle-seconds": 3600}
 
     def __init__(self, bench, file=None, title=None):
         super().__init__(bench)
