@@ -458,7 +458,7 @@ class Job:
         "id", "service", "caller", "holder", "payload", "name", "fingerprint", "twin", "grace",
         "own", "returned", "wait", "state", "items", "size", "seen", "place", "wanted", "attempt",
         "deaths", "avoid", "session", "readers", "left_at", "error", "error_told",
-        "access", "progress", "timer", "created", "leased_at", "heard_at", "first_at",
+        "access", "progress", "delivered", "timer", "created", "leased_at", "heard_at", "first_at",
         "ended_at")
 
     def __init__(self, service, caller, payload, lock, now):
@@ -478,6 +478,7 @@ class Job:
         self.readers, self.left_at = 0, None
         self.error, self.error_told = None, False
         self.progress = threading.Condition(lock)   # items came, or the job ended
+        self.delivered = ()           # readers to whom its items are delivered
         self.timer = False            # whether _check_job_locked is going to be called
         self.created, self.leased_at = now, None
         self.heard_at = now           # its provider named it, or it was handed over
@@ -506,11 +507,13 @@ class Job:
 class Reader:
     """One client's hold on a job: it waits there, and has read up to `at`."""
 
-    __slots__ = ("job", "at", "start", "attached", "gone")
+    __slots__ = ("job", "at", "start", "attached", "gone", "deliver", "behind")
 
     def __init__(self, job, at):
         self.job, self.at, self.start = job, at, at
         self.attached, self.gone = True, False
+        self.deliver = None           # called by whoever brought items, for him to write
+        self.behind = False           # he could not: there is work for its own thread
 
 
 class Rates:
@@ -636,6 +639,7 @@ class Broker:
         self._kept = OrderedDict()    # id -> Job, ended ones that stay readable
         self._held = 0                # bytes of all jobs
         self._held_by = {}            # holder -> bytes of its jobs
+        self._to_deliver = []         # readers for whom items have just come
         self._timers = []             # heap of (deadline, number, method, argument)
         self._numbers = itertools.count()
         self._timer_set = threading.Condition(self._lock)   # upkeep must look again
@@ -817,6 +821,35 @@ class Broker:
                 job.seen = max(job.seen, reader.at)
             return items, job.ended_at is not None and reader.at >= len(job.items)
 
+    def wait(self, reader, timeout):
+        """Wait, at most so long, for what is the reader's own thread's to do: items come
+        that nobody delivers, the job has ended, or the client has gone."""
+        job = reader.job
+        with self._lock:
+            deadline = time.monotonic() + timeout
+            while not (reader.behind or reader.gone or job.ended_at is not None or (
+                    reader.deliver is None and len(job.items) > reader.at
+                    and (job.seen or job.state != "queued"))):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                if reader.deliver is None:
+                    job.wanted = min(job.wanted, reader.at + 1)
+                job.progress.wait(left)
+
+    def deliver_by(self, reader, deliver):
+        """From now on call deliver() when items for this reader have come, in the thread
+        that brought them. What it must not do itself, it leaves by leave_to_own."""
+        with self._lock:
+            reader.deliver, reader.behind = deliver, True    # some may have come meanwhile
+            reader.job.delivered += (reader,)
+
+    def leave_to_own(self, reader):
+        """Let the reader's own thread look after what could not be delivered."""
+        with self._lock:
+            reader.behind = True
+            reader.job.progress.notify_all()
+
     def place(self, job):
         """Where a queued job stands: position, waiting, eta_s; None if not queued."""
         with self._lock:
@@ -929,7 +962,11 @@ class Broker:
                 if refusal:
                     refused.append(refusal)
             self._fill_locked(session)
-            return (refused,) + self._hand_over_locked(session)
+            answer = (refused,) + self._hand_over_locked(session)
+            readers, self._to_deliver = self._to_deliver, []
+        for reader in readers:
+            reader.deliver()
+        return answer
 
     def now(self):
         """The instant, on the clock of every time in a Job."""
@@ -1159,6 +1196,8 @@ class Broker:
             return
         reader.attached = False
         job = reader.job
+        if reader.deliver is not None:
+            job.delivered = tuple(r for r in job.delivered if r is not reader)
         job.readers -= 1
         if not delivered and job.place == reader.at:
             job.place = reader.start
@@ -1374,6 +1413,7 @@ class Broker:
             if not have:
                 job.first_at = self._clock()
             job.items.extend(items)
+            self._to_deliver.extend(job.delivered)
             if len(job.items) >= job.wanted:
                 job.wanted = math.inf
                 job.progress.notify_all()
@@ -1914,8 +1954,8 @@ class Wire:
         self._limited = {}                 # option -> seconds
         # The kernel's own time limits save a poll() for each call, and with it a time at
         # which the interpreter lock may go to another thread. TLS needs Python's.
-        self._by_kernel = os.name == "posix" and not isinstance(sock, ssl.SSLSocket)
-        if self._by_kernel:
+        self.by_kernel = os.name == "posix" and not isinstance(sock, ssl.SSLSocket)
+        if self.by_kernel:
             sock.settimeout(None)
         self.last_head = b""               # also if it was malformed
 
@@ -1938,17 +1978,17 @@ class Wire:
 
     def _limit(self, option, seconds):
         """Let each call of that direction take no longer."""
-        if not self._by_kernel:
+        if not self.by_kernel:
             option = None
         if self._limited.get(option) == seconds:
             return
         self._limited[option] = seconds
         try:
-            if self._by_kernel:
+            if self.by_kernel:
                 return self.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack(
                     "ll", int(seconds), max(1, int(seconds % 1 * 1e6))))
         except OSError:                    # a system whose time is longer than its long
-            self._by_kernel = False
+            self.by_kernel = False
         self.sock.settimeout(seconds)
 
     def wait(self, seconds):
@@ -2066,7 +2106,7 @@ class Wire:
             raise PeerGone()
 
     def _send(self, data):
-        if not self._by_kernel:
+        if not self.by_kernel:
             self._limit(None, self._limits.write_seconds)
             return self.sock.sendall(data)           # its timeout is for all of it
         deadline = time.monotonic() + self._limits.write_seconds
@@ -2076,6 +2116,13 @@ class Wire:
             self.sock.settimeout(max(0.001, deadline - time.monotonic()))
             self.sock.sendall(memoryview(data)[sent:])
             self.sock.settimeout(None)
+
+    def send_now(self, data):
+        """Send what the kernel takes at this moment, and return how many bytes."""
+        try:
+            return self.sock.send(data, MSG_DONTWAIT)
+        except OSError:                    # full, or broken, which the next write will see
+            return 0
 
     def linger(self):
         """Let the peer read our last words before the connection is reset.
@@ -2308,6 +2355,10 @@ def text_of(items):
     return "".join(item for item in items if type(item) is str)
 
 
+def _nobody():
+    """Delivers no more."""
+
+
 class Connection(socketserver.BaseRequestHandler):
     """One connection: reads requests and answers them, one after the other.
 
@@ -2322,6 +2373,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.wire = Wire(self.request, self.limits, self._count_body)
         self.body_bytes = 0                # of the body being read, as counted
         self.patience = self.limits.head_seconds    # with a peer that sends nothing
+        self.turn, self.unsent = threading.Lock(), b""       # of a stream: see stream_out
         self.peer = self.address = canonical_address(self.client_address[0])
         self.proxied = self.server.is_proxy(self.client_address[0])
         self.local = False
@@ -2569,12 +2621,15 @@ class Connection(socketserver.BaseRequestHandler):
             headers["transfer_encoding"] = "chunked"
         self._pending = self.head_bytes(200, kind, headers) + b"\r\n"
 
+    def framed(self, data):
+        """A piece of that body, as it is sent."""
+        return b"%x\r\n%s\r\n" % (len(data), data) if self.head.version else data
+
     def send_piece(self, data, last=False):
         """Send a piece of that body, with what is pending, as one write."""
-        if self.head.version:
-            data = b"%x\r\n%s\r\n" % (len(data), data) if data else b""
-            if last:
-                data += b"0\r\n\r\n"
+        data = self.framed(data)
+        if last and self.head.version:
+            data += b"0\r\n\r\n"
         pending, self._pending = self._pending, b""
         if len(data) <= MAX_SMALL_BODY_BYTES:
             return self.wire.write(pending + data)
@@ -2606,34 +2661,78 @@ class Connection(socketserver.BaseRequestHandler):
         finally:
             self.broker.leave(reader, delivered)
 
-    def events(self, reader):
-        """What a streamed answer is made of, as it happens.
+    def stream_out(self, reader, begin, piece):
+        """Send a streamed answer as it is made, but for its end.
 
-        Yields ("items", list), ("queue", dict) when the place changes, ("queue", None)
-        when a provider has taken the job, and ("beat", None) in long silences; returns
-        at the end of the job.
+        begin() makes ready for the first piece. piece(kind, value) returns the bytes for
+        ("items", list), ("queue", dict) when the place changes, ("queue", None) when a
+        provider has taken the job, and ("beat", None) in long silences.
         """
-        job, place, quiet = reader.job, None, time.monotonic()
-        while True:
-            queued = job.state == "queued"
-            now = time.monotonic()
-            wait = min(QUEUE_NEWS_SECONDS if queued else self.limits.heartbeat_seconds,
-                       max(0.01, quiet + self.limits.heartbeat_seconds - now))
-            items, ended = self.read_items(reader, 1, wait, MAX_ITEMS_A_RECORD)
-            if items:
-                quiet = time.monotonic()
-                yield "items", items
-            elif not ended:
-                news = self.broker.place(job)
-                if news != place:
-                    place, quiet = news, time.monotonic()
-                    yield "queue", news
-                elif time.monotonic() - quiet >= self.limits.heartbeat_seconds - 0.05:
-                    quiet = time.monotonic()
-                    yield "beat", None
-                self._check_age(job)
-            if ended:
+        job, place, self.quiet, ended = reader.job, None, time.monotonic(), False
+        try:
+            while not ended:
+                self._wait_for_news(reader)
+                with self.turn:            # one at a time: this thread, or who delivers
+                    unsent, self.unsent, reader.behind = self.unsent, b"", False
+                    if unsent:
+                        self.wire.write(unsent)
+                    items, ended = self.broker.read(reader, most=MAX_ITEMS_A_RECORD)
+                    event = ("items", items) if items else None
+                    if event is None and not ended:
+                        news = self.broker.place(job)
+                        silence = time.monotonic() - self.quiet
+                        if news != place:
+                            place, event = news, ("queue", news)
+                        elif silence >= self.limits.heartbeat_seconds - 0.05:
+                            event = "beat", None
+                    if event is not None:
+                        if not self.started:
+                            begin()
+                        self.quiet = time.monotonic()
+                        self.send_piece(piece(*event))
+                if items and reader.deliver is None and self.wire.by_kernel:
+                    self.broker.deliver_by(reader, functools.partial(
+                        self._deliver, reader, piece))
+                elif not items and not ended:
+                    self._check_age(job)
+        finally:
+            with self.turn:                # nobody is just writing, or will
+                reader.deliver = reader.deliver and _nobody
+
+    def _wait_for_news(self, reader):
+        """Wait until there may be something to send. Raises PeerGone."""
+        limit = self.limits.heartbeat_seconds
+        wait = min(QUEUE_NEWS_SECONDS if reader.job.state == "queued" else limit,
+                   max(0.01, self.quiet + limit - time.monotonic()))
+        self.broker.wait(reader, min(wait, WATCH_AFTER_SECONDS))
+        if wait > WATCH_AFTER_SECONDS:
+            with self.server.watcher.watching(
+                    self.request, functools.partial(self.broker.hangup, reader)):
+                self.broker.wait(reader, wait - WATCH_AFTER_SECONDS)
+        if reader.gone:
+            raise PeerGone()
+
+    def _deliver(self, reader, piece):
+        """Send items to a reader in the thread that brought them, so that none has to be
+        woken for it: half the processor time of a token. Never blocks: what cannot be
+        sent at once is left to the reader's own thread."""
+        if not self.turn.acquire(False):
+            return self.broker.leave_to_own(reader)
+        try:
+            if reader.deliver is _nobody or self.unsent:
                 return
+            items, _ = self.broker.read(reader, most=MAX_ITEMS_A_RECORD)
+            if items:
+                self.quiet = time.monotonic()
+                data = self.framed(piece("items", items))
+                self.unsent = data[self.wire.send_now(data):]
+        except Exception as error:         # the provider that brought them can't help it
+            log("internal_error", error=printable(repr(error)), traceback=True)
+            self.broker.hangup(reader)
+        finally:
+            self.turn.release()
+        if self.unsent:
+            self.broker.leave_to_own(reader)
 
     def wait_whole(self, reader, timeout):
         """Wait for the end of a job; its items, or None if it has not ended by then."""
@@ -2858,18 +2957,18 @@ class NativeFace:
     def _stream_native(self, reader):
         """NDJSON. A stream without its last record, done or an error, is not complete."""
         job = reader.job
-        for kind, value in self.events(reader):
-            if not self.started:
-                self.begin("application/x-ndjson", x_accel_buffering="no")
+        begin = functools.partial(self.begin, "application/x-ndjson", x_accel_buffering="no")
+
+        def piece(kind, value):
             if kind == "items":
-                record = {"at": reader.at - len(value), "items": value}
-            else:
-                record = {"queue": value} if kind == "queue" else {}
-            self.send_piece(dumps(record) + b"\n")
-        if job.error is not None and not self.started:
-            raise job.error
+                return dumps({"at": reader.at - len(value), "items": value}) + b"\n"
+            return dumps({"queue": value} if kind == "queue" else {}) + b"\n"
+
+        self.stream_out(reader, begin, piece)
         if not self.started:
-            self.begin("application/x-ndjson", x_accel_buffering="no")
+            if job.error is not None:
+                raise job.error
+            begin()
         last = (job.error.native() if job.error is not None
                 else {"done": True, "stats": job.stats()})
         self.send_piece(dumps(last) + b"\n", last=True)
@@ -3033,25 +3132,25 @@ class OpenAIFace:
         job = reader.job
         news = options.get("include_queue") or \
             self.head.fields.get("x-neuroengine-queue") == "1"
-        for kind, value in self.events(reader):
-            if not self.started:
-                self._begin_sse(job)
+
+        def piece(kind, value):
             if kind == "items":
-                self.send_piece(answer.pieces(value))
-            elif value is None:
-                self.send_piece(b": waiting\n\n")
-            elif news:
-                self.send_piece(answer.chunk({}, queue=value))
-            else:
-                self.send_piece(b": queue %d/%d\n\n" % (
-                    value["position"], value["waiting"]))
-        if job.error is not None:
-            if not self.started:
+                return answer.pieces(value)
+            if value is None:
+                return b": waiting\n\n"
+            if news:
+                return answer.chunk({}, queue=value)
+            return b": queue %d/%d\n\n" % (value["position"], value["waiting"])
+
+        begin = functools.partial(self._begin_sse, job)
+        self.stream_out(reader, begin, piece)
+        if not self.started:
+            if job.error is not None:
                 raise job.error
+            begin()
+        if job.error is not None:
             last = b"data: " + dumps(job.error.openai()) + b"\n\n"
         else:
-            if not self.started:
-                self._begin_sse(job)
             last = answer.end(options.get("include_usage")) + b"data: [DONE]\n\n"
         self.send_piece(last, last=True)
 

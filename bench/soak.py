@@ -172,9 +172,11 @@ class Actions:
         prompt, items = self.prompt(), []
         command = {"message": prompt, "key": "%032x" % self.rand.getrandbits(128),
                    "stream": True, "at": 0}
-        for _ in range(6):
+        for part in range(6):
             command["at"] = len(items)
-            cut = self.rand.randrange(1, 30) if self.rand.random() < 0.3 else None
+            cut = None
+            if part < 5 and self.rand.random() < 0.3:
+                cut = self.rand.randrange(1, 30)
             if self.records(relay, command, items, cut if leave is None else leave):
                 return self.judge(prompt, "".join(items))
             if leave is not None:
