@@ -739,6 +739,27 @@ def test_a_reader_is_woken_only_when_it_has_what_it_wants(desk):
     assert got == [(["a", "b", "c"], False)]
 
 
+def test_no_thread_is_woken_for_items_that_are_delivered(desk):
+    reader, session, job = desk.start()
+    desk.reply(session, job, ["a"])
+    got = []
+    desk.broker.deliver_by(reader, lambda: got.append(desk.broker.read(reader)))
+    desk.broker.wait(reader, 9)            # once, for what came before
+    reader.behind = False
+    desk.broker.read(reader)
+    thread = threading.Thread(target=desk.broker.wait, args=(reader, 9), daemon=True)
+    thread.start()
+    until(lambda: reader.job.progress._waiters)
+    desk.reply(session, job, ["b", "c"], at=1)
+    assert got == [(["b", "c"], False)] and reader.job.progress._waiters
+    desk.broker.leave_to_own(reader)
+    thread.join(SOON)
+    assert not thread.is_alive()
+    desk.broker.leave(reader)
+    desk.reply(session, job, ["d"], at=3)
+    assert len(got) == 1                   # who has left gets nothing
+
+
 def test_draining_fails_the_waiting_and_lets_the_running_finish(desk):
     reader, session, job = desk.start()
     waiting = desk.submit()
@@ -1331,6 +1352,33 @@ def test_a_stream_brings_items_and_heartbeats_and_a_last_record(relay, hand):
         hand.reply(job, ["b", {"finish_reason": "stop"}], at=1, done=True)
         assert [r for r in records if r][:1] == [
             {"at": 1, "items": ["b", {"finish_reason": "stop"}]}]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere each stream's own thread writes")
+@pytest.mark.parametrize("path", ["/%s", "/%s/v1/chat/completions"])
+def test_what_a_slow_reader_cannot_take_at_once_comes_in_order_by_its_own_thread(
+        relay, hand, monkeypatch, path):
+    left = []
+    monkeypatch.setattr(relay.broker, "leave_to_own", lambda reader, own=relay.broker
+                        .leave_to_own: (left.append(reader), own(reader)))
+    body = {"message": "x", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    if "v1" not in path:
+        del body["messages"]
+    sock = sent(relay, path % hand.name, body)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    job, count = hand.next_job(), 0
+    while not left or count < 1000:        # until the kernel takes no more, and further
+        hand.reply(job, ["%06d" % n + "." * 5000 for n in range(count, count + 50)], count)
+        count += 50
+    hand.reply(job, at=count, done=True)
+    data = b""
+    while not data.endswith(b"\r\n0\r\n\r\n"):
+        part = sock.recv(1 << 20)
+        assert part
+        data += part
+    sock.close()
+    assert re.findall(rb"(\d{6})\.{5000}", data) == [b"%06d" % n for n in range(count)]
+    assert b'"done":true' in data or b"[DONE]" in data
 
 
 def test_a_stream_is_resumed_by_key_and_position_without_its_prompt(relay, hand):
