@@ -2,6 +2,7 @@
 Relay, The OpenAI face, Client and provider, Bridge, Command lines, The page (in a real
 browser, skipped where there is none), README. No network but loopback."""
 
+import argparse
 import contextlib
 import http.client
 import http.server
@@ -744,7 +745,8 @@ def test_no_thread_is_woken_for_items_that_are_delivered(desk):
     desk.reply(session, job, ["a"])
     got = []
     desk.broker.deliver_by(reader, lambda: got.append(desk.broker.read(reader)))
-    desk.broker.wait(reader, 9)            # once, for what came before
+    assert reader.behind                   # it looks once itself, for what came before
+    desk.broker.wait(reader, 9)
     reader.behind = False
     desk.broker.read(reader)
     thread = threading.Thread(target=desk.broker.wait, args=(reader, 9), daemon=True)
@@ -758,6 +760,24 @@ def test_no_thread_is_woken_for_items_that_are_delivered(desk):
     desk.broker.leave(reader)
     desk.reply(session, job, ["d"], at=3)
     assert len(got) == 1                   # who has left gets nothing
+
+
+def test_nothing_overtakes_what_could_not_be_sent(desk):
+    reader, session, job = desk.start()
+    sent, connection = [], neuroengine_server.Handler.__new__(neuroengine_server.Handler)
+    connection.turn, connection.unsent, connection.broker = threading.Lock(), b"", desk.broker
+    connection.framed = bytes
+    connection.wire = argparse.Namespace(send_now=lambda data: sent.append(data) or 1)
+    desk.reply(session, job, ["a", "b"])
+    desk.broker.deliver_by(reader, lambda: connection._deliver(
+        reader, lambda kind, items: "".join(items).encode()))
+    reader.deliver()
+    desk.reply(session, job, ["c"], at=2)
+    assert sent == [b"ab"] and connection.unsent == b"b" and reader.at == 2
+    connection.unsent, reader.behind = b"", False
+    with connection.turn:                  # its own thread is at it
+        desk.reply(session, job, ["d"], at=3)
+    assert sent == [b"ab"] and reader.behind
 
 
 def test_draining_fails_the_waiting_and_lets_the_running_finish(desk):
