@@ -97,7 +97,7 @@ LIMITS = (  # (name, default, what it bounds)
     ("max_sessions", 100, "logged-in providers of one service"),
     ("max_workers", 1024, "jobs that one session may run at once"),
     ("handshake_seconds", 10, "a TLS handshake, in all"),
-    ("head_seconds", 10, "a request's headers, in all, from their first byte"),
+    ("head_seconds", 10, "a request's headers, in all; a new connection's first byte"),
     ("body_seconds", 20, "a request's body, plus a second for each 16 KiB"),
     ("idle_seconds", 60, "a kept-alive connection waits for the next request"),
     ("write_seconds", 30, "one write to a peer that reads slowly"),
@@ -389,6 +389,7 @@ class AccessKey:
         for column, value in zip(self.COLUMNS, values):
             setattr(self, column, value)
         self.running = 0
+        self.written = None           # what the data file knows of its use
 
     def cap(self, request, usual):
         """Limit the length that a request may ask for; `usual`: the field for it."""
@@ -1800,10 +1801,14 @@ class Store:
             self._db.executemany(
                 "UPDATE services SET numreq=?, last_seen=? WHERE name=? AND created=?",
                 [(s.numreq, s.last_seen, s.name, s.created) for s in services])
+            used = [(k, (k.day, k.requests, k.tokens, k.last_used))
+                    for s in services for k in list(s.keys.values())]
+            used = [(key, use) for key, use in used if key.written != use]
             self._db.executemany(
                 "UPDATE keys SET day=?, requests=?, tokens=?, last_used=? WHERE id=?",
-                [(k.day, k.requests, k.tokens, k.last_used, k.id)
-                 for s in services for k in list(s.keys.values())])
+                [use + (key.id,) for key, use in used])
+        for key, use in used:
+            key.written = use
 
     def add_key(self, service, key):
         """Write a new access key."""

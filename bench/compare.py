@@ -123,7 +123,7 @@ class Bench:
         target.rest()
         if answer["errors"]:
             print("  ! %s: %d errors: %s" % (target.name, answer["errors"],
-                                             answer["error"][:200]))
+                                             answer["error"][-300:]))
         if not answer.get("tokens"):
             raise Broken("no token came")
         answer.update(cpu_used=cpu, memory=memory, cores=cpu / at)
