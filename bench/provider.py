@@ -74,6 +74,8 @@ class Provider:
         self.session = login.receive()["session"]
         self.polls = Line(port, path + "poll", key, tls)
         self.replies = Line(port, path + "reply", key, tls)
+        self.replies.send('{"session": "%s"}' % self.session)     # a relay closes what is
+        self.replies.receive()                                    # silent from the start
         self.jobs = {}       # id -> [attempt, tokens sent, tokens in all, rate, begun]
         self.done = []       # entries of jobs that were answered as they came
         self.interval = None      # seconds between steps of the running streams
