@@ -2233,6 +2233,7 @@ def _has_hung_up(sock):
 
 REQUEST_IDS = unique_ids()
 FORWARDED = {"x-forwarded-for", "forwarded", "x-real-ip"}
+NOTHING = contextlib.nullcontext()
 SECURITY_HEADERS = (
     b"Server: neuroengine\r\nX-Content-Type-Options: nosniff\r\n"
     b"Referrer-Policy: no-referrer\r\n")
@@ -2404,27 +2405,15 @@ class Connection(socketserver.BaseRequestHandler):
         self.id = next(REQUEST_IDS)
         self.openai = False
         try:
-            idle = self.server.idle
-            idle[self.request] = True      # so that it can be closed to make room
-            try:
-                self.wire.wait(self.patience)
-            finally:
-                idle.pop(self.request, None)
-            self.patience = self.limits.idle_seconds
+            self._wait()
             self.head = head = self.wire.read_head()
-            if self.proxied:
-                self.address = self.server.forwarded_for(head, self.peer)
-            # Whoever comes through a proxy is not of this machine, whatever it looks like.
-            self.local = is_loopback(self.address) and not self.proxied and not (
-                FORWARDED & head.fields.keys())
+            self._learn_address(head)
             self.body_read = head.length == 0
             self.keep_alive = head.keep_alive and not self.server.stopping
             self.began = time.monotonic()
             self.server.active.add(self)
-            if self.proxied:               # its connection counts for nobody
-                with self.taking(self.server.proxied):
-                    self._dispatch(head)
-            else:
+            # A proxy's connection counts for nobody, so what it asks for does.
+            with self.taking(self.server.proxied) if self.proxied else NOTHING:
                 self._dispatch(head)
         except RelayError as error:
             if self.head is None:          # malformed: all we have to go by is its path
@@ -2447,6 +2436,24 @@ class Connection(socketserver.BaseRequestHandler):
             self.wire.linger()
             return False
         return self.keep_alive
+
+    def _wait(self):
+        """Wait for the next request; meanwhile the connection may be closed to make room."""
+        idle = self.server.idle
+        idle[self.request] = True
+        try:
+            self.wire.wait(self.patience)
+        finally:
+            idle.pop(self.request, None)
+        self.patience = self.limits.idle_seconds
+
+    def _learn_address(self, head):
+        """Who asks, and whether it is this machine: nobody who comes through a proxy is,
+        whatever it looks like."""
+        if self.proxied:
+            self.address = self.server.forwarded_for(head, self.peer)
+        self.local = not self.proxied and is_loopback(self.address) \
+            and FORWARDED.isdisjoint(head.fields)
 
     def _fail(self, error):
         self.server.count("errors", error.name)
