@@ -824,7 +824,7 @@ class Broker:
 
     def wait(self, reader, timeout):
         """Wait, at most so long, for what is the reader's own thread's to do: items come
-        that nobody delivers, the job has ended, or the client has gone."""
+        that nobody delivers, the job has ended, or the client has gone. Whether it is."""
         job = reader.job
         with self._lock:
             deadline = time.monotonic() + timeout
@@ -833,10 +833,11 @@ class Broker:
                     and (job.seen or job.state != "queued"))):
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    break
+                    return False
                 if reader.deliver is None:
                     job.wanted = min(job.wanted, reader.at + 1)
                 job.progress.wait(left)
+            return True
 
     def deliver_by(self, reader, deliver):
         """From now on call deliver() when items for this reader have come, in the thread
@@ -2497,7 +2498,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _to_https(self, head):
         """On the port for plain HTTP there is nothing else; a key sent there was seen."""
-        name = head.fields.get("host", "").rpartition(":")[0] or head.fields.get("host")
+        name = re.sub(r":\d*\Z", "", head.fields.get("host", ""))
         if head.method not in ("GET", "HEAD") or not name or head.target[0] != "/":
             raise RelayError("forbidden", "This is not https: use it, at port %d."
                              % self.server.server_port)
@@ -2635,7 +2636,9 @@ class Connection(socketserver.BaseRequestHandler):
 
     def framed(self, data):
         """A piece of that body, as it is sent."""
-        return b"%x\r\n%s\r\n" % (len(data), data) if self.head.version else data
+        if not data or not self.head.version:      # an empty chunk would be the last
+            return data
+        return b"%x\r\n%s\r\n" % (len(data), data)
 
     def send_piece(self, data, last=False):
         """Send a piece of that body, with what is pending, as one write."""
@@ -2643,8 +2646,6 @@ class Connection(socketserver.BaseRequestHandler):
         if last and self.head.version:
             data += b"0\r\n\r\n"
         pending, self._pending = self._pending, b""
-        if len(data) <= MAX_SMALL_BODY_BYTES:
-            return self.wire.write(pending + data)
         self.send(pending, data)
 
     def read_items(self, reader, want, timeout, most=None):
@@ -2716,8 +2717,8 @@ class Connection(socketserver.BaseRequestHandler):
         limit = self.limits.heartbeat_seconds
         wait = min(QUEUE_NEWS_SECONDS if reader.job.state == "queued" else limit,
                    max(0.01, self.quiet + limit - time.monotonic()))
-        self.broker.wait(reader, min(wait, WATCH_AFTER_SECONDS))
-        if wait > WATCH_AFTER_SECONDS:
+        if not self.broker.wait(reader, min(wait, WATCH_AFTER_SECONDS)) \
+                and wait > WATCH_AFTER_SECONDS:
             with self.server.watcher.watching(
                     self.request, functools.partial(self.broker.hangup, reader)):
                 self.broker.wait(reader, wait - WATCH_AFTER_SECONDS)
