@@ -350,15 +350,21 @@ class Queue:
 
     def take(self, session):
         """Take out the job that this session should have next; None if there is none."""
-        job = next((job for job in self._returned if session.may_take(job)), None)
-        if job is None and self._own:
-            job = self._own[0]
-        elif job is None and self._turns:
-            caller = next(iter(self._turns))
-            job = self._turns[caller][0]
-            self._turns.move_to_end(caller)           # the next caller's turn
-        if job is not None:
-            self.remove(job)
+        if not self._count:
+            return None
+        for job in self._returned:
+            if session.may_take(job):
+                break
+        else:
+            if self._own:
+                job = self._own[0]
+            elif self._turns:
+                caller = next(iter(self._turns))
+                job = self._turns[caller][0]
+                self._turns.move_to_end(caller)       # the next caller's turn
+            else:
+                return None
+        self.remove(job)
         return job
 
     def position(self, job):
@@ -455,47 +461,42 @@ JOB_IDS = unique_ids()
 class Job:
     """One prompt on its way, and what has come of it."""
 
-    __slots__ = (
-        "id", "service", "caller", "holder", "payload", "name", "fingerprint", "twin", "grace",
-        "own", "returned", "wait", "state", "items", "size", "seen", "place", "wanted", "attempt",
-        "deaths", "avoid", "session", "readers", "left_at", "error", "error_told",
-        "access", "progress", "delivered", "timer", "created", "leased_at", "heard_at", "first_at",
-        "ended_at")
+    # What a job begins with; what most never change takes no time to set.
+    state = "queued"
+    name = fingerprint = twin = None
+    grace, own, wait = 0.0, False, False
+    returned = False              # a provider had it: it goes before all others
+    seen = 0                      # items of which some client has been told
+    place = 0                     # items given to a client that does not count
+    attempt = deaths = 0
+    avoid = session = None
+    access = None                 # the AccessKey that it counts for
+    left_at = None                # when the last reader left
+    error, error_told = None, False
+    timer = False                 # whether _check_job_locked is going to be called
+    leased_at = first_at = ended_at = None
 
-    def __init__(self, service, caller, payload, lock, now):
+    def __init__(self, service, caller, payload, now, holder=None):
         self.id = next(JOB_IDS)
         self.service, self.caller, self.payload = service, caller, payload
-        self.holder = caller          # whose memory it takes
-        self.name = self.fingerprint = self.twin = None
-        self.grace, self.own, self.wait = 0.0, False, False
-        self.returned = False         # a provider had it: it goes before all others
-        self.state, self.items, self.size = "queued", [], JOB_BYTES + len(payload)
-        self.seen = 0                 # items of which some client has been told
-        self.place = 0                # items given to a client that does not count
-        self.wanted = math.inf        # number of items that somebody waits for
-        self.attempt = self.deaths = 0
-        self.avoid = self.session = None
-        self.access = None            # the AccessKey that it counts for
-        self.readers, self.left_at = 0, None
-        self.error, self.error_told = None, False
-        self.progress = threading.Condition(lock)   # items came, or the job ended
-        self.delivered = ()           # readers to whom its items are delivered
-        self.timer = False            # whether _check_job_locked is going to be called
-        self.created, self.leased_at = now, None
-        self.heard_at = now           # its provider named it, or it was handed over
-        self.first_at = self.ended_at = None
+        self.holder = holder or caller             # whose memory it takes
+        self.items, self.size = [], JOB_BYTES + len(payload)
+        self.readers = []
+        self.created = self.heard_at = now         # heard_at: its provider named it, or it
+                                                   # was handed over
 
     def stats(self):
         """The receipt: what this answer took."""
         end = self.ended_at if self.ended_at is not None else self.created
         leased = self.leased_at if self.leased_at is not None else end
         first = self.first_at if self.first_at is not None else end
-        tokens = sum(1 for item in self.items if type(item) is str)
+        others = [item for item in self.items if type(item) is not str]
+        tokens = len(self.items) - len(others)
         stats = {"id": self.id, "queue_ms": round(1000 * (leased - self.created), 1),
                  "first_token_ms": round(1000 * (first - self.created), 1),
                  "total_ms": round(1000 * (end - self.created), 1), "tokens": tokens}
-        for item in self.items[-3:]:
-            if type(item) is dict and isinstance(item.get("usage"), dict):
+        for item in others[-3:]:
+            if isinstance(item.get("usage"), dict):
                 stats["usage"] = item["usage"]
                 count = item["usage"].get("completion_tokens")
                 if type(count) is int and 0 <= count < 10**9:
@@ -508,10 +509,13 @@ class Job:
 class Reader:
     """One client's hold on a job: it waits there, and has read up to `at`."""
 
-    __slots__ = ("job", "at", "start", "attached", "gone", "deliver", "behind")
+    __slots__ = ("job", "at", "start", "news", "wanted", "attached", "gone", "deliver",
+                 "behind")
 
-    def __init__(self, job, at):
+    def __init__(self, job, at, news):
         self.job, self.at, self.start = job, at, at
+        self.news = news              # what its thread waits for: items, the end, or to go
+        self.wanted = math.inf        # how many items there must be to wake it
         self.attached, self.gone = True, False
         self.deliver = None           # called by whoever brought items, for him to write
         self.behind = False           # he could not: there is work for its own thread
@@ -737,9 +741,14 @@ class Broker:
 
     # -- clients, in the order a job lives --
 
+    def condition(self):
+        """What a client's thread is woken by. Making one costs as much as finding the
+        service and checking its limits, so a connection keeps its own."""
+        return threading.Condition(self._lock)
+
     def submit(self, service, payload, *, caller="", name=None, fingerprint=None,
                twin=None, at=None, own=False, wait=False, grace=None, access=None,
-               rated=False, holder=None):
+               rated=False, holder=None, news=None):
         """Accept a prompt, or find the job it already is, and return a Reader of it.
 
         payload: the request as JSON text, for the provider. name: what the job can be
@@ -749,7 +758,8 @@ class Broker:
         own: the operator's, goes first. wait: queue even if no provider is connected.
         grace: seconds to live without a reader, instead of the limit. access: the
         AccessKey it counts for. rated: bounded in number, as a stranger's. holder: whose
-        memory it takes, the caller's if not said. Does not block.
+        memory it takes, the caller's if not said. news: the condition of who will read.
+        Does not block.
         """
         with self._lock:
             job = self._named.get((service, name)) if name else self._left.get(twin)
@@ -757,17 +767,14 @@ class Broker:
                 if name and fingerprint is not None and job.fingerprint != fingerprint:
                     raise RelayError("key_reused", "This key already names another "
                                      "prompt: use a new random one for each prompt.")
-                return self._attach_locked(job, at)
+                return self._attach_locked(job, at, news)
             if at:
                 raise self._stream_unknown()
-            holder = holder or caller
-            self._admit_locked(service, JOB_BYTES + len(payload), caller, own, wait, access, rated,
-                               holder)
-            job = Job(service, caller, payload, self._lock, self._clock())
-            job.holder = holder
+            job = Job(service, caller, payload, self._clock(), holder)
+            job.own, job.wait, job.access = own, wait, access
+            self._admit_locked(job, rated)
             job.name, job.fingerprint, job.twin = name, fingerprint, twin
             job.grace = self.limits.grace_seconds if grace is None else grace
-            job.own, job.wait, job.access = own, wait, access
             if access is not None:
                 access.requests += 1
                 access.running += 1
@@ -779,17 +786,17 @@ class Broker:
             self.counts["jobs"] += 1
             service.numreq += 1
             self._count_locked(service)
-            reader = self._attach_locked(job, at)
+            reader = self._attach_locked(job, at, news)
             self._enqueue_locked(job)
             return reader
 
-    def open(self, service, name, at=None):
+    def open(self, service, name, at=None, news=None):
         """Return a Reader of a job that was submitted before. Raises RelayError."""
         with self._lock:
             job = self._named.get((service, name))
             if job is None:
                 raise self._stream_unknown()
-            return self._attach_locked(job, at)
+            return self._attach_locked(job, at, news)
 
     def read(self, reader, want=1, timeout=0.0, most=None):
         """Wait for items and return (items, ended).
@@ -811,8 +818,9 @@ class Broker:
                     if left <= 0:
                         break
                     # Whoever brings items wakes us only when there are so many.
-                    job.wanted = min(job.wanted, target)
-                    job.progress.wait(left)
+                    reader.wanted = target
+                    reader.news.wait(left)
+                reader.wanted = math.inf
             if job.ended_at is None and (want is None or job.state == "queued"
                                          and not job.seen):
                 return [], False      # what nobody saw may yet be made anew
@@ -835,8 +843,8 @@ class Broker:
                 if left <= 0:
                     return False
                 if reader.deliver is None:
-                    job.wanted = min(job.wanted, reader.at + 1)
-                job.progress.wait(left)
+                    reader.wanted = reader.at + 1
+                reader.news.wait(left)
             return True
 
     def deliver_by(self, reader, deliver):
@@ -844,13 +852,12 @@ class Broker:
         that brought them. What it must not do itself, it leaves by leave_to_own."""
         with self._lock:
             reader.deliver, reader.behind = deliver, True    # some may have come meanwhile
-            reader.job.delivered += (reader,)
 
     def leave_to_own(self, reader):
         """Let the reader's own thread look after what could not be delivered."""
         with self._lock:
             reader.behind = True
-            reader.job.progress.notify_all()
+            reader.news.notify()
 
     def place(self, job):
         """Where a queued job stands: position, waiting, eta_s; None if not queued."""
@@ -879,7 +886,7 @@ class Broker:
         with self._lock:
             reader.gone = True
             self._leave_locked(reader, False)
-            reader.job.progress.notify_all()
+            reader.news.notify()
 
     def cancel(self, job, error=None):
         """Stop a job, whatever it is doing; nothing happens if it has ended."""
@@ -1082,7 +1089,9 @@ class Broker:
             self.counters_changed.set()
         self._changed[service.name] = service
 
-    def _admit_locked(self, service, size, caller, own, wait, access, rated, holder):
+    def _admit_locked(self, job, rated):
+        """Raise RelayError if this prompt cannot be accepted."""
+        service, caller, own, access = job.service, job.caller, job.own, job.access
         if self.draining:
             raise self._shutting_down()
         if service.paused and not own:
@@ -1090,7 +1099,7 @@ class Broker:
                              "later." % service.name, retry_after=60, retry=False)
         if access is not None:
             self._check_quota_locked(access)
-        if not (service.sessions or wait or self._clock() < service.expected_until):
+        if not (service.sessions or job.wait or self._clock() < service.expected_until):
             raise self._offline(service)
         mine = service.queue.count(caller, own)
         if len(service.queue) >= self.limits.max_queue:
@@ -1102,11 +1111,11 @@ class Broker:
                              "some be answered first." % (mine, service.name),
                              retry_after=self._retry_after_locked(service),
                              limit=self.limits.max_queue_per_caller)
-        if self._held_by.get(holder, 0) + size > self.limits.max_held_bytes // 4:
+        if self._held_by.get(job.holder, 0) + job.size > self.limits.max_held_bytes // 4:
             raise RelayError("rate_limited", "Your prompts and their answers take a quarter "
                              "of the relay's memory: let some be answered first.",
                              retry_after=10)
-        if not self._make_room_locked(size, holder):
+        if not self._make_room_locked(job.size, job.holder):
             raise self._memory_full()
         if rated and not own:
             self._rates.take(caller, self.limits.max_prompts_per_minute, 60, "prompts")
@@ -1186,21 +1195,21 @@ class Broker:
                               service.name, since),
                           retry_after=5 if just_gone else 30, retry=just_gone)
 
-    def _attach_locked(self, job, at):
-        job.readers += 1
-        job.left_at = None
+    def _attach_locked(self, job, at, news):
         if self._left.get(job.twin) is job:
             del self._left[job.twin]
-        return Reader(job, job.place if at is None else min(at, len(job.items)))
+        job.left_at = None
+        reader = Reader(job, job.place if at is None else min(at, len(job.items)),
+                        news or self.condition())
+        job.readers.append(reader)
+        return reader
 
     def _leave_locked(self, reader, delivered):
         if not reader.attached:
             return
         reader.attached = False
         job = reader.job
-        if reader.deliver is not None:
-            job.delivered = tuple(r for r in job.delivered if r is not reader)
-        job.readers -= 1
+        job.readers.remove(reader)
         if not delivered and job.place == reader.at:
             job.place = reader.start
         if job.readers:
@@ -1291,7 +1300,7 @@ class Broker:
 
     def _lease_locked(self, job, session):
         self._move_locked(job, "leased")
-        if not job.seen:                              # this one starts afresh
+        if job.items and not job.seen:                # this one starts afresh
             base = JOB_BYTES + len(job.payload)
             self._hold_locked(job, base - job.size)
             job.size, job.first_at = base, None
@@ -1415,10 +1424,12 @@ class Broker:
             if not have:
                 job.first_at = self._clock()
             job.items.extend(items)
-            self._to_deliver.extend(job.delivered)
-            if len(job.items) >= job.wanted:
-                job.wanted = math.inf
-                job.progress.notify_all()
+            for reader in job.readers:
+                if reader.deliver is not None:
+                    self._to_deliver.append(reader)
+                elif len(job.items) >= reader.wanted:
+                    reader.wanted = math.inf
+                    reader.news.notify()
         if entry.get("error"):
             self._end_locked(job, "failed", entry["error"])
         elif ending:
@@ -1441,7 +1452,8 @@ class Broker:
             self._count_locked(job.service)
         if state == "done":
             self._measure_locked(job)
-        job.progress.notify_all()
+        for reader in job.readers:
+            reader.news.notify()
         if state != "done" and type(job.name) is tuple:
             # What failed, or was cancelled since its client stayed away for too long, is
             # not the answer to an Idempotency-Key: asking again may try again. A stream
@@ -1864,7 +1876,9 @@ _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(r"(" + _TOKEN + r") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
 # Control characters, a bare CR or LF, white space before the colon and folded lines
 # all fail to match: each of them has been used to smuggle requests past proxies.
-_FIELD = re.compile(r"(" + _TOKEN + r"):([\t\x20-\x7e\x80-\xff]*)\r\n")
+_FIELD = r"(" + _TOKEN + r"):([\t\x20-\x7e\x80-\xff]*)\r\n"
+_FIELDS = re.compile(r"(?:" + _FIELD + r")*\Z")
+_FIELD = re.compile(_FIELD)
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization",
                    "content-type", "content-encoding", "expect", "idempotency-key"))
 _HOST = re.compile(r"[A-Za-z0-9.:_\[\]-]*\Z")
@@ -1890,15 +1904,14 @@ def parse_head(data):
         raise RelayError("bad_http", "That is not an HTTP/1.1 request line.")
     head = Head()
     head.method, head.target, version = match.groups()
+    if not _FIELDS.match(text, match.end()):
+        raise RelayError("bad_http", "A header of this request is malformed.")
+    found = _FIELD.findall(text, match.end())
+    if len(found) > MAX_FIELDS:
+        raise RelayError("bad_http", "This request has too many headers.")
     head.version, head.fields = int(version), {}
-    position, fields, count = match.end(), head.fields, 0
-    while position < len(text):
-        match = _FIELD.match(text, position)
-        count += 1
-        if not match or count > MAX_FIELDS:
-            raise RelayError("bad_http", "A header of this request is malformed."
-                             if not match else "This request has too many headers.")
-        name, value = match.groups()
+    fields = head.fields
+    for name, value in found:
         name, value = name.lower(), value.strip(" \t")
         if name not in fields:
             fields[name] = value
@@ -1906,7 +1919,6 @@ def parse_head(data):
             raise RelayError("bad_http", "The header %s stands here twice." % name)
         else:
             fields[name] += ", " + value
-        position = match.end()
     if head.version and "host" not in fields or not _HOST.match(fields.get("host", "")):
         raise RelayError("bad_http", "A request names the relay in one Host header.")
     head.path = _path_of(head.target)
@@ -1929,7 +1941,7 @@ def _path_of(target):
     path = target.partition("?")[0]
     if "%" in path:
         path = urllib.parse.unquote(path)
-    return tuple(part for part in path.split("/") if part)
+    return tuple(filter(None, path.split("/")))
 
 
 def _length_of(head):
@@ -2238,16 +2250,15 @@ NOTHING = contextlib.nullcontext()
 SECURITY_HEADERS = (
     b"Server: neuroengine\r\nX-Content-Type-Options: nosniff\r\n"
     b"Referrer-Policy: no-referrer\r\n")
-NO_STORE = b"Cache-Control: no-store\r\n"
 JSON = "application/json"
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*\Z")
 _OPENAI_TARGET = re.compile(
     rb"[A-Z]+ \S*/(?:v1/|chat/completions|completions|embeddings|models\b)")
-_HEADER_NAME = re.compile(r"[A-Za-z0-9-]+\Z")
 STATUS_LINES = {status.value: ("HTTP/1.1 %d %s\r\n" % (status, status.phrase)).encode()
                 for status in http.HTTPStatus}
 NATIVE_ONLY = ("key", "at", "gettokens", "stream", "wait", "command")
 PROVIDERS_OWN = ("api", "reply_so_far", "n", "best_of")   # not for clients to say
+NOT_PASSED_ON = frozenset(NATIVE_ONLY + PROVIDERS_OWN)
 
 
 _to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -2299,8 +2310,9 @@ _from_json = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite,
 
 def parse_json(body):
     """Return the JSON object that body is. Raises RelayError."""
-    if body.count(b"{") + body.count(b"[") > MAX_BRACKETS \
-            or body.count(b'"') + body.count(b",") > MAX_SEPARATORS:
+    if len(body) > MAX_BRACKETS and (
+            body.count(b"{") + body.count(b"[") > MAX_BRACKETS
+            or body.count(b'"') + body.count(b",") > MAX_SEPARATORS):
         raise RelayError("invalid_json", "The body has more than %d objects and lists, or "
                          "%d quotes and commas." % (MAX_BRACKETS, MAX_SEPARATORS))
     if too_deep(body):
@@ -2366,6 +2378,21 @@ def _nobody():
     """Delivers no more."""
 
 
+@functools.lru_cache(maxsize=100)
+def usual_head(status, kind, openai, keep_alive, cached):
+    """What most responses begin with."""
+    lines = [STATUS_LINES[status], SECURITY_HEADERS]
+    if status != 204:
+        lines.append(b"Content-Type: %s\r\n" % kind.encode("ascii"))
+    if not cached:
+        lines.append(b"Cache-Control: no-store\r\n")
+    if openai:
+        lines.append(CORS_HEADERS)
+    if not keep_alive:
+        lines.append(b"Connection: close\r\n")
+    return b"".join(lines)
+
+
 class Connection(socketserver.BaseRequestHandler):
     """One connection: reads requests and answers them, one after the other.
 
@@ -2380,6 +2407,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.wire = Wire(self.request, self.limits, self._count_body)
         self.body_bytes = 0                # of the body being read, as counted
         self.patience = self.limits.head_seconds    # with a peer that sends nothing
+        self.news = self.broker.condition()
         self.turn, self.unsent = threading.Lock(), b""       # of a stream: see stream_out
         self.peer = self.address = canonical_address(self.client_address[0])
         self.proxied = self.server.is_proxy(self.client_address[0])
@@ -2608,22 +2636,13 @@ class Connection(socketserver.BaseRequestHandler):
 
     def head_bytes(self, status, kind, headers):
         """A response's head, without its end; refuses what would not be one line."""
-        lines = [STATUS_LINES[status], SECURITY_HEADERS, self.server.date(),
-                 b"X-Request-Id: ", self.id.encode("ascii"), b"\r\n"]
-        if status != 204:
-            lines.append(b"Content-Type: %s\r\n" % kind.encode("ascii"))
-        if "cache_control" not in headers:
-            lines.append(NO_STORE)
-        if self.openai:
-            lines.append(CORS_HEADERS)
-        if not self.keep_alive:
-            lines.append(b"Connection: close\r\n")
+        head = usual_head(status, kind, self.openai, self.keep_alive,
+                          "cache_control" in headers)
         for name, value in headers.items():
-            name = name.replace("_", "-")
-            if not _HEADER_NAME.match(name) or not _HEADER_VALUE.match(value):
-                raise ValueError("ill-formed header %r: %r" % (name, value))
-            lines.append(("%s: %s\r\n" % (name, value)).encode("ascii"))
-        return b"".join(lines)
+            if not _HEADER_VALUE.match(value):
+                raise ValueError("ill-formed header %s: %r" % (name, value))
+            head += ("%s: %s\r\n" % (name.replace("_", "-"), value)).encode("ascii")
+        return head + self.server.date() + b"X-Request-Id: %s\r\n" % self.id.encode("ascii")
 
     def begin(self, kind, **headers):
         """Send nothing yet, but make ready for a body whose length is not known."""
@@ -2661,18 +2680,22 @@ class Connection(socketserver.BaseRequestHandler):
             raise PeerGone()
         return items, ended
 
-    @contextlib.contextmanager
-    def attached(self, reader):
-        """Leave the job at the end; a clean end means that the client has its items."""
-        delivered = False
+    def answer(self, submit, answer):
+        """Have submit() return a Reader, answer(reader), and leave the job; a clean end
+        means that the client has its items."""
+        self.server.waiting.take(self.address)
         try:
-            yield reader
-            delivered = True
-        except RelayError:                 # the answer is an error, and arrives
-            delivered = True
-            raise
+            reader, delivered = submit(), False
+            try:
+                answer(reader)
+                delivered = True
+            except RelayError:             # the answer is an error, and arrives
+                delivered = True
+                raise
+            finally:
+                self.broker.leave(reader, delivered)
         finally:
-            self.broker.leave(reader, delivered)
+            self.server.waiting.give(self.address)
 
     def stream_out(self, reader, begin, piece):
         """Send a streamed answer as it is made, but for its end.
@@ -2868,16 +2891,14 @@ class NativeFace:
             raise RelayError("invalid_request", "There is no command %s; there are "
                              "getmodels and cancel." % printable(command, 40),
                              param="command")
-        streamed = request.get("stream")
-        with self.taking(self.server.waiting), self.attached(
-                self._submit_native(service, request, key, at, own, access)) as reader:
-            del request                    # it may be large, and the wait long
-            if streamed:
-                self._stream_native(reader)
-            elif key:
-                self._poll_native(reader, wanted, counts=at is not None)
-            else:
-                self._whole_native(reader)
+        if request.get("stream"):
+            answer = self._stream_native
+        elif key:
+            answer = functools.partial(self._poll_native, wanted, at is not None)
+        else:
+            answer = self._whole_native
+        self.answer(functools.partial(self._submit_native, service, request, key, at, own,
+                                      access), answer)
 
     def _check_native(self, request):
         """Check a native request; return its stream key, place, and tokens wanted."""
@@ -2909,7 +2930,7 @@ class NativeFace:
         prompt = request.get("message", request.get("messages"))
         if prompt is None:
             if key and "command" not in request:
-                return self.broker.open(service, key, at)
+                return self.broker.open(service, key, at, self.news)
             raise RelayError("invalid_request", "message is missing: the prompt, a text.",
                              param="message")
         repeat = self.head.fields.get("idempotency-key")
@@ -2924,12 +2945,14 @@ class NativeFace:
             self.server.watcher.look()
         if access is not None:
             access.cap(request, "max_new_len")
+        wait = request.get("wait", False)
         payload = dumps({field: value for field, value in request.items()
-                         if field not in NATIVE_ONLY + PROVIDERS_OWN})
+                         if field not in NOT_PASSED_ON})
+        request.clear()                    # it may be large, and the wait long
         return self.broker.submit(
             service, payload, caller=caller, name=name or None, twin=twin, at=at,
             fingerprint=fingerprint, own=own, access=access, rated=not self.local,
-            holder=self.address, wait=request.get("wait", False))
+            holder=self.address, wait=wait, news=self.news)
 
     def _whole_native(self, reader):
         items = self.wait_whole(reader, self.limits.job_seconds)
@@ -2939,7 +2962,7 @@ class NativeFace:
         self.reply(200, {"reply": text_of(items), "errorcode": 0,
                          "stats": reader.job.stats()})
 
-    def _poll_native(self, reader, wanted, counts):
+    def _poll_native(self, wanted, counts, reader):
         """The next `wanted` tokens: those that are there a second after the first."""
         job, texts, ended = reader.job, [], False
         deadline = time.monotonic() + self.limits.wait_seconds
@@ -2997,7 +3020,7 @@ CORS_HEADERS = (
     b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, "
     b"x-ratelimit-reset-requests, "
     b"x-neuroengine-queue-ms, x-neuroengine-overhead-ms\r\n")
-DROPPED_FIELDS = ("model", "stream", "stream_options", "wait", "reply_so_far")
+DROPPED_FIELDS = {"model", "stream", "stream_options", "wait", "reply_so_far"}
 _HEADER_LIST = re.compile(r"[A-Za-z0-9,_ -]{0,2000}\Z")
 
 
@@ -3065,24 +3088,22 @@ class OpenAIFace:
         options = request.get("stream_options") or {}
         stream = request.get("stream") or False
         repeat = self.head.fields.get("idempotency-key")
-        payload, caller = dict(request, api=api), self.caller(access)
-        for field in DROPPED_FIELDS:
-            payload.pop(field, None)
+        wait, caller = request.get("wait") or False, self.caller(access)
         if access is not None and api != "embeddings":
-            access.cap(payload, "max_tokens")
+            access.cap(request, "max_tokens")
+        for field in DROPPED_FIELDS & request.keys():
+            del request[field]
+        request["api"] = api
+        payload = dumps(request)
+        request.clear()                    # it may be large, and the wait long
         submit = functools.partial(
-            self.broker.submit, service, dumps(payload), caller=caller, own=own,
-            access=access, rated=not self.local, holder=self.address,
-            wait=request.get("wait") or False,
+            self.broker.submit, service, payload, caller=caller, own=own, access=access,
+            rated=not self.local, holder=self.address, wait=wait, news=self.news,
             grace=None if repeat else 0.0, at=0, fingerprint=self.same,
             name=("repeat", caller, repeat[:512]) if repeat else None)
-        with self.taking(self.server.waiting), self.attached(submit()) as reader:
-            del request, payload, submit   # they may be large, and the wait long
-            answer = _Answer(api, service.name, reader.job)
-            if stream and api != "embeddings":
-                self._stream_openai(reader, answer, options)
-            else:
-                self._whole_openai(reader, answer)
+        self.answer(submit, functools.partial(
+            self._stream_openai if stream and api != "embeddings" else self._whole_openai,
+            api, service.name, options))
 
     def _check_openai(self, api, service, request):
         for field in ("max_tokens", "max_completion_tokens"):
@@ -3124,7 +3145,8 @@ class OpenAIFace:
                 "x_neuroengine_overhead_ms": "%.1f" % max(
                     0, 1000 * (spent - provider - queued))}
 
-    def _whole_openai(self, reader, answer):
+    def _whole_openai(self, api, model, _, reader):
+        answer = _Answer(api, model, reader.job)
         items = self.wait_whole(reader, LATE_HEAD_SECONDS)
         if items is not None:
             return self.reply(200, answer.whole(items), **self._times(reader.job))
@@ -3141,8 +3163,8 @@ class OpenAIFace:
             body = error.openai()
         self.send_piece(dumps(body), last=True)
 
-    def _stream_openai(self, reader, answer, options):
-        job = reader.job
+    def _stream_openai(self, api, model, options, reader):
+        answer, job = _Answer(api, model, reader.job), reader.job
         news = options.get("include_queue") or \
             self.head.fields.get("x-neuroengine-queue") == "1"
 
@@ -3486,9 +3508,8 @@ class ProviderFace:
 
     def login(self, name):
         """POST login: {workers, continues, embeddings, context_length} -> {session}"""
-        service = self.authorized(name)
         request = self.read_object(MAX_SMALL_BODY_BYTES)
-        self.still_authorized(service)
+        service = self.authorized(name)
         check_fields(request, {"workers": (int, 1, self.limits.max_workers),
                                "context_length": (int, 1, 10**9)})
         session = self.broker.login(
@@ -3502,9 +3523,8 @@ class ProviderFace:
 
     def poll(self, name):
         """POST poll: {session, running: [[job, attempt]]} -> {jobs, cancel}"""
-        service = self.authorized(name)
         request = self.read_object(MAX_SMALL_BODY_BYTES)
-        self.still_authorized(service)
+        service = self.authorized(name)
         session, running = self._session_of(request), request.get("running", [])
         try:
             running = [(job, attempt) for job, attempt in running]
@@ -3529,9 +3549,8 @@ class ProviderFace:
 
     def provider_reply(self, name):
         """POST reply: {session, replies: [entry]} -> {refused, jobs, cancel}"""
-        service = self.authorized(name)
         request = self.read_object()
-        self.still_authorized(service)
+        service = self.authorized(name)
         session, entries = self._session_of(request), request.get("replies", [])
         if not isinstance(entries, list):
             raise RelayError("invalid_request", "replies must be a list.",
@@ -3543,9 +3562,8 @@ class ProviderFace:
 
     def logout(self, name):
         """POST logout: {session}; its unfinished jobs go to others"""
-        service = self.authorized(name)
         session = self._session_of(self.read_object(MAX_SMALL_BODY_BYTES))
-        self.still_authorized(service)
+        service = self.authorized(name)
         self.broker.logout(service, session)
         log("logout", service=service.name, address=self.address, session=session[:8])
         self.reply(200, {"errorcode": 0})

@@ -732,9 +732,9 @@ def test_a_reader_is_woken_only_when_it_has_what_it_wants(desk):
     thread = threading.Thread(target=lambda: got.append(
         desk.broker.read(reader, want=3, timeout=SOON)))
     thread.start()
-    until(lambda: reader.job.wanted == 3)
+    until(lambda: reader.wanted == 3)
     desk.reply(session, job, ["a"])
-    assert reader.job.wanted == 3                # nobody was woken to reset it
+    assert reader.wanted == 3                # nobody was woken to reset it
     desk.reply(session, job, ["b", "c"], at=1)
     thread.join(SOON)
     assert got == [(["a", "b", "c"], False)]
@@ -751,9 +751,9 @@ def test_no_thread_is_woken_for_items_that_are_delivered(desk):
     desk.broker.read(reader)
     thread = threading.Thread(target=desk.broker.wait, args=(reader, 9), daemon=True)
     thread.start()
-    until(lambda: reader.job.progress._waiters)
+    until(lambda: reader.news._waiters)
     desk.reply(session, job, ["b", "c"], at=1)
-    assert got == [(["b", "c"], False)] and reader.job.progress._waiters
+    assert got == [(["b", "c"], False)] and reader.news._waiters
     desk.broker.leave_to_own(reader)
     thread.join(SOON)
     assert not thread.is_alive()
@@ -1504,7 +1504,7 @@ def test_a_client_that_hangs_up_is_noticed_within_a_second(relay, hand, path, bo
     time.sleep(0.3)                        # until it is watched; either way must do
     sock.close()
     began = time.monotonic()
-    until(lambda: reader_job.readers == 0)
+    until(lambda: not reader_job.readers)
     assert time.monotonic() - began < 1
     while not hand.poll()["cancel"]:       # after the grace time
         pass
