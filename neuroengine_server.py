@@ -851,7 +851,8 @@ class Broker:
         """From now on call deliver() when items for this reader have come, in the thread
         that brought them. What it must not do itself, it leaves by leave_to_own."""
         with self._lock:
-            reader.deliver, reader.behind = deliver, True    # some may have come meanwhile
+            reader.deliver = deliver
+            reader.behind = len(reader.job.items) > reader.at     # they came before
 
     def leave_to_own(self, reader):
         """Let the reader's own thread look after what could not be delivered."""
@@ -1372,41 +1373,39 @@ class Broker:
         session.cancels[pair] = True
         session.arrived.notify()
 
-    def _reclaim_locked(self, session, job_id, attempt):
-        """Give a job back that was taken when its provider seemed to be gone."""
+    def _reclaim_locked(self, session, job_id, attempt, at=0):
+        """Give a job back that was taken when its provider seemed to be gone, if it can
+        go on from item `at`; the job, or None."""
         job = self._jobs.get(job_id)
         if (job is None or job.state != "queued" or job.attempt != attempt
-                or job.service is not session.service):
-            return False
+                or job.service is not session.service or at > len(job.items)):
+            return None
         job.service.queue.remove(job)
         self._move_locked(job, "leased")
         job.deaths, job.heard_at = max(0, job.deaths - 1), self._clock()
         job.session, session.jobs[job_id] = session, job
-        return True
+        return job
 
     def _push_locked(self, session, entry):
         """Add one entry's items to its job; a refusal as a dict, or None."""
-        job = self._jobs.get(entry["job"])
-        if job is not None and job.state == "queued" and entry["at"] <= len(job.items):
-            # The first word of a provider that seemed to be gone, before its next poll.
-            self._reclaim_locked(session, job.id, entry["attempt"])
-        job = session.jobs.get(entry["job"])
+        job_id, attempt, at = entry["job"], entry["attempt"], entry["at"]
+        job = session.jobs.get(job_id) or self._reclaim_locked(session, job_id, attempt, at)
         ending = entry.get("done") or entry.get("error")
         if ending:
-            session.last_words[entry["job"], entry["attempt"]] = True
+            session.last_words[job_id, attempt] = True
             if len(session.last_words) > MAX_LAST_WORDS:
                 session.last_words.popitem(last=False)
-        if job is None or job.attempt != entry["attempt"]:
+        if job is None or job.attempt != attempt:
             if ending:
-                session.cancelling.pop((entry["job"], entry["attempt"]), None)
-            return {"job": entry["job"], "error": "fenced"}
+                session.cancelling.pop((job_id, attempt), None)
+            return {"job": job_id, "error": "fenced"}
         job.heard_at = self._clock()
-        session.unconfirmed.pop(job.id, None)
+        session.unconfirmed.pop(job_id, None)
         have, items = len(job.items), entry.get("items", ())
-        if entry["at"] > have:
-            return {"job": job.id, "error": "gap", "at": have}
-        if entry["at"] < have:
-            items = items[have - entry["at"]:]        # we have the others already
+        if at > have:
+            return {"job": job_id, "error": "gap", "at": have}
+        if at < have:
+            items = items[have - at:]      # we have the others already
         if items:
             size = size_of(items)
             error = None
@@ -1417,12 +1416,12 @@ class Broker:
                 error = self._memory_full()
             if error is not None:
                 self._cancel_locked(job, error)
-                return {"job": job.id, "error": "fenced"}
+                return {"job": job_id, "error": "fenced"}
             job.size += size
             self._hold_locked(job, size)
             self.counts["tokens"] += len(items)
             if not have:
-                job.first_at = self._clock()
+                job.first_at = job.heard_at
             job.items.extend(items)
             for reader in job.readers:
                 if reader.deliver is not None:
@@ -1467,9 +1466,10 @@ class Broker:
             self._forget_locked(job)
 
     def _measure_locked(self, job):
-        for name, end in (("queue_seconds", job.leased_at), ("answer_seconds", job.ended_at),
-                          ("first_token_seconds", job.first_at or job.ended_at)):
-            self.histograms[name].observe(end - job.created)
+        queued, first, answered = self.histograms.values()
+        queued.observe(job.leased_at - job.created)
+        first.observe((job.first_at or job.ended_at) - job.created)
+        answered.observe(job.ended_at - job.created)
         service, took = job.service, job.ended_at - job.leased_at
         old = service.job_seconds
         service.job_seconds = took if old is None else 0.8 * old + 0.2 * took
@@ -1660,8 +1660,11 @@ class Broker:
 
 def size_of(items):
     """Roughly the bytes that these items hold."""
-    texts = (item if type(item) is str else str(item) for item in items)
-    return sum(ITEM_BYTES + len(text) * (1 if text.isascii() else 4) for text in texts)
+    size = ITEM_BYTES * len(items)
+    for item in items:
+        text = item if type(item) is str else str(item)
+        size += len(text) * (1 if text.isascii() else 4)
+    return size
 
 
 def invalid_name_words(name):
@@ -1975,7 +1978,8 @@ class Wire:
         self.by_kernel = os.name == "posix" and not isinstance(sock, ssl.SSLSocket)
         if self.by_kernel:
             sock.settimeout(None)
-        self.last_head = b""               # also if it was malformed
+        self.last_head = b""               # as it came, also if it was malformed
+        self._head = None                  # the same, parsed
 
     def _receive(self, seconds):
         """Add what comes within so many seconds to the buffer. Raises PeerGone."""
@@ -2042,8 +2046,10 @@ class Wire:
                 raise RelayError("request_timeout", "The headers did not come within "
                                  "%g s." % limits.head_seconds)
         data, self._buffer = self._buffer[:end + 2], self._buffer[end + 4:]
-        self.last_head = data
-        return parse_head(data)
+        if data != self.last_head:         # polls are alike; parsing is 8 % of a prompt
+            self.last_head, self._head = data, None
+            self._head = parse_head(data)
+        return self._head
 
     def read_body(self, head, most=None):
         """Return a request's body as bytes. Raises RelayError, PeerGone."""
@@ -2653,19 +2659,18 @@ class Connection(socketserver.BaseRequestHandler):
             headers["transfer_encoding"] = "chunked"
         self._pending = self.head_bytes(200, kind, headers) + b"\r\n"
 
-    def framed(self, data):
-        """A piece of that body, as it is sent."""
-        if not data or not self.head.version:      # an empty chunk would be the last
-            return data
-        return b"%x\r\n%s\r\n" % (len(data), data)
-
-    def send_piece(self, data, last=False):
-        """Send a piece of that body, with what is pending, as one write."""
-        data = self.framed(data)
+    def framed(self, data, last=False):
+        """A piece of that body, as it is sent: behind the head, if that is still to go."""
+        if data and self.head.version:     # an empty chunk would be the last
+            data = b"%x\r\n%s\r\n" % (len(data), data)
         if last and self.head.version:
             data += b"0\r\n\r\n"
         pending, self._pending = self._pending, b""
-        self.send(pending, data)
+        return pending + data if pending else data
+
+    def send_piece(self, data, last=False):
+        """Send a piece of that body, with what is pending, as one write."""
+        self.send(b"", self.framed(data, last))
 
     def read_items(self, reader, want, timeout, most=None):
         """broker.read, but notice it when the client hangs up. Raises PeerGone."""
@@ -2705,6 +2710,9 @@ class Connection(socketserver.BaseRequestHandler):
         provider has taken the job, and ("beat", None) in long silences.
         """
         job, place, self.quiet, ended = reader.job, None, time.monotonic(), False
+        if self.wire.by_kernel:
+            self.broker.deliver_by(reader, functools.partial(
+                self._deliver, reader, begin, piece))
         try:
             while not ended:
                 self._wait_for_news(reader)
@@ -2726,10 +2734,7 @@ class Connection(socketserver.BaseRequestHandler):
                             begin()
                         self.quiet = time.monotonic()
                         self.send_piece(piece(*event))
-                if items and reader.deliver is None and self.wire.by_kernel:
-                    self.broker.deliver_by(reader, functools.partial(
-                        self._deliver, reader, piece))
-                elif not items and not ended:
+                if not items and not ended:
                     self._check_age(job)
         finally:
             with self.turn:                # nobody is just writing, or will
@@ -2748,7 +2753,7 @@ class Connection(socketserver.BaseRequestHandler):
         if reader.gone:
             raise PeerGone()
 
-    def _deliver(self, reader, piece):
+    def _deliver(self, reader, begin, piece):
         """Send items to a reader in the thread that brought them, so that none has to be
         woken for it: half the processor time of a token. Never blocks: what cannot be
         sent at once is left to the reader's own thread."""
@@ -2759,6 +2764,8 @@ class Connection(socketserver.BaseRequestHandler):
                 return
             items, _ = self.broker.read(reader, most=MAX_ITEMS_A_RECORD)
             if items:
+                if not self.started:
+                    begin()
                 self.quiet = time.monotonic()
                 data = self.framed(piece("items", items))
                 self.unsent = data[self.wire.send_now(data):]

@@ -766,11 +766,11 @@ def test_nothing_overtakes_what_could_not_be_sent(desk):
     reader, session, job = desk.start()
     sent, connection = [], neuroengine_server.Handler.__new__(neuroengine_server.Handler)
     connection.turn, connection.unsent, connection.broker = threading.Lock(), b"", desk.broker
-    connection.framed = bytes
+    connection.framed, connection.started = bytes, True
     connection.wire = argparse.Namespace(send_now=lambda data: sent.append(data) or 1)
     desk.reply(session, job, ["a", "b"])
     desk.broker.deliver_by(reader, lambda: connection._deliver(
-        reader, lambda kind, items: "".join(items).encode()))
+        reader, None, lambda kind, items: "".join(items).encode()))
     reader.deliver()
     desk.reply(session, job, ["c"], at=2)
     assert sent == [b"ab"] and connection.unsent == b"b" and reader.at == 2
