@@ -3220,7 +3220,7 @@ class _Answer:
         self.base = {"id": ("chatcmpl-" if self.chat else "cmpl-") + job.id[:24],
                      "object": ("chat.completion" if self.chat else "text_completion"),
                      "created": int(time.time()), "model": model}
-        self.finish_reason = self.usage = None
+        self.finish_reason = self.usage = self.around = None
         self.begun = False
         self.tokens = 0
 
@@ -3285,7 +3285,10 @@ class _Answer:
 
         def flush():
             if texts:
-                parts.append(self.chunk({"content": "".join(texts)}))
+                # Around each text stands the same: a fifth of a streamed token's cost.
+                if self.around is None:
+                    self.around = self.chunk({"content": ""}).split(b'""')
+                parts.append(dumps("".join(texts)).join(self.around))
                 self.tokens += len(texts)
                 texts.clear()
 
