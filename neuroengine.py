@@ -59,6 +59,8 @@ DEFAULT_SERVER = "api.neuroengine.ai"
 REQUEST_SECONDS = 120        # silence of the relay within one request
 ANSWER_SECONDS = 3700        # a whole reply; the relay gives up a little sooner
 STREAM_SECONDS = 30          # silence within a stream; it beats every 9 s
+YIELD_SECONDS = 0.001      # from a job to the next poll: its worker needs the interpreter,
+                           # too, and so has the first token 0.4 ms sooner
 POLL_SECONDS = 40            # a held poll; the relay answers within 25 s
 HEARTBEAT_SECONDS = 5        # a provider with jobs is heard of this often
 CANCEL_SECONDS = 5           # for telling the relay that an answer is not wanted
@@ -1012,7 +1014,8 @@ class _Listening:
                 return
             server._paused = self._closing = False
             self._keep_trying(server._log_in)
-        self._take(self._keep_trying(self._call_poll))
+        if self._take(self._keep_trying(self._call_poll)):
+            time.sleep(YIELD_SECONDS)
 
     def _call_poll(self):
         running = self.outbox.running()
@@ -1039,7 +1042,7 @@ class _Listening:
             pass                               # the next one will say why
 
     def _take(self, answer):
-        """Deal with the jobs and cancellations of a response."""
+        """Deal with the jobs and cancellations of a response; whether there were jobs."""
         for work in self.outbox.cancel(answer.get("cancel", ())):
             cancel = getattr(work.answer, "cancel", None)
             if cancel is not None:
@@ -1049,6 +1052,7 @@ class _Listening:
             if self.outbox.add(work):
                 self._give(work)
         self._say()
+        return bool(answer.get("jobs"))
 
     def _give(self, work):
         with self._lock:
