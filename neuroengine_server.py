@@ -3588,8 +3588,9 @@ class ProviderFace:
     def _check_entry(self, entry):
         """Check one entry of a reply. What the provider's own program got wrong becomes
         an error of that one job, so that its client learns of it."""
-        if not isinstance(entry, dict) or not is_job(entry.get("job")) or not all(
-                is_place(entry.setdefault(field, 0)) for field in ("attempt", "at")):
+        if not (isinstance(entry, dict) and is_job(entry.get("job"))
+                and is_place(entry.setdefault("attempt", 0))
+                and is_place(entry.setdefault("at", 0))):
             raise RelayError("invalid_request", "Each entry of replies must have job, "
                              "attempt, at and items.", param="replies")
         items = entry.setdefault("items", [])
