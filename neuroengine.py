@@ -59,9 +59,9 @@ DEFAULT_SERVER = "api.neuroengine.ai"
 REQUEST_SECONDS = 120        # silence of the relay within one request
 ANSWER_SECONDS = 3700        # a whole reply; the relay gives up a little sooner
 STREAM_SECONDS = 30          # silence within a stream; it beats every 9 s
-YIELD_SECONDS = 0.001      # from a job to the next poll: its worker needs the interpreter,
-                           # too, and so has the first token 0.4 ms sooner
 POLL_SECONDS = 40            # a held poll; the relay answers within 25 s
+YIELD_SECONDS = 0.001        # from jobs to the next poll, so that workers get the interpreter
+                             # first: the first token comes 0.4 ms sooner
 HEARTBEAT_SECONDS = 5        # a provider with jobs is heard of this often
 CANCEL_SECONDS = 5           # for telling the relay that an answer is not wanted
 FIRST_PAUSE_SECONDS = 0.25   # before a second try; doubles each time, with jitter

@@ -350,8 +350,6 @@ class Queue:
 
     def take(self, session):
         """Take out the job that this session should have next; None if there is none."""
-        if not self._count:
-            return None
         for job in self._returned:
             if session.may_take(job):
                 break
@@ -1879,9 +1877,8 @@ _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(r"(" + _TOKEN + r") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
 # Control characters, a bare CR or LF, white space before the colon and folded lines
 # all fail to match: each of them has been used to smuggle requests past proxies.
-_FIELD = r"(" + _TOKEN + r"):([\t\x20-\x7e\x80-\xff]*)\r\n"
-_FIELDS = re.compile(r"(?:" + _FIELD + r")*\Z")
-_FIELD = re.compile(_FIELD)
+_FIELD = re.compile(r"(" + _TOKEN + r"):([\t\x20-\x7e\x80-\xff]*)\r\n")
+_FIELDS = re.compile(r"(?:" + _FIELD.pattern + r")*\Z")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization",
                    "content-type", "content-encoding", "expect", "idempotency-key"))
 _HOST = re.compile(r"[A-Za-z0-9.:_\[\]-]*\Z")
@@ -2046,7 +2043,8 @@ class Wire:
                 raise RelayError("request_timeout", "The headers did not come within "
                                  "%g s." % limits.head_seconds)
         data, self._buffer = self._buffer[:end + 2], self._buffer[end + 4:]
-        if data != self.last_head:         # polls are alike; parsing is 8 % of a prompt
+        # One client's heads are mostly alike, and parsing them is 8 % of a prompt's cost.
+        if self._head is None or data != self.last_head:
             self.last_head, self._head = data, None
             self._head = parse_head(data)
         return self._head
@@ -2685,16 +2683,16 @@ class Connection(socketserver.BaseRequestHandler):
             raise PeerGone()
         return items, ended
 
-    def answer(self, submit, answer):
-        """Have submit() return a Reader, answer(reader), and leave the job; a clean end
+    def answer(self, submit, respond):
+        """Have submit() return a Reader, respond(reader), and leave the job; a clean end
         means that the client has its items."""
         self.server.waiting.take(self.address)
         try:
             reader, delivered = submit(), False
             try:
-                answer(reader)
+                respond(reader)
                 delivered = True
-            except RelayError:             # the answer is an error, and arrives
+            except RelayError:             # the response is an error, and arrives
                 delivered = True
                 raise
             finally:
@@ -2899,13 +2897,13 @@ class NativeFace:
                              "getmodels and cancel." % printable(command, 40),
                              param="command")
         if request.get("stream"):
-            answer = self._stream_native
+            respond = self._stream_native
         elif key:
-            answer = functools.partial(self._poll_native, wanted, at is not None)
+            respond = functools.partial(self._poll_native, wanted, at is not None)
         else:
-            answer = self._whole_native
+            respond = self._whole_native
         self.answer(functools.partial(self._submit_native, service, request, key, at, own,
-                                      access), answer)
+                                      access), respond)
 
     def _check_native(self, request):
         """Check a native request; return its stream key, place, and tokens wanted."""

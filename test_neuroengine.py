@@ -780,6 +780,23 @@ def test_nothing_overtakes_what_could_not_be_sent(desk):
     assert sent == [b"ab"] and reader.behind
 
 
+def test_who_brings_the_first_items_writes_them_behind_the_head(desk):
+    reader, session, job = desk.start()
+    sent, connection = [], neuroengine_server.Handler.__new__(neuroengine_server.Handler)
+    connection.turn, connection.unsent, connection.broker = threading.Lock(), b"", desk.broker
+    connection.started, connection.head = False, argparse.Namespace(version=0)
+    connection.wire = argparse.Namespace(send_now=lambda data: sent.append(data) or len(data))
+
+    def begin():
+        connection.started, connection._pending = True, b"head "
+
+    desk.broker.deliver_by(reader, lambda: connection._deliver(
+        reader, begin, lambda kind, items: "".join(items).encode()))
+    desk.reply(session, job, ["a"])
+    desk.reply(session, job, ["b"], at=1)
+    assert sent == [b"head a", b"b"] and not reader.behind    # and no thread was woken
+
+
 def test_draining_fails_the_waiting_and_lets_the_running_finish(desk):
     reader, session, job = desk.start()
     waiting = desk.submit()
@@ -2122,6 +2139,24 @@ def test_a_peer_that_does_not_read_is_cut_in_the_end(tmp_path, secure):
     theirs.close()
     with contextlib.suppress(AssertionError):
         wait()
+
+
+def test_a_head_that_comes_again_is_known_and_no_other_is_taken_for_it():
+    ours, peer = socket.socketpair()
+    with contextlib.closing(ours), contextlib.closing(peer):
+        wire = neuroengine_server.Wire(ours, Limits(head_seconds=1))
+
+        def read(head):
+            peer.sendall(head + b"Host: x\r\n\r\n")
+            return wire.read_head()
+
+        first = read(b"GET /a HTTP/1.1\r\n")
+        assert read(b"GET /a HTTP/1.1\r\n") is first
+        assert read(b"GET /b HTTP/1.1\r\n").path == ("b",)
+        assert read(b"GET /a HTTP/1.1\r\n").path == ("a",)
+        for _ in range(2):
+            with pytest.raises(RelayError):
+                read(b"GET /a HTTP/1.1\r\nBad\r\n")
 
 
 def test_a_header_of_ours_cannot_be_ill_formed(relay):
