@@ -2128,12 +2128,9 @@ class Wire:
             raise PeerGone()
 
     def _send(self, data):
-        if not self.by_kernel:
-            self._limit(None, self._limits.write_seconds)
-            return self.sock.sendall(data)           # its timeout is for all of it
         deadline = time.monotonic() + self._limits.write_seconds
         self._limit(socket.SO_SNDTIMEO, self._limits.write_seconds)
-        sent = self.sock.send(data)
+        sent = self.sock.send(data)                  # all of it, or TLS raises
         if sent < len(data):                         # a slow reader
             self.sock.settimeout(max(0.001, deadline - time.monotonic()))
             self.sock.sendall(memoryview(data)[sent:])
