@@ -4,6 +4,7 @@ browser, skipped where there is none), README. No network but loopback."""
 
 import argparse
 import contextlib
+import functools
 import http.client
 import http.server
 import importlib.util
@@ -797,6 +798,50 @@ def test_who_brings_the_first_items_writes_them_behind_the_head(desk):
     assert sent == [b"head a", b"b"] and not reader.behind    # and no thread was woken
 
 
+@pytest.fixture
+def whole(desk):
+    """A job whose end is delivered: (reader, what was sent, reply(items, ...))."""
+    reader, session, job = desk.start()
+    sent, connection = [], neuroengine_server.Handler.__new__(neuroengine_server.Handler)
+    connection.turn, connection.broker = threading.Lock(), desk.broker
+    connection.delivering = connection.openai = connection.started = False
+    connection.wire = argparse.Namespace(send_now=lambda data: sent.append(data) or len(data))
+    desk.broker.deliver_by(reader, lambda: connection._deliver_whole(
+        reader, lambda items: connection.send("".join(items).encode())))
+    return reader, sent, functools.partial(desk.reply, session, job)
+
+
+def test_a_whole_answer_is_written_once_by_who_brings_its_end(whole, desk):
+    reader, sent, reply = whole
+    reply(["a"])
+    assert sent == []
+    reply(["b"], at=1)
+    reply([], at=2, done=True)
+    reply([], at=2, done=True)
+    assert sent == [b"ab"] and not reader.attached and not desk.broker._jobs
+
+
+def test_a_large_answer_is_left_to_its_own_thread(whole, desk):
+    reader, sent, reply = whole
+    reply(["x" * 300000], done=True)
+    assert sent == [] and len(desk.broker.read(reader, None)[0][0]) == 300000
+
+
+def test_who_begins_to_deliver_hears_that_the_end_came_before(desk):
+    reader, session, job = desk.start()
+    desk.reply(session, job, done=True)
+    desk.broker.deliver_by(reader, None)
+    assert reader.behind
+
+
+def test_nothing_is_taken_from_a_reader_whose_own_thread_is_at_it(whole, desk):
+    reader, sent, reply = whole
+    deliver, reader.deliver = reader.deliver, neuroengine_server._nobody
+    reply(["a"], done=True)
+    deliver()                              # it was just about to
+    assert sent == [] and desk.broker.read(reader, None) == (["a"], True)
+
+
 def test_draining_fails_the_waiting_and_lets_the_running_finish(desk):
     reader, session, job = desk.start()
     waiting = desk.submit()
@@ -1569,6 +1614,34 @@ def test_a_client_that_gives_up_and_retries_five_times_causes_one_generation(rel
     hand.reply(job, ["done"], done=True)
     assert last()[1]["reply"] == "done"
     assert relay.broker.find(hand.name).numreq == 1
+
+
+def test_two_prompts_sent_at_once_are_answered_one_after_the_other(relay, hand):
+    with contextlib.closing(socket.create_connection(relay.server_address[:2], SOON)) as sock:
+        body = b'{"message": "x"}'
+        sock.sendall(b"POST /%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
+                     % (hand.name.encode(), len(body), body) * 2)
+        for text in ("first", "second"):
+            hand.reply(hand.next_job(), [text], done=True)
+            response = http.client.HTTPResponse(sock)
+            response.begin()
+            assert json.loads(response.read())["reply"] == text
+
+
+def test_a_connection_that_is_to_be_closed_closes_with_its_answer(relay, hand, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "WATCH_AFTER_SECONDS", 2 * SOON)
+    body = {"message": "x"}
+    with contextlib.closing(sent(relay, "/" + hand.name, body, connection="close")) as sock:
+        hand.reply(hand.next_job(), ["a"], done=True)
+        while sock.recv(65536):            # its time limit is SOON
+            pass
+
+
+def test_a_large_answer_that_comes_at_once_arrives_whole(relay, hand):
+    for size in (1000, 300000, 900000):
+        answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
+        hand.reply(hand.next_job(), ["x" * size], done=True)
+        assert len(answer()[1]["reply"]) == size
 
 
 def test_an_idempotency_key_makes_a_prompt_repeatable(relay, hand):
