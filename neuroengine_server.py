@@ -2028,7 +2028,8 @@ class Wire:
         """Wait for a request's first bytes. Raises PeerGone if none come."""
         try:
             while self._buffer in (b"", b"\r"):
-                if not self.ahead(WATCH_AFTER_SECONDS):     # as `soon` waits, too
+                # First for as long as Connection.soon: a new limit is a system call.
+                if not self.ahead(WATCH_AFTER_SECONDS):
                     self._receive(seconds)
             if self._buffer[:2] == b"\r\n":          # RFC 9112, 2.2: one is forgiven
                 self._buffer = self._buffer[2:]
