@@ -3589,8 +3589,9 @@ class ProviderFace:
 
     def login(self, name):
         """POST login: {workers, continues, embeddings, context_length} -> {session}"""
-        request = self.read_object(MAX_SMALL_BODY_BYTES)
         service = self.authorized(name)
+        request = self.read_object(MAX_SMALL_BODY_BYTES)
+        self.still_authorized(service)
         check_fields(request, {"workers": (int, 1, self.limits.max_workers),
                                "context_length": (int, 1, 10**9)})
         session = self.broker.login(
@@ -3604,8 +3605,9 @@ class ProviderFace:
 
     def poll(self, name):
         """POST poll: {session, running: [[job, attempt]]} -> {jobs, cancel}"""
-        request = self.read_object(MAX_SMALL_BODY_BYTES)
         service = self.authorized(name)
+        request = self.read_object(MAX_SMALL_BODY_BYTES)
+        self.still_authorized(service)
         session, running = self._session_of(request), request.get("running", [])
         try:
             running = [(job, attempt) for job, attempt in running]
@@ -3630,8 +3632,9 @@ class ProviderFace:
 
     def provider_reply(self, name):
         """POST reply: {session, replies: [entry]} -> {refused, jobs, cancel}"""
-        request = self.read_object()
         service = self.authorized(name)
+        request = self.read_object()
+        self.still_authorized(service)
         session, entries = self._session_of(request), request.get("replies", [])
         if not isinstance(entries, list):
             raise RelayError("invalid_request", "replies must be a list.",
@@ -3643,8 +3646,9 @@ class ProviderFace:
 
     def logout(self, name):
         """POST logout: {session}; its unfinished jobs go to others"""
-        session = self._session_of(self.read_object(MAX_SMALL_BODY_BYTES))
         service = self.authorized(name)
+        session = self._session_of(self.read_object(MAX_SMALL_BODY_BYTES))
+        self.still_authorized(service)
         self.broker.logout(service, session)
         log("logout", service=service.name, address=self.address, session=session[:8])
         self.reply(200, {"errorcode": 0})

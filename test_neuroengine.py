@@ -1628,6 +1628,16 @@ def test_two_prompts_sent_at_once_are_answered_one_after_the_other(relay, hand):
             assert json.loads(response.read())["reply"] == text
 
 
+def test_a_wrong_key_is_refused_before_its_body_comes(relay, hand):
+    for action in ("login", "poll", "reply", "logout"):
+        with contextlib.closing(socket.create_connection(relay.server_address[:2],
+                                                         SOON)) as sock:
+            sock.sendall(b"POST /provider/%s/%s HTTP/1.1\r\nHost: localhost\r\nAuthorization: "
+                         b"Bearer wrong\r\nContent-Length: 900000000\r\n\r\n"
+                         % (hand.name.encode(), action.encode()))
+            assert sock.recv(100).startswith(b"HTTP/1.1 401"), action
+
+
 def test_a_connection_that_is_to_be_closed_closes_with_its_answer(relay, hand, monkeypatch):
     monkeypatch.setattr(neuroengine_server, "WATCH_AFTER_SECONDS", 2 * SOON)
     body = {"message": "x"}
