@@ -3130,6 +3130,13 @@ def test_at_closing_time_running_jobs_are_finished_and_no_more_are_taken(
     provider._ready = lambda: neuroengine.wait_for_opening(provider._hours)
     assert provider.login(key["name"], key["key"]) == 0
     thread = threading.Thread(target=provider.listen, args=(answer, 2), daemon=True)
+    polls, call = [()], provider._call
+
+    def noting(action, **body):
+        if action == "poll" and threading.current_thread() is thread:
+            polls.append(body["running"])
+        return call(action, **body)
+    provider._call = noting
     thread.start()
     service = relay.broker.find(key["name"])
     api = client_of(relay, key["name"])
@@ -3137,7 +3144,9 @@ def test_at_closing_time_running_jobs_are_finished_and_no_more_are_taken(
         first = in_thread(api.request, "first")
         until(lambda: got)
         clock[0] = 60 * 22
-        # Its worker that is free looks taken to the relay, from now on.
+        # Its worker that is free looks taken to the relay, from now on: no poll from
+        # before is still on its way.
+        until(lambda: [job for job, _ in polls[-1] if job == "closing"])
         until(lambda: [s for s in service.sessions.values() if s.free() < 1])
         second = in_thread(api.request, "second")
         until(lambda: len(service.queue))
