@@ -740,8 +740,8 @@ class Broker:
     # -- clients, in the order a job lives --
 
     def condition(self):
-        """What a client's thread is woken by. Making one costs as much as finding the
-        service and checking its limits, so a connection keeps its own."""
+        """What a client's thread is woken by. Making one takes 7 us of the 150 to 200 of a
+        prompt, so a connection keeps its own."""
         return threading.Condition(self._lock)
 
     def submit(self, service, payload, *, caller="", name=None, fingerprint=None,
@@ -1389,6 +1389,7 @@ class Broker:
     def _push_locked(self, session, entry):
         """Add one entry's items to its job; a refusal as a dict, or None."""
         job_id, attempt, at = entry["job"], entry["attempt"], entry["at"]
+        # Or the first word of a provider that seemed to be gone, before its next poll.
         job = session.jobs.get(job_id) or self._reclaim_locked(session, job_id, attempt, at)
         ending = entry.get("done") or entry.get("error")
         if ending:
@@ -2150,7 +2151,7 @@ class Wire:
         if sent < len(data):                         # a slow reader
             self.sock.settimeout(max(0.001, deadline - time.monotonic()))
             self.sock.sendall(memoryview(data)[sent:])
-            self.sock.settimeout(None)
+            self.sock.settimeout(None if self.by_kernel else self._limits.write_seconds)
 
     def send_now(self, data):
         """Send what the kernel takes at this moment, and return how many bytes."""
