@@ -133,6 +133,7 @@ MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
 MAX_FIELDS = 64              # headers of one request; browsers send about 20
 BODY_BYTES_PER_SECOND = 16384
 WATCH_AFTER_SECONDS = 0.25   # shorter waits are not worth two system calls
+LINGER_SECONDS = 2           # for a peer to take our last words
 QUEUE_NEWS_SECONDS = 2       # how often a waiting stream hears of its place
 JUST_GONE_SECONDS = 60       # a provider that left so lately may be back at once
 LATE_HEAD_SECONDS = 60       # /v1: a status line must come; then spaces keep it open
@@ -1885,6 +1886,7 @@ _FIELDS = re.compile(r"(?:" + _FIELD.pattern + r")*\Z")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization",
                    "content-type", "content-encoding", "expect", "idempotency-key"))
 _HOST = re.compile(r"[A-Za-z0-9.:_\[\]-]*\Z")
+MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)    # Windows has none
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,256})?\Z")
 
 
@@ -1964,36 +1966,129 @@ def _length_of(head):
     return int(length)
 
 
-class Wire:
-    """Bytes in and out of one connection, each wait under a deadline."""
+class Tls:
+    """The server's side of TLS as a codec: bytes in, bytes out, no socket. So one thread
+    can send while another waits for what the peer sends: 30 % more requests a second than
+    with an SSLSocket, which is for one thread at a time."""
 
-    def __init__(self, sock, limits, count=None):
-        """count: called with the number of each body's bytes as they come."""
+    RECORD_BYTES = 16384                   # the most that one holds (RFC 8446, 5.1)
+
+    def __init__(self, context):
+        self._lock = threading.Lock()
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+
+    def shake_hands(self, data):
+        """Take the peer's bytes; return (whether hands are shaken, bytes for the peer)."""
+        self._incoming.write(data)
+        try:
+            self._tls.do_handshake()
+            return True, self._outgoing.read()
+        except ssl.SSLWantReadError:
+            return False, self._outgoing.read()
+
+    def decrypt(self, data):
+        """Take the peer's bytes; return what they say, b"" if no record is complete."""
+        parts = []
+        with self._lock:
+            self._incoming.write(data)
+            try:
+                while not parts or self._incoming.pending:
+                    part = self._tls.read(self.RECORD_BYTES)
+                    if not part:
+                        raise PeerGone()   # close_notify
+                    parts.append(part)
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                raise PeerGone()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def encrypt(self, data):
+        """Return the bytes that say this to the peer, after those encrypted before."""
+        parts = []
+        with self._lock:
+            try:
+                for start in range(0, len(data), self.RECORD_BYTES):
+                    self._tls.write(data[start:start + self.RECORD_BYTES])
+                    parts.append(self._outgoing.read())
+            except ssl.SSLError:           # the peer has sent nonsense meanwhile
+                raise PeerGone()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def farewell(self):
+        """Return the bytes for the peer that there are still: an alert, or close_notify."""
+        with self._lock:
+            with contextlib.suppress(ssl.SSLError):
+                self._tls.unwrap()
+            return self._outgoing.read()
+
+
+class Wire:
+    """Bytes in and out of one connection, each wait under a deadline.
+
+    One thread reads and one writes at a time; they need not be the same.
+    """
+
+    def __init__(self, sock, limits, count=None, tls=None):
+        """count: called with the number of each body's bytes as they come. tls: an
+        ssl.SSLContext, if the peer is to speak TLS."""
         self.sock, self._limits, self._count = sock, limits, count
+        self.tls = Tls(tls) if tls else None
         self._counting = False
         self._buffer = b""
+        self.unsent = b""                  # of send_now
         self._limited = {}                 # option -> seconds
         # The kernel's own time limits save a poll() for each call, and with it a time at
-        # which the interpreter lock may go to another thread. TLS needs Python's.
-        self.by_kernel = os.name == "posix" and not isinstance(sock, ssl.SSLSocket)
+        # which the interpreter lock may go to another thread.
+        self.by_kernel = os.name == "posix"
         if self.by_kernel:
             sock.settimeout(None)
         self.last_head = b""               # as it came, also if it was malformed
         self._head = None                  # the same, parsed
 
-    def _receive(self, seconds):
-        """Add what comes within so many seconds to the buffer. Raises PeerGone."""
+    def fileno(self):
+        return self.sock.fileno()
+
+    def shake_hands(self, seconds):
+        """Agree with the peer on TLS, if that is spoken here. Raises PeerGone."""
+        if self.tls is None:
+            return
+        deadline, done = time.monotonic() + seconds, False
+        try:
+            while not done:
+                data = self._receive_some(deadline - time.monotonic())
+                done, data = self.tls.shake_hands(data)
+                self._send(data)
+            self._buffer = self.tls.decrypt(b"")     # what came with the last of it
+        except OSError:                    # too late, or not TLS, or none that we speak
+            self.say_goodbye()
+            raise PeerGone()
+
+    def _receive_some(self, seconds):
+        """Return what comes within so many seconds, as it came. Raises PeerGone."""
         if seconds <= 0:
             raise socket.timeout()
         self._limit(socket.SO_RCVTIMEO, seconds)
         try:
-            data = self.sock.recv(65536)
+            # With TLS less, because OpenSSL keeps the memory that it once used.
+            data = self.sock.recv(65536 if self.tls is None else 16384)
         except (socket.timeout, BlockingIOError):
             raise socket.timeout()
-        except OSError:                    # reset, unreachable, no TLS any more
+        except OSError:                    # reset, unreachable
             data = b""
         if not data:
             raise PeerGone()
+        return data
+
+    def _receive(self, seconds):
+        """Add what comes within so many seconds to the buffer. Raises PeerGone."""
+        data = self._receive_some(seconds)
+        if self.tls is not None:
+            deadline = time.monotonic() + seconds
+            data = self.tls.decrypt(data)
+            while not data:                # a part of a record, or TLS's own matters
+                data = self.tls.decrypt(self._receive_some(deadline - time.monotonic()))
         if self._counting:
             self._count(len(data))
         self._buffer = self._buffer + data if self._buffer else data
@@ -2136,29 +2231,50 @@ class Wire:
         """Send all of data, at most write_seconds for each 64 KiB. Raises PeerGone."""
         try:
             if len(data) <= 65536:
-                self._send(data)
-            else:
-                view = memoryview(data)
-                for start in range(0, len(data), 65536):
-                    self._send(view[start:start + 65536])
+                return self._send(self.tls.encrypt(data) if self.tls else data)
+            view = memoryview(data)
+            for start in range(0, len(data), 65536):
+                part = view[start:start + 65536]
+                self._send(self.tls.encrypt(part) if self.tls else part)
         except (OSError, ValueError):
             raise PeerGone()
 
     def _send(self, data):
+        """Send this as it is, at most for write_seconds."""
         deadline = time.monotonic() + self._limits.write_seconds
         self._limit(socket.SO_SNDTIMEO, self._limits.write_seconds)
-        sent = self.sock.send(data)                  # all of it, or TLS raises
+        sent = self.sock.send(data)
         if sent < len(data):                         # a slow reader
             self.sock.settimeout(max(0.001, deadline - time.monotonic()))
             self.sock.sendall(memoryview(data)[sent:])
             self.sock.settimeout(None if self.by_kernel else self._limits.write_seconds)
 
     def send_now(self, data):
-        """Send what the kernel takes at this moment, and return how many bytes."""
+        """Send what the kernel takes at this moment; flush sends the rest."""
+        if self.tls is not None:
+            data = self.tls.encrypt(data)
         try:
-            return self.sock.send(data, MSG_DONTWAIT)
+            sent = self.sock.send(data, MSG_DONTWAIT)
         except OSError:                    # full, or broken, which the next write will see
-            return 0
+            sent = 0
+        self.unsent = data[sent:]
+
+    def flush(self):
+        """Send what send_now could not; nothing else may be sent before. Raises PeerGone."""
+        unsent, self.unsent = self.unsent, b""
+        try:
+            if unsent:
+                self._send(unsent)
+        except (OSError, ValueError):
+            raise PeerGone()
+
+    def say_goodbye(self):
+        """Say that this is the end: without it, TLS takes it for a cut."""
+        with contextlib.suppress(OSError):
+            if self.tls is not None:
+                self._limit(socket.SO_SNDTIMEO, LINGER_SECONDS)
+                self.sock.send(self.tls.farewell())
+            self.sock.shutdown(socket.SHUT_WR)
 
     def linger(self):
         """Let the peer read our last words before the connection is reset.
@@ -2167,8 +2283,7 @@ class Wire:
         the response at the peer. nginx does the same (lingering_close).
         """
         try:
-            self.sock.shutdown(socket.SHUT_WR)       # also ends a TLS socket's TLS
-            deadline = time.monotonic() + 2
+            deadline = time.monotonic() + LINGER_SECONDS
             for _ in range(512):                     # 32 MiB at the most
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -2179,13 +2294,26 @@ class Wire:
         except OSError:
             pass
 
+    def has_hung_up(self):
+        """Whether the peer has closed; bytes that merely came early do not count."""
+        try:
+            start = self.sock.recv(5, socket.MSG_PEEK | MSG_DONTWAIT)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except (OSError, ValueError):
+            return True
+        if not start or self.tls is None:
+            return not start
+        # A TLS record: an alert (21), or encrypted (23) and of the one size that an alert
+        # has in TLS 1.3 (RFC 8446, 5.2: 2 bytes, 1 of type, 16 of tag): close_notify.
+        return start[0] == 21 or start[0] == 23 and start[3:5] == b"\x00\x13"
+
 
 class Watcher:
     """One thread that sees connections hang up while their own threads wait elsewhere.
 
     A watched connection has an answer coming, so nothing should be readable on it
-    before its end is. It looks without taking a byte and without the TLS object,
-    which belongs to the connection's thread.
+    before its end is. It looks without taking a byte.
     """
 
     def __init__(self):
@@ -2194,22 +2322,22 @@ class Watcher:
         self._watched = 0
 
     @contextlib.contextmanager
-    def watching(self, sock, on_gone):
+    def watching(self, wire, on_gone):
         """Call on_gone(), in some thread, if the peer hangs up meanwhile."""
         with self._lock:
             try:
-                self._selector.register(sock, selectors.EVENT_READ, on_gone)
+                self._selector.register(wire, selectors.EVENT_READ, on_gone)
             except (KeyError, ValueError, OSError):
-                sock = None                # closed already: the next write will tell
+                wire = None                # closed already: the next write will tell
             self._watched += 1
         try:
             yield
         finally:
             with self._lock:
                 self._watched -= 1
-                if sock is not None:
+                if wire is not None:
                     with contextlib.suppress(KeyError, ValueError, OSError):
-                        self._selector.unregister(sock)
+                        self._selector.unregister(wire)
 
     def look(self):
         """Deal with the hang-ups that the kernel knows of at this moment.
@@ -2223,7 +2351,7 @@ class Watcher:
             gone = []
             for key, _ in self._selector.select(0):
                 self._selector.unregister(key.fileobj)
-                if _has_hung_up(key.fileobj):
+                if key.fileobj.has_hung_up():
                     gone.append(key.data)
             for on_gone in gone:
                 on_gone()
@@ -2237,25 +2365,6 @@ class Watcher:
             else:
                 select.select([fileno()], [], [])
             self.look()
-
-
-MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)    # Windows has none
-
-
-def _has_hung_up(sock):
-    """Whether the peer has closed; bytes that merely came early do not count."""
-    try:
-        # Below the TLS layer, if there is one: socket.socket's own recv.
-        start = socket.socket.recv(sock, 5, socket.MSG_PEEK | MSG_DONTWAIT)
-    except (BlockingIOError, InterruptedError):
-        return False
-    except (OSError, ValueError):
-        return True
-    if not start or not isinstance(sock, ssl.SSLSocket):
-        return not start
-    # A TLS record: an alert (21), or encrypted (23) and of the one size that an alert
-    # has in TLS 1.3 (RFC 8446, 5.2: 2 bytes, 1 of type, 16 of tag): close_notify.
-    return start[0] == 21 or start[0] == 23 and start[3:5] == b"\x00\x13"
 
 
 ##############################################################################
@@ -2422,11 +2531,12 @@ class Connection(socketserver.BaseRequestHandler):
 
     def setup(self):
         self.broker, self.limits = self.server.broker, self.server.limits
-        self.wire = Wire(self.request, self.limits, self._count_body)
+        self.wire = Wire(self.request, self.limits, self._count_body,
+                         self.server.tls and self.over_tls and self.server.tls.context)
         self.body_bytes = 0                # of the body being read, as counted
         self.patience = self.limits.head_seconds    # with a peer that sends nothing
         self.news = self.broker.condition()
-        self.turn, self.unsent = threading.Lock(), b""       # of who delivers: see there
+        self.turn = threading.Lock()       # of who delivers: see there
         self.delivering = False            # another thread writes, and must not wait
         self.peer = self.address = canonical_address(self.client_address[0])
         self.proxied = self.server.is_proxy(self.client_address[0])
@@ -2435,11 +2545,12 @@ class Connection(socketserver.BaseRequestHandler):
 
     def handle(self):
         try:
-            if isinstance(self.request, ssl.SSLSocket):
-                self.request.settimeout(self.limits.handshake_seconds)   # a total
-                self.request.do_handshake()
+            self.wire.shake_hands(self.limits.handshake_seconds)
             while self._exchange():
                 pass
+            self.wire.say_goodbye()
+            if self.head is None or not self.body_read:
+                self.wire.linger()
         except (PeerGone, OSError):
             pass                           # normal: they leave when they like
 
@@ -2480,10 +2591,7 @@ class Connection(socketserver.BaseRequestHandler):
                                   "logged as %s." % self.id))
         finally:
             self.server.active.discard(self)
-        if self.head is None or not self.body_read:
-            self.wire.linger()
-            return False
-        return self.keep_alive
+        return self.keep_alive and self.body_read
 
     def _wait(self):
         """Wait for the next request; meanwhile the connection may be closed to make room."""
@@ -2515,9 +2623,6 @@ class Connection(socketserver.BaseRequestHandler):
     def _dispatch(self, head):
         self.server.check_host(head.fields.get("host", ""), head.fields.get("origin"))
         route, arguments = find_route(head.path)
-        if self.server.tls and not isinstance(self.request, ssl.SSLSocket) \
-                and route is not CHALLENGE:
-            return self._to_https(head)
         if route is None:
             self.openai = "v1" in head.path[:2]
             raise RelayError("not_found", "There is no %s here." %
@@ -2542,15 +2647,6 @@ class Connection(socketserver.BaseRequestHandler):
             self.server.changes.take(self.address, self.limits.max_changes_per_minute, 60,
                                      "logins and changes")
         getattr(self, handler)(*arguments)
-
-    def _to_https(self, head):
-        """On the port for plain HTTP there is nothing else; a key sent there was seen."""
-        name = re.sub(r":\d*\Z", "", head.fields.get("host", ""))
-        if head.method not in ("GET", "HEAD") or not name or head.target[0] != "/":
-            raise RelayError("forbidden", "This is not https: use it, at port %d."
-                             % self.server.server_port)
-        self.reply(301, b"", "text/plain", location="https://%s:%d%s" % (
-            name, self.server.server_port, head.target))
 
     # -- what handlers share --
 
@@ -2637,9 +2733,8 @@ class Connection(socketserver.BaseRequestHandler):
     def send(self, head, body=b""):
         """Write these bytes; what is large counts as memory until it is gone."""
         if self.delivering:
-            self.started, data = True, head + body
-            self.unsent = data[self.wire.send_now(data):]
-            return
+            self.started = True
+            return self.wire.send_now(head + body)
         if len(body) <= MAX_SMALL_BODY_BYTES:
             self.started = True
             return self.wire.write(head + body if body else head)
@@ -2697,7 +2792,7 @@ class Connection(socketserver.BaseRequestHandler):
         timeout -= watch_after
         if not items and not ended and timeout > 0:
             with self.server.watcher.watching(
-                    self.request, functools.partial(self.broker.hangup, reader)):
+                    self.wire, functools.partial(self.broker.hangup, reader)):
                 items, ended = self.broker.read(reader, want, timeout, most)
         if reader.gone:
             raise PeerGone()
@@ -2735,9 +2830,8 @@ class Connection(socketserver.BaseRequestHandler):
             while not ended:
                 self._wait_for_news(reader)
                 with self.turn:            # one at a time: this thread, or who delivers
-                    unsent, self.unsent, reader.behind = self.unsent, b"", False
-                    if unsent:
-                        self.wire.write(unsent)
+                    reader.behind = False
+                    self.wire.flush()
                     items, ended = self.broker.read(reader, most=MAX_ITEMS_A_RECORD)
                     event = ("items", items) if items else None
                     if event is None and not ended:
@@ -2766,7 +2860,7 @@ class Connection(socketserver.BaseRequestHandler):
         if not self.broker.wait(reader, min(wait, WATCH_AFTER_SECONDS)) \
                 and wait > WATCH_AFTER_SECONDS:
             with self.server.watcher.watching(
-                    self.request, functools.partial(self.broker.hangup, reader)):
+                    self.wire, functools.partial(self.broker.hangup, reader)):
                 self.broker.wait(reader, wait - WATCH_AFTER_SECONDS)
         if reader.gone:
             raise PeerGone()
@@ -2778,21 +2872,22 @@ class Connection(socketserver.BaseRequestHandler):
         if not self.turn.acquire(False):
             return self.broker.leave_to_own(reader)
         try:
-            if reader.deliver is _nobody or self.unsent:
+            if reader.deliver is _nobody or self.wire.unsent:
                 return
             items, _ = self.broker.read(reader, most=MAX_ITEMS_A_RECORD)
             if items:
                 if not self.started:
                     begin()
                 self.quiet = time.monotonic()
-                data = self.framed(piece("items", items))
-                self.unsent = data[self.wire.send_now(data):]
+                self.wire.send_now(self.framed(piece("items", items)))
+        except PeerGone:
+            self.broker.hangup(reader)
         except Exception as error:         # the provider that brought them can't help it
             log("internal_error", error=printable(repr(error)), traceback=True)
             self.broker.hangup(reader)
         finally:
             self.turn.release()
-        if self.unsent:
+        if self.wire.unsent:
             self.broker.leave_to_own(reader)
 
     def wait_whole(self, reader, timeout):
@@ -2821,9 +2916,7 @@ class Connection(socketserver.BaseRequestHandler):
         finally:
             with self.turn:                # nobody is just writing, or will
                 reader.deliver = _nobody
-        if self.unsent:
-            unsent, self.unsent = self.unsent, b""
-            self.wire.write(unsent)
+        self.wire.flush()
         return self.started
 
     def _deliver_whole(self, reader, respond):
@@ -2842,6 +2935,8 @@ class Connection(socketserver.BaseRequestHandler):
                 else:
                     respond(items)
                 self.broker.leave(reader, True)
+            except PeerGone:
+                self.broker.hangup(reader)
             except Exception as error:     # the provider that brought it can't help it
                 log("internal_error", error=printable(repr(error)), traceback=True)
                 self.broker.hangup(reader)
@@ -3626,7 +3721,7 @@ class ProviderFace:
                                          WATCH_AFTER_SECONDS)
         if not jobs and not cancels:
             with self.taking(self.server.polls), \
-                    self.server.watcher.watching(self.request, functools.partial(
+                    self.server.watcher.watching(self.wire, functools.partial(
                         self.broker.lost, session, token)):
                 jobs, cancels = self.broker.poll(service, session, token)
         self._send_work(jobs, cancels)
@@ -3705,6 +3800,26 @@ class ProviderFace:
 
 class Handler(PageFace, NativeFace, OpenAIFace, OperatorFace, ProviderFace, Connection):
     """A connection with all its faces."""
+
+    over_tls = True                        # if the relay has a certificate
+
+
+class PlainHandler(Handler):
+    """A connection of the port for plain HTTP beside TLS."""
+
+    over_tls = False
+
+    def _dispatch(self, head):
+        """There is a challenge to be had, and the way to https; a key sent here was seen."""
+        self.server.check_host(head.fields.get("host", ""), head.fields.get("origin"))
+        if find_route(head.path)[0] is CHALLENGE:
+            return super()._dispatch(head)
+        name = re.sub(r":\d*\Z", "", head.fields.get("host", ""))
+        if head.method not in ("GET", "HEAD") or not name or head.target[0] != "/":
+            raise RelayError("forbidden", "This is not https: use it, at port %d."
+                             % self.server.server_port)
+        self.reply(301, b"", "text/plain", location="https://%s:%d%s" % (
+            name, self.server.server_port, head.target))
 
 
 class Route:
@@ -3928,11 +4043,7 @@ class Relay(ThreadingHTTPServer):
 
     def get_request(self):
         """Accept a connection. No TLS handshake here: a silent peer would hold up others."""
-        sock, address = self._accept(self.socket)
-        if self.tls:
-            sock = self.tls.context.wrap_socket(sock, server_side=True,
-                                                do_handshake_on_connect=False)
-        return sock, address
+        return self._accept(self.socket)
 
     def _accept(self, listener):
         """Accept a connection; when out of descriptors, turn one away instead.
@@ -3966,11 +4077,11 @@ class Relay(ThreadingHTTPServer):
         """Accept what comes on the second socket, which is for who asks for plain HTTP."""
         while not self.stopping:
             try:
-                self.process_request(*self._accept(self.plain))
+                self.process_request(*self._accept(self.plain), PlainHandler)
             except OSError:
                 time.sleep(0.05)           # it may go on failing
 
-    def process_request(self, request, client_address):
+    def process_request(self, request, client_address, handler=Handler):
         """Start a thread for a connection, if the limits allow one more."""
         address = canonical_address(client_address[0])
         if self.is_proxy(client_address[0]):
@@ -3982,17 +4093,17 @@ class Relay(ThreadingHTTPServer):
                 self._close_idle()
             return self._refuse(request, error)
         try:
-            threading.Thread(target=self._serve, args=(request, client_address, address),
-                             daemon=True).start()
+            threading.Thread(target=self._serve, args=(request, client_address, address,
+                                                              handler), daemon=True).start()
         except RuntimeError:               # no more threads are to be had
             self.connections.give(address)
             self._close_idle()
             self._refuse(request, RelayError("relay_busy", "This relay has no more threads "
                                              "to give just now.", retry_after=5))
 
-    def _serve(self, request, client_address, address):
+    def _serve(self, request, client_address, address, handler):
         try:
-            self.finish_request(request, client_address)
+            handler(request, client_address, self)
         except Exception as error:
             log("internal_error", error=printable(repr(error)), traceback=True)
         finally:
@@ -4005,8 +4116,7 @@ class Relay(ThreadingHTTPServer):
         """Make room for the next connection: close that on which nobody has begun a
         request for the longest time."""
         with contextlib.suppress(KeyError, OSError):
-            # The socket below the TLS object, which belongs to the connection's thread.
-            socket.socket.shutdown(self.idle.popitem(last=False)[0], socket.SHUT_RDWR)
+            self.idle.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
 
     def is_proxy(self, address):
         """Whether a peer's address is that of a trusted proxy."""

@@ -763,19 +763,32 @@ def test_no_thread_is_woken_for_items_that_are_delivered(desk):
     assert len(got) == 1                   # who has left gets nothing
 
 
+def wire_that_sends(sent, most):
+    """A Wire on which so many bytes can be sent at once; all go to the list."""
+    class Socket:
+        def settimeout(self, _):
+            pass
+
+        def send(self, data, flags):
+            sent.append(data)
+            return min(most, len(data))
+
+    return neuroengine_server.Wire(Socket(), Limits())
+
+
 def test_nothing_overtakes_what_could_not_be_sent(desk):
     reader, session, job = desk.start()
     sent, connection = [], neuroengine_server.Handler.__new__(neuroengine_server.Handler)
-    connection.turn, connection.unsent, connection.broker = threading.Lock(), b"", desk.broker
+    connection.turn, connection.broker = threading.Lock(), desk.broker
     connection.framed, connection.started = bytes, True
-    connection.wire = argparse.Namespace(send_now=lambda data: sent.append(data) or 1)
+    connection.wire = wire_that_sends(sent, 1)
     desk.reply(session, job, ["a", "b"])
     desk.broker.deliver_by(reader, lambda: connection._deliver(
         reader, None, lambda kind, items: "".join(items).encode()))
     reader.deliver()
     desk.reply(session, job, ["c"], at=2)
-    assert sent == [b"ab"] and connection.unsent == b"b" and reader.at == 2
-    connection.unsent, reader.behind = b"", False
+    assert sent == [b"ab"] and connection.wire.unsent == b"b" and reader.at == 2
+    connection.wire.unsent, reader.behind = b"", False
     with connection.turn:                  # its own thread is at it
         desk.reply(session, job, ["d"], at=3)
     assert sent == [b"ab"] and reader.behind
@@ -784,9 +797,9 @@ def test_nothing_overtakes_what_could_not_be_sent(desk):
 def test_who_brings_the_first_items_writes_them_behind_the_head(desk):
     reader, session, job = desk.start()
     sent, connection = [], neuroengine_server.Handler.__new__(neuroengine_server.Handler)
-    connection.turn, connection.unsent, connection.broker = threading.Lock(), b"", desk.broker
+    connection.turn, connection.broker = threading.Lock(), desk.broker
     connection.started, connection.head = False, argparse.Namespace(version=0)
-    connection.wire = argparse.Namespace(send_now=lambda data: sent.append(data) or len(data))
+    connection.wire = wire_that_sends(sent, 100)
 
     def begin():
         connection.started, connection._pending = True, b"head "
@@ -805,7 +818,7 @@ def whole(desk):
     sent, connection = [], neuroengine_server.Handler.__new__(neuroengine_server.Handler)
     connection.turn, connection.broker = threading.Lock(), desk.broker
     connection.delivering = connection.openai = connection.started = False
-    connection.wire = argparse.Namespace(send_now=lambda data: sent.append(data) or len(data))
+    connection.wire = wire_that_sends(sent, 100)
     desk.broker.deliver_by(reader, lambda: connection._deliver_whole(
         reader, lambda items: connection.send("".join(items).encode())))
     return reader, sent, functools.partial(desk.reply, session, job)
@@ -2111,6 +2124,12 @@ def test_requests_on_one_connection_are_answered_in_order(relay):
     assert answers.index(b"200 OK") < answers.index(b"404 Not Found")
 
 
+def test_what_follows_a_body_that_nobody_read_is_no_request(relay):
+    answer = raw(relay, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4"
+                 b"\r\n\r\nGET /api/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 ") == 1 and b'"status":"ok"' in answer
+
+
 def test_a_chunked_request_is_read_and_cannot_smuggle_another(relay, hand):
     head = b"POST /%s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" \
         % hand.name.encode()
@@ -2196,19 +2215,157 @@ def test_a_peer_that_drips_or_is_silent_is_cut_in_the_end(tmp_path, limit, start
         assert time.monotonic() - began < 6
 
 
+def plain_wire(tls=None, **limits):
+    """A Wire, and the socket at its other end."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(SOON)
+    return neuroengine_server.Wire(ours, Limits(**limits), tls=tls), theirs
+
+
+def client_context(version=ssl.TLSVersion.TLSv1_3):
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = version
+    return context
+
+
+def server_context(tmp_path):
+    if not shutil.which("openssl"):
+        pytest.skip("needs the openssl program")
+    return neuroengine_server.tls_context(*neuroengine_server.self_signed(str(tmp_path)))
+
+
+def secured(tmp_path, version=ssl.TLSVersion.TLSv1_3, **limits):
+    """The same with TLS, hands shaken; the other end raises at a cut without goodbye."""
+    wire, theirs = plain_wire(server_context(tmp_path), **limits)
+    shaken = in_thread(client_context(version).wrap_socket, theirs,
+                       suppress_ragged_eofs=False)
+    wire.shake_hands(SOON)
+    return wire, shaken()
+
+
+class BytesClient:
+    """A TLS client whose bytes are in the test's hands; its last ones were not sent."""
+
+    def __init__(self, sock, wire):
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = client_context().wrap_bio(self.incoming, self.outgoing)
+        shaken = in_thread(wire.shake_hands, SOON)
+        while True:
+            try:
+                self.tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(self.outgoing.read())
+                self.incoming.write(sock.recv(65536))
+        self.shaken = shaken
+
+    def bytes_of(self, data):
+        self.tls.write(data)
+        return self.outgoing.read()
+
+
+def test_tls_a_request_may_come_with_the_last_of_the_handshake(tmp_path):
+    wire, peer = plain_wire(server_context(tmp_path))
+    client = BytesClient(peer, wire)
+    peer.sendall(client.bytes_of(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"))
+    assert client.shaken() is None
+    wire.wait(0.2)
+    assert wire.read_head().path == ("a",)
+    wire.sock.close()
+    peer.close()
+
+
+def test_tls_records_may_be_cut_anywhere_and_come_together(tmp_path):
+    wire, peer = plain_wire(server_context(tmp_path), head_seconds=SOON)
+    client = BytesClient(peer, wire)
+    peer.sendall(client.outgoing.read())
+    assert client.shaken() is None
+    data = b""
+    for number in range(3):
+        data += client.bytes_of(b"GET /%d HTTP/1.1\r\n" % number)
+        data += client.bytes_of(b"Host: x\r\n\r\n")
+
+    def send(size):
+        for start in range(0, len(data), size):
+            peer.sendall(data[start:start + size])
+            time.sleep(0.001)
+        return True
+    sent_all = in_thread(send, 40)
+    assert [wire.read_head().path[0] for _ in range(3)] == ["0", "1", "2"]
+    assert sent_all() and not wire.has_more()
+    data = b"".join(client.bytes_of(b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % number)
+                    for number in range(3))
+    sent_all = in_thread(send, len(data))
+    assert [wire.read_head().path[0] for _ in range(3)] == ["0", "1", "2"]
+    assert sent_all() and not wire.has_more()
+    wire.sock.close()
+    peer.close()
+
+
+def test_tls_a_record_that_drips_does_not_prolong_a_wait(tmp_path):
+    wire, peer = secured(tmp_path)
+    began = time.monotonic()
+
+    def drip():
+        with contextlib.suppress(OSError):
+            for byte in b"\x17\x03\x03\x01\x00" + 100 * b"x":
+                socket.socket.send(peer, bytes([byte]))
+                time.sleep(0.05)
+        return True
+    wait = in_thread(drip)
+    with pytest.raises(neuroengine_server.PeerGone):
+        wire.wait(0.3)
+    assert time.monotonic() - began < 3    # that of all of it would take 5
+    wire.sock.close()
+    assert wait()
+    peer.close()
+
+
+def test_what_the_kernel_does_not_take_at_once_stays_unsent():
+    wire, peer = plain_wire()
+    while not wire.unsent:
+        wire.send_now(bytes(100000))
+    wire.send_now(b"more")
+    assert wire.unsent == b"more"
+    wire.sock.close()
+    peer.close()
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_tls_what_could_not_be_sent_at_once_goes_first_and_then_the_goodbye(
+        tmp_path, version):
+    wire, peer = secured(tmp_path, version)
+    expected = b""
+    while not wire.unsent:
+        expected += b"%07d " % len(expected) * 10000
+        wire.send_now(expected[-80000:])
+    got = in_thread(lambda: b"".join(iter(lambda: peer.recv(65536), b"")))
+    wire.flush()
+    wire.write(b"last" * 50000)
+    wire.say_goodbye()
+    assert got() == expected + b"last" * 50000       # and no SSLEOFError
+    wire.sock.close()
+    peer.close()
+
+
+def test_tls_nonsense_ends_a_connection_for_who_reads_and_for_who_writes(tmp_path):
+    wire, peer = secured(tmp_path)
+    socket.socket.send(peer, b"\x17\x03\x03\x00\x20" + b"x" * 32)
+    for attempt in (lambda: wire.ahead(SOON), lambda: wire.send_now(b"x"),
+                    lambda: wire.write(b"x")):
+        with pytest.raises(neuroengine_server.PeerGone):
+            attempt()
+    assert wire.unsent == b""              # least of all as it is
+    wire.sock.close()
+    peer.close()
+
+
 @pytest.mark.parametrize("secure", [False, True])
 def test_a_peer_that_does_not_read_is_cut_in_the_end(tmp_path, secure):
-    ours, theirs = socket.socketpair()
-    if secure:
-        if not shutil.which("openssl"):
-            pytest.skip("needs the openssl program")
-        files = neuroengine_server.self_signed(str(tmp_path))
-        client = ssl.create_default_context()
-        client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-        shaken = in_thread(client.wrap_socket, theirs)
-        ours = neuroengine_server.tls_context(*files).wrap_socket(ours, server_side=True)
-        theirs = shaken()
-    wire, began = neuroengine_server.Wire(ours, Limits(write_seconds=0.3)), time.monotonic()
+    wire, theirs = secured(tmp_path, write_seconds=0.3) if secure else plain_wire(
+        write_seconds=0.3)
+    began = time.monotonic()
 
     def drip():
         with contextlib.suppress(OSError):
@@ -2218,7 +2375,7 @@ def test_a_peer_that_does_not_read_is_cut_in_the_end(tmp_path, secure):
     with pytest.raises(neuroengine_server.PeerGone):
         wire.write(b"x" * 10000000)
     assert time.monotonic() - began < 5
-    ours.close()
+    wire.sock.close()
     theirs.close()
     with contextlib.suppress(AssertionError):
         wait()
