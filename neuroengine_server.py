@@ -2051,17 +2051,27 @@ class Wire:
         return self.sock.fileno()
 
     def shake_hands(self, seconds):
-        """Agree with the peer on TLS, if that is spoken here. Raises PeerGone."""
+        """Agree with the peer on TLS, if that is spoken here. Raises PeerGone.
+
+        A peer that does not begin with a TLS record is taken to speak plain HTTP: tls is
+        None then, and it can be told where to go.
+        """
         if self.tls is None:
             return
-        deadline, done = time.monotonic() + seconds, False
+        deadline = time.monotonic() + seconds
         try:
-            while not done:
+            data = self._receive_some(seconds)
+            if data[:1] != b"\x16":        # handshake (RFC 8446, 5.1)
+                self._buffer, self.tls = data, None
+                return
+            while True:
+                done, answer = self.tls.shake_hands(data)
+                self._send(answer)
+                if done:
+                    break
                 data = self._receive_some(deadline - time.monotonic())
-                done, data = self.tls.shake_hands(data)
-                self._send(data)
             self._buffer = self.tls.decrypt(b"")     # what came with the last of it
-        except OSError:                    # too late, or not TLS, or none that we speak
+        except OSError:                    # too late, or no TLS that we speak
             self.say_goodbye()
             raise PeerGone()
 
@@ -2532,7 +2542,7 @@ class Connection(socketserver.BaseRequestHandler):
     def setup(self):
         self.broker, self.limits = self.server.broker, self.server.limits
         self.wire = Wire(self.request, self.limits, self._count_body,
-                         self.server.tls and self.over_tls and self.server.tls.context)
+                         self.server.tls and self.server.tls.context)
         self.body_bytes = 0                # of the body being read, as counted
         self.patience = self.limits.head_seconds    # with a peer that sends nothing
         self.news = self.broker.condition()
@@ -2623,6 +2633,8 @@ class Connection(socketserver.BaseRequestHandler):
     def _dispatch(self, head):
         self.server.check_host(head.fields.get("host", ""), head.fields.get("origin"))
         route, arguments = find_route(head.path)
+        if self.server.tls and self.wire.tls is None and route is not CHALLENGE:
+            return self._to_https(head)
         if route is None:
             self.openai = "v1" in head.path[:2]
             raise RelayError("not_found", "There is no %s here." %
@@ -2647,6 +2659,15 @@ class Connection(socketserver.BaseRequestHandler):
             self.server.changes.take(self.address, self.limits.max_changes_per_minute, 60,
                                      "logins and changes")
         getattr(self, handler)(*arguments)
+
+    def _to_https(self, head):
+        """For who speaks plain HTTP there is nothing else; a key sent so was seen."""
+        name = re.sub(r":\d*\Z", "", head.fields.get("host", ""))
+        if head.method not in ("GET", "HEAD") or not name or head.target[0] != "/":
+            raise RelayError("forbidden", "This is not https: use it, at port %d."
+                             % self.server.server_port)
+        self.reply(301, b"", "text/plain", location="https://%s:%d%s" % (
+            name, self.server.server_port, head.target))
 
     # -- what handlers share --
 
@@ -3801,26 +3822,6 @@ class ProviderFace:
 class Handler(PageFace, NativeFace, OpenAIFace, OperatorFace, ProviderFace, Connection):
     """A connection with all its faces."""
 
-    over_tls = True                        # if the relay has a certificate
-
-
-class PlainHandler(Handler):
-    """A connection of the port for plain HTTP beside TLS."""
-
-    over_tls = False
-
-    def _dispatch(self, head):
-        """There is a challenge to be had, and the way to https; a key sent here was seen."""
-        self.server.check_host(head.fields.get("host", ""), head.fields.get("origin"))
-        if find_route(head.path)[0] is CHALLENGE:
-            return super()._dispatch(head)
-        name = re.sub(r":\d*\Z", "", head.fields.get("host", ""))
-        if head.method not in ("GET", "HEAD") or not name or head.target[0] != "/":
-            raise RelayError("forbidden", "This is not https: use it, at port %d."
-                             % self.server.server_port)
-        self.reply(301, b"", "text/plain", location="https://%s:%d%s" % (
-            name, self.server.server_port, head.target))
-
 
 class Route:
     """What is done at one path: which handler for which method, and in which face."""
@@ -4077,11 +4078,11 @@ class Relay(ThreadingHTTPServer):
         """Accept what comes on the second socket, which is for who asks for plain HTTP."""
         while not self.stopping:
             try:
-                self.process_request(*self._accept(self.plain), PlainHandler)
+                self.process_request(*self._accept(self.plain))
             except OSError:
                 time.sleep(0.05)           # it may go on failing
 
-    def process_request(self, request, client_address, handler=Handler):
+    def process_request(self, request, client_address):
         """Start a thread for a connection, if the limits allow one more."""
         address = canonical_address(client_address[0])
         if self.is_proxy(client_address[0]):
@@ -4093,17 +4094,17 @@ class Relay(ThreadingHTTPServer):
                 self._close_idle()
             return self._refuse(request, error)
         try:
-            threading.Thread(target=self._serve, args=(request, client_address, address,
-                                                              handler), daemon=True).start()
+            threading.Thread(target=self._serve, args=(request, client_address, address),
+                             daemon=True).start()
         except RuntimeError:               # no more threads are to be had
             self.connections.give(address)
             self._close_idle()
             self._refuse(request, RelayError("relay_busy", "This relay has no more threads "
                                              "to give just now.", retry_after=5))
 
-    def _serve(self, request, client_address, address, handler):
+    def _serve(self, request, client_address, address):
         try:
-            handler(request, client_address, self)
+            self.finish_request(request, client_address)
         except Exception as error:
             log("internal_error", error=printable(repr(error)), traceback=True)
         finally:

@@ -2690,7 +2690,7 @@ def test_a_renewed_certificate_is_taken_up_and_a_bad_pair_is_not(tmp_path, capfd
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
-def test_beside_tls_plain_http_is_for_certbot_and_sends_browsers_to_https(tmp_path):
+def test_where_tls_is_spoken_plain_http_is_for_certbot_and_sends_browsers_to_https(tmp_path):
     folder = tmp_path / ".well-known" / "acme-challenge"
     folder.mkdir(parents=True)
     (folder / "tok-1").write_bytes(b"tok-1.thumb")
@@ -2698,18 +2698,17 @@ def test_beside_tls_plain_http_is_for_certbot_and_sends_browsers_to_https(tmp_pa
     plain = socket.create_server(("127.0.0.1", 0))
     tls = neuroengine_server.Certificate(*neuroengine_server.self_signed(str(tmp_path)))
     with running_relay(tls=tls, webroot=str(tmp_path), plain=plain) as relay:
-        class door:
-            server_address = plain.getsockname()
-        status, body, _ = ask(door, "/.well-known/acme-challenge/tok-1")
-        assert (status, body) == (200, b"tok-1.thumb")
-        for path in ("..%2f..%2fsecret", "%2e%2e", "tok-2", ""):
-            assert ask(door, "/.well-known/acme-challenge/" + path)[0] in (301, 404)
-        status, _, headers = ask(door, "/MYGPT?x=1", Host="relay.example.org:80")
-        assert status == 403               # it is not called so
-        status, _, headers = ask(door, "/MYGPT?x=1", Host="localhost:80")
-        assert (status, headers["Location"]) == (
-            301, "https://localhost:%d/MYGPT?x=1" % relay.server_port)
-        assert ask(door, "/MYGPT", {"message": "x"})[1]["error"] == "forbidden"
+        for door in (argparse.Namespace(server_address=plain.getsockname()), relay):
+            status, body, _ = ask(door, "/.well-known/acme-challenge/tok-1")
+            assert (status, body) == (200, b"tok-1.thumb")
+            for path in ("..%2f..%2fsecret", "%2e%2e", "tok-2", ""):
+                assert ask(door, "/.well-known/acme-challenge/" + path)[0] in (301, 404)
+            status, _, headers = ask(door, "/MYGPT?x=1", Host="relay.example.org:80")
+            assert status == 403           # it is not called so
+            status, _, headers = ask(door, "/MYGPT?x=1", Host="localhost:80")
+            assert (status, headers["Location"]) == (
+                301, "https://localhost:%d/MYGPT?x=1" % relay.server_port)
+            assert ask(door, "/MYGPT", {"message": "x"})[1]["error"] == "forbidden"
 
 
 def test_a_page_is_served_with_a_policy_of_hashes(relay):
