@@ -2726,8 +2726,9 @@ class Connection(socketserver.BaseRequestHandler):
         if self.authorized(service.name) is not service:
             raise RelayError("invalid_key", "This service was deleted meanwhile.")
 
-    def reply(self, status, body, kind=JSON, error=None, **headers):
-        """Send one whole response; body is bytes, or a value to be sent as JSON."""
+    def reply(self, status, body, kind=JSON, error=None, more=b"", **headers):
+        """Send one whole response; body is bytes, or a value to be sent as JSON. more:
+        further lines of the head, ready made."""
         if not isinstance(body, bytes):
             body = dumps(body)
         if error is not None:
@@ -2745,7 +2746,7 @@ class Connection(socketserver.BaseRequestHandler):
                 headers["x_ratelimit_remaining_requests"] = "0"
                 headers["x_ratelimit_reset_requests"] = "%ds" % math.ceil(
                     error.retry_after)
-        head = self.head_bytes(status, kind, headers)
+        head = self.head_bytes(status, kind, headers, more)
         length = b"" if status == 204 else b"Content-Length: %d\r\n" % len(body)
         if self.head is not None and self.head.method == "HEAD":
             body = b""
@@ -2773,7 +2774,7 @@ class Connection(socketserver.BaseRequestHandler):
         finally:
             shares.give(self.address, count)
 
-    def head_bytes(self, status, kind, headers):
+    def head_bytes(self, status, kind, headers, more=b""):
         """A response's head, without its end; refuses what would not be one line."""
         head = usual_head(status, kind, self.openai, self.keep_alive,
                           "cache_control" in headers)
@@ -2781,16 +2782,17 @@ class Connection(socketserver.BaseRequestHandler):
             if not _HEADER_VALUE.match(value):
                 raise ValueError("ill-formed header %s: %r" % (name, value))
             head += ("%s: %s\r\n" % (name.replace("_", "-"), value)).encode("ascii")
-        return head + self.server.date() + b"X-Request-Id: %s\r\n" % self.id.encode("ascii")
+        return b"%s%s%sX-Request-Id: %s\r\n" % (
+            head, more, self.server.date(), self.id.encode("ascii"))
 
-    def begin(self, kind, **headers):
+    def begin(self, kind, more=b"", **headers):
         """Send nothing yet, but make ready for a body whose length is not known."""
         self.started = True
         if self.head.version == 0:
             self.keep_alive = False        # its end is the connection's
         else:
             headers["transfer_encoding"] = "chunked"
-        self._pending = self.head_bytes(200, kind, headers) + b"\r\n"
+        self._pending = self.head_bytes(200, kind, headers, more) + b"\r\n"
 
     def framed(self, data, last=False):
         """A piece of that body, as it is sent: behind the head, if that is still to go."""
@@ -3324,21 +3326,20 @@ class OpenAIFace:
                              % service.name)
 
     def _times(self, job):
-        """Headers that tell how long the prompt queued, and what the relay added."""
+        """The headers that tell how long the prompt queued, and what the relay added."""
         now = self.broker.now()
         leased = job.leased_at if job.leased_at is not None else now
         spent = time.monotonic() - self.began
         provider = (job.ended_at or now) - leased
         queued = leased - job.created
-        return {"x_neuroengine_queue_ms": "%d" % max(0, 1000 * queued),
-                "x_neuroengine_overhead_ms": "%.1f" % max(
-                    0, 1000 * (spent - provider - queued))}
+        return b"X-Neuroengine-Queue-Ms: %d\r\nX-Neuroengine-Overhead-Ms: %.1f\r\n" % (
+            max(0, 1000 * queued), max(0, 1000 * (spent - provider - queued)))
 
     def _whole_openai(self, api, model, _, reader):
         answer = _Answer(api, model, reader.job)
 
         def respond(items):
-            self.reply(200, answer.whole(items), **self._times(reader.job))
+            self.reply(200, answer.whole(items), more=self._times(reader.job))
 
         if self.soon(reader, respond):
             return
@@ -3386,7 +3387,7 @@ class OpenAIFace:
 
     def _begin_sse(self, job):
         self.begin("text/event-stream", cache_control="no-cache",
-                   x_accel_buffering="no", **self._times(job))
+                   x_accel_buffering="no", more=self._times(job))
 
 
 def _openai_model(model):

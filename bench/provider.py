@@ -148,8 +148,8 @@ class Provider:
                     if entries:
                         self.replies.send('{"session":"%s","replies":[%s]}' % (
                             self.session, ",".join(entries)))
-            if not self.polls.busy:
-                self.poll()
+            if not self.polls.busy and not self.replies.busy:
+                self.poll()                # the response to a reply brings jobs, too
 
 
 def main():
