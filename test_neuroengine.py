@@ -2303,6 +2303,33 @@ def test_tls_records_may_be_cut_anywhere_and_come_together(tmp_path):
     peer.close()
 
 
+def test_tls_a_goodbye_behind_a_request_does_not_take_it_back(tmp_path):
+    wire, peer = plain_wire(server_context(tmp_path), head_seconds=SOON)
+    client = BytesClient(peer, wire)
+    peer.sendall(client.outgoing.read())
+    assert client.shaken() is None
+    data = client.bytes_of(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n")
+    with contextlib.suppress(ssl.SSLError):
+        client.tls.unwrap()
+    peer.sendall(data + client.outgoing.read())
+    assert wire.read_head().path == ("a",)
+    peer.sendall(b"x")
+    with pytest.raises(neuroengine_server.PeerGone):
+        wire.wait(SOON)
+    wire.sock.close()
+    peer.close()
+
+
+def test_tls_a_peer_that_only_provokes_answers_is_cut(tmp_path):
+    wire, peer = secured(tmp_path)
+    peer.sendall(b"x")
+    wire.tls._outgoing.write(bytes(20000))           # as by attempts to renegotiate
+    with pytest.raises(neuroengine_server.PeerGone):
+        wire.ahead(SOON)
+    wire.sock.close()
+    peer.close()
+
+
 def test_tls_a_record_that_drips_does_not_prolong_a_wait(tmp_path):
     wire, peer = secured(tmp_path)
     began = time.monotonic()

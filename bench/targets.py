@@ -375,6 +375,7 @@ class Native(Target):
         return type(self)(self.bench, self.file, self.name)
 
     def start(self):
+        self.data = None                   # a file of its own for each run
         self.start_relay()
         self.key = self.register(SERVICE)
         self.provide()
