@@ -184,6 +184,10 @@ def part_start(bench):
             bench.note("memory, idle", target.name, target.memory())
 
     bench.each(work)
+    with bench.relay(as_script=True) as relay:
+        relay.start_relay()
+        bench.note("start to first answer, as a script", relay.name, relay.first_answer)
+        bench.note("memory, idle, as a script", relay.name, relay.memory())
 
 
 def part_requests(bench):

@@ -361,6 +361,7 @@ class Native(Target):
 
     name, path = "native", "/" + SERVICE
     tls, python = False, sys.executable
+    as_script = False         # else as deploy/ does it: Python keeps it compiled
     limits = {"max-queue": 100000, "max-queue-per-caller": 100000,
               "max-connections": 20000, "max-polls": 9000, "max-waiting": 9000,
               "max-services": 100000, "idle-seconds": 3600}
@@ -383,12 +384,17 @@ class Native(Target):
     def start_relay(self):
         self.data = self.data or os.path.join(
             self.bench.directory, "relay-%d.sqlite3" % len(self.bench.children))
-        args = [self.python, self.file, "--host", "127.0.0.1", "--port", "0",
-                "--data", self.data]
+        folder, file = os.path.split(os.path.abspath(self.file))
+        if self.as_script:
+            args = [self.python, file]
+        else:
+            subprocess.run([self.python, "-m", "py_compile", file], cwd=folder, check=True)
+            args = [self.python, "-m", os.path.splitext(file)[0]]
+        args += ["--host", "127.0.0.1", "--port", "0", "--data", self.data]
         args += ["--cert", self.bench.certificate()] if self.tls else ["--tls", "off"]
         for name, value in self.limits.items():
             args += ["--" + name, str(value)]
-        child = self.spawn("relay", args)
+        child = self.spawn("relay", args, cwd=folder)
         self.port = int(re.search(r":(\d+)\s*$", child.line()).group(1))
         if not self.tls:
             self.wait(child)
