@@ -2544,9 +2544,11 @@ def test_bodies_on_their_way_count_as_memory_and_small_ones_always_pass():
                                      max_request_bytes=2 * size)) as relay:
         hand = Hand(relay)
         first = socket.create_connection(relay.server_address, SOON)
-        first.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-                      % (size + 1) + b" " * (size - 1))
-        until(lambda: relay.bytes.taken > size // 2)
+        first.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+                      b"Expect: 100-continue\r\n\r\n" % (size + 1))
+        first.recv(100)                    # it reads the body now, all that comes counts
+        first.sendall(b" " * (size - 1))
+        until(lambda: relay.bytes.taken == size - 1)
         status, answer, _ = ask(relay, "/x", b" " * size)
         assert (status, answer["error"]) == (503, "relay_busy")
         waiting = in_thread(ask, relay, "/" + hand.name, {"message": "x" * 200000})
