@@ -269,7 +269,8 @@ def world(upstream, directory):
     import neuroengine
     import neuroengine_server
     texts, fakes = Watch(), Watch()
-    relay = neuroengine_server.Relay("127.0.0.1", 0)
+    # One with a name: a relay for this machine alone refuses pages from elsewhere.
+    relay = neuroengine_server.Relay("127.0.0.1", 0, names=["relay.example.org"])
     relay.start()
     with contextlib.ExitStack() as stack:
         stack.callback(relay.stop)
