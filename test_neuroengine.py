@@ -4082,7 +4082,8 @@ def test_ask_models_and_register_do_what_they_say(start, command):
 def test_a_busy_port_or_a_missing_certificate_is_one_sentence(start, relay, tmp_path):
     port = relay.server_address[1]
     for args, words in ((["--port", port, "--host", "127.0.0.1", "--demo"], "Cannot listen"),
-                        (["--port", 0, "--key", "k.pem"], "--cert and --key together"),
+                        (["--port", 0, "--key", "k.pem", "--data", tmp_path / "d.sqlite3"],
+                         "--cert and --key together"),
                         (["--port", 0, "--cert", "nosuch.pem", "--demo"], "nosuch.pem"),
                         (["--port", 0, "--data", "/nosuch/dir/x"], "/nosuch/dir/x")):
         program = start("neuroengine_server.py", *args)
