@@ -2893,8 +2893,10 @@ class Connection(socketserver.BaseRequestHandler):
     def _deliver(self, reader, begin, piece):
         """Send items to a reader in the thread that brought them, so that none has to be
         woken for it: half the processor time of a token. Never blocks: what cannot be
-        sent at once is left to the reader's own thread."""
-        if not self.turn.acquire(False):
+        sent at once, or is so large that it counts as memory, is left to the reader's own
+        thread."""
+        if size_of(reader.job.items[reader.at:]) > MAX_SMALL_BODY_BYTES \
+                or not self.turn.acquire(False):
             return self.broker.leave_to_own(reader)
         try:
             if reader.deliver is _nobody or self.wire.unsent:
@@ -2947,19 +2949,23 @@ class Connection(socketserver.BaseRequestHandler):
     def _deliver_whole(self, reader, respond):
         """Send a whole answer in the thread that brought its end, unless it is large: that
         counts as memory, for which its own thread has to ask."""
+        if reader.deliver is _nobody:      # without waiting: the turn may be a next answer's
+            return
         with self.turn:
             if reader.deliver is _nobody or reader.job.size > MAX_SMALL_BODY_BYTES:
                 return
             items, ended = self.broker.read(reader, None)
             if not ended:
                 return
+            reader.deliver = _nobody       # one answer: others who brought items come late
             self.delivering = True
             try:
                 if reader.job.error is not None:
                     self._fail(reader.job.error)
                 else:
                     respond(items)
-                self.broker.leave(reader, True)
+                if not self.wire.unsent:   # else its own thread sees to that, and leaves
+                    self.broker.leave(reader, True)
             except PeerGone:
                 self.broker.hangup(reader)
             except Exception as error:     # the provider that brought it can't help it

@@ -18,6 +18,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -2357,6 +2358,55 @@ def test_what_the_kernel_does_not_take_at_once_stays_unsent():
     assert wire.unsent == b"more"
     wire.sock.close()
     peer.close()
+
+
+def test_an_answer_in_two_entries_of_one_reply_is_answered_once(relay, hand):
+    client = sent(relay, "/" + hand.name, {"message": "x"})
+    job = hand.next_job()
+    entry = {"job": job["job"], "attempt": job["attempt"]}
+    hand.running.clear()
+    hand.call("reply", session=hand.session, replies=[
+        dict(entry, at=0, items=["one"]), dict(entry, at=1, items=["!"], done=True)])
+    client.shutdown(socket.SHUT_WR)
+    got = b"".join(iter(lambda: client.recv(65536), b""))
+    assert b'"one!"' in got and got.count(b"HTTP/1.1") == 1
+    client.close()
+
+
+def test_who_got_half_of_an_answer_and_asks_again_gets_the_same_one(relay, hand):
+    jobs = relay.broker.counts["jobs"]
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.connect(relay.server_address[:2])
+    reader.sendall(b"POST /%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 19\r\n\r\n"
+                   b'{"message": "once"}' % hand.name.encode())
+    job = hand.next_job()
+    for connection in list(relay.active):
+        connection.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    hand.reply(job, ["y" * 250000], done=True)
+    reader.recv(1000)
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    reader.close()                         # reset, as a line that breaks
+    until(lambda: relay.waiting.taken == 0)
+    again = sent(relay, "/" + hand.name, {"message": "once"})
+    assert again.recv(100).startswith(b"HTTP/1.1 200")
+    assert relay.broker.counts["jobs"] == jobs + 1
+    again.close()
+
+
+def test_a_large_piece_for_readers_who_do_not_read_counts_as_memory():
+    with running_relay() as relay:
+        hand = Hand(relay)
+        body = {"message": "x", "key": "k", "stream": True, "at": 0}
+        readers = [sent(relay, "/" + hand.name, body) for _ in range(3)]
+        job = hand.next_job()
+        until(lambda: len(relay.broker._jobs[job["job"]].readers) == 3)
+        hand.reply(job, ["y" * 8000000])
+        until(lambda: relay.bytes.taken > 20000000)
+        for reader in readers:
+            reader.close()
+        until(lambda: relay.bytes.taken == 0)
+        hand.logout()
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
