@@ -47,7 +47,6 @@ import math
 import os
 import re
 import secrets
-import selectors
 import select
 import shutil
 import signal
@@ -132,7 +131,7 @@ MAX_LAST_WORDS = 2048        # ended jobs that a session's poll may still name
 MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
 MAX_FIELDS = 64              # headers of one request; browsers send about 20
 BODY_BYTES_PER_SECOND = 16384
-WATCH_AFTER_SECONDS = 0.25   # shorter waits are not worth two system calls
+SOON_SECONDS = 0.25          # an answer within it is sent by the thread that brings it
 LINGER_SECONDS = 2           # for a peer to take our last words
 QUEUE_NEWS_SECONDS = 2       # how often a waiting stream hears of its place
 JUST_GONE_SECONDS = 60       # a provider that left so lately may be back at once
@@ -432,6 +431,7 @@ class Session:
         self.unconfirmed = OrderedDict()   # id -> Job: handed over, not heard of
         self.arrived = threading.Condition(lock)   # outbox, cancels, or a reason to go
         self.poll = None              # token of the newest poll
+        self.lost = None              # token of that whose connection broke last
         self.parked = False
         self.deadline = 0.0           # when silence becomes loss
         self.watching_handover = False
@@ -914,28 +914,24 @@ class Broker:
             self._later_locked(self.limits.lease_seconds, self._silent_locked, session)
             return session.id
 
-    def poll(self, service, session_id, token, running=None, timeout=None):
+    def poll(self, service, session_id, token, running, timeout=None):
         """Wait for work; return (jobs, cancelled).
 
         jobs: tuples (Job, attempt, position of its next item, text so far or None).
         cancelled: tuples (job id, attempt). running: the same, of what the provider has
-        in hand, or None to go on with the poll of that token. A job it was given and does
-        not name is handed out again; one it names and no longer has a right to is
-        cancelled.
+        in hand. A job it was given and does not name is handed out again; one it names and
+        no longer has a right to is cancelled.
         token: whatever names this poll; if its connection breaks, call lost with it.
         Blocks up to timeout seconds (limits.poll_seconds), less if jobs are running, so
         that a silent provider is noticed within its lease.
         """
         with self._lock:
             session = self._session_locked(service, session_id)
-            if running is None and session.poll is not token:
-                return [], []                   # a newer poll came meanwhile
             session.poll = token
             session.arrived.notify_all()        # an older poll of this session ends
             if session.id not in service.sessions:
                 self._connect_locked(session)
-            if running is not None:
-                self._confirm_locked(session, set(running))
+            self._confirm_locked(session, set(running))
             self._fill_locked(session)
             hold = (self.limits.busy_poll_seconds if session.jobs
                     else self.limits.poll_seconds)
@@ -949,7 +945,7 @@ class Broker:
                 if session.poll is token:
                     session.parked = False
                     service.idle.pop(session, None)
-            if session.poll is not token:
+            if session.poll is not token or session.lost is token:
                 return [], []                   # its successor speaks for the session
             if session.closed:
                 raise self._session_unknown()
@@ -992,7 +988,11 @@ class Broker:
         """The connection of the session's poll of that token has closed."""
         with self._lock:
             session = self._sessions.get(session_id)
-            if session is not None and session.poll is token and not session.closed:
+            if session is None or session.closed:
+                return
+            session.lost = token                      # also if it is only to come
+            if session.poll is token:
+                session.arrived.notify_all()
                 session.service.idle.pop(session, None)
                 session.parked = False
                 session.deadline = min(session.deadline,
@@ -1272,7 +1272,8 @@ class Broker:
         """Wait until this poll has something to tell, or a newer one has come."""
         deadline = time.monotonic() + timeout
         while not (session.outbox or session.cancels or session.closed
-                   or self.closed or session.poll is not token):
+                   or self.closed or session.poll is not token
+                   or session.lost is token):
             if self.draining and not session.jobs:
                 raise self._shutting_down()
             left = deadline - time.monotonic()
@@ -2048,6 +2049,8 @@ class Wire:
             sock.settimeout(None)
         self.last_head = b""               # as it came, also if it was malformed
         self._head = None                  # the same, parsed
+        self.gone = False                  # the peer has hung up, as the Watcher saw
+        self.on_gone = None
 
     def fileno(self):
         return self.sock.fileno()
@@ -2137,7 +2140,7 @@ class Wire:
         try:
             while self._buffer in (b"", b"\r"):
                 # First for as long as Connection.soon: a new limit is a system call.
-                if not self.ahead(WATCH_AFTER_SECONDS):
+                if not self.ahead(SOON_SECONDS):
                     self._receive(seconds)
             if self._buffer[:2] == b"\r\n":          # RFC 9112, 2.2: one is forgiven
                 self._buffer = self._buffer[2:]
@@ -2306,9 +2309,24 @@ class Wire:
         except OSError:
             pass
 
+    def when_gone(self, on_gone):
+        """Call on_gone(), in some thread, as soon as the peer has hung up, unless on_gone
+        is None again by then."""
+        self.on_gone = on_gone             # before the question: one of the two sees the other
+        if self.gone:
+            on_gone()
+
+    def hang_up(self):
+        """The peer has hung up: tell whoever asked to know."""
+        self.gone, on_gone, self.on_gone = True, self.on_gone, None
+        if on_gone is not None:
+            on_gone()
+
     def has_hung_up(self):
-        """Whether the peer has closed; bytes that merely came early do not count."""
+        """Whether the peer has closed, as far as can be seen before what it sent is read."""
         try:
+            if not MSG_DONTWAIT and not select.select([self.sock], [], [], 0)[0]:
+                return False
             start = self.sock.recv(5, socket.MSG_PEEK | MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             return False
@@ -2322,34 +2340,30 @@ class Wire:
 
 
 class Watcher:
-    """One thread that sees connections hang up while their own threads wait elsewhere.
-
-    A watched connection has an answer coming, so nothing should be readable on it
-    before its end is. It looks without taking a byte.
-    """
+    """One thread that sees connections hang up while their own threads wait elsewhere."""
 
     def __init__(self):
-        self._selector = selectors.DefaultSelector()
-        self._lock = threading.Lock()      # held by whoever looks for events
-        self._watched = 0
+        self._wires = {}                   # file descriptor -> Wire
+        self._lock = threading.Lock()      # while it is held, a descriptor means one Wire
+        # Linux tells of a hang-up behind bytes that nobody has read yet, and of nothing
+        # else. Other systems are asked for each connection with an answer on its way.
+        self._epoll = select.epoll() if hasattr(select, "EPOLLRDHUP") else None
 
     @contextlib.contextmanager
-    def watching(self, wire, on_gone):
-        """Call on_gone(), in some thread, if the peer hangs up meanwhile."""
+    def watching(self, wire):
+        """Call wire.hang_up(), in some thread, when the peer hangs up meanwhile."""
+        descriptor = wire.fileno()
         with self._lock:
-            try:
-                self._selector.register(wire, selectors.EVENT_READ, on_gone)
-            except (KeyError, ValueError, OSError):
-                wire = None                # closed already: the next write will tell
-            self._watched += 1
+            self._wires[descriptor] = wire
+            if self._epoll is not None:
+                self._epoll.register(descriptor, select.EPOLLRDHUP | select.EPOLLET)
         try:
             yield
         finally:
             with self._lock:
-                self._watched -= 1
-                if wire is not None:
-                    with contextlib.suppress(KeyError, ValueError, OSError):
-                        self._selector.unregister(wire)
+                del self._wires[descriptor]
+                if self._epoll is not None:
+                    self._epoll.unregister(descriptor)
 
     def look(self):
         """Deal with the hang-ups that the kernel knows of at this moment.
@@ -2357,25 +2371,22 @@ class Watcher:
         Also called before a prompt is matched with one that a client has left: the
         client may have hung up a moment before it asked again.
         """
-        if not self._watched:
-            return
         with self._lock:
-            gone = []
-            for key, _ in self._selector.select(0):
-                self._selector.unregister(key.fileobj)
-                if key.fileobj.has_hung_up():
-                    gone.append(key.data)
-            for on_gone in gone:
-                on_gone()
+            if self._epoll is not None:
+                gone = [self._wires[descriptor] for descriptor, _ in self._epoll.poll(0)]
+            else:
+                gone = [wire for wire in self._wires.values()
+                        if wire.on_gone is not None and wire.has_hung_up()]
+            for wire in gone:
+                wire.hang_up()
 
     def run(self):
         """Watch for ever; for a thread of its own."""
-        fileno = getattr(self._selector, "fileno", None)
         while True:
-            if fileno is None:             # Windows: a select() that cannot be nested
+            if self._epoll is None:
                 time.sleep(0.25)
             else:
-                select.select([fileno()], [], [])
+                select.select([self._epoll], [], [])
             self.look()
 
 
@@ -2557,12 +2568,13 @@ class Connection(socketserver.BaseRequestHandler):
 
     def handle(self):
         try:
-            self.wire.shake_hands(self.limits.handshake_seconds)
-            while self._exchange():
-                pass
-            self.wire.say_goodbye()
-            if self.head is None or not self.body_read:
-                self.wire.linger()
+            with self.server.watcher.watching(self.wire):
+                self.wire.shake_hands(self.limits.handshake_seconds)
+                while self._exchange():
+                    pass
+                self.wire.say_goodbye()
+                if self.head is None or not self.body_read:
+                    self.wire.linger()
         except (PeerGone, OSError):
             pass                           # normal: they leave when they like
 
@@ -2576,16 +2588,27 @@ class Connection(socketserver.BaseRequestHandler):
         self.id = next(REQUEST_IDS)
         self.openai = False
         try:
-            self._wait()
-            self.head = head = self.wire.read_head()
-            self._learn_address(head)
-            self.body_read = head.length == 0
-            self.keep_alive = head.keep_alive and not self.server.stopping
-            self.began = time.monotonic()
-            self.server.active.add(self)
-            # A proxy's connection counts for nobody, so what it asks for does.
-            with self.taking(self.server.proxied) if self.proxied else NOTHING:
-                self._dispatch(head)
+            self._telling(self._one_request)
+        finally:
+            self.server.active.discard(self)
+        return self.keep_alive and self.body_read
+
+    def _one_request(self):
+        self._wait()
+        self.head = head = self.wire.read_head()
+        self._learn_address(head)
+        self.body_read = head.length == 0
+        self.keep_alive = head.keep_alive and not self.server.stopping
+        self.began = time.monotonic()
+        self.server.active.add(self)
+        # A proxy's connection counts for nobody, so what it asks for does.
+        with self.taking(self.server.proxied) if self.proxied else NOTHING:
+            self._dispatch(head)
+
+    def _telling(self, function, *arguments):
+        """Call it, and tell the peer what went wrong there. Raises PeerGone."""
+        try:
+            function(*arguments)
         except RelayError as error:
             if self.head is None:          # malformed: all we have to go by is its path
                 self.openai = bool(_OPENAI_TARGET.match(self.wire.last_head))
@@ -2601,9 +2624,6 @@ class Connection(socketserver.BaseRequestHandler):
                 traceback=True)
             self._fail(RelayError("internal_error", "The relay made a mistake; it is "
                                   "logged as %s." % self.id))
-        finally:
-            self.server.active.discard(self)
-        return self.keep_alive and self.body_read
 
     def _wait(self):
         """Wait for the next request; meanwhile the connection may be closed to make room."""
@@ -2733,6 +2753,7 @@ class Connection(socketserver.BaseRequestHandler):
         further lines of the head, ready made."""
         if not isinstance(body, bytes):
             body = dumps(body)
+        self.wire.on_gone = None           # who has all may hang up, and ask again at once
         if error is not None:
             if error.retry_after is not None:
                 headers["retry_after"] = str(math.ceil(error.retry_after))
@@ -2800,8 +2821,10 @@ class Connection(socketserver.BaseRequestHandler):
         """A piece of that body, as it is sent: behind the head, if that is still to go."""
         if data and self.head.version:     # an empty chunk would be the last
             data = b"%x\r\n%s\r\n" % (len(data), data)
-        if last and self.head.version:
-            data += b"0\r\n\r\n"
+        if last:
+            self.wire.on_gone = None       # as in reply
+            if self.head.version:
+                data += b"0\r\n\r\n"
         pending, self._pending = self._pending, b""
         return pending + data if pending else data
 
@@ -2811,14 +2834,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def read_items(self, reader, want, timeout, most=None):
         """broker.read, but notice it when the client hangs up. Raises PeerGone."""
-        # Unless it has waited that long already, in `soon`.
-        watch_after = 0.0 if reader.deliver is _nobody else WATCH_AFTER_SECONDS
-        items, ended = self.broker.read(reader, want, min(timeout, watch_after), most)
-        timeout -= watch_after
-        if not items and not ended and timeout > 0:
-            with self.server.watcher.watching(
-                    self.wire, functools.partial(self.broker.hangup, reader)):
-                items, ended = self.broker.read(reader, want, timeout, most)
+        items, ended = self.broker.read(reader, want, timeout, most)
         if reader.gone:
             raise PeerGone()
         return items, ended
@@ -2827,8 +2843,10 @@ class Connection(socketserver.BaseRequestHandler):
         """Have submit() return a Reader, respond(reader), and leave the job; a clean end
         means that the client has its items."""
         self.server.waiting.take(self.address)
+        self.waits = True
         try:
             reader, delivered = submit(), False
+            self.wire.when_gone(functools.partial(self.broker.hangup, reader))
             try:
                 respond(reader)
                 delivered = True
@@ -2836,8 +2854,14 @@ class Connection(socketserver.BaseRequestHandler):
                 delivered = True
                 raise
             finally:
+                self.wire.on_gone = None
                 self.broker.leave(reader, delivered)
         finally:
+            self._waits_no_more()
+
+    def _waits_no_more(self):
+        if self.waits:
+            self.waits = False
             self.server.waiting.give(self.address)
 
     def stream_out(self, reader, begin, piece):
@@ -2882,11 +2906,7 @@ class Connection(socketserver.BaseRequestHandler):
         limit = self.limits.heartbeat_seconds
         wait = min(QUEUE_NEWS_SECONDS if reader.job.state == "queued" else limit,
                    max(0.01, self.quiet + limit - time.monotonic()))
-        if not self.broker.wait(reader, min(wait, WATCH_AFTER_SECONDS)) \
-                and wait > WATCH_AFTER_SECONDS:
-            with self.server.watcher.watching(
-                    self.wire, functools.partial(self.broker.hangup, reader)):
-                self.broker.wait(reader, wait - WATCH_AFTER_SECONDS)
+        self.broker.wait(reader, wait)
         if reader.gone:
             raise PeerGone()
 
@@ -2927,7 +2947,7 @@ class Connection(socketserver.BaseRequestHandler):
         return items
 
     def soon(self, reader, respond):
-        """Whether an answer came within WATCH_AFTER_SECONDS, and was sent.
+        """Whether an answer came within SOON_SECONDS, and was sent.
 
         Who brings it calls respond(items), while this thread waits for the next request
         already, and so is not woken twice: with 64 clients a third more requests a second,
@@ -2939,7 +2959,7 @@ class Connection(socketserver.BaseRequestHandler):
             self._deliver_whole, reader, respond))
         try:
             if not reader.behind and not self.wire.has_more():
-                self.wire.ahead(WATCH_AFTER_SECONDS)
+                self.wire.ahead(SOON_SECONDS)
         finally:
             with self.turn:                # nobody is just writing, or will
                 reader.deliver = _nobody
@@ -2951,8 +2971,10 @@ class Connection(socketserver.BaseRequestHandler):
         counts as memory, for which its own thread has to ask."""
         if reader.deliver is _nobody:      # without waiting: the turn may be a next answer's
             return
+        job = reader.job
         with self.turn:
-            if reader.deliver is _nobody or reader.job.size > MAX_SMALL_BODY_BYTES:
+            if reader.deliver is _nobody \
+                    or job.size - len(job.payload) > MAX_SMALL_BODY_BYTES:
                 return
             items, ended = self.broker.read(reader, None)
             if not ended:
@@ -2960,16 +2982,14 @@ class Connection(socketserver.BaseRequestHandler):
             reader.deliver = _nobody       # one answer: others who brought items come late
             self.delivering = True
             try:
-                if reader.job.error is not None:
-                    self._fail(reader.job.error)
+                if job.error is not None:
+                    self._fail(job.error)
                 else:
-                    respond(items)
+                    self._telling(respond, items)
                 if not self.wire.unsent:   # else its own thread sees to that, and leaves
                     self.broker.leave(reader, True)
+                    self._waits_no_more()
             except PeerGone:
-                self.broker.hangup(reader)
-            except Exception as error:     # the provider that brought it can't help it
-                log("internal_error", error=printable(repr(error)), traceback=True)
                 self.broker.hangup(reader)
             finally:
                 self.delivering = False
@@ -3349,7 +3369,8 @@ class OpenAIFace:
         def respond(items):
             self.reply(200, answer.whole(items), more=self._times(reader.job))
 
-        if self.soon(reader, respond):
+        # Many vectors are large, and may come at once: see _deliver_whole.
+        if api != "embeddings" and self.soon(reader, respond):
             return
         items = self.wait_whole(reader, LATE_HEAD_SECONDS)
         if items is not None:
@@ -3747,13 +3768,9 @@ class ProviderFace:
                              % (4 * self.limits.max_workers), param="running")
         token = object()
         self.polled = session, token       # if this connection closes, so has the poll
-        jobs, cancels = self.broker.poll(service, session, token, running,
-                                         WATCH_AFTER_SECONDS)
-        if not jobs and not cancels:
-            with self.taking(self.server.polls), \
-                    self.server.watcher.watching(self.wire, functools.partial(
-                        self.broker.lost, session, token)):
-                jobs, cancels = self.broker.poll(service, session, token)
+        self.wire.when_gone(functools.partial(self.broker.lost, session, token))
+        with self.taking(self.server.polls):
+            jobs, cancels = self.broker.poll(service, session, token, running)
         self._send_work(jobs, cancels)
 
     def provider_reply(self, name):

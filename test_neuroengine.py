@@ -13,6 +13,7 @@ import os
 import queue
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -571,13 +572,30 @@ def test_a_broken_poll_hands_its_jobs_out_again_at_once(desk):
     assert desk.poll(session)[0] == [(reader.job.id, 1, 0, None)]
 
 
-def test_a_poll_that_a_newer_one_ended_does_not_come_back(desk):
-    session, old, new = desk.login(), object(), object()
+def test_the_loss_of_a_poll_that_a_newer_one_followed_changes_nothing(desk):
+    session, old = desk.login(), object()
     desk.poll(session, token=old)
-    desk.poll(session, token=new)
-    assert desk.broker.poll(desk.service, session, old, timeout=30) == ([], [])
+    desk.poll(session)
     desk.broker.lost(session, old)
-    assert desk.broker._sessions[session].poll is new
+    desk.later(1)
+    assert session in desk.service.sessions
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_poll_whose_connection_breaks_ends_at_once_and_takes_nothing(desk, before):
+    session, token, got = desk.login(), object(), []
+    if before:                             # the hang-up can be seen before the poll begins
+        desk.broker.lost(session, token)
+    thread = threading.Thread(target=lambda: got.append(desk.broker.poll(
+        desk.service, session, token, ())))
+    thread.start()
+    if not before:
+        until(lambda: desk.broker._sessions[session].parked)
+        desk.broker.lost(session, token)
+    thread.join(SOON)
+    assert got == [([], [])] and not desk.service.idle
+    desk.submit()
+    assert len(desk.poll(session)[0]) == 1
 
 
 def test_a_logout_hands_jobs_back_at_once_oldest_first(desk):
@@ -819,6 +837,7 @@ def whole(desk):
     sent, connection = [], neuroengine_server.Handler.__new__(neuroengine_server.Handler)
     connection.turn, connection.broker = threading.Lock(), desk.broker
     connection.delivering = connection.openai = connection.started = False
+    connection.waits = False
     connection.wire = wire_that_sends(sent, 100)
     desk.broker.deliver_by(reader, lambda: connection._deliver_whole(
         reader, lambda items: connection.send("".join(items).encode())))
@@ -1568,6 +1587,11 @@ def test_a_failed_polled_stream_tells_once_those_who_do_not_count(relay, hand):
     assert ask(relay, "/" + hand.name, dict(body, at=0))[0] == 502
 
 
+def until_left(relay, job):
+    readers = relay.broker._jobs[job["job"]].readers
+    until(lambda: not readers, 1)
+
+
 @pytest.mark.parametrize("path, body", [
     ("", {"message": "x"}), ("", {"message": "x", "stream": True}),
     ("", {"message": "x", "key": "k"})])
@@ -1576,12 +1600,10 @@ def test_a_client_that_hangs_up_is_noticed_within_a_second(relay, hand, path, bo
         body = dict(body, key=name_of())
     sock = sent(relay, "/" + hand.name, body)
     job = hand.next_job()
-    reader_job = relay.broker._jobs[job["job"]]
-    time.sleep(0.3)                        # until it is watched; either way must do
+    time.sleep(0.3)                        # its own thread waits elsewhere; either must do
     sock.close()
     began = time.monotonic()
-    until(lambda: not reader_job.readers)
-    assert time.monotonic() - began < 1
+    until_left(relay, job)
     while not hand.poll()["cancel"]:       # after the grace time
         pass
     assert 0.5 < time.monotonic() - began < 4
@@ -1612,6 +1634,64 @@ def test_a_stop_cancels_at_once_and_a_second_one_does_no_harm(relay, hand):
         response.begin()
         assert response.status == 409
         assert json.loads(response.read())["error"] == "cancelled"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wait", [0, 0.3])
+def test_who_hangs_up_and_asks_again_at_once_gets_the_job_it_left(relay, hand, stream, wait):
+    body, jobs = {"message": "x", "stream": stream}, relay.broker.counts["jobs"]
+    sock = sent(relay, "/" + hand.name, body)
+    job = hand.next_job()
+    time.sleep(wait)
+    sock.close()
+    answer = in_thread(ask, relay, "/" + hand.name, body)
+    readers = relay.broker._jobs[job["job"]].readers
+    until(lambda: [reader.gone for reader in readers] == [False])
+    hand.reply(job, ["done"], done=True)
+    assert b"done" in (answer()[1] if stream else answer()[1]["reply"].encode())
+    assert relay.broker.counts["jobs"] == jobs + 1
+
+
+def test_who_hangs_up_with_its_answer_is_not_taken_to_have_left_without(relay, hand,
+                                                                         monkeypatch):
+    leave = relay.broker.leave
+    monkeypatch.setattr(relay.broker, "leave", lambda *args: (time.sleep(0.1), leave(*args)))
+    for stream in (False, False, True, True):
+        answer = in_thread(ask, relay, "/" + hand.name, {"message": "x", "stream": stream})
+        until(lambda: hand.poll()["jobs"] or hand.running, 1)    # a new one
+        hand.reply(dict(zip(("job", "attempt"), hand.running[0])), ["x"], done=True)
+        assert answer()[0] == 200
+    polled = {"message": "y", "key": name_of(), "gettokens": 5}
+    first = in_thread(ask, relay, "/" + hand.name, polled)
+    hand.reply(hand.next_job(), "abcdefghij", done=True)
+    assert first()[1]["reply"] == "abcde"
+    assert ask(relay, "/" + hand.name, polled)[1]["reply"] == "fghij"
+
+
+def test_who_sent_more_and_then_hangs_up_is_noticed_within_a_second(relay, hand):
+    for stream in (False, True):
+        sock = sent(relay, "/" + hand.name, {"message": "x", "stream": stream})
+        job = hand.next_job()
+        time.sleep(0.3)
+        sock.sendall(b"POST / HTTP/1.1\r\n")
+        time.sleep(0.3)                    # until that is seen, whoever would look for it
+        sock.close()
+        until_left(relay, job)
+        hand.reply(job, [], done=True)
+
+
+def test_systems_that_do_not_tell_of_hang_ups_are_asked(monkeypatch):
+    monkeypatch.delattr(select, "EPOLLRDHUP", raising=False)
+    with running_relay() as relay:
+        hand = Hand(relay)
+        for stream in (False, True):
+            sock = sent(relay, "/" + hand.name, {"message": "x", "stream": stream})
+            job = hand.next_job()
+            time.sleep(0.3)
+            assert relay.broker._jobs[job["job"]].readers
+            sock.close()
+            until_left(relay, job)
+            hand.reply(job, [], done=True)
 
 
 def test_a_client_that_gives_up_and_retries_five_times_causes_one_generation(relay, hand):
@@ -1653,12 +1733,40 @@ def test_a_wrong_key_is_refused_before_its_body_comes(relay, hand):
 
 
 def test_a_connection_that_is_to_be_closed_closes_with_its_answer(relay, hand, monkeypatch):
-    monkeypatch.setattr(neuroengine_server, "WATCH_AFTER_SECONDS", 2 * SOON)
+    monkeypatch.setattr(neuroengine_server, "SOON_SECONDS", 2 * SOON)
     body = {"message": "x"}
     with contextlib.closing(sent(relay, "/" + hand.name, body, connection="close")) as sock:
         hand.reply(hand.next_job(), ["a"], done=True)
         while sock.recv(65536):            # its time limit is SOON
             pass
+
+
+def test_what_is_large_and_comes_at_once_waits_for_nothing(relay, hand, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "SOON_SECONDS", 2 * SOON)
+    vectors = {"result": {"data": [{"embedding": [0.125] * 50000}]}}
+    able = Hand(relay, embeddings=True)
+    for name, path, body, item in (
+            (hand, "/" + hand.name, {"message": "x" * 300000}, "y"),
+            (able, "/v1/embeddings", {"model": able.name, "input": "x"}, vectors)):
+        answer = in_thread(ask, relay, path, body)
+        name.reply(name.next_job(), [item], done=True)
+        assert answer()[0] == 200
+    able.logout()
+
+
+def test_who_has_its_answer_waits_no_more(relay, hand, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "SOON_SECONDS", 2 * SOON)
+    with contextlib.closing(sent(relay, "/" + hand.name, {"message": "x"})) as sock:
+        hand.reply(hand.next_job(), ["a"], done=True)
+        assert sock.recv(65536)            # and it keeps the connection
+        until(lambda: relay.waiting.taken == 0, 1)
+
+
+def test_a_mistake_of_ours_in_an_answer_that_comes_at_once_is_told(relay, hand, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "text_of", lambda items: 1 / 0)
+    answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
+    hand.reply(hand.next_job(), ["a"], done=True)
+    assert answer()[0] == 500 and answer()[1]["error"] == "internal_error"
 
 
 def test_a_large_answer_that_comes_at_once_arrives_whole(relay, hand):
@@ -2329,6 +2437,24 @@ def test_tls_a_peer_that_only_provokes_answers_is_cut(tmp_path):
         wire.ahead(SOON)
     wire.sock.close()
     peer.close()
+
+
+@pytest.mark.skipif(not hasattr(select, "EPOLLRDHUP"),
+                    reason="this system cannot tell them apart")
+def test_tls_two_early_bytes_are_not_taken_for_a_goodbye(tmp_path):
+    (wire, peer), watcher, gone = secured(tmp_path), neuroengine_server.Watcher(), []
+    with watcher.watching(wire):
+        wire.when_gone(lambda: gone.append(True))
+        peer.sendall(b"\r\n")
+        assert select.select([wire], [], [], SOON)[0]
+        watcher.look()
+        assert not gone
+        peer.close()
+        watcher.look()
+        assert gone
+        wire.when_gone(lambda: gone.append("at once"))
+        assert gone[-1] == "at once"
+    wire.sock.close()
 
 
 def test_tls_a_record_that_drips_does_not_prolong_a_wait(tmp_path):
