@@ -831,7 +831,7 @@ class Broker:
 
     def wait(self, reader, timeout):
         """Wait, at most so long, for what is the reader's own thread's to do: items come
-        that nobody delivers, the job has ended, or the client has gone. Whether it is."""
+        that nobody delivers, the job has ended, or the client has gone."""
         job = reader.job
         with self._lock:
             deadline = time.monotonic() + timeout
@@ -840,11 +840,10 @@ class Broker:
                     and (job.seen or job.state != "queued"))):
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    return False
+                    break
                 if reader.deliver is None:
                     reader.wanted = reader.at + 1
                 reader.news.wait(left)
-            return True
 
     def deliver_by(self, reader, deliver):
         """From now on call deliver() when items for this reader have come, or a provider
@@ -2354,9 +2353,9 @@ class Watcher:
         """Call wire.hang_up(), in some thread, when the peer hangs up meanwhile."""
         descriptor = wire.fileno()
         with self._lock:
-            self._wires[descriptor] = wire
             if self._epoll is not None:
                 self._epoll.register(descriptor, select.EPOLLRDHUP | select.EPOLLET)
+            self._wires[descriptor] = wire
         try:
             yield
         finally:
@@ -2372,13 +2371,12 @@ class Watcher:
         client may have hung up a moment before it asked again.
         """
         with self._lock:
-            if self._epoll is not None:
-                gone = [self._wires[descriptor] for descriptor, _ in self._epoll.poll(0)]
-            else:
-                gone = [wire for wire in self._wires.values()
-                        if wire.on_gone is not None and wire.has_hung_up()]
-            for wire in gone:
-                wire.hang_up()
+            for descriptor, _ in self._ask() if self._epoll is None else self._epoll.poll(0):
+                self._wires[descriptor].hang_up()
+
+    def _ask(self):
+        return [(descriptor, None) for descriptor, wire in self._wires.items()
+                if wire.on_gone is not None and wire.has_hung_up()]
 
     def run(self):
         """Watch for ever; for a thread of its own."""
