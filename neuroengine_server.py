@@ -2311,13 +2311,14 @@ class Wire:
     def when_gone(self, on_gone):
         """Call on_gone(), in some thread, as soon as the peer has hung up, unless on_gone
         is None again by then."""
-        self.on_gone = on_gone             # before the question: one of the two sees the other
+        self.on_gone = on_gone             # each sets its own before it looks at the other's
         if self.gone:
             on_gone()
 
     def hang_up(self):
         """The peer has hung up: tell whoever asked to know."""
-        self.gone, on_gone, self.on_gone = True, self.on_gone, None
+        self.gone = True
+        on_gone = self.on_gone
         if on_gone is not None:
             on_gone()
 
@@ -2376,7 +2377,7 @@ class Watcher:
 
     def _ask(self):
         return [(descriptor, None) for descriptor, wire in self._wires.items()
-                if wire.on_gone is not None and wire.has_hung_up()]
+                if wire.on_gone is not None and not wire.gone and wire.has_hung_up()]
 
     def run(self):
         """Watch for ever; for a thread of its own."""
