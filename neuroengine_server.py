@@ -431,7 +431,6 @@ class Session:
         self.unconfirmed = OrderedDict()   # id -> Job: handed over, not heard of
         self.arrived = threading.Condition(lock)   # outbox, cancels, or a reason to go
         self.poll = None              # token of the newest poll
-        self.lost = None              # token of that whose connection broke last
         self.parked = False
         self.deadline = 0.0           # when silence becomes loss
         self.watching_handover = False
@@ -445,6 +444,12 @@ class Session:
         """Whether a job that another session gave back can go to this one."""
         return (self.continues or not job.seen) and (
             job.avoid is not self or len(self.service.sessions) == 1)
+
+
+class Poll:
+    """Names one poll of a session."""
+
+    lost = False                      # its connection has broken
 
 
 def unique_ids():
@@ -920,7 +925,7 @@ class Broker:
         cancelled: tuples (job id, attempt). running: the same, of what the provider has
         in hand. A job it was given and does not name is handed out again; one it names and
         no longer has a right to is cancelled.
-        token: whatever names this poll; if its connection breaks, call lost with it.
+        token: a new Poll; if its connection breaks, call lost with it.
         Blocks up to timeout seconds (limits.poll_seconds), less if jobs are running, so
         that a silent provider is noticed within its lease.
         """
@@ -944,7 +949,7 @@ class Broker:
                 if session.poll is token:
                     session.parked = False
                     service.idle.pop(session, None)
-            if session.poll is not token or session.lost is token:
+            if session.poll is not token or token.lost:
                 return [], []                   # its successor speaks for the session
             if session.closed:
                 raise self._session_unknown()
@@ -986,11 +991,9 @@ class Broker:
     def lost(self, session_id, token):
         """The connection of the session's poll of that token has closed."""
         with self._lock:
+            token.lost = True                         # also if it has yet to begin
             session = self._sessions.get(session_id)
-            if session is None or session.closed:
-                return
-            session.lost = token                      # also if it is only to come
-            if session.poll is token:
+            if session is not None and session.poll is token and not session.closed:
                 session.arrived.notify_all()
                 session.service.idle.pop(session, None)
                 session.parked = False
@@ -1271,8 +1274,7 @@ class Broker:
         """Wait until this poll has something to tell, or a newer one has come."""
         deadline = time.monotonic() + timeout
         while not (session.outbox or session.cancels or session.closed
-                   or self.closed or session.poll is not token
-                   or session.lost is token):
+                   or self.closed or session.poll is not token or token.lost):
             if self.draining and not session.jobs:
                 raise self._shutting_down()
             left = deadline - time.monotonic()
@@ -3765,7 +3767,7 @@ class ProviderFace:
         if len(running) > 4 * self.limits.max_workers:
             raise RelayError("invalid_request", "running has more than %d jobs."
                              % (4 * self.limits.max_workers), param="running")
-        token = object()
+        token = Poll()
         self.polled = session, token       # if this connection closes, so has the poll
         self.wire.when_gone(functools.partial(self.broker.lost, session, token))
         with self.taking(self.server.polls):
@@ -4475,7 +4477,7 @@ def serve_eliza(broker, service, pause=0.04):
 
     while not broker.draining:
         with contextlib.suppress(RelayError):
-            jobs, cancels = broker.poll(service, session, object(), list(running))
+            jobs, cancels = broker.poll(service, session, Poll(), list(running))
             take(jobs, cancels)
 
 

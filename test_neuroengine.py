@@ -35,6 +35,7 @@ from neuroengine import NeuroengineError
 from neuroengine import NeuroengineServer
 from neuroengine_server import Broker
 from neuroengine_server import Limits
+from neuroengine_server import Poll
 from neuroengine_server import Relay
 from neuroengine_server import RelayError
 from neuroengine_server import Service
@@ -81,7 +82,7 @@ class Desk:
 
     def poll(self, session, running=(), token=None):
         """(job id, attempt, at, text so far) of each job, and the cancelled."""
-        jobs, cancels = self.broker.poll(self.service, session, token or object(),
+        jobs, cancels = self.broker.poll(self.service, session, token or Poll(),
                                          running, timeout=0)
         return [(job.id, attempt, at, text) for job, attempt, at, text in jobs], cancels
 
@@ -120,7 +121,7 @@ def test_a_prompt_reaches_a_provider_and_its_items_come_back_in_order(desk):
 def test_a_parked_poll_wakes_on_submit(desk):
     session, got = desk.login(), []
     thread = threading.Thread(target=lambda: got.extend(desk.broker.poll(
-        desk.service, session, object(), (), timeout=SOON)[0]))
+        desk.service, session, Poll(), (), timeout=SOON)[0]))
     thread.start()
     until(lambda: desk.service.idle)
     desk.submit()
@@ -147,7 +148,7 @@ def test_callers_take_turns_and_the_operator_goes_first(desk):
     places = [desk.broker.place(reader.job)["position"] for reader in order]
     assert places == [2, 5, 7, 3, 4, 6]
     session = desk.login(workers=7)
-    jobs, _ = desk.broker.poll(desk.service, session, object(), (), timeout=0)
+    jobs, _ = desk.broker.poll(desk.service, session, Poll(), (), timeout=0)
     assert [job.payload for job, _, _, _ in jobs] == [
         b'"own"', b'"a1"', b'"b1"', b'"c1"', b'"a2"', b'"b2"', b'"a3"']
 
@@ -256,7 +257,7 @@ def test_an_idle_provider_gets_the_job_it_avoided_once_it_is_the_only_one(desk):
     desk.later(5)                                # never confirmed
     got = []
     thread = threading.Thread(target=lambda: got.extend(desk.broker.poll(
-        desk.service, avoided, object(), (), timeout=SOON)[0]))
+        desk.service, avoided, Poll(), (), timeout=SOON)[0]))
     thread.start()
     until(lambda: desk.service.idle)
     desk.broker.logout(desk.service, other)
@@ -375,7 +376,7 @@ def test_queued_jobs_fail_some_time_after_the_last_provider_left(desk):
 
 
 def test_a_lost_providers_unseen_job_is_back_at_the_front_within_a_second(desk):
-    session, token = desk.login(), object()
+    session, token = desk.login(), Poll()
     first = desk.submit(b'"first"')
     (job, _, _, _), = desk.poll(session)[0]
     desk.poll(session, [(job, 1)], token)
@@ -468,7 +469,7 @@ def test_a_seen_tool_call_or_thought_is_not_handed_on(desk):
 
 def test_a_provider_whose_job_passed_to_another_is_fenced_off(desk):
     reader, session, job = desk.start()
-    token = object()
+    token = Poll()
     desk.poll(session, [(job, 1)], token)
     other = desk.login()
     desk.broker.lost(session, token)
@@ -520,7 +521,7 @@ def test_a_new_sessions_first_reply_takes_its_job_back_before_its_first_poll(des
 def test_a_provider_that_only_lost_its_connection_gets_its_job_back(desk):
     reader, session, job = desk.start()
     desk.reply(session, job, ["w"])
-    token = object()
+    token = Poll()
     desk.poll(session, [(job, 1)], token)
     desk.broker.lost(session, token)
     desk.later(1)
@@ -535,7 +536,7 @@ def test_a_stream_goes_on_when_its_provider_is_back_within_the_lease(desk):
     reader, session, job = desk.start()
     desk.reply(session, job, ["a"])
     desk.broker.read(reader)
-    token = object()
+    token = Poll()
     desk.poll(session, [(job, 1)], token)
     desk.broker.lost(session, token)
     desk.later(14)
@@ -565,7 +566,7 @@ def test_a_job_that_its_provider_never_confirms_goes_to_another(desk):
 
 
 def test_a_broken_poll_hands_its_jobs_out_again_at_once(desk):
-    session, token = desk.login(), object()
+    session, token = desk.login(), Poll()
     reader = desk.submit()
     assert desk.poll(session, (), token)[0]
     desk.broker.lost(session, token)
@@ -573,7 +574,7 @@ def test_a_broken_poll_hands_its_jobs_out_again_at_once(desk):
 
 
 def test_the_loss_of_a_poll_that_a_newer_one_followed_changes_nothing(desk):
-    session, old = desk.login(), object()
+    session, old = desk.login(), Poll()
     desk.poll(session, token=old)
     desk.poll(session)
     desk.broker.lost(session, old)
@@ -583,9 +584,10 @@ def test_the_loss_of_a_poll_that_a_newer_one_followed_changes_nothing(desk):
 
 @pytest.mark.parametrize("before", [False, True])
 def test_a_poll_whose_connection_breaks_ends_at_once_and_takes_nothing(desk, before):
-    session, token, got = desk.login(), object(), []
+    session, token, got = desk.login(), Poll(), []
     if before:                             # the hang-up can be seen before the poll begins
         desk.broker.lost(session, token)
+        desk.broker.lost(session, Poll())  # and that of another after it
     thread = threading.Thread(target=lambda: got.append(desk.broker.poll(
         desk.service, session, token, ())))
     thread.start()
@@ -890,7 +892,7 @@ def test_closing_wakes_every_waiter(desk):
     reader, session, job = desk.start()
     threads = [threading.Thread(target=desk.broker.read, args=(reader, 1, SOON)),
                threading.Thread(target=desk.broker.poll, args=(
-                   desk.service, session, object(), [(job, 1)])),
+                   desk.service, session, Poll(), [(job, 1)])),
                threading.Thread(target=lambda: desk.broker.upkeep())]
     for thread in threads:
         thread.start()
@@ -4748,7 +4750,7 @@ class PageProvider:
     def _poll(self):
         while not (self.gone or self.broker.closed):
             with contextlib.suppress(RelayError):
-                self._take(*self.broker.poll(self.service, self.session, object(),
+                self._take(*self.broker.poll(self.service, self.session, Poll(),
                                              list(self.running), timeout=0.5))
 
     def _take(self, jobs, cancels):

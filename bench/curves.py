@@ -71,7 +71,7 @@ class World:
 
     def serve(self):
         """Take what waits, and answer it."""
-        jobs, _ = self.broker.poll(self.service, self.session, object(), (), 0)
+        jobs, _ = self.broker.poll(self.service, self.session, self.relay.Poll(), (), 0)
         for job, attempt, at, _ in jobs:
             self.broker.reply(self.service, self.session, [
                 {"job": job.id, "attempt": attempt, "at": at, "items": [ITEM],
@@ -106,7 +106,8 @@ def parked(relay, count):
 
     def provide(session):
         while not broker.closed:
-            for job, attempt, at, _ in broker.poll(service, session, object(), ())[0]:
+            for job, attempt, at, _ in broker.poll(
+                    service, session, relay.Poll(), ())[0]:
                 broker.reply(service, session, [
                     {"job": job.id, "attempt": attempt, "at": at, "items": [ITEM],
                      "done": True}])
@@ -175,7 +176,7 @@ def answered(relay, count):
     world = World(relay)
     broker, service, session = world.broker, world.service, world.session
     reader = world.submit()
-    ((job, attempt, _, _),), _ = broker.poll(service, session, object(), (), 0)
+    ((job, attempt, _, _),), _ = broker.poll(service, session, relay.Poll(), (), 0)
     at = itertools.count(count)
 
     def item():
