@@ -950,7 +950,7 @@ class Broker:
                     session.parked = False
                     service.idle.pop(session, None)
             if session.poll is not token or token.lost:
-                return [], []                   # its successor speaks for the session
+                return [], []                   # a newer one speaks, or nobody hears this
             if session.closed:
                 raise self._session_unknown()
             session.deadline = min(session.deadline,
@@ -2051,7 +2051,7 @@ class Wire:
         self.last_head = b""               # as it came, also if it was malformed
         self._head = None                  # the same, parsed
         self.gone = False                  # the peer has hung up, as the Watcher saw
-        self.on_gone = None
+        self.on_gone = None                # see when_gone; the last write takes it back
 
     def fileno(self):
         return self.sock.fileno()
@@ -2325,7 +2325,8 @@ class Wire:
             on_gone()
 
     def has_hung_up(self):
-        """Whether the peer has closed, as far as can be seen before what it sent is read."""
+        """Whether the peer has closed, as far as can be seen before what it sent is read:
+        for systems that do not tell."""
         try:
             if not MSG_DONTWAIT and not select.select([self.sock], [], [], 0)[0]:
                 return False
@@ -2384,7 +2385,7 @@ class Watcher:
     def run(self):
         """Watch for ever; for a thread of its own."""
         while True:
-            if self._epoll is None:
+            if self._epoll is None:        # macOS, Windows
                 time.sleep(0.25)
             else:
                 select.select([self._epoll], [], [])
@@ -2855,7 +2856,6 @@ class Connection(socketserver.BaseRequestHandler):
                 delivered = True
                 raise
             finally:
-                self.wire.on_gone = None
                 self.broker.leave(reader, delivered)
         finally:
             self._waits_no_more()

@@ -582,6 +582,17 @@ def test_the_loss_of_a_poll_that_a_newer_one_followed_changes_nothing(desk):
     assert session in desk.service.sessions
 
 
+def test_a_newer_poll_ends_the_one_that_is_parked(desk):
+    session, old = desk.login(), Poll()
+    ended = in_thread(desk.broker.poll, desk.service, session, old, ())
+    until(lambda: desk.broker._sessions[session].parked)
+    desk.poll(session)
+    assert ended() == ([], [])
+    desk.broker.lost(session, old)
+    desk.submit()
+    assert len(desk.poll(session)[0]) == 1
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_poll_whose_connection_breaks_ends_at_once_and_takes_nothing(desk, before):
     session, token, got = desk.login(), Poll(), []

@@ -106,8 +106,7 @@ def parked(relay, count):
 
     def provide(session):
         while not broker.closed:
-            for job, attempt, at, _ in broker.poll(
-                    service, session, relay.Poll(), ())[0]:
+            for job, attempt, at, _ in broker.poll(service, session, relay.Poll(), ())[0]:
                 broker.reply(service, session, [
                     {"job": job.id, "attempt": attempt, "at": at, "items": [ITEM],
                      "done": True}])
