@@ -148,7 +148,8 @@ TOTAL_TEXT = {"operator": 100, "comment": 500}   # characters of a service's tex
 MAX_DEPTH = 100              # of nested JSON
 MAX_BRACKETS = 200000        # objects and lists in one body: each takes 60 to 300 bytes
 MAX_SEPARATORS = 1000000     # quotes or commas in one body: parsing holds up all others
-MAX_DIGITS = 4000            # of a whole number: older Pythons take a time quadratic in it
+MAX_DIGITS = 4000            # of a whole number, in Pythons of before 2022: they take a
+                             # time quadratic in it; later ones have such a limit themselves
 MAX_SMALL_BODY_BYTES = 1 << 18   # of what is neither a prompt nor a reply
 MAX_ID_CHARACTERS = 64       # of a job's id, as a provider may name it
 MAX_HANDOVER_BYTES = 1 << 22     # of prompts in one response, if there is more than one
@@ -489,26 +490,6 @@ class Job:
         self.created = self.heard_at = now         # heard_at: its provider named it, or it
                                                    # was handed over
 
-    def stats(self):
-        """The receipt: what this answer took."""
-        end = self.ended_at if self.ended_at is not None else self.created
-        leased = self.leased_at if self.leased_at is not None else end
-        first = self.first_at if self.first_at is not None else end
-        others = [item for item in self.items if type(item) is not str]
-        tokens = len(self.items) - len(others)
-        stats = {"id": self.id, "queue_ms": round(1000 * (leased - self.created), 1),
-                 "first_token_ms": round(1000 * (first - self.created), 1),
-                 "total_ms": round(1000 * (end - self.created), 1), "tokens": tokens}
-        for item in others[-3:]:
-            if isinstance(item.get("usage"), dict):
-                stats["usage"] = item["usage"]
-                count = item["usage"].get("completion_tokens")
-                if type(count) is int and 0 <= count < 10**9:
-                    stats["tokens"] = count
-        if end - first > 0.001 and tokens > 1:
-            stats["tokens_per_s"] = round((stats["tokens"] - 1) / (end - first), 1)
-        return stats
-
 
 class Reader:
     """One client's hold on a job: it waits there, and has read up to `at`."""
@@ -644,7 +625,7 @@ class Broker:
         self._sessions = {}           # id -> Session, lost ones until their deadline
         self._jobs = {}               # id -> Job, all that are not forgotten
         self._named = {}              # (service, name) -> Job, to be found again
-        self._left = {}               # twin -> Job whose client went away
+        self._twins = {}              # twin -> Job of it, the one last submitted or left
         self._kept = OrderedDict()    # id -> Job, ended ones that stay readable
         self._held = 0                # bytes of all jobs
         self._held_by = {}            # holder -> bytes of its jobs
@@ -766,8 +747,8 @@ class Broker:
         Does not block.
         """
         with self._lock:
-            job = self._named.get((service, name)) if name else self._left.get(twin)
-            if job is not None:
+            job = self._named.get((service, name)) if name else self._twins.get(twin)
+            if job is not None and (name or job.left_at is not None):
                 if name and fingerprint is not None and job.fingerprint != fingerprint:
                     raise RelayError("key_reused", "This key already names another "
                                      "prompt: use a new random one for each prompt.")
@@ -786,6 +767,8 @@ class Broker:
             self._jobs[job.id] = job
             if name:
                 self._named[service, name] = job
+            elif twin is not None:
+                self._twins[twin] = job
             self._hold_locked(job, job.size)
             self.counts["jobs"] += 1
             service.numreq += 1
@@ -793,6 +776,11 @@ class Broker:
             reader = self._attach_locked(job, at, news)
             self._enqueue_locked(job)
             return reader
+
+    def has_twin(self, twin):
+        """Whether there is a job that an identical prompt might be given: to be asked before
+        submit, for then it matters who has hung up."""
+        return twin in self._twins
 
     def open(self, service, name, at=None, news=None):
         """Return a Reader of a job that was submitted before. Raises RelayError."""
@@ -1200,8 +1188,6 @@ class Broker:
                           retry_after=5 if just_gone else 30, retry=just_gone)
 
     def _attach_locked(self, job, at, news):
-        if self._left.get(job.twin) is job:
-            del self._left[job.twin]
         job.left_at = None
         reader = Reader(job, job.place if at is None else min(at, len(job.items)),
                         news or self.condition())
@@ -1225,7 +1211,7 @@ class Broker:
         elif job.id in self._jobs:
             job.left_at = self._clock()
             if job.twin is not None:
-                self._left[job.twin] = job
+                self._twins[job.twin] = job
             self._check_later_locked(job)
 
     def _move_locked(self, job, state):
@@ -1505,8 +1491,8 @@ class Broker:
         self._kept.pop(job.id, None)
         if job.name is not None:
             self._named.pop((job.service, job.name), None)
-        if self._left.get(job.twin) is job:
-            del self._left[job.twin]
+        if self._twins.get(job.twin) is job:
+            del self._twins[job.twin]
 
     # Sessions that come and go.
 
@@ -1936,6 +1922,7 @@ def parse_head(data):
     return head
 
 
+@functools.lru_cache(maxsize=250)
 def _path_of(target):
     """The decoded path, as a tuple of its segments; empty ones do not count."""
     if target[0] != "/":
@@ -2398,7 +2385,6 @@ class Watcher:
 
 REQUEST_IDS = unique_ids()
 FORWARDED = {"x-forwarded-for", "forwarded", "x-real-ip"}
-NOTHING = contextlib.nullcontext()
 SECURITY_HEADERS = (
     b"Server: neuroengine\r\nX-Content-Type-Options: nosniff\r\n"
     b"Referrer-Policy: no-referrer\r\n")
@@ -2456,8 +2442,9 @@ def _whole(text):
     return int(text) if len(text) <= MAX_DIGITS else _no_constant("So long a number")
 
 
-_from_json = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite,
-                              parse_int=_whole).decode
+_from_json = json.JSONDecoder(
+    parse_constant=_no_constant, parse_float=_finite,
+    parse_int=int if hasattr(sys, "set_int_max_str_digits") else _whole).decode
 
 
 def parse_json(body):
@@ -2603,8 +2590,10 @@ class Connection(socketserver.BaseRequestHandler):
         self.keep_alive = head.keep_alive and not self.server.stopping
         self.began = time.monotonic()
         self.server.active.add(self)
+        if not self.proxied:
+            return self._dispatch(head)
         # A proxy's connection counts for nobody, so what it asks for does.
-        with self.taking(self.server.proxied) if self.proxied else NOTHING:
+        with self.taking(self.server.proxied):
             self._dispatch(head)
 
     def _telling(self, function, *arguments):
@@ -2856,7 +2845,8 @@ class Connection(socketserver.BaseRequestHandler):
                 delivered = True
                 raise
             finally:
-                self.broker.leave(reader, delivered)
+                if reader.attached:        # else _deliver_whole has left it
+                    self.broker.leave(reader, delivered)
         finally:
             self._waits_no_more()
 
@@ -3080,6 +3070,28 @@ class PageFace:
                    "text/plain; version=0.0.4")
 
 
+def receipt(job):
+    """What an answer took, as JSON. Written by hand: the numbers alone would take the
+    encoder as long as all else in a short answer."""
+    end = job.ended_at if job.ended_at is not None else job.created
+    leased = job.leased_at if job.leased_at is not None else end
+    first = job.first_at if job.first_at is not None else end
+    others = [item for item in job.items if type(item) is not str]
+    tokens, rate, usage = len(job.items) - len(others), b"", b""
+    for item in others[-3:]:
+        if isinstance(item.get("usage"), dict):
+            usage = b',"usage":' + dumps(item["usage"])
+            count = item["usage"].get("completion_tokens")
+            if type(count) is int and 0 <= count < 10**9:
+                tokens = count
+    if end - first > 0.001 and len(job.items) - len(others) > 1:
+        rate = b',"tokens_per_s":%.1f' % ((tokens - 1) / (end - first))
+    return (b'{"id":"%s","queue_ms":%.1f,"first_token_ms":%.1f,"total_ms":%.1f,"tokens":%d'
+            b'%s%s}' % (job.id.encode("ascii"), 1000 * (leased - job.created),
+                        1000 * (first - job.created), 1000 * (end - job.created), tokens,
+                        usage, rate))
+
+
 class NativeFace:
     """The native API: one JSON object in, one out, or a stream of them."""
 
@@ -3158,7 +3170,8 @@ class NativeFace:
             fingerprint = hashlib.sha256(dumps(prompt)).digest()
         else:
             twin = (service, caller, self.same)
-            self.server.watcher.look()
+            if self.broker.has_twin(twin):
+                self.server.watcher.look()
         if access is not None:
             access.cap(request, "max_new_len")
         wait = request.get("wait", False)
@@ -3172,8 +3185,8 @@ class NativeFace:
 
     def _whole_native(self, reader):
         def respond(items):
-            self.reply(200, {"reply": text_of(items), "errorcode": 0,
-                             "stats": reader.job.stats()})
+            self.reply(200, b'{"reply":%s,"errorcode":0,"stats":%s}' % (
+                dumps(text_of(items)), receipt(reader.job)))
 
         if not self.soon(reader, respond):
             items = self.wait_whole(reader, self.limits.job_seconds)
@@ -3207,8 +3220,7 @@ class NativeFace:
         if job.error is not None and (counts or not job.error_told):
             job.error_told = True          # a client that does not count would loop
             raise job.error
-        reply.update(done=True, stats=job.stats())
-        self.reply(200, reply)
+        self.reply(200, b'%s,"done":true,"stats":%s}' % (dumps(reply)[:-1], receipt(job)))
 
     def _stream_native(self, reader):
         """NDJSON. A stream without its last record, done or an error, is not complete."""
@@ -3225,9 +3237,9 @@ class NativeFace:
             if job.error is not None:
                 raise job.error
             begin()
-        last = (job.error.native() if job.error is not None
-                else {"done": True, "stats": job.stats()})
-        self.send_piece(dumps(last) + b"\n", last=True)
+        last = (dumps(job.error.native()) if job.error is not None
+                else b'{"done":true,"stats":%s}' % receipt(job))
+        self.send_piece(last + b"\n", last=True)
 
 
 ##############################################################################
@@ -3722,6 +3734,14 @@ def is_item(item):
     return True
 
 
+def is_plain(items):
+    """Whether this is a list of texts in ASCII, as most are: so it needs no closer look."""
+    try:
+        return type(items) is list and "".join(items).isascii()
+    except TypeError:
+        return False
+
+
 def is_job(job):
     """Whether this can be a job's id."""
     return type(job) is str and len(job) <= MAX_ID_CHARACTERS
@@ -3813,13 +3833,15 @@ class ProviderFace:
             raise RelayError("invalid_request", "Each entry of replies must have job, "
                              "attempt, at and items.", param="replies")
         items = entry.setdefault("items", [])
-        if not isinstance(items, list) or not all(map(is_item, items)):
-            entry["items"] = []
-            entry["error"] = {"message": "its reply is not text"}
-        else:                              # half a surrogate pair is no text either
-            entry["items"] = [
-                item if type(item) is dict or item.isascii()
-                else item.encode("utf-8", "replace").decode("utf-8") for item in items]
+        if not is_plain(items):
+            if not isinstance(items, list) or not all(map(is_item, items)):
+                entry["items"] = []
+                entry["error"] = {"message": "its reply is not text"}
+            else:                          # half a surrogate pair is no text either
+                entry["items"] = [
+                    item if type(item) is dict or item.isascii()
+                    else item.encode("utf-8", "replace").decode("utf-8")
+                    for item in items]
         error = entry.get("error")
         if error:
             error = error if isinstance(error, dict) else {"message": error}
@@ -3893,6 +3915,7 @@ def _routes():
 ROUTES = _routes()    # "*" stands for one segment, a service's name
 
 
+@functools.lru_cache(maxsize=250)
 def find_route(path):
     """Return (Route, arguments) for the segments of a path; (None, ()) if none fits."""
     if path[:2] == ("v1", "models") and len(path) > 3:
