@@ -60,7 +60,9 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections import Counter
 from collections import OrderedDict
+from collections import defaultdict
 from collections import deque
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
@@ -628,7 +630,7 @@ class Broker:
         self._twins = {}              # twin -> Job of it, the one last submitted or left
         self._kept = OrderedDict()    # id -> Job, ended ones that stay readable
         self._held = 0                # bytes of all jobs
-        self._held_by = {}            # holder -> bytes of its jobs
+        self._held_by = defaultdict(int)      # holder -> bytes of its jobs
         self._to_deliver = []         # readers for whom items have just come
         self._timers = []             # heap of (deadline, number, method, argument)
         self._numbers = itertools.count()
@@ -838,12 +840,13 @@ class Broker:
                     reader.wanted = reader.at + 1
                 reader.news.wait(left)
 
-    def deliver_by(self, reader, deliver):
-        """From now on call deliver() when items for this reader have come, or a provider
-        said that it has ended, in the thread that brought them. What it must not do itself,
-        it leaves by leave_to_own."""
+    def deliver_by(self, reader, deliver, whole=False):
+        """From now on call deliver() when items for this reader have come, or, if it wants
+        the whole, when a provider said that this is the end, in the thread that brought it.
+        What that must not do itself, it leaves by leave_to_own."""
         with self._lock:
             reader.deliver = deliver
+            reader.wanted = math.inf if whole else 0
             reader.behind = (len(reader.job.items) > reader.at    # they came before
                              or reader.job.ended_at is not None)
 
@@ -1136,10 +1139,15 @@ class Broker:
                     self._held_by.get(holder, 0) + size):
                 return False
             self._cancel_locked(job, self._memory_full())
-            if job.id in self._jobs:       # somebody has still to read the error
-                self._hold_locked(job, JOB_BYTES - job.size)
-                job.size, job.payload, job.items = JOB_BYTES, b"", []
+            if job.id in self._jobs:
+                self._drop_locked(job)
         return True
+
+    def _drop_locked(self, job):
+        """Hold no more of a job than its error, which somebody has still to read."""
+        job.error = job.error or self._memory_full()   # also if it had ended well; who reads
+        self._hold_locked(job, JOB_BYTES - job.size)   # no items has no lock, but sees this
+        job.size, job.payload, job.items = JOB_BYTES, b"", []
 
     def _check_quota_locked(self, access):
         now = self._wall()
@@ -1165,11 +1173,7 @@ class Broker:
     def _hold_locked(self, job, size):
         """Count bytes that a job takes from now on, or, below zero, no more."""
         self._held += size
-        mine = self._held_by.get(job.holder, 0) + size
-        if mine:
-            self._held_by[job.holder] = mine
-        else:
-            self._held_by.pop(job.holder, None)
+        self._held_by[job.holder] += size
 
     def _retry_after_locked(self, service):
         eta = self._eta_locked(service, len(service.queue))
@@ -1414,11 +1418,12 @@ class Broker:
                 job.first_at = job.heard_at
             job.items.extend(items)
         for reader in job.readers:
-            if reader.deliver is not None:
-                self._to_deliver.append(reader)
-            elif len(job.items) >= reader.wanted:
-                reader.wanted = math.inf
-                reader.news.notify()
+            if ending or len(job.items) >= reader.wanted:
+                if reader.deliver is not None:
+                    self._to_deliver.append(reader)
+                elif not ending:           # else _end_locked does it
+                    reader.wanted = math.inf
+                    reader.news.notify()
         if entry.get("error"):
             self._end_locked(job, "failed", entry["error"])
         elif ending:
@@ -1488,6 +1493,8 @@ class Broker:
         if self._jobs.pop(job.id, None) is None:
             return
         self._hold_locked(job, -job.size)
+        if not self._held_by[job.holder]:
+            del self._held_by[job.holder]
         self._kept.pop(job.id, None)
         if job.name is not None:
             self._named.pop((job.service, job.name), None)
@@ -1650,11 +1657,8 @@ class Broker:
 
 def size_of(items):
     """Roughly the bytes that these items hold."""
-    size = ITEM_BYTES * len(items)
-    for item in items:
-        text = item if type(item) is str else str(item)
-        size += len(text) * (1 if text.isascii() else 4)
-    return size
+    text = "".join(map(str, items))
+    return ITEM_BYTES * len(items) + len(text) * (1 if text.isascii() else 4)
 
 
 def invalid_name_words(name):
@@ -2947,7 +2951,7 @@ class Connection(socketserver.BaseRequestHandler):
         if not self.wire.by_kernel or not self.keep_alive:
             return False                   # this thread has to close it at once
         self.broker.deliver_by(reader, functools.partial(
-            self._deliver_whole, reader, respond))
+            self._deliver_whole, reader, respond), whole=True)
         try:
             if not reader.behind and not self.wire.has_more():
                 self.wire.ahead(SOON_SECONDS)
@@ -2967,11 +2971,9 @@ class Connection(socketserver.BaseRequestHandler):
             if reader.deliver is _nobody \
                     or job.size - len(job.payload) > MAX_SMALL_BODY_BYTES:
                 return
-            items, ended = self.broker.read(reader, None)
-            if not ended:
-                return
-            reader.deliver = _nobody       # one answer: others who brought items come late
+            reader.deliver = _nobody       # one answer: who brought its end again comes late
             self.delivering = True
+            items = job.items              # before the error, see Broker._drop_locked
             try:
                 if job.error is not None:
                     self._fail(job.error)
@@ -4039,7 +4041,7 @@ class Relay(ThreadingHTTPServer):
         self._changes = self.store.changes()   # before it is loaded
         self.registrations, self.wrong_keys, self.changes = Rates(), Rates(), Rates()
         self.registered = OrderedDict()    # (caller, Idempotency-Key) -> body, answer
-        self.counts = {}                   # (what, label) -> how many
+        self.counts = Counter()            # (what, label) -> how many
         limits, each = self.limits, self.limits.max_connections_per_address
         self.connections = Shares("connections", limits.max_connections, each)
         self.proxied = Shares("connections", math.inf, each)     # behind a proxy's
@@ -4213,7 +4215,7 @@ class Relay(ThreadingHTTPServer):
     def count(self, what, label):
         """Count one, for /metrics."""
         with self.counting:
-            self.counts[what, label] = self.counts.get((what, label), 0) + 1
+            self.counts[what, label] += 1
 
     def date(self):
         """The Date header, made once a second."""

@@ -214,6 +214,17 @@ def test_who_holds_most_of_a_full_memory_loses_it_and_not_who_comes_last():
     assert desk.broker.totals()[1]["held_bytes"] == 0 and not desk.broker._held_by
 
 
+def test_an_answer_lost_to_a_full_memory_before_it_was_read_is_an_error_not_a_whole_one():
+    desk = Desk(max_held_bytes=400000)
+    reader, session, job = desk.start(holder="greedy")
+    desk.reply(session, job, ["x" * 90000], done=True)
+    for n in range(20):
+        with contextlib.suppress(RelayError):
+            desk.submit(b"x" * 20000, caller="bob", holder="holder %d" % n, wait=True)
+    assert reader.job.error is not None and reader.job.error.name == "relay_busy"
+    assert desk.broker.read(reader) == ([], True)
+
+
 def test_shares_are_bounded_in_all_and_by_address_but_not_for_this_machine():
     shares = neuroengine_server.Shares("places", 5, 2)
     for _ in range(2):
