@@ -864,7 +864,7 @@ def whole(desk):
     connection.waits = False
     connection.wire = wire_that_sends(sent, 100)
     desk.broker.deliver_by(reader, lambda: connection._deliver_whole(
-        reader, lambda items: connection.send("".join(items).encode())))
+        reader, lambda items: connection.send("".join(items).encode())), whole=True)
     return reader, sent, functools.partial(desk.reply, session, job)
 
 
