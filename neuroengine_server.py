@@ -843,7 +843,8 @@ class Broker:
     def deliver_by(self, reader, deliver, whole=False):
         """From now on call deliver() when items for this reader have come, or, if it wants
         the whole, when a provider said that this is the end, in the thread that brought it.
-        What that must not do itself, it leaves by leave_to_own."""
+        It returns a function that sends them, or None. What it must not do itself, it
+        leaves by leave_to_own."""
         with self._lock:
             reader.deliver = deliver
             reader.wanted = math.inf if whole else 0
@@ -966,8 +967,11 @@ class Broker:
             self._fill_locked(session)
             answer = (refused,) + self._hand_over_locked(session)
             readers, self._to_deliver = self._to_deliver, []
-        for reader in readers:
-            reader.deliver()
+        # All is made before any of it is sent: a client of many answers is woken once, and
+        # not for each: a twelfth of the processor time of a prompt.
+        for send in [reader.deliver() for reader in readers]:
+            if send is not None:
+                send()
         return answer
 
     def now(self):
@@ -2553,7 +2557,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.patience = self.limits.head_seconds    # with a peer that sends nothing
         self.news = self.broker.condition()
         self.turn = threading.Lock()       # of who delivers: see there
-        self.delivering = False            # another thread writes, and must not wait
+        self.delivering = False            # a response is made, to be sent by _send_made
         self.peer = self.address = canonical_address(self.client_address[0])
         self.proxied = self.server.is_proxy(self.client_address[0])
         self.local = False
@@ -2773,8 +2777,8 @@ class Connection(socketserver.BaseRequestHandler):
     def send(self, head, body=b""):
         """Write these bytes; what is large counts as memory until it is gone."""
         if self.delivering:
-            self.started = True
-            return self.wire.send_now(head + body)
+            self.started, self.made = True, head + body
+            return
         if len(body) <= MAX_SMALL_BODY_BYTES:
             self.started = True
             return self.wire.write(head + body if body else head)
@@ -2849,7 +2853,7 @@ class Connection(socketserver.BaseRequestHandler):
                 delivered = True
                 raise
             finally:
-                if reader.attached:        # else _deliver_whole has left it
+                if reader.attached:        # else _send_made has left it
                     self.broker.leave(reader, delivered)
         finally:
             self._waits_no_more()
@@ -2868,8 +2872,8 @@ class Connection(socketserver.BaseRequestHandler):
         """
         job, place, self.quiet, ended = reader.job, None, time.monotonic(), False
         if self.wire.by_kernel:
-            self.broker.deliver_by(reader, functools.partial(
-                self._deliver, reader, begin, piece))
+            self.broker.deliver_by(reader, functools.partial(self._deliver, reader, (
+                functools.partial(self._make_piece, reader, begin, piece))))
         try:
             while not ended:
                 self._wait_for_news(reader)
@@ -2905,32 +2909,55 @@ class Connection(socketserver.BaseRequestHandler):
         if reader.gone:
             raise PeerGone()
 
-    def _deliver(self, reader, begin, piece):
-        """Send items to a reader in the thread that brought them, so that none has to be
-        woken for it: half the processor time of a token. Never blocks: what cannot be
-        sent at once, or is so large that it counts as memory, is left to the reader's own
-        thread."""
-        if size_of(reader.job.items[reader.at:]) > MAX_SMALL_BODY_BYTES \
-                or not self.turn.acquire(False):
-            return self.broker.leave_to_own(reader)
+    def _deliver(self, reader, make):
+        """Make what has come for a reader, in the thread that brought it, so that none has
+        to be woken for it: half the processor time of a token. Never blocks.
+
+        make() returns the bytes, or b"" if there is nothing to send, or it is so large
+        that it counts as memory, for which the reader's own thread has to ask. Returns the
+        function that sends them; until that was called, nobody else makes or sends.
+        """
+        if not self.turn.acquire(False):   # its own thread is at it
+            self.broker.leave_to_own(reader)
+            return None
         try:
-            if reader.deliver is _nobody or self.wire.unsent:
-                return
-            items, _ = self.broker.read(reader, most=MAX_ITEMS_A_RECORD)
-            if items:
-                if not self.started:
-                    begin()
-                self.quiet = time.monotonic()
-                self.wire.send_now(self.framed(piece("items", items)))
-        except PeerGone:
+            data = make() if reader.deliver is not _nobody and not self.wire.unsent else b""
+        except Exception as error:
+            data = b""
+            if not isinstance(error, PeerGone):    # the provider that brought it can't help it
+                log("internal_error", error=printable(repr(error)), traceback=True)
             self.broker.hangup(reader)
-        except Exception as error:         # the provider that brought them can't help it
-            log("internal_error", error=printable(repr(error)), traceback=True)
+        if data:
+            return functools.partial(self._send_made, reader, data)
+        self.turn.release()
+        return None
+
+    def _send_made(self, reader, data):
+        """Send what the kernel takes of it now; the rest is the reader's own thread's."""
+        try:
+            self.wire.send_now(data)
+            if reader.deliver is _nobody and not self.wire.unsent:    # it was a whole answer
+                self.broker.leave(reader, True)
+                self._waits_no_more()
+        except PeerGone:
             self.broker.hangup(reader)
         finally:
             self.turn.release()
         if self.wire.unsent:
             self.broker.leave_to_own(reader)
+
+    def _make_piece(self, reader, begin, piece):
+        """The next piece of a streamed answer."""
+        if size_of(reader.job.items[reader.at:]) > MAX_SMALL_BODY_BYTES:
+            self.broker.leave_to_own(reader)
+            return b""
+        items, _ = self.broker.read(reader, most=MAX_ITEMS_A_RECORD)
+        if not items:
+            return b""
+        if not self.started:
+            begin()
+        self.quiet = time.monotonic()
+        return self.framed(piece("items", items))
 
     def wait_whole(self, reader, timeout):
         """Wait for the end of a job; its items, or None if it has not ended by then."""
@@ -2950,8 +2977,8 @@ class Connection(socketserver.BaseRequestHandler):
         """
         if not self.wire.by_kernel or not self.keep_alive:
             return False                   # this thread has to close it at once
-        self.broker.deliver_by(reader, functools.partial(
-            self._deliver_whole, reader, respond), whole=True)
+        self.broker.deliver_by(reader, functools.partial(self._deliver, reader, (
+            functools.partial(self._make_whole, reader, respond))), whole=True)
         try:
             if not reader.behind and not self.wire.has_more():
                 self.wire.ahead(SOON_SECONDS)
@@ -2961,31 +2988,22 @@ class Connection(socketserver.BaseRequestHandler):
         self.wire.flush()
         return self.started
 
-    def _deliver_whole(self, reader, respond):
-        """Send a whole answer in the thread that brought its end, unless it is large: that
-        counts as memory, for which its own thread has to ask."""
-        if reader.deliver is _nobody:      # without waiting: the turn may be a next answer's
-            return
+    def _make_whole(self, reader, respond):
+        """The whole response, when a job has ended."""
         job = reader.job
-        with self.turn:
-            if reader.deliver is _nobody \
-                    or job.size - len(job.payload) > MAX_SMALL_BODY_BYTES:
-                return
-            reader.deliver = _nobody       # one answer: who brought its end again comes late
-            self.delivering = True
-            items = job.items              # before the error, see Broker._drop_locked
-            try:
-                if job.error is not None:
-                    self._fail(job.error)
-                else:
-                    self._telling(respond, items)
-                if not self.wire.unsent:   # else its own thread sees to that, and leaves
-                    self.broker.leave(reader, True)
-                    self._waits_no_more()
-            except PeerGone:
-                self.broker.hangup(reader)
-            finally:
-                self.delivering = False
+        if job.size - len(job.payload) > MAX_SMALL_BODY_BYTES:
+            return b""
+        reader.deliver = _nobody           # there is one response
+        items = job.items                  # before the error, see Broker._drop_locked
+        self.delivering = True
+        try:
+            if job.error is not None:
+                self._fail(job.error)
+            else:
+                self._telling(respond, items)
+            return self.made
+        finally:
+            self.delivering = False
 
     def _check_age(self, job):
         if self.broker.now() - job.created > self.limits.job_seconds:
@@ -3384,7 +3402,7 @@ class OpenAIFace:
         def respond(items):
             self.reply(200, answer.whole(items), more=self._times(reader.job))
 
-        # Many vectors are large, and may come at once: see _deliver_whole.
+        # Many vectors are large, and may come at once: see _make_whole.
         if api != "embeddings" and self.soon(reader, respond):
             return
         items = self.wait_whole(reader, LATE_HEAD_SECONDS)
