@@ -156,6 +156,7 @@ MAX_SMALL_BODY_BYTES = 1 << 18   # of what is neither a prompt nor a reply
 MAX_ID_CHARACTERS = 64       # of a job's id, as a provider may name it
 MAX_HANDOVER_BYTES = 1 << 22     # of prompts in one response, if there is more than one
 MAX_ITEMS_A_RECORD = 4096    # of a streamed answer
+MAX_MADE_AT_ONCE = 32        # pieces of answers, or whole ones, before they are sent
 SHARE = 10                   # one address has no more of the polls and the waiting than
                              # the tenth part
 JOB_BYTES = 4096             # what a job takes beside its texts
@@ -967,11 +968,12 @@ class Broker:
             self._fill_locked(session)
             answer = (refused,) + self._hand_over_locked(session)
             readers, self._to_deliver = self._to_deliver, []
-        # All is made before any of it is sent: a client of many answers is woken once, and
-        # not for each: a twelfth of the processor time of a prompt.
-        for send in [reader.deliver() for reader in readers]:
-            if send is not None:
-                send()
+        # Some are made before the first is sent, so that a peer of many is woken once, and not
+        # for each: a twelfth of the processor time of a prompt.
+        for start in range(0, len(readers), MAX_MADE_AT_ONCE):
+            for send in [r.deliver() for r in readers[start:start + MAX_MADE_AT_ONCE]]:
+                if send is not None:
+                    send()
         return answer
 
     def now(self):
@@ -3418,11 +3420,11 @@ class OpenAIFace:
                 self._check_age(reader.job)
             body = answer.whole(items)
         except RelayError as error:
-            body = error.openai()
-        self.send_piece(dumps(body), last=True)
+            body = dumps(error.openai())
+        self.send_piece(body, last=True)
 
     def _stream_openai(self, api, model, options, reader):
-        answer, job = _Answer(api, model, reader.job), reader.job
+        answer, job = _Answer(api, model, reader.job, stream=True), reader.job
         news = options.get("include_queue") or \
             self.head.fields.get("x-neuroengine-queue") == "1"
 
@@ -3432,7 +3434,7 @@ class OpenAIFace:
             if value is None:
                 return b": waiting\n\n"
             if news:
-                return answer.chunk({}, queue=value)
+                return answer.chunk({}, more=b',"queue":' + dumps(value))
             return b": queue %d/%d\n\n" % (value["position"], value["waiting"])
 
         begin = functools.partial(self._begin_sse, job)
@@ -3463,14 +3465,16 @@ def _openai_model(model):
 
 
 class _Answer:
-    """Puts the items of one job into OpenAI's words."""
+    """Puts the items of one job into OpenAI's words. As JSON, whose usual parts are written by
+    hand: the encoder would take as long as all else about a short answer."""
 
-    def __init__(self, api, model, job):
-        self.job, self.api = job, api
+    def __init__(self, api, model, job, stream=False):
+        self.job, self.model = job, model
         self.chat = api == "chat"
-        self.base = {"id": ("chatcmpl-" if self.chat else "cmpl-") + job.id[:24],
-                     "object": ("chat.completion" if self.chat else "text_completion"),
-                     "created": int(time.time()), "model": model}
+        kind = b"chat.completion" if self.chat else b"text_completion"
+        self.base = b'{"id":"%s-%s","object":"%s","created":%d,"model":%s,"choices":[' % (
+            b"chatcmpl" if self.chat else b"cmpl", job.id[:24].encode("ascii"),
+            kind + b".chunk" if self.chat and stream else kind, time.time(), dumps(model))
         self.finish_reason = self.usage = self.around = None
         self.begun = False
         self.tokens = 0
@@ -3482,50 +3486,48 @@ class _Answer:
     def _usage(self):
         """The upstream's own count; else items, and four bytes of prompt to a token."""
         if isinstance(self.usage, dict):
-            return self.usage
+            return dumps(self.usage)
         prompt = len(self.job.payload) // 4
-        return {"prompt_tokens": prompt, "completion_tokens": self.tokens,
-                "total_tokens": prompt + self.tokens}
+        return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (
+            prompt, self.tokens, prompt + self.tokens)
 
     def whole(self, items):
         """The answer as one object."""
-        text, reasoning, calls = [], [], []
+        texts, reasoning, calls = [], [], []
         for item in items:
             if type(item) is str:
-                text.append(item)
-                self.tokens += 1
+                texts.append(item)
                 continue
             if item.get("result"):
-                return dict(item["result"], model=self.base["model"])
+                return dumps(dict(item["result"], model=self.model))
             self._note(item)
             reasoning.append(item.get("reasoning") or "")
             for delta in item.get("tool_calls") or ():
                 _merge_call(calls, delta)
-        choice = {"index": 0, "logprobs": None,
-                  "finish_reason": self.finish_reason or ("tool_calls" if calls
-                                                          else "stop")}
+        self.tokens = len(texts)
+        said = dumps("".join(texts))
         if self.chat:
-            choice["message"] = {"role": "assistant",
-                                 "content": "".join(text) or (None if calls else "")}
+            more = b""
             if any(reasoning):
-                choice["message"]["reasoning_content"] = "".join(reasoning)
+                more += b',"reasoning_content":' + dumps("".join(reasoning))
             if calls:
-                choice["message"]["tool_calls"] = calls
+                more += b',"tool_calls":' + dumps(calls)
+                said = b"null" if said == b'""' else said
+            said = b'"message":{"role":"assistant","content":%s%s}' % (said, more)
         else:
-            choice["text"] = "".join(text)
-        return dict(self.base, choices=[choice], usage=self._usage())
+            said = b'"text":' + said
+        reason = self.finish_reason or ("tool_calls" if calls else "stop")
+        return b'%s{"index":0,%s,"logprobs":null,"finish_reason":%s}],"usage":%s}' % (
+            self.base, said, dumps(reason), self._usage())
 
-    def chunk(self, delta, finish_reason=None, **more):
+    def chunk(self, delta, finish_reason=None, more=b""):
         """One event of a streamed answer, as bytes."""
         if self.chat:
             choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         else:
             choice = {"index": 0, "text": delta.get("content", ""), "logprobs": None,
                       "finish_reason": finish_reason}
-        value = dict(self.base, choices=[choice], **more)
-        if self.chat:
-            value["object"] = "chat.completion.chunk"
-        return b"data: " + dumps(value) + b"\n\n"
+        return b"data: %s%s]%s}\n\n" % (self.base, dumps(choice), more)
 
     def pieces(self, items):
         """The events for some items; texts that came together go as one."""
@@ -3561,10 +3563,7 @@ class _Answer:
         parts = [] if self.begun or not self.chat else [self.pieces(())]
         parts.append(self.chunk({}, self.finish_reason or "stop"))
         if include_usage:
-            value = dict(self.base, choices=[], usage=self._usage())
-            if self.chat:
-                value["object"] = "chat.completion.chunk"
-            parts.append(b"data: " + dumps(value) + b"\n\n")
+            parts.append(b'data: %s],"usage":%s}\n\n' % (self.base, self._usage()))
         return b"".join(parts)
 
 
