@@ -488,7 +488,7 @@ class Job:
         self.id = next(JOB_IDS)
         self.service, self.caller, self.payload = service, caller, payload
         self.holder = holder or caller             # whose memory it takes
-        self.items, self.size = [], JOB_BYTES + len(payload)
+        self.items, self.size = [], 0
         self.readers = []
         self.created = self.heard_at = now         # heard_at: its provider named it, or it
                                                    # was handed over
@@ -772,7 +772,6 @@ class Broker:
                 self._named[service, name] = job
             elif twin is not None:
                 self._twins[twin] = job
-            self._hold_locked(job, job.size)
             self.counts["jobs"] += 1
             service.numreq += 1
             self._count_locked(service)
@@ -1091,7 +1090,7 @@ class Broker:
         self._changed[service.name] = service
 
     def _admit_locked(self, job, rated):
-        """Raise RelayError if this prompt cannot be accepted."""
+        """Make room for a prompt. Raises RelayError if it cannot be accepted."""
         service, caller, own, access = job.service, job.caller, job.own, job.access
         if self.draining:
             raise self._shutting_down()
@@ -1112,11 +1111,13 @@ class Broker:
                              "some be answered first." % (mine, service.name),
                              retry_after=self._retry_after_locked(service),
                              limit=self.limits.max_queue_per_caller)
-        if self._held_by.get(job.holder, 0) + job.size > self.limits.max_held_bytes // 4:
+        size = JOB_BYTES + len(job.payload)
+        if self._held_by.get(job.holder, 0) + size > self.limits.max_held_bytes // 4:
             raise RelayError("rate_limited", "Your prompts and their answers take a quarter "
                              "of the relay's memory: let some be answered first.",
                              retry_after=10)
-        if not self._make_room_locked(job.size, job.holder):
+        if self._held + size > self.limits.max_held_bytes \
+                and not self._make_room_locked(size, job.holder):
             raise self._memory_full()
         if rated and not own:
             self._rates.take(caller, self.limits.max_prompts_per_minute, 60, "prompts")
@@ -1125,6 +1126,7 @@ class Broker:
                 (service.name, caller),
                 service.anonymous_per_day or self.limits.max_anonymous_per_day,
                 DAY_SECONDS, "prompts without an access key", "quota_exceeded")
+        self._hold_locked(job, size)
 
     def _memory_full(self):
         return RelayError("relay_busy", "The relay's memory is full: try again later.",
@@ -1153,7 +1155,7 @@ class Broker:
         """Hold no more of a job than its error, which somebody has still to read."""
         job.error = job.error or self._memory_full()   # also if it had ended well; who reads
         self._hold_locked(job, JOB_BYTES - job.size)   # no items has no lock, but sees this
-        job.size, job.payload, job.items = JOB_BYTES, b"", []
+        job.payload, job.items = b"", []
 
     def _check_quota_locked(self, access):
         now = self._wall()
@@ -1178,6 +1180,7 @@ class Broker:
 
     def _hold_locked(self, job, size):
         """Count bytes that a job takes from now on, or, below zero, no more."""
+        job.size += size
         self._held += size
         self._held_by[job.holder] += size
 
@@ -1301,9 +1304,8 @@ class Broker:
     def _lease_locked(self, job, session):
         self._move_locked(job, "leased")
         if job.items and not job.seen:                # this one starts afresh
-            base = JOB_BYTES + len(job.payload)
-            self._hold_locked(job, base - job.size)
-            job.size, job.first_at = base, None
+            self._hold_locked(job, JOB_BYTES + len(job.payload) - job.size)
+            job.first_at = None
             job.items.clear()
         job.attempt += 1
         job.session = session
@@ -1408,16 +1410,15 @@ class Broker:
             items = items[have - at:]      # we have the others already
         if items:
             size = size_of(items)
-            error = None
             if job.size + size > self.limits.max_reply_bytes + len(job.payload):
-                error = RelayError("reply_too_large", "The reply is larger than %d bytes."
-                                   % self.limits.max_reply_bytes)
-            elif not self._make_room_locked(size, job.holder):
-                error = self._memory_full()
-            if error is not None:
-                self._cancel_locked(job, error)
+                self._cancel_locked(job, RelayError(
+                    "reply_too_large", "The reply is larger than %d bytes."
+                    % self.limits.max_reply_bytes))
                 return {"job": job_id, "error": "fenced"}
-            job.size += size
+            if self._held + size > self.limits.max_held_bytes \
+                    and not self._make_room_locked(size, job.holder):
+                self._cancel_locked(job, self._memory_full())
+                return {"job": job_id, "error": "fenced"}
             self._hold_locked(job, size)
             self.counts["tokens"] += len(items)
             if not have:
@@ -2562,7 +2563,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.delivering = False            # a response is made, to be sent by _send_made
         self.peer = self.address = canonical_address(self.client_address[0])
         self.proxied = self.server.is_proxy(self.client_address[0])
-        self.local = False
+        self.near = not self.proxied and is_loopback(self.address)
         self.polled = None                 # (session id, token) of its last poll
 
     def handle(self):
@@ -2595,7 +2596,8 @@ class Connection(socketserver.BaseRequestHandler):
     def _one_request(self):
         self._wait()
         self.head = head = self.wire.read_head()
-        self._learn_address(head)
+        # Whether this machine asks: nobody who comes through a proxy is, whatever it says.
+        self.local = self.near and FORWARDED.isdisjoint(head.fields)
         self.body_read = head.length == 0
         self.keep_alive = head.keep_alive and not self.server.stopping
         self.began = time.monotonic()
@@ -2603,6 +2605,7 @@ class Connection(socketserver.BaseRequestHandler):
         if not self.proxied:
             return self._dispatch(head)
         # A proxy's connection counts for nobody, so what it asks for does.
+        self.address = self.server.forwarded_for(head, self.peer)
         with self.taking(self.server.proxied):
             self._dispatch(head)
 
@@ -2635,14 +2638,6 @@ class Connection(socketserver.BaseRequestHandler):
         finally:
             idle.pop(self.request, None)
         self.patience = self.limits.idle_seconds
-
-    def _learn_address(self, head):
-        """Who asks, and whether it is this machine: nobody who comes through a proxy is,
-        whatever it looks like."""
-        if self.proxied:
-            self.address = self.server.forwarded_for(head, self.peer)
-        self.local = not self.proxied and is_loopback(self.address) \
-            and FORWARDED.isdisjoint(head.fields)
 
     def _fail(self, error):
         self.server.count("errors", error.name)
@@ -2726,7 +2721,8 @@ class Connection(socketserver.BaseRequestHandler):
 
     def is_operator(self, service):
         key = self.key()
-        return bool(key) and hmac.compare_digest(digest(key), service.key_digest)
+        self.hashed = digest(key) if key else ""
+        return bool(key) and hmac.compare_digest(self.hashed, service.key_digest)
 
     def authorized(self, name):
         """The service of that name, if this request came with its key."""
@@ -2746,8 +2742,10 @@ class Connection(socketserver.BaseRequestHandler):
     def still_authorized(self, service):
         """Check again after the body, which may take its time: the service may have been
         deleted meanwhile, and its name be somebody else's."""
-        if self.authorized(service.name) is not service:
-            raise RelayError("invalid_key", "This service was deleted meanwhile.")
+        if self.broker.find(service.name) is not service \
+                or not hmac.compare_digest(self.hashed, service.key_digest):
+            raise RelayError("invalid_key", "This service was deleted meanwhile, or has a new "
+                             "key.")
 
     def reply(self, status, body, kind=JSON, error=None, more=b"", **headers):
         """Send one whole response; body is bytes, or a value to be sent as JSON. more:
@@ -2874,8 +2872,8 @@ class Connection(socketserver.BaseRequestHandler):
         """
         job, place, self.quiet, ended = reader.job, None, time.monotonic(), False
         if self.wire.by_kernel:
-            self.broker.deliver_by(reader, functools.partial(self._deliver, reader, (
-                functools.partial(self._make_piece, reader, begin, piece))))
+            self.broker.deliver_by(reader, functools.partial(
+                self._deliver, self._make_piece, reader, begin, piece))
         try:
             while not ended:
                 self._wait_for_news(reader)
@@ -2911,11 +2909,11 @@ class Connection(socketserver.BaseRequestHandler):
         if reader.gone:
             raise PeerGone()
 
-    def _deliver(self, reader, make):
+    def _deliver(self, make, reader, *how):
         """Make what has come for a reader, in the thread that brought it, so that none has
         to be woken for it: half the processor time of a token. Never blocks.
 
-        make() returns the bytes, or b"" if there is nothing to send, or it is so large
+        make(reader, *how) returns the bytes, or b"" if there is nothing to send, or it is so large
         that it counts as memory, for which the reader's own thread has to ask. Returns the
         function that sends them; until that was called, nobody else makes or sends.
         """
@@ -2923,7 +2921,9 @@ class Connection(socketserver.BaseRequestHandler):
             self.broker.leave_to_own(reader)
             return None
         try:
-            data = make() if reader.deliver is not _nobody and not self.wire.unsent else b""
+            data = b""
+            if reader.deliver is not _nobody and not self.wire.unsent:
+                data = make(reader, *how)
         except Exception as error:
             data = b""
             if not isinstance(error, PeerGone):    # the provider that brought it can't help it
@@ -2979,8 +2979,8 @@ class Connection(socketserver.BaseRequestHandler):
         """
         if not self.wire.by_kernel or not self.keep_alive:
             return False                   # this thread has to close it at once
-        self.broker.deliver_by(reader, functools.partial(self._deliver, reader, (
-            functools.partial(self._make_whole, reader, respond))), whole=True)
+        self.broker.deliver_by(reader, functools.partial(
+            self._deliver, self._make_whole, reader, respond), whole=True)
         try:
             if not reader.behind and not self.wire.has_more():
                 self.wire.ahead(SOON_SECONDS)
@@ -3761,14 +3761,11 @@ def is_plain(items):
         return False
 
 
-def is_job(job):
-    """Whether this can be a job's id."""
-    return type(job) is str and len(job) <= MAX_ID_CHARACTERS
-
-
-def is_place(number):
-    """Whether this can be the number of an attempt or an item."""
-    return type(number) is int and 0 <= number < 2**31
+def is_place(job, attempt, at=0):
+    """Whether this can be a job's id, and the numbers of its attempt and of an item."""
+    return (type(job) is str and len(job) <= MAX_ID_CHARACTERS
+            and type(attempt) is type(at) is int
+            and 0 <= attempt < 2**31 and 0 <= at < 2**31)
 
 
 class ProviderFace:
@@ -3798,7 +3795,7 @@ class ProviderFace:
         session, running = self._session_of(request), request.get("running", [])
         try:
             running = [(job, attempt) for job, attempt in running]
-            if not all(is_job(job) and is_place(attempt) for job, attempt in running):
+            if not all(is_place(job, attempt) for job, attempt in running):
                 raise ValueError
         except (TypeError, ValueError):
             raise RelayError("invalid_request", "running must be a list of [job, "
@@ -3846,9 +3843,8 @@ class ProviderFace:
     def _check_entry(self, entry):
         """Check one entry of a reply. What the provider's own program got wrong becomes
         an error of that one job, so that its client learns of it."""
-        if not (isinstance(entry, dict) and is_job(entry.get("job"))
-                and is_place(entry.setdefault("attempt", 0))
-                and is_place(entry.setdefault("at", 0))):
+        if type(entry) is not dict or not is_place(
+                entry.get("job"), entry.setdefault("attempt", 0), entry.setdefault("at", 0)):
             raise RelayError("invalid_request", "Each entry of replies must have job, "
                              "attempt, at and items.", param="replies")
         items = entry.setdefault("items", [])

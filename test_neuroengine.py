@@ -827,8 +827,8 @@ def test_nothing_overtakes_what_could_not_be_sent(desk):
     connection.wire = wire_that_sends(sent, 1)
     desk.reply(session, job, ["a", "b"])
     desk.broker.deliver_by(reader, lambda: connection._deliver(
-        reader, lambda: connection._make_piece(
-            reader, None, lambda kind, items: "".join(items).encode())))
+        connection._make_piece, reader, None,
+        lambda kind, items: "".join(items).encode()))
     reader.deliver()()
     desk.reply(session, job, ["c"], at=2)
     assert sent == [b"ab"] and connection.wire.unsent == b"b" and reader.at == 2
@@ -849,8 +849,8 @@ def test_who_brings_the_first_items_writes_them_behind_the_head(desk):
         connection.started, connection._pending = True, b"head "
 
     desk.broker.deliver_by(reader, lambda: connection._deliver(
-        reader, lambda: connection._make_piece(
-            reader, begin, lambda kind, items: "".join(items).encode())))
+        connection._make_piece, reader, begin,
+        lambda kind, items: "".join(items).encode()))
     desk.reply(session, job, ["a"])
     desk.reply(session, job, ["b"], at=1)
     assert sent == [b"head a", b"b"] and not reader.behind    # and no thread was woken
@@ -866,8 +866,8 @@ def whole(desk):
     connection.waits = False
     connection.wire = wire_that_sends(sent, 100)
     desk.broker.deliver_by(reader, lambda: connection._deliver(
-        reader, lambda: connection._make_whole(
-            reader, lambda items: connection.send("".join(items).encode()))), whole=True)
+        connection._make_whole, reader,
+        lambda items: connection.send("".join(items).encode())), whole=True)
     return reader, sent, functools.partial(desk.reply, session, job)
 
 
