@@ -505,7 +505,8 @@ class Reader:
         self.news = news              # what its thread waits for: items, the end, or to go
         self.wanted = math.inf        # how many items there must be to wake it
         self.attached, self.gone = True, False
-        self.deliver = None           # called by whoever brought items, for him to write
+        self.deliver = None           # called by whoever brought items, for him to write;
+                                      # None: its own thread does, which waits for news
         self.behind = False           # he could not: there is work for its own thread
 
 
@@ -632,7 +633,7 @@ class Broker:
         self._kept = OrderedDict()    # id -> Job, ended ones that stay readable
         self._held = 0                # bytes of all jobs
         self._held_by = defaultdict(int)      # holder -> bytes of its jobs
-        self._to_deliver = []         # readers for whom items have just come
+        self._to_deliver = []         # of readers for whom items have just come
         self._timers = []             # heap of (deadline, number, method, argument)
         self._numbers = itertools.count()
         self._timer_set = threading.Condition(self._lock)   # upkeep must look again
@@ -966,11 +967,11 @@ class Broker:
                     refused.append(refusal)
             self._fill_locked(session)
             answer = (refused,) + self._hand_over_locked(session)
-            readers, self._to_deliver = self._to_deliver, []
+            delivers, self._to_deliver = self._to_deliver, []
         # Some are made before the first is sent, so that a peer of many is woken once, and not
         # for each: a twelfth of the processor time of a prompt.
-        for start in range(0, len(readers), MAX_MADE_AT_ONCE):
-            for send in [r.deliver() for r in readers[start:start + MAX_MADE_AT_ONCE]]:
+        for start in range(0, len(delivers), MAX_MADE_AT_ONCE):
+            for send in [deliver() for deliver in delivers[start:start + MAX_MADE_AT_ONCE]]:
                 if send is not None:
                     send()
         return answer
@@ -1427,7 +1428,7 @@ class Broker:
         for reader in job.readers:
             if ending or len(job.items) >= reader.wanted:
                 if reader.deliver is not None:
-                    self._to_deliver.append(reader)
+                    self._to_deliver.append(reader.deliver)
                 elif not ending:           # else _end_locked does it
                     reader.wanted = math.inf
                     reader.news.notify()
@@ -1454,7 +1455,8 @@ class Broker:
         if state == "done":
             self._measure_locked(job)
         for reader in job.readers:
-            reader.news.notify()
+            if reader.deliver is None or not reader.wanted:    # else it waits elsewhere
+                reader.news.notify()
         if state != "done" and type(job.name) is tuple:
             # What failed, or was cancelled since its client stayed away for too long, is
             # not the answer to an Idempotency-Key: asking again may try again. A stream
@@ -2405,6 +2407,7 @@ _OPENAI_TARGET = re.compile(
     rb"[A-Z]+ \S*/(?:v1/|chat/completions|completions|embeddings|models\b)")
 STATUS_LINES = {status.value: ("HTTP/1.1 %d %s\r\n" % (status, status.phrase)).encode()
                 for status in http.HTTPStatus}
+FLAGS = {"stream", "wait"}                 # fields that are true or false
 NATIVE_ONLY = ("key", "at", "gettokens", "stream", "wait", "command")
 PROVIDERS_OWN = ("api", "reply_so_far", "n", "best_of")   # not for clients to say
 NOT_PASSED_ON = frozenset(NATIVE_ONLY + PROVIDERS_OWN)
@@ -2522,10 +2525,6 @@ def check_messages(messages):
 def text_of(items):
     """The text of a stream's items, or of some of them."""
     return "".join(item for item in items if type(item) is str)
-
-
-def _nobody():
-    """Delivers no more."""
 
 
 @functools.lru_cache(maxsize=100)
@@ -2898,7 +2897,7 @@ class Connection(socketserver.BaseRequestHandler):
                     self._check_age(job)
         finally:
             with self.turn:                # nobody is just writing, or will
-                reader.deliver = reader.deliver and _nobody
+                reader.deliver = None
 
     def _wait_for_news(self, reader):
         """Wait until there may be something to send. Raises PeerGone."""
@@ -2922,7 +2921,7 @@ class Connection(socketserver.BaseRequestHandler):
             return None
         try:
             data = b""
-            if reader.deliver is not _nobody and not self.wire.unsent:
+            if reader.deliver is not None and not self.wire.unsent:
                 data = make(reader, *how)
         except Exception as error:
             data = b""
@@ -2938,7 +2937,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Send what the kernel takes of it now; the rest is the reader's own thread's."""
         try:
             self.wire.send_now(data)
-            if reader.deliver is _nobody and not self.wire.unsent:    # it was a whole answer
+            if reader.deliver is None and not self.wire.unsent:    # it was a whole answer
                 self.broker.leave(reader, True)
                 self._waits_no_more()
         except PeerGone:
@@ -2986,7 +2985,7 @@ class Connection(socketserver.BaseRequestHandler):
                 self.wire.ahead(SOON_SECONDS)
         finally:
             with self.turn:                # nobody is just writing, or will
-                reader.deliver = _nobody
+                reader.deliver = None
         self.wire.flush()
         return self.started
 
@@ -2995,7 +2994,7 @@ class Connection(socketserver.BaseRequestHandler):
         job = reader.job
         if job.size - len(job.payload) > MAX_SMALL_BODY_BYTES:
             return b""
-        reader.deliver = _nobody           # there is one response
+        reader.deliver = None              # there is one response
         items = job.items                  # before the error, see Broker._drop_locked
         self.delivering = True
         try:
@@ -3169,8 +3168,8 @@ class NativeFace:
             if str(request["raw"]).lower() not in ("true", "false", "", "0", "1", "none"):
                 raise RelayError("invalid_request", "raw must be true or false.",
                                  param="raw")
-        for field in ("stream", "wait"):
-            if not isinstance(request.get(field, False), bool):
+        for field in FLAGS & request.keys():
+            if type(request[field]) is not bool:
                 raise RelayError("invalid_request", "%s must be true or false." % field,
                                  param=field)
         return key, request.get("at"), request.get("gettokens", 20)
@@ -3339,36 +3338,35 @@ class OpenAIFace:
         service = self._model(model)
         own, access = self.access(service)
         self._check_openai(api, service, request)
-        options = request.get("stream_options") or {}
-        stream = request.get("stream") or False
-        repeat = self.head.fields.get("idempotency-key")
-        wait, caller = request.get("wait") or False, self.caller(access)
         if access is not None and api != "embeddings":
             access.cap(request, "max_tokens")
-        for field in DROPPED_FIELDS & request.keys():
-            del request[field]
+        dropped = {field: request.pop(field) for field in DROPPED_FIELDS & request.keys()}
         request["api"] = api
         payload = dumps(request)
         request.clear()                    # it may be large, and the wait long
+        repeat, caller = self.head.fields.get("idempotency-key"), self.caller(access)
         submit = functools.partial(
             self.broker.submit, service, payload, caller=caller, own=own, access=access,
-            rated=not self.local, holder=self.address, wait=wait, news=self.news,
-            grace=None if repeat else 0.0, at=0, fingerprint=self.same,
+            rated=not self.local, holder=self.address, wait=dropped.get("wait"),
+            news=self.news, grace=None if repeat else 0.0, at=0, fingerprint=self.same,
             name=("repeat", caller, repeat[:512]) if repeat else None)
-        self.answer(submit, functools.partial(
-            self._stream_openai if stream and api != "embeddings" else self._whole_openai,
-            api, service.name, options))
+        if dropped.get("stream") and api != "embeddings":
+            respond = functools.partial(self._stream_openai, api, service.name,
+                                        dropped.get("stream_options") or {})
+        else:
+            respond = functools.partial(self._whole_openai, api, service.name)
+        self.answer(submit, respond)
 
     def _check_openai(self, api, service, request):
         for field in ("max_tokens", "max_completion_tokens"):
             if request.get(field) == -1:       # "no limit", to llama.cpp and LM Studio
                 del request[field]
         check_fields(request, OPENAI_SAMPLING)
-        for field in ("stream", "wait"):
-            if not isinstance(request.get(field) or False, bool):
+        for field in FLAGS & request.keys():
+            if type(request[field] or False) is not bool:
                 raise RelayError("invalid_request", "%s must be true or false." % field,
                                  param=field)
-        if not isinstance(request.get("stream_options") or {}, dict):
+        if type(request.get("stream_options") or {}) is not dict:
             raise RelayError("invalid_request", "stream_options must be an object.",
                              param="stream_options")
         if request.get("n") not in (None, 1):
@@ -3398,7 +3396,7 @@ class OpenAIFace:
         return b"X-Neuroengine-Queue-Ms: %d\r\nX-Neuroengine-Overhead-Ms: %.1f\r\n" % (
             max(0, 1000 * queued), max(0, 1000 * (spent - provider - queued)))
 
-    def _whole_openai(self, api, model, _, reader):
+    def _whole_openai(self, api, model, reader):
         answer = _Answer(api, model, reader.job)
 
         def respond(items):
@@ -3474,7 +3472,8 @@ class _Answer:
         kind = b"chat.completion" if self.chat else b"text_completion"
         self.base = b'{"id":"%s-%s","object":"%s","created":%d,"model":%s,"choices":[' % (
             b"chatcmpl" if self.chat else b"cmpl", job.id[:24].encode("ascii"),
-            kind + b".chunk" if self.chat and stream else kind, time.time(), dumps(model))
+            kind + b".chunk" if self.chat and stream else kind, time.time(),
+            dumps(model))
         self.finish_reason = self.usage = self.around = None
         self.begun = False
         self.tokens = 0
@@ -3516,9 +3515,10 @@ class _Answer:
             said = b'"message":{"role":"assistant","content":%s%s}' % (said, more)
         else:
             said = b'"text":' + said
-        reason = self.finish_reason or ("tool_calls" if calls else "stop")
+        reason = dumps(self.finish_reason) if self.finish_reason else (
+            b'"tool_calls"' if calls else b'"stop"')
         return b'%s{"index":0,%s,"logprobs":null,"finish_reason":%s}],"usage":%s}' % (
-            self.base, said, dumps(reason), self._usage())
+            self.base, said, reason, self._usage())
 
     def chunk(self, delta, finish_reason=None, more=b""):
         """One event of a streamed answer, as bytes."""

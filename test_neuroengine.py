@@ -896,7 +896,7 @@ def test_who_begins_to_deliver_hears_that_the_end_came_before(desk):
 
 def test_nothing_is_taken_from_a_reader_whose_own_thread_is_at_it(whole, desk):
     reader, sent, reply = whole
-    deliver, reader.deliver = reader.deliver, neuroengine_server._nobody
+    deliver, reader.deliver = reader.deliver, None
     reply(["a"], done=True)
     deliver()                              # it was just about to
     assert sent == [] and desk.broker.read(reader, None) == (["a"], True)
