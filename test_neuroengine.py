@@ -2624,9 +2624,17 @@ def test_a_head_that_comes_again_is_known_and_no_other_is_taken_for_it():
         assert read(b"GET /a HTTP/1.1\r\n") is first
         assert read(b"GET /b HTTP/1.1\r\n").path == ("b",)
         assert read(b"GET /a HTTP/1.1\r\n").path == ("a",)
-        for _ in range(2):
-            with pytest.raises(RelayError):
-                read(b"GET /a HTTP/1.1\r\nBad\r\n")
+        post = b"POST /a HTTP/1.1\r\nContent-Length: %s\r\n"
+        first = read(post % b"5")
+        assert read(post % b"0017") is first and first.length == 17
+        assert first.fields["content-length"] == "0017"
+        for head in (post % b"5" + b"Content-Length: 5\r\n", post % b"+5", post % b"5, 5",
+                     post % b"5" + b"Transfer-Encoding: chunked\r\n", post % (b"5" * 16),
+                     b"GET /a HTTP/1.1\r\nBad\r\n"):
+            read(post % b"5")
+            for _ in range(2):
+                with pytest.raises(RelayError):
+                    read(head)
 
 
 def test_a_header_of_ours_cannot_be_ill_formed(relay):
