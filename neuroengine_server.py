@@ -316,10 +316,7 @@ class Queue:
         self._returned = deque()      # those a provider did not finish go first
         self._own = deque()           # then the operator's own
         self._turns = OrderedDict()   # then caller -> deque of jobs, taking turns
-        self._count = 0
-
-    def __len__(self):
-        return self._count
+        self.size = 0                 # of all together
 
     def __iter__(self):
         for queue in (self._returned, self._own, *self._turns.values()):
@@ -331,7 +328,7 @@ class Queue:
 
     def add(self, job):
         """Put a job where it belongs."""
-        self._count += 1
+        self.size += 1
         if job.returned:
             self._returned.appendleft(job)
         elif job.own:
@@ -341,7 +338,7 @@ class Queue:
 
     def remove(self, job):
         """Take out this very job."""
-        self._count -= 1
+        self.size -= 1
         if job.returned:
             self._returned.remove(job)
         elif job.own:
@@ -361,9 +358,10 @@ class Queue:
             if self._own:
                 job = self._own[0]
             elif self._turns:
-                caller = next(iter(self._turns))
-                job = self._turns[caller][0]
-                self._turns.move_to_end(caller)       # the next caller's turn
+                caller, queue = next(iter(self._turns.items()))
+                job = queue[0]
+                if len(queue) > 1:
+                    self._turns.move_to_end(caller)   # the next caller's turn
             else:
                 return None
         self.remove(job)
@@ -717,7 +715,7 @@ class Broker:
                 held_bytes=self._held, held_jobs=len(self._jobs), timers=len(self._timers),
                 services=len(self._services),
                 sessions=sum(len(s.sessions) for s in services),
-                queued=sum(len(s.queue) for s in services),
+                queued=sum(s.queue.size for s in services),
                 running=sum(len(s.jobs) for s in self._sessions.values())
             ), self.histograms
 
@@ -865,7 +863,7 @@ class Broker:
                 return None
             service = job.service
             position = service.queue.position(job)
-            return {"position": position, "waiting": len(service.queue),
+            return {"position": position, "waiting": service.queue.size,
                     "eta_s": self._eta_locked(service, position)}
 
     def advance(self, reader):
@@ -1065,11 +1063,11 @@ class Broker:
         return session
 
     def _model_locked(self, service):
-        eta = self._eta_locked(service, len(service.queue) + 1)
+        eta = self._eta_locked(service, service.queue.size + 1)
         model = {"name": service.name, "numreq": service.numreq,
                  "private": service.private, "paused": service.paused,
                  "connected": bool(service.sessions), "comment": service.comment,
-                 "operator": service.operator, "queuelen": len(service.queue),
+                 "operator": service.operator, "queuelen": service.queue.size,
                  "workers": sum(s.workers for s in service.sessions.values()),
                  "running": sum(len(s.jobs) for s in service.sessions.values()),
                  "created": int(service.created)}
@@ -1103,9 +1101,9 @@ class Broker:
         if not (service.sessions or job.wait or self._clock() < service.expected_until):
             raise self._offline(service)
         mine = service.queue.count(caller, own)
-        if len(service.queue) >= self.limits.max_queue:
+        if service.queue.size >= self.limits.max_queue:
             raise RelayError("queue_full", "%d prompts wait for %s already: try again "
-                             "later." % (len(service.queue), service.name),
+                             "later." % (service.queue.size, service.name),
                              retry_after=self._retry_after_locked(service))
         if mine >= self.limits.max_queue_per_caller:
             raise RelayError("rate_limited", "You have %d prompts waiting for %s: let "
@@ -1186,7 +1184,7 @@ class Broker:
         self._held_by[job.holder] += size
 
     def _retry_after_locked(self, service):
-        eta = self._eta_locked(service, len(service.queue))
+        eta = self._eta_locked(service, service.queue.size)
         return 10 if eta is None else min(max(math.ceil(eta), 1), 120)
 
     def _offline(self, service):
@@ -1258,7 +1256,7 @@ class Broker:
 
     def _dispatch_locked(self, service):
         """Give waiting jobs to sessions with a parked poll, which take turns."""
-        while service.queue:
+        while service.queue.size:
             for session in service.idle:
                 job = service.queue.take(session)
                 if job is not None:
@@ -1525,7 +1523,7 @@ class Broker:
             return
         service.last_seen = self._wall()
         self._count_locked(service)
-        if service.queue and not any(s.continues for s in service.sessions.values()):
+        if service.queue.size and not any(s.continues for s in service.sessions.values()):
             self._later_locked(self.limits.offline_seconds, self._deserted_locked, service)
         self._dispatch_locked(service)     # what this one should have had, others may
 
@@ -2200,6 +2198,8 @@ class Wire:
                 raise RelayError("bad_http", "This relay knows no such Expect.")
             if head.version:
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length is not None and length <= len(self._buffer):
+            return self._take(length)
         deadline = time.monotonic() + self._limits.body_seconds
         self._counting = self._count is not None
         try:
@@ -2211,7 +2211,7 @@ class Wire:
         finally:
             self._counting = False
 
-    def _take(self, length, deadline):
+    def _take(self, length, deadline=0.0):
         if len(self._buffer) < length:
             parts, have = [self._buffer], len(self._buffer)
             while have < length:
@@ -2612,7 +2612,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.local = self.near and FORWARDED.isdisjoint(head.fields)
         self.body_read = head.length == 0
         self.keep_alive = head.keep_alive and not self.server.stopping
-        self.began = time.monotonic()
+        self.began = self.broker.now()
         self.server.active.add(self)
         if not self.proxied:
             return self._dispatch(head)
@@ -3288,6 +3288,7 @@ CORS_HEADERS = (
     b"x-ratelimit-reset-requests, "
     b"x-neuroengine-queue-ms, x-neuroengine-overhead-ms\r\n")
 DROPPED_FIELDS = {"model", "stream", "stream_options", "wait", "reply_so_far"}
+OPENAI_LENGTHS = {"max_tokens", "max_completion_tokens"}
 _HEADER_LIST = re.compile(r"[A-Za-z0-9,_ -]{0,2000}\Z")
 
 
@@ -3373,8 +3374,8 @@ class OpenAIFace:
         self.answer(submit, respond)
 
     def _check_openai(self, api, service, request):
-        for field in ("max_tokens", "max_completion_tokens"):
-            if request.get(field) == -1:       # "no limit", to llama.cpp and LM Studio
+        for field in OPENAI_LENGTHS & request.keys():
+            if request[field] == -1:           # "no limit", to llama.cpp and LM Studio
                 del request[field]
         check_fields(request, OPENAI_SAMPLING)
         for field in FLAGS & request.keys():
@@ -3404,12 +3405,11 @@ class OpenAIFace:
     def _times(self, job):
         """The headers that tell how long the prompt queued, and what the relay added."""
         now = self.broker.now()
-        leased = job.leased_at if job.leased_at is not None else now
-        spent = time.monotonic() - self.began
-        provider = (job.ended_at or now) - leased
+        leased = now if job.leased_at is None else job.leased_at
         queued = leased - job.created
+        added = now - self.began - queued - ((job.ended_at or now) - leased)
         return b"X-Neuroengine-Queue-Ms: %d\r\nX-Neuroengine-Overhead-Ms: %.1f\r\n" % (
-            max(0, 1000 * queued), max(0, 1000 * (spent - provider - queued)))
+            max(0, 1000 * queued), max(0, 1000 * added))
 
     def _whole_openai(self, api, model, reader):
         answer = _Answer(api, model, reader.job)
@@ -3481,17 +3481,17 @@ class _Answer:
     """Puts the items of one job into OpenAI's words. As JSON, whose usual parts are written by
     hand: the encoder would take as long as all else about a short answer."""
 
+    finish_reason = usage = around = None
+    begun, tokens = False, 0
+
     def __init__(self, api, model, job, stream=False):
-        self.job, self.model = job, model
-        self.chat = api == "chat"
-        kind = b"chat.completion" if self.chat else b"text_completion"
-        self.base = b'{"id":"%s-%s","object":"%s","created":%d,"model":%s,"choices":[' % (
-            b"chatcmpl" if self.chat else b"cmpl", job.id[:24].encode("ascii"),
-            kind + b".chunk" if self.chat and stream else kind, time.time(),
-            dumps(model))
-        self.finish_reason = self.usage = self.around = None
-        self.begun = False
-        self.tokens = 0
+        self.job, self.model, self.chat = job, model, api == "chat"
+        if not self.chat:
+            kind, prefix = b"text_completion", b"cmpl"
+        else:
+            kind, prefix = b"chat.completion" + b".chunk" * stream, b"chatcmpl"
+        self.base = b'{"id":"%s-%s","object":"%s","created":%d,"model":"%s","choices":[' % (
+            prefix, job.id[:24].encode("ascii"), kind, time.time(), model.encode("ascii"))
 
     def _note(self, item):
         self.finish_reason = item.get("finish_reason") or self.finish_reason

@@ -657,7 +657,7 @@ def test_a_queued_job_nobody_waits_for_is_cancelled_too(desk):
     reader = desk.submit()
     desk.broker.leave(reader)
     desk.later(31)
-    assert reader.job.state == "cancelled" and len(desk.service.queue) == 0
+    assert reader.job.state == "cancelled" and desk.service.queue.size == 0
 
 
 def test_without_grace_a_job_is_cancelled_at_once(desk):
@@ -3133,7 +3133,7 @@ def test_no_limit_may_be_said_as_minus_one(relay, hand):
 def test_an_openai_client_may_wait_for_a_provider(relay, hand):
     hand.logout()
     answer = in_thread(chat, relay, hand.name, wait=True)
-    until(lambda: len(relay.broker.find(hand.name).queue))
+    until(lambda: relay.broker.find(hand.name).queue.size)
     hand.connection.close()
     hand.session = hand.call("login")["session"]
     job = hand.next_job()
@@ -3220,7 +3220,7 @@ def test_the_place_in_the_queue_is_a_comment_or_a_field_if_asked(relay, hand):
                 response.begin()
                 assert expected in response.readline()
                 response.close()
-            until(lambda: not relay.broker.find(hand.name).queue)
+            until(lambda: not relay.broker.find(hand.name).queue.size)
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/nosuch/x"])
@@ -3545,13 +3545,13 @@ def test_at_closing_time_running_jobs_are_finished_and_no_more_are_taken(
         until(lambda: [job for job, _ in polls[-1] if job == "closing"])
         until(lambda: [s for s in service.sessions.values() if s.free() < 1])
         second = in_thread(api.request, "second")
-        until(lambda: len(service.queue))
+        until(lambda: service.queue.size)
         time.sleep(0.1)                    # in which it might, wrongly, be handed out
-        assert got == ["first"] and len(service.queue) == 1
+        assert got == ["first"] and service.queue.size == 1
         go.set()
         assert first() == "ab"
         until(lambda: not service.sessions)
-        assert got == ["first"] and len(service.queue) == 1
+        assert got == ["first"] and service.queue.size == 1
         clock[0] = 60 * 9
         assert second() == "ab" and got == ["first", "second"]
         clock[0] = 60 * 22                 # and when it has nothing in hand: at once
@@ -4339,7 +4339,7 @@ def test_a_service_is_paused_resumed_and_drained_from_the_command_line(
     start(*keys, "--resume", **own).says("goes on now")
     until(lambda: not service.paused)
     first, second = in_thread(api.request, "x"), in_thread(api.request, "y")
-    until(lambda: len(service.queue) == 1)
+    until(lambda: service.queue.size == 1)
     for number in range(2):
         drain = start(*keys, "--drain", **own)
         drain.says("1 waiting, 1 running")
