@@ -551,7 +551,7 @@ class Shares:
         with self._lock:
             mine = self._by.get(address, 0) + count
             share = mine <= self.each or address is None or is_loopback(address)
-            if always or share and self.taken + count <= self.most:
+            if share and self.taken + count <= self.most or always:
                 self.taken += count
                 self._by[address] = mine
                 return
@@ -564,9 +564,9 @@ class Shares:
         """Give them back."""
         with self._lock:
             self.taken -= count
-            left = self._by.pop(address) - count
-            if left:
-                self._by[address] = left
+            self._by[address] -= count
+            if not self._by[address]:
+                del self._by[address]
 
 
 def in_words(seconds):
@@ -2577,6 +2577,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.proxied = self.server.is_proxy(self.client_address[0])
         self.near = not self.proxied and is_loopback(self.address)
         self.polled = None                 # (session id, token) of its last poll
+        self.waits = False                 # it has one of the places for prompts
 
     def handle(self):
         try:
@@ -2602,6 +2603,7 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             self._telling(self._one_request)
         finally:
+            self._waits_no_more()
             self.server.active.discard(self)
         return self.keep_alive and self.body_read
 
@@ -2652,6 +2654,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.patience = self.limits.idle_seconds
 
     def _fail(self, error):
+        self._waits_no_more()
         self.server.count("errors", error.name)
         if self.head is None or not self.body_read:
             self.keep_alive = False        # where the next request starts is unknown
@@ -2851,24 +2854,25 @@ class Connection(socketserver.BaseRequestHandler):
             raise PeerGone()
         return items, ended
 
-    def answer(self, submit, respond):
-        """Have submit() return a Reader, respond(reader), and leave the job; a clean end
-        means that the client has its items."""
+    def take_place(self):
+        """Have one of the places for prompts, until this one is answered."""
         self.server.waiting.take(self.address)
         self.waits = True
+
+    def answer(self, reader, respond, *args):
+        """Call respond(*args, reader), and leave the job; a clean end means that the client
+        has its items."""
+        delivered = False
+        self.wire.when_gone(functools.partial(self.broker.hangup, reader))
         try:
-            reader, delivered = submit(), False
-            self.wire.when_gone(functools.partial(self.broker.hangup, reader))
-            try:
-                respond(reader)
-                delivered = True
-            except RelayError:             # the response is an error, and arrives
-                delivered = True
-                raise
-            finally:
-                if reader.attached:        # else _send_made has left it
-                    self.broker.leave(reader, delivered)
+            respond(*args, reader)
+            delivered = True
+        except RelayError:                 # the response is an error, and arrives
+            delivered = True
+            raise
         finally:
+            if reader.attached:            # else _send_made has left it
+                self.broker.leave(reader, delivered)
             self._waits_no_more()
 
     def _waits_no_more(self):
@@ -3154,14 +3158,15 @@ class NativeFace:
             raise RelayError("invalid_request", "There is no command %s; there are "
                              "getmodels and cancel." % printable(command, 40),
                              param="command")
-        if request.get("stream"):
-            respond = self._stream_native
+        stream = request.get("stream")     # what is submitted is cleared
+        self.take_place()
+        reader = self._submit_native(service, request, key, at, own, access)
+        if stream:
+            self.answer(reader, self._stream_native)
         elif key:
-            respond = functools.partial(self._poll_native, wanted, at is not None)
+            self.answer(reader, self._poll_native, wanted, at is not None)
         else:
-            respond = self._whole_native
-        self.answer(functools.partial(self._submit_native, service, request, key, at, own,
-                                      access), respond)
+            self.answer(reader, self._whole_native)
 
     def _check_native(self, request):
         """Check a native request; return its stream key, place, and tokens wanted."""
@@ -3361,17 +3366,17 @@ class OpenAIFace:
         payload = dumps(request)
         request.clear()                    # it may be large, and the wait long
         caller = self.caller(access)
-        submit = functools.partial(
-            self.broker.submit, service, payload, caller=caller, own=own, access=access,
-            rated=not self.local, holder=self.address, wait=dropped.get("wait"),
-            news=self.news, grace=None if repeat else 0.0, at=0, fingerprint=self.same,
+        self.take_place()
+        reader = self.broker.submit(
+            service, payload, caller=caller, own=own, access=access, rated=not self.local,
+            holder=self.address, wait=dropped.get("wait"), news=self.news, at=0,
+            grace=None if repeat else 0.0, fingerprint=self.same,
             name=("repeat", caller, repeat[:512]) if repeat else None)
         if dropped.get("stream") and api != "embeddings":
-            respond = functools.partial(self._stream_openai, api, service.name,
-                                        dropped.get("stream_options") or {})
+            self.answer(reader, self._stream_openai, api, service.name,
+                        dropped.get("stream_options") or {})
         else:
-            respond = functools.partial(self._whole_openai, api, service.name)
-        self.answer(submit, respond)
+            self.answer(reader, self._whole_openai, api, service.name)
 
     def _check_openai(self, api, service, request):
         for field in OPENAI_LENGTHS & request.keys():
