@@ -2434,8 +2434,7 @@ def dumps(value):
     return _to_json(value).encode("ascii")
 
 
-_STRING = re.compile(rb'"[^"]*"')
-_PAIR = re.compile(rb"\[\]|\{\}")
+_ALIKE = bytes.maketrans(b"{}", b"[]")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -2446,12 +2445,14 @@ def too_deep(body, most=MAX_DEPTH):
     """
     if body.count(b"[") + body.count(b"{") <= most:
         return False
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = _STRING.sub(b"", plain).translate(None, _NOT_BRACKETS)
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    between_texts = b"".join(body.split(b'"')[::2])
+    brackets = between_texts.translate(_ALIKE, _NOT_BRACKETS)
     for _ in range(most):
         if not brackets:
             return False
-        brackets = _PAIR.sub(b"", brackets)
+        brackets = brackets.replace(b"[]", b"")      # the innermost level
     return bool(brackets)
 
 
