@@ -3411,11 +3411,10 @@ class OpenAIFace:
     def _times(self, job):
         """The headers that tell how long the prompt queued, and what the relay added."""
         now = self.broker.now()
-        leased = now if job.leased_at is None else job.leased_at
-        queued = leased - job.created
-        added = now - self.began - queued - ((job.ended_at or now) - leased)
+        queued = (job.leased_at or now) - job.created
+        added = job.created - self.began + (now - (job.ended_at or now))
         return b"X-Neuroengine-Queue-Ms: %d\r\nX-Neuroengine-Overhead-Ms: %.1f\r\n" % (
-            max(0, 1000 * queued), max(0, 1000 * added))
+            1000 * queued, max(0, 1000 * added))   # below 0: a repeat of an older prompt
 
     def _whole_openai(self, api, model, reader):
         answer = _Answer(api, model, reader.job)
