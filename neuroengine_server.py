@@ -2604,7 +2604,6 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             self._telling(self._one_request)
         finally:
-            self._waits_no_more()
             self.server.active.discard(self)
         return self.keep_alive and self.body_read
 
@@ -3784,8 +3783,7 @@ def is_plain(items):
 def is_place(job, attempt, at=0):
     """Whether this can be a job's id, and the numbers of its attempt and of an item."""
     return (type(job) is str and len(job) <= MAX_ID_CHARACTERS
-            and type(attempt) is type(at) is int
-            and 0 <= attempt < 2**31 and 0 <= at < 2**31)
+            and type(attempt) is type(at) is int and 0 <= attempt | at < 2**31)
 
 
 class ProviderFace:
