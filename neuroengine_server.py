@@ -729,8 +729,8 @@ class Broker:
     # -- clients, in the order a job lives --
 
     def condition(self):
-        """What a client's thread is woken by. Making one takes 7 us of the 150 to 200 of a
-        prompt, so a connection keeps its own."""
+        """What a client's thread is woken by. To make one is a twentieth of what a prompt
+        costs, so a connection keeps its own."""
         return threading.Condition(self._lock)
 
     def submit(self, service, payload, *, caller="", name=None, fingerprint=None,
@@ -2930,9 +2930,10 @@ class Connection(socketserver.BaseRequestHandler):
         """Make what has come for a reader, in the thread that brought it, so that none has
         to be woken for it: half the processor time of a token. Never blocks.
 
-        make(reader, *how) returns the bytes, or b"" if there is nothing to send, or it is so large
-        that it counts as memory, for which the reader's own thread has to ask. Returns the
-        function that sends them; until that was called, nobody else makes or sends.
+        make(reader, *how) returns the bytes, or b"" if there is nothing to send, or it is
+        so large that it counts as memory, for which the reader's own thread has to ask.
+        Returns the function that sends them, or None; until that was called, nobody else
+        makes or sends.
         """
         if not self.turn.acquire(False):   # its own thread is at it
             self.broker.leave_to_own(reader)
@@ -2943,9 +2944,7 @@ class Connection(socketserver.BaseRequestHandler):
                 data = make(reader, *how)
         except Exception as error:
             data = b""
-            if not isinstance(error, PeerGone):    # the provider that brought it can't help it
-                log("internal_error", error=printable(repr(error)), traceback=True)
-            self.broker.hangup(reader)
+            self._not_delivered(reader, error)
         if data:
             return functools.partial(self._send_made, reader, data)
         self.turn.release()
@@ -2958,12 +2957,18 @@ class Connection(socketserver.BaseRequestHandler):
             if reader.deliver is None and not self.wire.unsent:    # it was a whole answer
                 self.broker.leave(reader, True)
                 self._waits_no_more()
-        except PeerGone:
-            self.broker.hangup(reader)
+        except Exception as error:
+            self._not_delivered(reader, error)
         finally:
             self.turn.release()
         if self.wire.unsent:
             self.broker.leave_to_own(reader)
+
+    def _not_delivered(self, reader, error):
+        """Treat it as a hang-up: whoever brought the items cannot help it."""
+        if not isinstance(error, PeerGone):
+            log("internal_error", error=printable(repr(error)), traceback=True)
+        self.broker.hangup(reader)
 
     def _make_piece(self, reader, begin, piece):
         """The next piece of a streamed answer."""
