@@ -858,7 +858,7 @@ def test_who_brings_the_first_items_writes_them_behind_the_head(desk):
 
 @pytest.fixture
 def whole(desk):
-    """A job whose end is delivered: (reader, what was sent, reply(items, ...))."""
+    """A job whose end is delivered: (reader, what was sent, reply(items, ...), connection)."""
     reader, session, job = desk.start()
     sent, connection = [], neuroengine_server.Handler.__new__(neuroengine_server.Handler)
     connection.turn, connection.broker = threading.Lock(), desk.broker
@@ -868,11 +868,11 @@ def whole(desk):
     desk.broker.deliver_by(reader, lambda: connection._deliver(
         connection._make_whole, reader,
         lambda items: connection.send("".join(items).encode())), whole=True)
-    return reader, sent, functools.partial(desk.reply, session, job)
+    return reader, sent, functools.partial(desk.reply, session, job), connection
 
 
 def test_a_whole_answer_is_written_once_by_who_brings_its_end(whole, desk):
-    reader, sent, reply = whole
+    reader, sent, reply, connection = whole
     reply(["a"])
     assert sent == []
     reply(["b"], at=1)
@@ -882,9 +882,30 @@ def test_a_whole_answer_is_written_once_by_who_brings_its_end(whole, desk):
 
 
 def test_a_large_answer_is_left_to_its_own_thread(whole, desk):
-    reader, sent, reply = whole
+    reader, sent, reply, connection = whole
     reply(["x" * 300000], done=True)
     assert sent == [] and len(desk.broker.read(reader, None)[0][0]) == 300000
+
+
+def test_what_a_reply_brings_is_made_before_any_of_it_is_sent(desk):
+    session, done = desk.login(workers=40), []
+    readers = [desk.submit(caller=str(n)) for n in range(40)]
+    desk.poll(session)
+    for n, reader in enumerate(readers):
+        desk.broker.deliver_by(reader, lambda n=n: done.append(n) or (
+            lambda: done.append("sent")))
+    desk.broker.reply(desk.service, session, [
+        {"job": reader.job.id, "attempt": 1, "at": 0, "items": ["x"]} for reader in readers])
+    assert done == (list(range(32)) + ["sent"] * 32            # but not too many at once
+                    + list(range(32, 40)) + ["sent"] * 8)
+
+
+def test_a_mistake_while_an_answer_is_sent_holds_up_no_other(whole, desk, capsys):
+    reader, sent, reply, connection = whole
+    connection.wire.send_now = None
+    reply(["a"], done=True)
+    assert reader.gone and not connection.turn.locked()
+    assert "internal_error" in capsys.readouterr().err
 
 
 def test_who_begins_to_deliver_hears_that_the_end_came_before(desk):
@@ -895,7 +916,7 @@ def test_who_begins_to_deliver_hears_that_the_end_came_before(desk):
 
 
 def test_nothing_is_taken_from_a_reader_whose_own_thread_is_at_it(whole, desk):
-    reader, sent, reply = whole
+    reader, sent, reply, connection = whole
     deliver, reader.deliver = reader.deliver, None
     reply(["a"], done=True)
     deliver()                              # it was just about to
