@@ -270,8 +270,10 @@ class RelayError(Exception):
     def openai(self):
         """The error as OpenAI clients expect it."""
         _, _, kind, code, _ = ERRORS[self.name]
-        return {"error": {"message": self.words, "type": kind,
-                          "param": self.param, "code": code}}
+        words = self.words
+        if code == "context_length_exceeded":      # LangChain looks for it in the words
+            words += " (%s)" % code
+        return {"error": {"message": words, "type": kind, "param": self.param, "code": code}}
 
 
 class PeerGone(Exception):

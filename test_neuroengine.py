@@ -1700,6 +1700,21 @@ def test_who_hangs_up_and_asks_again_at_once_gets_the_job_it_left(relay, hand, s
     assert relay.broker.counts["jobs"] == jobs + 1
 
 
+def test_who_asks_again_is_compared_with_who_has_hung_up_by_then(relay, hand, monkeypatch):
+    look = relay.watcher.look              # the watcher's own thread is always too late
+    monkeypatch.setattr(relay.watcher, "look", lambda: (
+        sys._getframe(1).f_code.co_name == "run" or look()))
+    body = {"message": "x", "stream": True}    # whose thread does not read
+    sock = sent(relay, "/" + hand.name, body)
+    job = hand.next_job()
+    first, = readers = relay.broker._jobs[job["job"]].readers
+    sock.close()
+    answer = in_thread(ask, relay, "/" + hand.name, body)
+    until(lambda: readers and readers != [first])
+    hand.reply(job, ["done"], done=True)
+    assert b"done" in answer()[1]
+
+
 def test_who_hangs_up_with_its_answer_is_not_taken_to_have_left_without(relay, hand,
                                                                          monkeypatch):
     leave = relay.broker.leave
@@ -4001,6 +4016,7 @@ def test_a_prompt_too_long_is_told_in_the_words_that_clients_look_for(relay, llm
     status, answer, _ = chat(relay, name, top_k=5)
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
     assert "maximum context length is 512 tokens" in answer["error"]["message"]
+    assert "context_length_exceeded" in answer["error"]["message"]     # for LangChain
     assert len(fake.got) == 1                     # no plainer words would help
 
 
