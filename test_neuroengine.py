@@ -529,6 +529,18 @@ def test_a_new_sessions_first_reply_takes_its_job_back_before_its_first_poll(des
     assert desk.broker.read(reader) == (["x"], True)
 
 
+def test_the_first_token_of_a_job_begun_anew_is_that_of_the_new_attempt(desk):
+    reader, session, job = desk.start()
+    other = desk.login()
+    desk.reply(session, job, ["a"])        # which no client has seen
+    assert reader.job.first_at == desk.time
+    desk.broker.logout(desk.service, session)
+    desk.later(3)
+    assert desk.poll(other)[0] == [(job, 2, 0, None)] and reader.job.first_at is None
+    desk.reply(other, job, ["b"], attempt=2, done=True)
+    assert reader.job.first_at == desk.time and desk.broker.read(reader) == (["b"], True)
+
+
 def test_a_provider_that_only_lost_its_connection_gets_its_job_back(desk):
     reader, session, job = desk.start()
     desk.reply(session, job, ["w"])
@@ -2835,6 +2847,7 @@ def test_who_comes_through_a_proxy_is_not_of_this_machine():
                 statuses = [ask(relay, "/api/services", {"name": name_of()},
                                 X_Forwarded_For=header)[0] for _ in range(2)]
                 assert statuses[1] == 429
+            assert ask(relay, "/metrics")[0] == (403 if proxies else 200)     # no header at all
 
 
 def test_a_key_that_was_changed_while_a_body_was_on_its_way_is_refused(relay, hand):
