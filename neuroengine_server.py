@@ -1154,8 +1154,10 @@ class Broker:
 
     def _drop_locked(self, job):
         """Hold no more of a job than its error, which somebody has still to read."""
-        job.error = job.error or self._memory_full()   # also if it had ended well; who reads
-        self._hold_locked(job, JOB_BYTES - job.size)   # no items has no lock, but sees this
+        # Also if it had ended well. First the error: _make_whole takes the items without
+        # the lock, and looks for it then.
+        job.error = job.error or self._memory_full()
+        self._hold_locked(job, JOB_BYTES - job.size)
         job.payload, job.items = b"", []
 
     def _check_quota_locked(self, access):
@@ -3020,7 +3022,7 @@ class Connection(socketserver.BaseRequestHandler):
         if job.size - len(job.payload) > MAX_SMALL_BODY_BYTES:
             return b""
         reader.deliver = None              # there is one response
-        items = job.items                  # before the error, see Broker._drop_locked
+        items = job.items                  # and then its error: see Broker._drop_locked
         self.delivering = True
         try:
             if job.error is not None:
@@ -4230,7 +4232,7 @@ class Relay(ThreadingHTTPServer):
         if self.names and name and name not in self.names:
             raise RelayError("forbidden", "This relay is not called %s. If it is, by a "
                              "proxy: start it with --allow-host %s." % (name, name))
-        if self.names == {"localhost"} and origin and host_name(
+        if origin and self.names == {"localhost"} and host_name(
                 origin.partition("://")[2] or origin) not in ("", "localhost"):
             raise RelayError("forbidden", "This relay is for this machine alone, not for "
                              "pages of %s." % printable(origin, 60))
