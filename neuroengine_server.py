@@ -156,7 +156,9 @@ MAX_SMALL_BODY_BYTES = 1 << 18   # of what is neither a prompt nor a reply
 MAX_ID_CHARACTERS = 64       # of a job's id, as a provider may name it
 MAX_HANDOVER_BYTES = 1 << 22     # of prompts in one response, if there is more than one
 MAX_ITEMS_A_RECORD = 4096    # of a streamed answer
-MAX_MADE_AT_ONCE = 32        # pieces of answers, or whole ones, before they are sent
+MAX_MADE_AT_ONCE = 32        # answers, or pieces of them, made before they are sent: 256
+                             # at once lengthen the worst gap of a stream by 4 ms
+MAX_PATHS_KNOWN = 250        # that need not be taken apart again, of 8 KiB at the most
 SHARE = 10                   # one address has no more of the polls and the waiting than
                              # the tenth part
 JOB_BYTES = 4096             # what a job takes beside its texts
@@ -360,10 +362,9 @@ class Queue:
             if self._own:
                 job = self._own[0]
             elif self._turns:
-                caller, queue = next(iter(self._turns.items()))
-                job = queue[0]
-                if len(queue) > 1:
-                    self._turns.move_to_end(caller)   # the next caller's turn
+                caller = next(iter(self._turns))
+                job = self._turns[caller][0]
+                self._turns.move_to_end(caller)       # the next caller's turn
             else:
                 return None
         self.remove(job)
@@ -553,7 +554,7 @@ class Shares:
         with self._lock:
             mine = self._by.get(address, 0) + count
             share = mine <= self.each or address is None or is_loopback(address)
-            if share and self.taken + count <= self.most or always:
+            if always or share and self.taken + count <= self.most:
                 self.taken += count
                 self._by[address] = mine
                 return
@@ -633,7 +634,7 @@ class Broker:
         self._kept = OrderedDict()    # id -> Job, ended ones that stay readable
         self._held = 0                # bytes of all jobs
         self._held_by = defaultdict(int)      # holder -> bytes of its jobs
-        self._to_deliver = []         # of readers for whom items have just come
+        self._to_deliver = []         # the deliver of each reader for whom items came
         self._timers = []             # heap of (deadline, number, method, argument)
         self._numbers = itertools.count()
         self._timer_set = threading.Condition(self._lock)   # upkeep must look again
@@ -1117,8 +1118,7 @@ class Broker:
             raise RelayError("rate_limited", "Your prompts and their answers take a quarter "
                              "of the relay's memory: let some be answered first.",
                              retry_after=10)
-        if self._held + size > self.limits.max_held_bytes \
-                and not self._make_room_locked(size, job.holder):
+        if not self._make_room_locked(size, job.holder):
             raise self._memory_full()
         if rated and not own:
             self._rates.take(caller, self.limits.max_prompts_per_minute, 60, "prompts")
@@ -1413,14 +1413,14 @@ class Broker:
             items = items[have - at:]      # we have the others already
         if items:
             size = size_of(items)
+            error = None
             if job.size + size > self.limits.max_reply_bytes + len(job.payload):
-                self._cancel_locked(job, RelayError(
-                    "reply_too_large", "The reply is larger than %d bytes."
-                    % self.limits.max_reply_bytes))
-                return {"job": job_id, "error": "fenced"}
-            if self._held + size > self.limits.max_held_bytes \
-                    and not self._make_room_locked(size, job.holder):
-                self._cancel_locked(job, self._memory_full())
+                error = RelayError("reply_too_large", "The reply is larger than %d bytes."
+                                   % self.limits.max_reply_bytes)
+            elif not self._make_room_locked(size, job.holder):
+                error = self._memory_full()
+            if error is not None:
+                self._cancel_locked(job, error)
                 return {"job": job_id, "error": "fenced"}
             self._hold_locked(job, size)
             self.counts["tokens"] += len(items)
@@ -1938,7 +1938,7 @@ def parse_head(data):
     return head
 
 
-@functools.lru_cache(maxsize=250)
+@functools.lru_cache(maxsize=MAX_PATHS_KNOWN)
 def _path_of(target):
     """The decoded path, as a tuple of its segments; empty ones do not count."""
     if target[0] != "/":
@@ -3957,7 +3957,7 @@ def _routes():
 ROUTES = _routes()    # "*" stands for one segment, a service's name
 
 
-@functools.lru_cache(maxsize=250)
+@functools.lru_cache(maxsize=MAX_PATHS_KNOWN)
 def find_route(path):
     """Return (Route, arguments) for the segments of a path; (None, ()) if none fits."""
     if path[:2] == ("v1", "models") and len(path) > 3:
