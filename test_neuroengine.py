@@ -5316,6 +5316,26 @@ def test_page_regenerates_edits_and_keeps_versions(page_provider, page_tab):
     tab.shows("Name a colour", ".message.user")
 
 
+def test_page_keeps_what_was_done_in_the_instant_before_it_was_left(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.say("Name a colour")
+    page_provider.next().done("Red")
+    tab.idle()
+    tab.tab.click(".last [aria-label='Answer again']")
+    page_provider.next().done("Blue")
+    tab.shows("2/2")
+    # From the choice on nothing reaches that tab any more, as if it had been closed.
+    with tab.tab.expect_console_message():
+        tab.tab.evaluate("""() => setTimeout(() => {
+            document.querySelector(".last [aria-label='Previous version']").click();
+            console.log("chosen");
+            for (;;);
+        })""")
+    other = page_tab(tab.tab.url, tab.context).open("")
+    other.shows("1/2")
+    tab.tab.close()
+
+
 PAGE_SAMPLE = """# A *title*
 
 Some **bold**, _it_, `code`, ~~gone~~ and snake_case_name; 2 * 3 * 4.
