@@ -1702,11 +1702,11 @@ def test_who_hangs_up_and_asks_again_at_once_gets_the_job_it_left(relay, hand, s
     body, jobs = {"message": "x", "stream": stream}, relay.broker.counts["jobs"]
     sock = sent(relay, "/" + hand.name, body)
     job = hand.next_job()
+    first, = readers = relay.broker._jobs[job["job"]].readers
     time.sleep(wait)
     sock.close()
     answer = in_thread(ask, relay, "/" + hand.name, body)
-    readers = relay.broker._jobs[job["job"]].readers
-    until(lambda: [reader.gone for reader in readers] == [False])
+    until(lambda: readers and readers != [first])
     hand.reply(job, ["done"], done=True)
     assert b"done" in (answer()[1] if stream else answer()[1]["reply"].encode())
     assert relay.broker.counts["jobs"] == jobs + 1
