@@ -1897,7 +1897,8 @@ _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0
 class Head:
     """The request line and headers of one request."""
 
-    __slots__ = ("method", "target", "path", "version", "fields", "length", "keep_alive")
+    __slots__ = ("method", "target", "path", "version", "fields", "length", "keep_alive",
+                 "hashed")                 # of the key that it came with, or ""
 
 
 def parse_head(data):
@@ -1931,6 +1932,8 @@ def parse_head(data):
     if head.version and "host" not in fields or not _HOST.match(fields.get("host", "")):
         raise RelayError("bad_http", "A request names the relay in one Host header.")
     head.path = _path_of(head.target)
+    key = _key_of(fields)
+    head.hashed = digest(key) if key else ""
     head.length = _length_of(head)
     options = fields.get("connection", "").lower()
     head.keep_alive = bool(head.version) and not (
@@ -1952,6 +1955,13 @@ def _path_of(target):
     if "%" in path:
         path = urllib.parse.unquote(path)
     return tuple(filter(None, path.split("/")))
+
+
+def _key_of(fields):
+    scheme, _, key = fields.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return fields.get("api-key") or fields.get("x-api-key")
 
 
 def _length_of(head):
@@ -2476,7 +2486,7 @@ def _whole(text):
 
 _from_json = json.JSONDecoder(
     parse_constant=_no_constant, parse_float=_finite,
-    parse_int=int if hasattr(sys, "set_int_max_str_digits") else _whole).decode
+    parse_int=int if hasattr(sys, "set_int_max_str_digits") else _whole).raw_decode
 
 
 def parse_json(body):
@@ -2490,7 +2500,10 @@ def parse_json(body):
         raise RelayError("invalid_json", "The body is nested deeper than %d levels."
                          % MAX_DEPTH)
     try:
-        value = _from_json(body.decode("utf-8"))
+        text = body.decode("utf-8").strip(" \t\r\n")
+        value, end = _from_json(text)
+        if end < len(text):
+            raise ValueError("more follows at character %d" % end)
     except (ValueError, RecursionError) as error:
         raise RelayError("invalid_json", "The body is not JSON: %s." % printable(error))
     if type(value) is not dict:
@@ -2583,6 +2596,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.near = not self.proxied and is_loopback(self.address)
         self.polled = None                 # (session id, token) of its last poll
         self.waits = False                 # it has one of the places for prompts
+        self.known = self.asked = None     # a Head, and what it asks for
 
     def handle(self):
         try:
@@ -2614,8 +2628,6 @@ class Connection(socketserver.BaseRequestHandler):
     def _one_request(self):
         self._wait()
         self.head = head = self.wire.read_head()
-        # Whether this machine asks: nobody who comes through a proxy is, whatever it says.
-        self.local = self.near and FORWARDED.isdisjoint(head.fields)
         self.body_read = head.length == 0
         self.keep_alive = head.keep_alive and not self.server.stopping
         self.began = self.broker.now()
@@ -2668,43 +2680,60 @@ class Connection(socketserver.BaseRequestHandler):
                    error.openai() if self.openai else error.native(), error=error)
 
     def _dispatch(self, head):
+        if head is not self.known:         # one client's are mostly alike: see _learn_head
+            self.known = None
+            # Whether this machine asks: nobody who comes through a proxy is, whatever it says.
+            self.local = self.near and FORWARDED.isdisjoint(head.fields)
+            self.asked = self._what_is_asked(head)
+            self.known = head
+        face, handler, arguments = self.asked
+        self.openai = face == "openai"
+        self.server.count("requests", face)
+        if not self.local and (handler == "login" or face == "operator"
+                               and head.method not in ("GET", "HEAD")):
+            self.server.changes.take(self.address, self.limits.max_changes_per_minute, 60,
+                                     "logins and changes")
+        getattr(self, handler)(*arguments)
+
+    def _what_is_asked(self, head):
+        """Return (face, name of the handler, its arguments). Raises RelayError."""
         self.server.check_host(head.fields.get("host", ""), head.fields.get("origin"))
         route, arguments = find_route(head.path)
         if self.server.tls and self.wire.tls is None and route is not CHALLENGE:
-            return self._to_https(head)
+            return "admin", "to_https", ()
         if route is None:
             self.openai = "v1" in head.path[:2]
             raise RelayError("not_found", "There is no %s here." %
                              printable("/" + "/".join(head.path)))
         self.openai = route.face == "openai"
-        self.server.count("requests", route.face)
-        if self.openai and head.method == "OPTIONS":
-            return self.preflight()
         method = "GET" if head.method == "HEAD" else head.method
+        if method == "OPTIONS" and self.openai:
+            return route.face, "preflight", ()
         handler = route.handlers.get(method)
         if handler is None:
             allowed = ", ".join(route.handlers)
             if method == "OPTIONS":
-                return self.reply(204, b"", allow=allowed)
+                return "admin", "say_allowed", (allowed,)
             raise RelayError("method_not_allowed", "%s is not done here; %s is." % (
                 printable(method, 20), allowed), allow=allowed)
         if route.face == "operator" and head.fields.get(
                 "sec-fetch-site", "none") not in ("same-origin", "none"):
             raise RelayError("forbidden", "Another site's page may not do this.")
-        if not self.local and (handler == "login" or route.face == "operator"
-                               and method != "GET"):
-            self.server.changes.take(self.address, self.limits.max_changes_per_minute, 60,
-                                     "logins and changes")
-        getattr(self, handler)(*arguments)
+        return route.face, handler, arguments
 
-    def _to_https(self, head):
+    def say_allowed(self, methods):
+        """OPTIONS, but for the OpenAI face"""
+        self.reply(204, b"", allow=methods)
+
+    def to_https(self):
         """For who speaks plain HTTP there is nothing else; a key sent so was seen."""
-        name = re.sub(r":\d*\Z", "", head.fields.get("host", ""))
-        if head.method not in ("GET", "HEAD") or not name or head.target[0] != "/":
+        host, target = self.head.fields.get("host", ""), self.head.target
+        name = re.sub(r":\d*\Z", "", host)
+        if self.head.method not in ("GET", "HEAD") or not name or target[0] != "/":
             raise RelayError("forbidden", "This is not https: use it, at port %d."
                              % self.server.server_port)
         self.reply(301, b"", "text/plain", location="https://%s:%d%s" % (
-            name, self.server.server_port, head.target))
+            name, self.server.server_port, target))
 
     # -- what handlers share --
 
@@ -2731,18 +2760,9 @@ class Connection(socketserver.BaseRequestHandler):
                                self.body_bytes + size <= MAX_SMALL_BODY_BYTES)
         self.body_bytes += size
 
-    def key(self):
-        """The key this request came with, or ""."""
-        fields = self.head.fields
-        scheme, _, key = fields.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            return key.strip()
-        return fields.get("api-key") or fields.get("x-api-key") or ""
-
     def is_operator(self, service):
-        key = self.key()
-        self.hashed = digest(key) if key else ""
-        return bool(key) and hmac.compare_digest(self.hashed, service.key_digest)
+        """Whether this request came with the service's key."""
+        return hmac.compare_digest(self.head.hashed, service.key_digest)
 
     def authorized(self, name):
         """The service of that name, if this request came with its key."""
@@ -2754,7 +2774,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _wrong_key(self, words):
         """The error for a key that is not right, or the one for too many of them."""
-        if self.key():
+        if self.head.hashed:
             self.server.wrong_keys.take(
                 self.address, self.limits.max_wrong_keys_per_minute, 60, "wrong keys")
         return RelayError("invalid_key", words)
@@ -2762,8 +2782,7 @@ class Connection(socketserver.BaseRequestHandler):
     def still_authorized(self, service):
         """Check again after the body, which may take its time: the service may have been
         deleted meanwhile, and its name be somebody else's."""
-        if self.broker.find(service.name) is not service \
-                or not hmac.compare_digest(self.hashed, service.key_digest):
+        if self.broker.find(service.name) is not service or not self.is_operator(service):
             raise RelayError("invalid_key", "This service was deleted meanwhile, or has a new "
                              "key.")
 
@@ -3047,10 +3066,9 @@ class Connection(socketserver.BaseRequestHandler):
         Raises RelayError if the service is private and neither is so. An open service
         takes no notice of keys it does not know: OpenAI clients always send one.
         """
-        key = self.key()
-        hashed = digest(key) if key else ""
-        if hashed and hmac.compare_digest(hashed, service.key_digest):
+        if self.is_operator(service):
             return True, None
+        hashed = self.head.hashed
         access = service.keys.get(hashed)      # by its hash: a guess learns nothing
         if access is None and service.private and self.broker.knows_key(hashed):
             raise RelayError("forbidden", "This access key is for another service than %s."

@@ -1406,7 +1406,10 @@ def test_every_field_reaches_the_provider_and_control_fields_do_not(relay, hand)
 
 
 BAD_NATIVE = [
-    (b"{", 400, "invalid_json"), (b"[1]", 400, "invalid_json"),
+    (b"{", 400, "invalid_json"), (b"[1]", 400, "invalid_json"), (b"", 400, "invalid_json"),
+    (b'{"message":"x"}{}', 400, "invalid_json"), (b'{"message":"x"}\0', 400, "invalid_json"),
+    (b'\xef\xbb\xbf{"message":"x"}', 400, "invalid_json"),
+    (b' \r\n\t{"command":"nosuch"}\n ', 400, "invalid_request"),
     (b'"x"', 400, "invalid_json"), (b"\xff", 400, "invalid_json"),
     (b"[" * 100000, 400, "invalid_json"),
     (b'{"message":' + b"[" * 9000 + b"]" * 9000 + b"}", 400, "invalid_json"),
@@ -2306,6 +2309,22 @@ def test_requests_on_one_connection_are_answered_in_order(relay):
     two = b"GET /nosuch/x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     answers = raw(relay, one + two)
     assert answers.index(b"200 OK") < answers.index(b"404 Not Found")
+
+
+def test_each_request_of_a_connection_is_judged_by_its_own_head(relay, hand):
+    def head(line, host="localhost", key=hand.key):
+        return ("%s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\n\r\n"
+                % (line.replace("NAME", hand.name), host, key)).encode()
+
+    asked = ((200, head("GET /api/services/NAME")),
+             (401, head("GET /api/services/NAME", key="x")),
+             (403, head("GET /api/services/NAME", host="evil.example")),
+             (405, head("DELETE /healthz")), (404, head("GET /nosuch/x")),
+             (204, head("OPTIONS /healthz")), (204, head("OPTIONS /v1/models")),
+             (200, head("GET /healthz")), (404, head("GET /v1/nosuch")))
+    asked = [each for each in asked for _ in range(2)] + list(asked)
+    answers = raw(relay, b"".join(each for _, each in asked))
+    assert [int(s) for s in re.findall(rb"HTTP/1.1 (\d+)", answers)] == [s for s, _ in asked]
 
 
 def test_what_follows_a_body_that_nobody_read_is_no_request(relay):
