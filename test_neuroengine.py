@@ -5342,6 +5342,8 @@ def test_page_keeps_what_was_done_in_the_instant_before_it_was_left(page_provide
     tab.idle()
     tab.tab.click(".last [aria-label='Answer again']")
     page_provider.next().done("Blue")
+    tab.shows("Blue")
+    tab.idle()
     tab.shows("2/2")
     # From the choice on nothing reaches that tab any more, as if it had been closed.
     with tab.tab.expect_console_message():
