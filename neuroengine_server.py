@@ -2680,7 +2680,8 @@ class Connection(socketserver.BaseRequestHandler):
                    error.openai() if self.openai else error.native(), error=error)
 
     def _dispatch(self, head):
-        if head is not self.known:         # one client's are mostly alike: see _learn_head
+        # One client's are mostly alike, see _learn_head: 2 % of a prompt's processor time.
+        if head is not self.known:
             self.known = None
             # Whether this machine asks: nobody who comes through a proxy is, whatever it says.
             self.local = self.near and FORWARDED.isdisjoint(head.fields)
