@@ -1,6 +1,6 @@
 """The tests of neuroengine: python -m pytest. Sections: Broker, Store, HTTP reader,
 Relay, The OpenAI face, Client and provider, Bridge, Command lines, The page (in a real
-browser, skipped where there is none), README. No network but loopback."""
+browser, skipped where there is none), README and docs. No network but loopback."""
 
 import argparse
 import contextlib
@@ -6132,60 +6132,65 @@ def test_page_streams_fifty_thousand_characters_smoothly(
 
 
 ##############################################################################
-# README: its tables are what the code says
+# README and docs: their tables are what the code says
 ##############################################################################
 
 
-def readme():
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+DOCUMENTS = ["README.md"] + sorted(
+    "docs/" + name for name in os.listdir(os.path.join(HERE, "docs")))
+
+
+def document(name):
+    with open(os.path.join(HERE, name), encoding="utf-8") as file:
         return file.read()
 
 
-def table(heading):
-    """The rows of the first table below a heading of README, as lists of cells."""
-    text = readme().split("\n%s\n" % heading, 1)[1]
+def table(name, heading):
+    """The rows of the first table below a heading of a document, as lists of cells."""
+    text = document(name).split("\n%s\n" % heading, 1)[1]
     lines = text[text.index("|"):].split("\n\n")[0].strip().split("\n")[2:]
     return [[cell.strip().replace("`", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             for line in lines]
 
 
-def test_readmes_errors_are_the_codes_errors():
-    rows = [tuple(row[:6]) for row in table("### Errors")]
+def test_documented_errors_are_the_codes_errors():
+    rows = [tuple(row[:6]) for row in table("docs/http-api.md", "## Errors")]
     assert rows == [(name, str(code), str(status), kind, openai, "yes" if retry else "no")
                     for name, (code, status, kind, openai, retry)
                     in neuroengine_server.ERRORS.items()]
     assert neuroengine.RETRIED | neuroengine.FINAL - {"certificate"} <= {r[0] for r in rows}
 
 
-def test_readmes_limits_are_the_codes_limits():
-    assert [row for row in table("## Limits")] == [
+def test_documented_limits_are_the_codes_limits():
+    assert table("docs/operating.md", "## Limits") == [
         ["--" + name.replace("_", "-"), str(default), text]
         for name, default, text in neuroengine_server.LIMITS]
 
 
-def test_readmes_commands_are_the_codes_commands():
-    assert [row[0] for row in table("### Look after it")] == [
+def test_documented_commands_are_the_codes_commands():
+    assert [row[0] for row in table("docs/operating.md", "## Look after it")] == [
         (name + " " + argument).strip()
         for name, (_, argument, _) in neuroengine_server.COMMANDS.items()]
 
 
-def test_readmes_fields_are_the_codes_fields():
-    for heading, fields in (("### Request", neuroengine_server.SAMPLING),
-                            ("### Access keys", neuroengine_server.KEY_LIMITS),
-                            ("## OpenAI API", neuroengine_server.OPENAI_SAMPLING)):
-        rows = {row[0]: row[1:4] for row in table(heading)}
+def test_documented_fields_are_the_codes_fields():
+    for name, heading, fields in (
+            ("docs/http-api.md", "## Request", neuroengine_server.SAMPLING),
+            ("docs/http-api.md", "## Access keys", neuroengine_server.KEY_LIMITS),
+            ("docs/openai-api.md", "## Requests", neuroengine_server.OPENAI_SAMPLING)):
+        rows = {row[0]: row[1:4] for row in table(name, heading)}
         for field, (kind, lowest, highest) in fields.items():
             assert rows[field] == ["whole number" if kind is int else "number",
                                    str(lowest), str(highest)], field
     controls = set(neuroengine_server.NATIVE_ONLY) | {"message", "messages", "raw"}
-    assert {row[0] for row in table("### Request")} == controls | set(
+    assert {row[0] for row in table("docs/http-api.md", "## Request")} == controls | set(
         neuroengine_server.SAMPLING)
     assert set(neuroengine.SAMPLING) <= controls | set(neuroengine_server.SAMPLING)
 
 
-def test_readmes_paths_are_the_codes_paths():
+def test_documented_paths_are_the_codes_paths():
     listed = {}
-    for methods, paths, _, _ in table("### Paths"):
+    for methods, paths, _, _ in table("docs/http-api.md", "## Paths"):
         for path in paths.split(", "):
             listed[path] = set(methods.split(", "))
     assert {re.sub(r"{\w+}", "*", path): methods for path, methods in listed.items()} == {
@@ -6193,22 +6198,22 @@ def test_readmes_paths_are_the_codes_paths():
         for segments, route in neuroengine_server.ROUTES.items()}
 
 
-def test_readmes_options_are_the_command_lines_options():
-    for heading, text in (
-            ("### On the internet, with a real certificate",
+def test_documented_options_are_the_command_lines_options():
+    for name, heading, text in (
+            ("docs/operating.md", "## Options",
              neuroengine_server.build_parser().format_help()),
-            ("### One that runs already", subprocess.run(
+            ("docs/command-line.md", "## share", subprocess.run(
                 [sys.executable, "neuroengine.py", "share", "--help"], cwd=HERE,
                 stdout=subprocess.PIPE, check=True).stdout.decode())):
-        named = {option for row in table(heading) for option in re.findall(
-            r"--[a-z-]+", row[0])}
+        named = {option for row in table(name, heading)
+                 for option in re.findall(r"--[a-z-]+", row[0])}
         limits = {"--" + name.replace("_", "-") for name, _, _ in neuroengine_server.LIMITS}
         assert named == set(re.findall(r"--[a-z-]+", text)) - limits - {
             "--help", "--version", "--key"} | ({"--key"} & named)
 
 
-def test_readmes_reserved_names_are_the_codes():
-    text = readme().split("### Names", 1)[1].split("###", 1)[0]
+def test_documented_reserved_names_are_the_codes():
+    text = document("docs/http-api.md").split("## Names", 1)[1].split("##", 1)[0]
     for name in neuroengine_server.RESERVED_NAMES:
         assert "`%s`" % name in text
 
@@ -6227,4 +6232,27 @@ def test_both_files_agree_on_paths_and_words():
 def test_the_test_command_is_the_one_that_ci_runs():
     with open(os.path.join(HERE, ".ci", "run"), encoding="utf-8") as file:
         assert "'^python3 -m venv .venv && ' README.md" in file.read()
-    assert readme().count("\npython3 -m venv .venv && ") == 1
+    assert document("README.md").count("\npython3 -m venv .venv && ") == 1
+
+
+def anchors(text):
+    """What GitHub calls the headings of a document."""
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_within_the_documents_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", document(name)):
+        if link.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = link.partition("#")
+        path = os.path.normpath(os.path.join(os.path.dirname(name), path)) if path else name
+        assert os.path.exists(os.path.join(HERE, path)), link
+        assert not anchor or anchor in anchors(document(path)), link
+
+
+def test_readme_stays_short_and_names_all_documents():
+    text = document("README.md")
+    assert len(text.encode()) <= 20000
+    assert [name for name in DOCUMENTS[1:] if "(%s)" % name not in text] == []

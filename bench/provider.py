@@ -4,7 +4,7 @@
     python bench/provider.py PORT SERVICE KEY [tls]
 
 One thread, one connection for polls and one for replies, raw sockets. While a reply is
-under way, what is generated gathers for the next, as README's provider protocol says.
+under way, what is generated gathers for the next, as docs/provider-protocol.md says.
 A prompt tells what to answer: "tokens=8 rate=50" is 8 tokens, the first at once, 50 a
 second; rate=0 is all at once. Prints "ready" once it is logged in.
 """
