@@ -4727,7 +4727,7 @@ def test_after_kill_9_and_a_restart_everything_goes_on_by_itself(start, tmp_path
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
 def test_a_short_fault_run_loses_and_doubles_nothing():
     spec = importlib.util.spec_from_file_location(
-        "faults", os.path.join(HERE, "bench", "faults.py"))
+        "faults", os.path.join(HERE, "bench", "checks", "faults.py"))
     faults = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faults)
     wrong, table = faults.short_run(seed=1)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A million inputs that nobody meant to be good, against the relay's readers.
 
-    python bench/fuzz.py [--inputs 1000000] [--seed N] [--wire 0.15]
+    python bench/checks/fuzz.py [--inputs 1000000] [--seed N] [--wire 0.15]
 
 Most go to the parsing functions in this process: parse_head, Wire's read_head and
 read_body over a socket that hands out its bytes in random pieces, parse_json, too_deep
@@ -25,25 +25,18 @@ import json
 import os
 import random
 import re
-import shutil
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from siege import ROOT                     # noqa: E402
-from siege import Relay                    # noqa: E402
-from siege import Siege                    # noqa: E402
-from siege import client_hello             # noqa: E402
-from siege import wait_for                 # noqa: E402
+from harness import Relay, Workspace, end_on_signals, wait_for
+from watch import client_hello
 
-sys.path.insert(0, ROOT)
-
-import neuroengine_server as ne            # noqa: E402
+import neuroengine_server as ne
 
 ANSWER_SECONDS = 20      # each limit below is 5 s at most, and a few may follow each other
 LIMITS = ("--head-seconds=2 --body-seconds=2 --idle-seconds=2 --write-seconds=3 "
@@ -522,7 +515,7 @@ class Attacker:
         else:
             self.names += 1
             world["own"] = "Own%d.%d" % (self.number, self.names)
-            world["key"] = ask("POST", "/api/services", {"name": world["own"]})[1]["key"]
+            world["key"] = self.relay.register(world["own"])
         base = "/api/services/" + world["own"]
         for key in ask("GET", base + "/keys", key=world["key"])[1]["keys"]:
             ask("DELETE", base + "/keys/" + key["id"], key=world["key"])
@@ -637,34 +630,21 @@ class Attacker:
                 self.statuses.update(read_responses(b"".join(parts), True))
 
 
-def rest(relay):
-    """What it has when nothing goes on: threads, descriptors, MB."""
-    looks = []
-    for _ in range(6):
-        time.sleep(0.5)
-        looks.append((relay.child.threads(), relay.child.descriptors(),
-                      relay.child.memory()))
-    return tuple(min(column) for column in zip(*looks))
-
-
 def over_sockets(number, seed, report, threads):
-    siege = Siege(None)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    space = Workspace("fuzz")
     try:
-        relay = Relay(siege, *LIMITS, provider=False)
-        secure = Relay(siege, *LIMITS, provider=False, tls=True)
+        relay = Relay(space, *LIMITS, provider=False)
+        secure = Relay(space, *LIMITS, provider=False, tls=True)
         for each in (relay, secure):
-            key = each.ask("POST", "/api/services", {"name": "Fuzz"})[1]["key"]
-            provider = siege.child("provider-%d" % each.port, __file__, "--provide",
-                                   each.url, "Fuzz", key)
-            wait_for(lambda provider=provider: "logged in" in provider.said(), 10, "login")
+            space.python("provider", __file__, "--provide", each.url, "Fuzz",
+                         each.register("Fuzz")).expect("logged in", 10)
         attackers = [Attacker(relay, secure, n, seed, report) for n in range(threads)]
         wave(attackers, 300 * threads, report)     # warm: all caches and pools are full
         calm(relay), calm(secure)
-        before = rest(relay), rest(secure)
+        before = relay.child.at_rest(), secure.child.at_rest()
         wave(attackers, number, report)
         calm(relay), calm(secure)
-        after = rest(relay), rest(secure)
+        after = relay.child.at_rest(), secure.child.at_rest()
         for title, each, one, two in zip(("plain", "TLS"), (relay, secure), before, after):
             print("relay (%s) at rest: before %d threads, %d descriptors, %.1f MB; after "
                   "%d, %d, %.1f MB" % ((title,) + one + two))
@@ -678,11 +658,7 @@ def over_sockets(number, seed, report, threads):
         print("answers:", ", ".join("%d: %d" % pair for pair in sorted(statuses.items())))
         return sum(attacker.inputs for attacker in attackers)
     finally:
-        siege.close()
-        if report.failures:
-            print("the logs are in", siege.directory)
-        else:
-            shutil.rmtree(siege.directory, ignore_errors=True)
+        space.close(keep=report.failures)
 
 
 def wave(attackers, number, report):
@@ -704,8 +680,8 @@ def wave(attackers, number, report):
 
 def calm(relay):
     """Wait until the relay holds no job."""
-    wait_for(lambda: b"neuroengine_held_jobs 0\n" in relay.ask("GET", "/metrics")[1], 60,
-             "the end of all jobs", lambda: str(relay.ask("GET", "/metrics")[1]))
+    wait_for(lambda: relay.metrics().get("held_jobs") == 0, 60, "the end of all jobs",
+             lambda: str(relay.metrics()))
 
 
 def provide(url, name, key):
@@ -759,6 +735,7 @@ def main():
     options = parser.parse_args()
     seed = random.randrange(10**6) if options.seed is None else options.seed
     print("seed", seed, flush=True)
+    end_on_signals()
     report = Report()
     wire = int(options.wire * options.inputs)
     report.phase = "in process"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What a job costs the relay's Broker, against what there is of everything else.
 
-    python bench/curves.py [NEUROENGINE_SERVER.PY] [--quick]
+    python bench/measure/curves.py [NEUROENGINE_SERVER.PY] [--quick]
 
 No sockets, one process: microseconds a job (or an item, or a question), the best of
 several batches, as JSON: {curve: [[how many, microseconds], ...]}. A curve that rises
-shows something that is scanned. bench/compare.py runs this and draws it.
+shows something that is scanned. compare.py runs this and draws it.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A soak: everything that people do with a relay, for an hour, and what it costs it.
 
-    python bench/soak.py [--minutes 60] [--load 1.0] [--seed N] [--json FILE]
+    python bench/checks/soak.py [--minutes 60] [--load 1.0] [--seed N] [--json FILE]
 
 Two relays, one plain and one with TLS, get a mixed load: prompts in every form, streams
 that are resumed, clients that hang up, page loads, the directory, services registered and
@@ -20,11 +20,11 @@ Loopback only, standard library only. Exit status 1 if anything was wrong or not
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import ssl
 import statistics
@@ -33,20 +33,10 @@ import threading
 import time
 import traceback
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from siege import BROKEN                   # noqa: E402
-from siege import ROOT                     # noqa: E402
-from siege import SERVICE                  # noqa: E402
-from siege import Child                    # noqa: E402
-from siege import Relay                    # noqa: E402
-from siege import Siege                    # noqa: E402
-from siege import answer_of                # noqa: E402
-from siege import connect                  # noqa: E402
-from siege import percentile               # noqa: E402
-from siege import prompt_of                # noqa: E402
-from siege import swap                     # noqa: E402
-from siege import wait_for                 # noqa: E402
+from harness import (BROKEN, ROOT, SERVICE, Relay, Workspace, answer_of, connect,
+                     end_on_signals, percentile, prompt_of, swap, wait_for)
 
 RATE = 14                # actions a second in all, at --load 1
 WORKERS = 24             # threads that do them; most wait for an answer
@@ -368,11 +358,11 @@ class Soak:
         self.every = min(30, self.seconds / 24)
         self.idle_seconds = min(60, max(5, self.seconds / 12))
         self.rand = random.Random(seed)
-        self.siege = Siege(options)
+        self.space = Workspace("soak")
         self.relays, self.samples, self.idle = {}, [], []
         self.crews, self.gone = {}, {}     # relay -> providers; when one went away
         self.results, self.wrong = collections.Counter(), []
-        self.times = []                    # (when, seconds) of control requests
+        self.renewals, self.times = 0, []              # (when, seconds) of control requests
         self.lock, self.stopping = threading.Lock(), threading.Event()
         with open(os.path.join(ROOT, "chat.html"), "rb") as file:
             self.page = file.read()
@@ -383,10 +373,9 @@ class Soak:
         keep = ("--keep-seconds=%d" % min(300, max(5, self.seconds / 12)),
                 "--idle-seconds=%d" % self.idle_seconds)
         for title, tls in (("plain", False), ("TLS", True)):
-            relay = Relay(self.siege, *keep, tls=tls, workers=24)
+            relay = Relay(self.space, *keep, tls=tls, workers=24)
             self.relays[title], self.crews[relay], self.gone[relay] = relay, [], -1e9
-            relay.private_key = relay.ask("POST", "/api/services", {
-                "name": "Private"})[1]["key"]
+            relay.private_key = relay.register("Private")
             relay.ask("PATCH", "/api/services/Private", {"private": True}, relay.private_key)
             self.crews[relay] = [relay.provider,
                                  relay.start_provider(relay.private_key, "Private")]
@@ -394,12 +383,7 @@ class Soak:
 
     def start_passing(self, relay):
         """One more provider, which will not stay."""
-        log = self.siege.path("passing-%d.log" % relay.port)
-        child = Child(log, sys.executable, "-u", os.path.join(os.path.dirname(
-            os.path.abspath(__file__)), "siege.py"), "--provide", relay.url, SERVICE,
-            relay.key, 16)
-        self.siege.children.append(child)
-        self.crews[relay].append(child)
+        self.crews[relay].append(relay.start_provider(relay.key, wait=False))
 
     # -- the load --
 
@@ -445,7 +429,7 @@ class Soak:
         how = self.rand.choice((signal.SIGINT, signal.SIGKILL))
         self.gone[relay] = time.monotonic()
         code = child.end(how, 20)
-        self.siege.children.remove(child)
+        self.space.children.remove(child)
         self.results["provider ended by " + how.name, ""] += 1
         if how is signal.SIGINT and code != 0:
             self.fail("a provider's Ctrl-C: exit status %s: %s" % (code, child.said()[-500:]))
@@ -463,10 +447,11 @@ class Soak:
     def renew(self):
         """A new certificate for the relay with TLS, which must take it up."""
         relay = self.relays["TLS"]
-        cert, key = self.siege.certificate("renewed")
-        swap(cert, self.siege.cert)
-        swap(key, self.siege.cert_key)
-        relay.child.process.send_signal(signal.SIGHUP)
+        self.renewals += 1
+        cert, key = self.space.certificate("renewed-%d" % self.renewals)
+        swap(cert, relay.cert)
+        swap(key, relay.cert_key)
+        relay.child.send(signal.SIGHUP)
         with open(cert) as file:
             wanted = file.read().strip()
         wait_for(lambda: ssl.get_server_certificate(
@@ -509,25 +494,22 @@ class Soak:
 
     def hup(self):
         for relay in self.relays.values():
-            relay.child.process.send_signal(signal.SIGHUP)
+            relay.child.send(signal.SIGHUP)
         self.results["SIGHUP", ""] += 1
 
     # -- figures --
 
     def cpu(self):
         """Seconds of processor time of all: relays, providers and ourselves."""
-        times, total = os.times(), 0.0
         self.relay_cpu = sum(relay.child.cpu() for relay in self.relays.values())
-        for child in self.siege.children:
-            with contextlib.suppress(OSError):
-                total += child.cpu()
-        return total + times.user + times.system + times.children_user + times.children_system
+        return (sum(child.cpu() for child in self.space.children)
+                + sum(os.times()[:4]))
 
     def sample(self):
         row = {"at": time.monotonic() - self.began}
         for title, relay in self.relays.items():
-            row[title] = {"memory": relay.child.memory(), "threads": relay.child.threads(),
-                          "descriptors": relay.child.descriptors()}
+            row[title] = dict(zip(("threads", "descriptors", "memory"),
+                                  relay.child.resources()))
         self.samples.append(row)
         done = sum(self.results.values())
         print("%6.0f s  %s  actions %d, wrong %d" % (row["at"], "; ".join(
@@ -537,14 +519,10 @@ class Soak:
               flush=True)
 
     def rest(self, seconds=3):
-        """The least that each relay has, of some looks."""
-        looks = collections.defaultdict(list)
-        for _ in range(int(seconds / 0.5)):
-            time.sleep(0.5)
-            for title, relay in self.relays.items():
-                looks[title].append((relay.child.memory(), relay.child.threads(),
-                                     relay.child.descriptors()))
-        return {title: tuple(map(min, zip(*rows))) for title, rows in looks.items()}
+        """What each relay has at rest."""
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return dict(zip(self.relays, pool.map(
+                lambda relay: relay.child.at_rest(seconds), self.relays.values())))
 
     def flatness(self):
         """[(relay, what, median of the first third, of the last, whether it is flat)]"""
@@ -597,11 +575,11 @@ class Soak:
         for title, before in self.rest_before.items():
             after = rest_after[title]
             # The first requests fill caches and the allocator's pools, once.
-            good = after[0] <= before[0] + 24 and after[1] <= before[1] + 1 \
-                and after[2] <= before[2] + 1
+            good = after[0] <= before[0] + 1 and after[1] <= before[1] + 1 \
+                and after[2] <= before[2] + 24
             at_rest = at_rest and good
-            print("%-6s at rest: %.1f MB, %d threads, %d descriptors; before the load "
-                  "%.1f, %d, %d%s" % ((title,) + after + before + (
+            print("%-6s at rest: %d threads, %d descriptors, %.1f MB; before the load "
+                  "%d, %d, %.1f%s" % ((title,) + after + before + (
                       "" if good else ": NOT BACK",)))
         print("processor: %.2f of a core in all, the relays %.2f" % (
             self.spent / self.took, self.relay_cpu / self.took))
@@ -617,9 +595,7 @@ class Soak:
 
     def held(self, relay):
         """How many jobs the relay holds."""
-        text = relay.ask("GET", "/metrics")[1].decode()
-        return next(int(line.split()[1]) for line in text.splitlines()
-                    if line.startswith("neuroengine_held_jobs "))
+        return relay.metrics().get("held_jobs")
 
 
 def main():
@@ -631,9 +607,9 @@ def main():
     parser.add_argument("--keep-logs", action="store_true")
     options = parser.parse_args()
     seed = random.randrange(10**6) if options.seed is None else options.seed
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # end what we started
+    end_on_signals()
     soak = Soak(options, seed)
-    print("seed %d, logs in %s" % (seed, soak.siege.directory), flush=True)
+    print("seed %d, logs in %s" % (seed, soak.space.directory), flush=True)
     good = False
     try:
         good = soak.run()
@@ -644,11 +620,7 @@ def main():
         soak.stopping.set()
         for relay in soak.relays.values():
             relay.child.end()
-        soak.siege.close()
-        if good and not options.keep_logs:
-            shutil.rmtree(soak.siege.directory, ignore_errors=True)
-        else:
-            print("the logs are in", soak.siege.directory)
+        soak.space.close(keep=options.keep_logs or not good)
     return 0 if good else 1
 
 

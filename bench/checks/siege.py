@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sieges of a relay: what the open internet does to one, each with a promised number.
 
-    python bench/siege.py [--only idle,slow ...] [--json FILE] [--keep-logs] [--list]
+    python bench/checks/siege.py [--only idle,slow ...] [--json FILE] [--keep-logs] [--list]
 
 Each part starts a relay of its own, with a provider that streams. While the attack goes
 on, a modest client in a process of its own measures what everybody else has of the
@@ -19,516 +19,29 @@ Linux, standard library only, loopback only. Exit status 1 if anything failed.
 import argparse
 import contextlib
 import glob
-import http.client
 import json
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, ROOT)
-
-BROKEN = (OSError, http.client.HTTPException, ValueError)
-SERVICE = "Siege"
-UNVERIFIED = ssl.create_default_context()
-UNVERIFIED.check_hostname, UNVERIFIED.verify_mode = False, ssl.CERT_NONE
-
-
-class Skip(Exception):
-    """This part cannot be done here, and why."""
-
-
-##############################################################################
-# Answers that can be checked
-##############################################################################
-
-
-def prompt_of(number, count=8, size=12, pause=0.0):
-    """A prompt that asks for so many tokens of that size, so many seconds apart."""
-    return "%s %d %d %g" % (number, count, size, pause)
-
-
-def answer_of(prompt):
-    """The tokens of the one right answer."""
-    number, count, size, _ = prompt.split()
-    for n in range(int(count)):
-        yield ("%s:%d " % (number, n)).ljust(int(size), ".")
-
-
-def provide(url, name, key, workers):
-    """Be a provider; the whole of its process."""
-    from neuroengine import NeuroengineServer
-
-    def answer(request):
-        prompt = request.get("message") or request["messages"][-1]["content"]
-        began, pause = time.monotonic(), float(prompt.split()[3])
-        for token in answer_of(prompt):
-            time.sleep(pause)
-            yield token
-        print("made %s in %.3f s" % (prompt.split()[0], time.monotonic() - began), flush=True)
-
-    server = NeuroengineServer(url, verify_ssl=False)
-    while server.login(name, key) == -1:
-        time.sleep(0.2)
-    print("logged in", flush=True)
-    server.listen(answer, int(workers))
-
-
-##############################################################################
-# What is started, and ended again
-##############################################################################
-
-
-class Child:
-    """A program of ours, with its output in a file."""
-
-    def __init__(self, log, *args, env=None, preexec=None, stdin=subprocess.DEVNULL):
-        self.log = log
-        with open(log, "ab") as file:
-            self.process = subprocess.Popen(
-                [str(arg) for arg in args], stdout=file, stderr=file, stdin=stdin,
-                env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1", **(env or {})),
-                preexec_fn=preexec)
-        self.pid = self.process.pid
-
-    def said(self):
-        with open(self.log, encoding="utf-8", errors="replace") as log:
-            return log.read()
-
-    def end(self, number=signal.SIGTERM, seconds=15):
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-            try:
-                self.process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        return self.process.returncode
-
-    def memory(self):
-        """Resident memory in MB."""
-        with open("/proc/%d/status" % self.pid) as status:
-            return next(int(line.split()[1]) for line in status
-                        if line.startswith("VmRSS")) / 1024
-
-    def threads(self):
-        return len(os.listdir("/proc/%d/task" % self.pid))
-
-    def descriptors(self):
-        return len(os.listdir("/proc/%d/fd" % self.pid))
-
-    def cpu(self):
-        """Seconds of processor time so far."""
-        with open("/proc/%d/stat" % self.pid) as stat:
-            fields = stat.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-class Relay:
-    """A relay as a process of its own; by default with a service and its provider."""
-
-    def __init__(self, siege, *options, tls=False, data="data", port=0, wrap=(), env=None,
-                 preexec=None, provider=True, workers=16, source=None):
-        self.siege, self.tls, self.children = siege, tls, []
-        self.options, self.wrap, self.env, self.preexec = options, wrap, env, preexec
-        self.data = os.path.join(siege.directory, "%s-%d" % (data, siege.number()))
-        if data.startswith("/"):
-            self.data = data
-        self.port, self.key, self.workers = port, None, workers
-        self.log = os.path.join(siege.directory, "relay-%d.log" % siege.number())
-        self.start()
-        if provider:
-            _, answer = self.ask("POST", "/api/services", {"name": SERVICE})
-            self.key = answer["key"]
-            self.start_provider(self.key)
-
-    def start(self):
-        mark = len(self.said())
-        options = ["--host", "127.0.0.1", "--port", self.port, "--data", self.data]
-        if self.tls:
-            options += ["--cert", self.siege.cert, "--key", self.siege.cert_key]
-        self.child = Child(self.log, *self.wrap, sys.executable, "-u",
-                           os.path.join(ROOT, "neuroengine_server.py"), *options,
-                           *self.options, env=self.env, preexec=self.preexec)
-        self.siege.children.append(self.child)
-        wait_for(lambda: "listens at" in self.said()[mark:], 20, "the relay's start",
-                 self.said)
-        self.port = int(re.search(r"listens at \S+:(\d+)", self.said()[mark:]).group(1))
-
-    @property
-    def url(self):
-        return "%s://127.0.0.1:%d" % ("https" if self.tls else "http", self.port)
-
-    def said(self):
-        if not os.path.exists(self.log):
-            return ""
-        with open(self.log, encoding="utf-8", errors="replace") as log:
-            return log.read()
-
-    def start_provider(self, key, name=SERVICE, workers=None):
-        log = os.path.join(self.siege.directory, "provider-%d.log" % self.siege.number())
-        child = Child(log, sys.executable, "-u", os.path.abspath(__file__), "--provide",
-                      self.url, name, key, workers or self.workers)
-        self.siege.children.append(child)
-        wait_for(lambda: "logged in" in child.said(), 20, "the provider's login", child.said)
-        self.provider = child
-        return child
-
-    def ask(self, method, path, body=None, key=None, timeout=20, source="127.0.0.1",
-            headers=None):
-        """One request on a connection of its own; its status, and its JSON or bytes."""
-        connection = connect(self.url, timeout, source)
-        with contextlib.closing(connection):
-            headers = dict(headers or {})
-            if key:
-                headers["Authorization"] = "Bearer " + key
-            connection.request(method, path, None if body is None else json.dumps(body),
-                               headers)
-            response = connection.getresponse()
-            data = response.read()
-            if response.headers.get("Content-Type") == "application/json":
-                data = json.loads(data)
-            return response.status, data
-
-    def prompt(self, prompt, name=SERVICE, **more):
-        """Whether a prompt is answered, and rightly."""
-        status, answer = self.ask("POST", "/" + name, {"message": prompt}, **more)
-        return status == 200 and answer["reply"] == "".join(answer_of(prompt))
-
-    def healthy(self):
-        try:
-            return self.ask("GET", "/healthz", timeout=2)[0] == 200
-        except BROKEN:
-            return False
-
-    def dial(self, source="127.0.0.1", timeout=30, tls=None, buffer=None):
-        """A raw connection, over TLS if the relay has it."""
-        sock = socket.socket()
-        if buffer:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        sock.settimeout(timeout)
-        sock.bind((source, 0))
-        sock.connect(("127.0.0.1", self.port))
-        if self.tls if tls is None else tls:
-            sock = UNVERIFIED.wrap_socket(sock)
-        return sock
-
-    def tracebacks(self):
-        said = self.said()
-        return said.count("Traceback") + said.count("internal_error")
-
-    def stop(self):
-        if getattr(self, "provider", None):
-            self.provider.end(signal.SIGINT)
-        return self.child.end()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stop()
-
-
-def connect(url, timeout, source="127.0.0.1"):
-    scheme, _, address = url.partition("://")
-    host, _, port = address.partition(":")
-    if scheme == "https":
-        return http.client.HTTPSConnection(host, int(port), timeout=timeout,
-                                           source_address=(source, 0), context=UNVERIFIED)
-    return http.client.HTTPConnection(host, int(port), timeout=timeout,
-                                      source_address=(source, 0))
-
-
-def wait_for(fact, seconds, what, detail=lambda: ""):
-    """Wait until fact() is true; the seconds that it took. Raises AssertionError."""
-    began = time.monotonic()
-    while not fact():
-        if time.monotonic() - began > seconds:
-            raise AssertionError("%s did not happen within %g s: %s" % (
-                what, seconds, detail()[-2000:]))
-        time.sleep(0.02)
-    return time.monotonic() - began
-
-
-def percentile(values, share):
-    values = sorted(values)
-    return values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
-
-
-class Modest:
-    """A client that does nothing unusual, in a process of its own; figures at the end."""
-
-    def __init__(self, relay, every=0.03):
-        self.relay, self.every = relay, every
-
-    def __enter__(self):
-        log = os.path.join(self.relay.siege.directory,
-                           "modest-%d.log" % self.relay.siege.number())
-        self.child = Child(log, sys.executable, "-u", os.path.abspath(__file__), "--modest",
-                           self.relay.url, self.every, stdin=subprocess.PIPE)
-        self.relay.siege.children.append(self.child)
-        wait_for(lambda: "ready" in self.child.said(), 10, "the modest client's start",
-                 self.child.said)
-        return self
-
-    def __exit__(self, kind, *_):
-        self.child.process.stdin.close()
-        try:
-            self.child.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.child.end()
-        if kind is None:
-            self.__dict__.update(json.loads(self.child.said().splitlines()[-1]))
-
-    def judge(self, figures, most=200, title=""):
-        """Add what it had of the relay; most: of its requests' p99, in milliseconds."""
-        figures.add(title + "control p50", self.p50, "ms")
-        figures.add("p99", self.p99, "ms", most=most)
-        figures.add("failed", "%d of %d" % (self.failed, self.requests),
-                    good=not self.failed)
-        figures.add("prompts unanswered or wrong", "%d of %d" % (
-            self.unanswered, self.prompts), good=self.prompts and not self.unanswered)
-        if self.words:
-            figures.note(self.words)
-
-
-def modest(url, every):
-    """Be the modest client until standard input ends; prints its figures as JSON."""
-    times, shakes, answers, words, stop = [], [], [], [], threading.Event()
-
-    def once(method, path, body=None):
-        began = time.monotonic()
-        connection = connect(url, 30)
-        try:
-            connection.connect()
-            shakes.append(time.monotonic() - began)
-            connection.request(method, path, body)
-            response = connection.getresponse()
-            return response.status, response.read(), time.monotonic() - began
-        except BROKEN as error:
-            words.append("%s: %r" % (path, error))
-            return 0, b"", time.monotonic() - began
-        finally:
-            connection.close()
-
-    def control():
-        while not stop.wait(every):
-            status, _, took = once("GET", "/healthz")
-            times.append((status, took))
-
-    def prompts():
-        number = 0
-        while not stop.wait(5 * every):
-            number += 1
-            prompt = prompt_of("m%d" % number)
-            status, body, took = once("POST", "/" + SERVICE, json.dumps({"message": prompt}))
-            right = status == 200 and json.loads(body)["reply"] == "".join(answer_of(prompt))
-            answers.append((right, took))
-            if status and not right:
-                words.append("prompt: %d %r" % (status, body[:200]))
-
-    threads = [threading.Thread(target=target, daemon=True) for target in (control, prompts)]
-    for thread in threads:
-        thread.start()
-    print("ready", flush=True)
-    sys.stdin.read()
-    stop.set()
-    for thread in threads:
-        thread.join(35)
-    took = [seconds for status, seconds in times if status == 200]
-    print(json.dumps({
-        "requests": len(times), "failed": len(times) - len(took),
-        "p50": 1000 * percentile(took, 0.5), "p99": 1000 * percentile(took, 0.99),
-        "longest": 1000 * max(took, default=0),
-        "shake_p50": 1000 * percentile(shakes, 0.5),
-        "shake_p99": 1000 * percentile(shakes, 0.99),
-        "prompts": len(answers), "unanswered": sum(not right for right, _ in answers),
-        "prompt_p99": 1000 * percentile([t for right, t in answers if right], 0.99),
-        "words": "; ".join(sorted(set(words))[:3])}), flush=True)
-
-
-class Lives:
-    """How long a relay holds each connection, from the kernel's tables; its provider's
-    do not count."""
-
-    def __init__(self, relay):
-        self.relay, self.first, self.longest = relay, {}, 0.0
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def now(self):
-        """The peers of the connections that the relay holds a descriptor of."""
-        here, inodes, mine = "0100007F:%04X" % self.relay.port, {}, set()
-        with open("/proc/net/tcp") as table:
-            for line in table:
-                fields = line.split()
-                # Without an inode no process has it (any more); state 0A listens.
-                if fields[9] != "0" and fields[3] != "0A":
-                    if fields[1] == here:
-                        mine.add(fields[2])
-                    elif fields[2] == here:
-                        inodes[fields[1]] = fields[9]
-        providers = set()
-        fds = "/proc/%d/fd/" % self.relay.provider.pid
-        for fd in os.listdir(fds):
-            with contextlib.suppress(OSError):
-                providers.add(os.readlink(fds + fd))
-        return {peer for peer in mine
-                if "socket:[%s]" % inodes.get(peer) not in providers}
-
-    def _watch(self):
-        while not self.stopping.wait(0.25):
-            now, held = time.monotonic(), self.now()
-            for peer in held:
-                self.first.setdefault(peer, now)
-            for peer in set(self.first) - held:
-                self.longest = max(self.longest, now - self.first.pop(peer))
-
-    def oldest(self):
-        """The longest life so far, of the ended and the living, in seconds."""
-        return max([self.longest] + [time.monotonic() - first
-                                     for first in list(self.first.values())])
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopping.set()
-        self.thread.join()
-
-
-class Figures:
-    """What came of one part: named values, some with a bound."""
-
-    def __init__(self):
-        self.rows, self.notes, self.ok = [], [], True
-
-    def add(self, name, value, unit="", most=None, least=None, exactly=None, good=True):
-        good = bool(good) and not (most is not None and not value <= most
-                                   or least is not None and not value >= least
-                                   or exactly is not None and value != exactly)
-        self.ok = self.ok and good
-        bound = ("at most %g" % most if most is not None else
-                 "at least %g" % least if least is not None else
-                 "wanted %s" % exactly if exactly is not None and value != exactly else "")
-        self.rows.append({"name": name, "value": value, "unit": unit, "bound": bound,
-                          "ok": good})
-
-    def check(self, name, good):
-        """A fact that holds or does not."""
-        self.add(name, "yes" if good else "NO", exactly="yes")
-
-    def note(self, words):
-        self.notes.append(words)
-
-    def __str__(self):
-        parts = []
-        for row in self.rows:
-            value = row["value"]
-            value = "%.4g" % value if isinstance(value, float) else str(value)
-            parts.append("%s%s %s%s%s" % (
-                "" if row["ok"] else "! ", row["name"], value,
-                " " + row["unit"] if row["unit"] else "",
-                " (%s)" % row["bound"] if row["bound"] else ""))
-        return ", ".join(parts) + "".join("; " + note for note in self.notes)
-
-
-class Siege:
-    """One run: its directory, its certificate, and all that it started."""
-
-    def __init__(self, options):
-        self.options, self.children, self._count = options, [], 0
-        self.directory = tempfile.mkdtemp(prefix="siege-")
-        os.chmod(self.directory, 0o755)
-        self._lock = threading.Lock()
-        self.cert, self.cert_key = self.certificate("relay")
-
-    def number(self):
-        with self._lock:
-            self._count += 1
-            return self._count
-
-    def path(self, name):
-        return os.path.join(self.directory, name)
-
-    def child(self, title, *args):
-        """A Python program of ours, which ends with us."""
-        child = Child(self.path(title + ".log"), sys.executable, "-u", *args)
-        self.children.append(child)
-        return child
-
-    def certificate(self, name):
-        """A new self-signed certificate and its key, as files."""
-        cert, key = self.path(name + "-cert.pem"), self.path(name + "-key.pem")
-        need("openssl")
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-                        "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
-                        "/CN=" + name, "-addext", "subjectAltName=IP:127.0.0.1",
-                        "-keyout", key, "-out", cert], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return cert, key
-
-    def close(self):
-        for child in self.children:
-            child.end(signal.SIGKILL)
-
-
-def need(program):
-    if not shutil.which(program):
-        raise Skip("there is no %s here" % program)
-
-
-def hold(number, make):
-    """So many connections by make(n), opened by a few threads; those that succeeded."""
-    made, numbers, lock = [], iter(range(number)), threading.Lock()
-
-    def some():
-        while True:
-            with lock:
-                n = next(numbers, None)
-            if n is None:
-                return
-            with contextlib.suppress(OSError):
-                made.append(make(n))
-
-    threads = [threading.Thread(target=some) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return made
-
-
-def close_all(socks):
-    for sock in socks:
-        os.close(sock) if isinstance(sock, int) else sock.close()
-
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+from harness import (MB, ROOT, SERVICE, Proxy, Relay, Skip, answer_of,
+                     close_all, connect, end_on_signals, free_port, need, percentile,
+                     prompt_of, swap, unlimited_files, wait_for)
+from watch import (PARTS, Figures, Lives, Modest, Siege, client_hello, first_of, hold, part,
+                   sent)
 
 ##############################################################################
 # The parts
 ##############################################################################
-
-PARTS = {}
-
-
-def part(name):
-    """Make a function(siege, figures) a part; its docstring's first line describes it."""
-    def add(function):
-        PARTS[name] = function
-        return function
-    return add
-
 
 @part("tls-silent")
 def tls_silent(siege, figures):
@@ -558,15 +71,6 @@ def tls_silent(siege, figures):
         during.judge(figures)
         figures.add("longest life", lives.oldest(), "s", most=15)
         close_all(silent + drips)
-
-
-def client_hello():
-    """The first bytes of a TLS client."""
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = UNVERIFIED.wrap_bio(incoming, outgoing)
-    with contextlib.suppress(ssl.SSLWantReadError):
-        tls.do_handshake()
-    return outgoing.read()
 
 
 @part("slow")
@@ -606,24 +110,15 @@ def slow(siege, figures):
 
 
 DRIPS = ((b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", b"X: y\r\n"),
-         (b"POST /Siege HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4096\r\n\r\n", b"x"),
-         (b"POST /Siege HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
+         (b"POST /Bench HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4096\r\n\r\n", b"x"),
+         (b"POST /Bench HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
           b"1\r\nx\r\n"))
 
 
 def slow_attack(siege, relay, mode, path, seconds):
-    attack = Child(siege.path("slow%s-%d.log" % (mode, relay.port)), "slowhttptest", mode,
-                   "-u", relay.url + path, "-c", 150, "-r", 50, "-i", 2, "-x", 10, "-l",
-                   seconds, "-p", 5, "-w", 1, "-y", 16, "-n", 5, "-z", 2, "-k", 3)
-    siege.children.append(attack)
-    return attack
-
-
-def sent(relay, data, **how):
-    """A connection on which that was sent."""
-    sock = relay.dial(**how)
-    sock.sendall(data)
-    return sock
+    return siege.spawn("slow" + mode, "slowhttptest", mode, "-u", relay.url + path,
+                       "-c", 150, "-r", 50, "-i", 2, "-x", 10, "-l", seconds, "-p", 5,
+                       "-w", 1, "-y", 16, "-n", 5, "-z", 2, "-k", 3)
 
 
 @part("idle")
@@ -653,8 +148,8 @@ def idle(siege, figures):
                 memory = relay.child.memory()
                 figures.add(title + ": held", relay.child.threads(), least=number)
                 figures.add("opened in", took, "s")
-                figures.add("of memory", memory, "MB", most=1024)
-                figures.add("each", 1024 * (memory - before) / max(1, len(fds)), "KB")
+                figures.add("memory", memory / MB, "MB", most=1024)
+                figures.add("each", (memory - before) / 1000 / max(1, len(fds)), "KB")
                 modest_client.judge(figures, most=100)
             finally:
                 close_all(fds)
@@ -697,17 +192,6 @@ def descriptors(siege, figures):
             figures.add("tracebacks", relay.tracebacks(), exactly=0)
 
 
-def first_of(sock):
-    """The status that comes on a connection, "closed", or "silence"."""
-    try:
-        data = sock.recv(4096)
-    except socket.timeout:
-        return "silence"
-    except OSError:
-        data = b""
-    return data[9:12].decode() if data.startswith(b"HTTP/1.1 ") else "closed"
-
-
 @part("threads")
 def threads(siege, figures):
     """200 connections to a relay that may have 60 threads: 503, and it recovers."""
@@ -722,7 +206,7 @@ def threads(siege, figures):
             "--clear-groups")
     for title, tls in (("plain", False), ("TLS", True)):
         if tls:
-            os.chmod(siege.cert_key, 0o644)
+            os.chmod(siege.certificate()[1], 0o644)
         with Relay(siege, data=os.path.join(home, title), wrap=wrap, tls=tls) as relay:
             socks = hold(200, lambda n: relay.dial(tls=False))
             time.sleep(1)
@@ -773,7 +257,7 @@ def slow_reader(siege, figures):
     with Relay(siege, workers=32) as relay:
         big = prompt_of("fast", 500, 10000)
         relay.prompt(big)
-        before = relay.child.memory()
+        before = relay.child.memory() / MB
         socks = []
         with Lives(relay) as lives, Modest(relay) as modest_client:
             for n in range(10):
@@ -783,7 +267,7 @@ def slow_reader(siege, figures):
             began, most = time.monotonic(), 0
             while time.monotonic() - began < 70 and (lives.now() or most < 50):
                 time.sleep(1)
-                most = max(most, relay.child.memory())
+                most = max(most, relay.child.memory() / MB)
                 for sock in socks:
                     sock.settimeout(0.01)
                     with contextlib.suppress(OSError):
@@ -808,7 +292,7 @@ def slow_request(n):
         return b"/v1/chat/completions", json.dumps({
             "model": SERVICE, "stream": True,
             "messages": [{"role": "user", "content": prompt}]}).encode()
-    return b"/Siege", json.dumps({"message": prompt, "stream": True}).encode()
+    return b"/Bench", json.dumps({"message": prompt, "stream": True}).encode()
 
 
 @part("slow-writer")
@@ -820,7 +304,7 @@ def slow_writer(siege, figures):
         asker = threading.Thread(target=lambda: answers.append(relay.prompt(
             prompt, timeout=100)))
         asker.start()
-        head = b"POST /Siege HTTP/1.1\r\nHost: localhost\r\n"
+        head = b"POST /Bench HTTP/1.1\r\nHost: localhost\r\n"
         drips = [(sent(relay, head + b"Content-Length: 65536\r\n\r\n"), b"x"),
                  (sent(relay, head + b"Transfer-Encoding: chunked\r\n\r\n"), b"1\r\nx\r\n")]
         began, cut = time.monotonic(), {}
@@ -906,12 +390,7 @@ def cert_swap(siege, figures):
     other_cert, other_key = siege.certificate("other")
     with open(cert) as file:
         old = file.read()
-    siege.cert, siege.cert_key, kept = cert, key, (siege.cert, siege.cert_key)
-    try:
-        relay = Relay(siege, tls=True)
-    finally:
-        siege.cert, siege.cert_key = kept
-    with relay, Modest(relay, every=0.01) as modest_client:
+    with Relay(siege, tls=True, cert=(cert, key)) as relay, Modest(relay, every=0.01) as modest_client:
         def served():
             return ssl.get_server_certificate(("127.0.0.1", relay.port))
 
@@ -950,15 +429,6 @@ def cert_swap(siege, figures):
             most=1)
         figures.add("tracebacks", relay.tracebacks(), exactly=0)
     modest_client.judge(figures)
-
-
-def swap(source, target, share=1.0):
-    """Put a copy of a file, or of its beginning, in the place of another at once."""
-    with open(source, "rb") as file:
-        data = file.read()
-    with open(target + ".new", "wb") as file:
-        file.write(data[:int(share * len(data))])
-    os.replace(target + ".new", target)
 
 
 @part("brute-force")
@@ -1156,7 +626,7 @@ def canary(siege, figures):
         relay.ask("POST", "/%s?key=%s" % (SERVICE, secret), {"message": prompt}, guest)
         relay.ask("GET", "/" + secret, None, guest)
         with relay.dial() as sock:
-            sock.sendall(b"POST /Siege HTTP/1.1\r\nbad " + secret.encode() + b"\r\n\r\n")
+            sock.sendall(b"POST /Bench HTTP/1.1\r\nbad " + secret.encode() + b"\r\n\r\n")
             first_of(sock)
         new_key = relay.ask("PATCH", name, {"new_key": True}, relay.key)[1]["key"]
         relay.provider.end(signal.SIGINT)
@@ -1243,7 +713,7 @@ def smuggle(figures, title, port, counter, log):
         figures.note("%r: front %d, relay %d" % (case, front, back))
 
 
-_POST = b"POST /Siege HTTP/1.1\r\nHost: localhost\r\n"
+_POST = b"POST /Bench HTTP/1.1\r\nHost: localhost\r\n"
 _SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
 WIRE_CASES = [head + b"\r\n" + body for head, body in (
     [(_POST + field, body + _SMUGGLED) for body in (b"", b"0\r\n\r\n", b"3\r\nabc\r\n0\r\n\r\n")
@@ -1276,7 +746,7 @@ WIRE_CASES = [head + b"\r\n" + body for head, body in (
        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", _SMUGGLED),
        (b"GET  /healthz HTTP/1.1\r\nHost: localhost\r\n", _SMUGGLED),
        (b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n", _SMUGGLED),
-       (b"POST /Siege HTTP/1.0\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n" + _SMUGGLED),
+       (b"POST /Bench HTTP/1.0\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n" + _SMUGGLED),
        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: other\r\n", _SMUGGLED),
        (b"GET /healthz HTTP/1.1\nHost: localhost\n", _SMUGGLED),
        (b"GET http://localhost/healthz HTTP/1.1\r\nHost: localhost\r\n", _SMUGGLED),
@@ -1294,45 +764,22 @@ WIRE_CASES = [head + b"\r\n" + body for head, body in (
        (_POST + b"Transfer-Encoding: chunked\r\n", b"2 \r\nabX\r\n0\r\n\r\n" + _SMUGGLED)])]
 
 
-class Counter:
-    """A TCP proxy before the relay that counts the responses it sends."""
+class Counter(Proxy):
+    """A proxy in front of the relay that counts the responses it sends."""
+
+    MARK = b"\r\nX-Request-Id: "             # each response has one
 
     def __init__(self, port):
-        self.target, self.requests, self.connections = port, 0, 0
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(port)
+        self.requests, self.tails = 0, {}
 
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                front = self.listener.accept()[0]
-                self.connections += 1
-                back = socket.create_connection(("127.0.0.1", self.target))
-                for source, sink in ((front, back), (back, front)):
-                    threading.Thread(target=self._pump, args=(source, sink, sink is front),
-                                     daemon=True).start()
-
-    def _pump(self, source, sink, counted):
-        tail, mark = b"", b"\r\nX-Request-Id: "      # each of its responses has one
-        with contextlib.suppress(OSError):
-            for data in iter(lambda: source.recv(65536), b""):
-                if counted:
-                    tail += data
-                    self.requests += tail.count(mark)
-                    tail = tail[-len(mark) + 1:]
-                sink.sendall(data)
-        for sock in (source, sink):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self.listener.close()
-
-
-def free_port():
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as sock:
-        return sock.getsockname()[1]
+    def passing(self, data, pair, to_client):
+        if to_client:
+            text = self.tails.get(pair, b"") + data
+            with self.lock:
+                self.requests += text.count(self.MARK)
+            self.tails[pair] = text[-len(self.MARK) + 1:]
+        return data
 
 
 def start_nginx(siege, port, backend):
@@ -1352,9 +799,8 @@ def start_nginx(siege, port, backend):
         file.write("log_format passed '$upstream_status';\naccess_log %s/access.log passed;\n"
                    "%s}\n" % (home, site))
     os.chmod(home, 0o777)
-    process = Child(os.path.join(home, "out"), "nginx", "-p", home, "-c",
-                    os.path.join(home, "nginx.conf"))
-    siege.children.append(process)
+    process = siege.spawn("nginx", "nginx", "-p", home, "-c",
+                          os.path.join(home, "nginx.conf"))
 
     def log():
         return [int(line.strip() not in ("", "-")) for line in
@@ -1373,11 +819,10 @@ def start_haproxy(siege, port, backend):
     path = siege.path("haproxy-%d.cfg" % port)
     with open(path, "w") as file:
         file.write(text)
-    process = Child(path + ".out", "haproxy", "-db", "-f", path)
-    siege.children.append(process)
+    process = siege.spawn("haproxy", "haproxy", "-db", "-f", path)
 
     def log():
-        return [int("<NOSRV>" not in line) for line in open_lines(path + ".out")
+        return [int("<NOSRV>" not in line) for line in process.said().splitlines()
                 if "PASSED=" in line]
     return process, log
 
@@ -1519,7 +964,7 @@ def run(name, siege):
         figures.note("%s" % error or repr(error))
         traceback.print_exc()
     finally:
-        siege.close()
+        siege.end_children()
     if not figures.ok:
         verdict = "FAILED"
     seconds = time.monotonic() - began
@@ -1529,10 +974,6 @@ def run(name, siege):
 
 
 def main():
-    if sys.argv[1:2] == ["--provide"]:
-        return provide(*sys.argv[2:])
-    if sys.argv[1:2] == ["--modest"]:
-        return modest(sys.argv[2], float(sys.argv[3]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="some parts, with commas: " + ", ".join(PARTS))
     parser.add_argument("--list", action="store_true", help="what each part does")
@@ -1550,18 +991,13 @@ def main():
     unknown = set(names) - set(PARTS)
     if unknown:
         parser.error("there is no part " + ", ".join(sorted(unknown)))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # end what we started
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    end_on_signals()
+    unlimited_files()
     siege = Siege(options)
     try:
         records = [run(name, siege) for name in names]
     finally:
-        siege.close()
-        if options.keep_logs:
-            print("logs in", siege.directory)
-        else:
-            shutil.rmtree(siege.directory, ignore_errors=True)
+        siege.close(keep=options.keep_logs)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(records, file, indent=1, default=sorted)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run the real OpenAI clients against a relay, and print what works.
 
-    python bench/clients.py --install --upstream http://127.0.0.1:8080
+    python bench/checks/clients.py --install --upstream http://127.0.0.1:8080
 
 It starts a relay, a provider that answers by a callback, and `neuroengine.py share` before
 a fake LLM server (and before the real one that --upstream names); then it runs each
@@ -28,7 +28,10 @@ import urllib.request
 import venv
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TOP = os.path.dirname(HERE)
+sys.path.insert(0, os.path.join(HERE, ".."))
+
+from harness import Workspace, serving, share
+
 PYPI = ("openai", "langchain-openai", "litellm")
 NEEDED = ("mcp",)          # litellm imports it when there are tools, and does not say so
 NPM = ("openai",)
@@ -227,45 +230,8 @@ class Control(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(handler, **fields):
-    """A server of the standard library on a free port; its URL."""
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), type(handler.__name__, (handler,), fields))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield "http://127.0.0.1:%d" % server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@contextlib.contextmanager
-def sharing(relay_url, name, upstream, directory):
-    """`neuroengine.py share` as a process of its own, logged in."""
-    log = open(os.path.join(directory, name + ".log"), "w+")
-    process = subprocess.Popen(
-        [sys.executable, os.path.join(TOP, "neuroengine.py"), "share", name,
-         "--upstream", upstream, "--relay", relay_url, "--workers", "4"],
-        stdout=subprocess.PIPE, stderr=log, universal_newlines=True,
-        env=dict(os.environ, NEUROENGINE_HOME=directory))
-    try:
-        if "Sharing" not in process.stdout.readline():
-            process.wait(SOON)
-            log.seek(0)
-            sys.exit("share did not start: " + log.read())
-        yield
-    finally:
-        process.terminate()
-        process.wait(SOON)
-        process.stdout.close()
-        log.close()
-
-
-@contextlib.contextmanager
-def world(upstream, directory):
+def world(upstream, space):
     """All that the cases need; what they have to know of it, as a dict."""
-    sys.path.insert(0, TOP)
     import neuroengine
     import neuroengine_server
     texts, fakes = Watch(), Watch()
@@ -290,9 +256,9 @@ def world(upstream, directory):
             stack.callback(provider.stop)
         llm = stack.enter_context(serving(FakeLLM, watch=fakes))
         control = stack.enter_context(serving(Control, watches=(texts, fakes)))
-        stack.enter_context(sharing(relay.url, "Bridge", llm, directory))
+        share(space, relay.url, "Bridge", llm, "--workers", "4")
         if upstream:
-            stack.enter_context(sharing(relay.url, "Real", upstream, directory))
+            share(space, relay.url, "Real", upstream, "--workers", "4")
         yield {"relay": relay.url, "control": control, "real": bool(upstream),
                "keys": guests}
 
@@ -966,8 +932,7 @@ def main(argv=None):
     if options.install:
         install(options.cache)
     rows = []
-    with tempfile.TemporaryDirectory() as directory, \
-            world(options.upstream, directory) as config:
+    with Workspace("clients") as space, world(options.upstream, space) as config:
         for package, command in commands(options.cache):
             if options.only in (None, package):
                 rows += run_package(package, command, config)

@@ -1,19 +1,19 @@
-/* The two ends of bench/compare.py: clients that ask, and an LLM that takes no time.
+/* The two ends of compare.py: clients that ask, and an LLM that takes no time.
 
      load ask PORT CLIENTS WARM MOST SECONDS RATE < REQUEST
      load llm
 
-   ask   keeps CLIENTS kept-alive connections busy with REQUEST, a whole HTTP request of
-         which "########" is replaced by a number that no other has. Counts what comes
-         from the moment that every client has had something, but no sooner than WARM and
-         no later than MOST seconds after the start, and for SECONDS. Prints "begun" at
-         that moment, "over" at the end, and JSON.
+   ask   keeps CLIENTS connections busy with REQUEST, a whole HTTP request in which each
+         "########" is replaced by the number of the request. The connections are kept
+         alive, unless REQUEST says "Connection: close". The measurement begins when every
+         client has received something, but not before WARM and not after MOST seconds,
+         and lasts SECONDS. Prints "begun" when it begins, "over" when it ends, then JSON.
    llm   serves what an OpenAI-compatible server does, and what a FastChat worker does;
-         prints its port. A prompt tells what to answer: "tokens=8 rate=50" is 8 tokens,
+         prints its port. The prompt says what to answer: "tokens=8 rate=50" is 8 tokens,
          the first at once, 50 a second; rate=0 is all at once.
 
-   Each token holds one "~", and nothing else does: so tokens are counted in any format.
-   One thread each, epoll, Linux. Loopback only. */
+   Each token contains one "~" and nothing else does, so tokens can be counted in any
+   format. One thread each, epoll, Linux. Loopback only. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -68,6 +68,7 @@ struct client {
     long left;                /* of the body, or of the chunk; -1: in a chunk's size */
     long size;                /* of the chunk, as far as it was read */
     int last;                 /* in the last chunk's size line, or beyond it */
+    int over;                 /* the answer is complete; the server is to close */
     double sent, token_at;    /* when it asked; when it last got tokens */
     int got, closing;         /* tokens of this answer; it will be closed after it */
     int started;              /* it has had something at all */
@@ -102,8 +103,9 @@ static void print_list(const char *name, struct list *l)
 }
 
 static int port, started;
-static char request[65536], *number;
+static char request[1 << 17], *numbers[8];
 static size_t request_bytes;
+static int one_each;          /* a connection for each request */
 static unsigned long asked, answered, errors;
 static char error_text[256];
 static double window = 1e300, window_end = 1e300, counted_from;
@@ -119,9 +121,9 @@ static void ask(struct client *c)
 {
     char digits[16];
     snprintf(digits, sizeof digits, "%08lu", ++asked % 100000000);
-    if (number)
-        memcpy(number, digits, 8);
-    c->have = 0, c->got = 0, c->last = 0, c->closing = 0;
+    for (char **number = numbers; *number; number++)
+        memcpy(*number, digits, 8);
+    c->have = 0, c->got = 0, c->last = 0, c->closing = 0, c->over = 0;
     c->sent = now();
     if (send(c->fd, request, request_bytes, MSG_NOSIGNAL) != (ssize_t)request_bytes)
         fail("the request could not be sent");
@@ -149,10 +151,12 @@ static void end_answer(struct client *c, int closed)
     }
     if (!c->got)
         fail("an answer without a token");
-    if (closed || c->closing) {
+    if (closed) {
         close(c->fd);
         connect_client(c);
-    } else
+    } else if (c->closing)
+        c->over = 1;          /* the server closes first, which keeps our port free */
+    else
         ask(c);
 }
 
@@ -242,7 +246,7 @@ static int read_head(struct client *c, const char *data, size_t n, size_t *used)
         c->body = CHUNKED, c->left = -1, c->size = 0;
     else
         c->body = UNTIL_CLOSE;
-    c->closing = c->body == UNTIL_CLOSE || field(c->head, "\r\nconnection: close");
+    c->closing = one_each || c->body == UNTIL_CLOSE || field(c->head, "\r\nconnection: close");
     c->have = SIZE_MAX;
     return 1;
 }
@@ -252,6 +256,13 @@ static void hear(struct client *c)
     static char data[1 << 17];
     ssize_t n = recv(c->fd, data, sizeof data, 0);
     size_t used = 0;
+    if (c->over) {
+        if (n <= 0) {
+            close(c->fd);
+            connect_client(c);
+        }
+        return;
+    }
     if (n <= 0) {
         if (c->have == SIZE_MAX && c->body == UNTIL_CLOSE && !n)
             return end_answer(c, 1);
@@ -276,7 +287,10 @@ static int run_clients(char **argv)
     struct client *clients = calloc(n, sizeof *clients);
     port = atoi(argv[0]);
     request_bytes = fread(request, 1, sizeof request - 1, stdin);
-    number = strstr(request, "########");
+    char *at = request;
+    for (i = 0; i < 7 && (at = strstr(at, "########")); at += 8)
+        numbers[i++] = at;
+    one_each = !!strstr(request, "\r\nConnection: close\r\n");
     for (i = 0; i < n; i++)
         connect_client(&clients[i]);
     while (errors <= 1000) {
@@ -386,6 +400,21 @@ static void put_json(struct caller *c, const char *body)
     flush_out(c);
 }
 
+/* A whole chat completion. */
+static void put_whole(struct caller *c, long tokens)
+{
+    static char body[sizeof words + 512];
+    size_t bytes = tokens * strlen(TOKEN);
+    if (bytes > sizeof words)
+        bytes = sizeof words;
+    sprintf(body, "{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\",\"created\":1,"
+        "\"model\":\"m\",\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\","
+        "\"content\":\"%.*s\"},\"finish_reason\":\"stop\"}],\"usage\":{\"prompt_tokens\":1,"
+        "\"completion_tokens\":%ld,\"total_tokens\":%ld}}", (int)bytes, words, tokens,
+        tokens + 1);
+    put_json(c, body);
+}
+
 /* One event of a FastChat worker: the whole text so far, with a zero byte after it. */
 static void put_worker_event(struct caller *c)
 {
@@ -456,12 +485,9 @@ static void serve(struct caller *c, const char *path, const char *body)
         put(c, NOT_FOUND, strlen(NOT_FOUND));
         return flush_out(c);
     }
-    if (!worker && !strstr(body, "\"stream\":true") && !strstr(body, "\"stream\": true"))
-        return put_json(c, "{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\","
-            "\"created\":1,\"model\":\"m\",\"choices\":[{\"index\":0,\"message\":{\"role\":"
-            "\"assistant\",\"content\":\"" TOKEN "\"},\"finish_reason\":\"stop\"}],"
-            "\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":1,\"total_tokens\":2}}");
     c->tokens = tokens ? atol(tokens + 7) : 1;
+    if (!worker && !strstr(body, "\"stream\":true") && !strstr(body, "\"stream\": true"))
+        return put_whole(c, c->tokens);
     c->rate = rate ? atof(rate + 5) : 0;
     c->done = 0, c->began = now(), c->worker = worker;
     active[actives++] = c, c->active = actives;

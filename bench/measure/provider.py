@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The provider of bench/compare.py: as lean as Python allows, with an LLM that takes no time.
+"""The provider of compare.py: as lean as Python allows, with an LLM that takes no time.
 
-    python bench/provider.py PORT SERVICE KEY [tls]
+    python bench/measure/provider.py PORT SERVICE KEY [tls]
 
 One thread, one connection for polls and one for replies, raw sockets. While a reply is
 under way, what is generated gathers for the next, as docs/provider-protocol.md says.

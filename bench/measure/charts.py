@@ -1,4 +1,4 @@
-"""The charts of bench/compare.py: SVG by hand, readable on light and dark pages."""
+"""The charts of compare.py: SVG by hand, readable on light and dark pages."""
 
 import functools
 import math
@@ -143,11 +143,13 @@ CHARTS = (  # file, title, rows (each a group; its title)
         ("tokens/s, 256 streams", ""),)),
     ("gaps", "Worst gap (p99) of streams of 50 tokens a second, lower is better", (
         ("worst gap p99, 256 streams of 50 tokens/s", "256 streams"),
+        ("worst gap p99, 500 streams of 50 tokens/s", "500 streams"),
         ("worst gap p99, 1000 streams of 50 tokens/s", "1,000 streams"))),
     ("memory", "Resident memory, lower is better", (
         ("memory, idle", "idle"), ("memory, 256 streams", "with 256 streams"))),
 )
-OURS = {"native": "neuroengine, native", "/v1": "neuroengine, /v1"}
+OURS = {"share": "neuroengine share", "listen": "neuroengine listen",
+        "native": "the relay alone", "/v1": "the relay alone, /v1"}
 
 
 def draw(directory, facts, values, curves):

@@ -2,7 +2,7 @@
 """Show on a real llama.cpp server that a cancelled prompt frees its slot, and that an
 answer goes on where another provider left it.
 
-    python bench/slots.py http://127.0.0.1:8080
+    python bench/checks/slots.py http://127.0.0.1:8080
 
 The server is shared through a relay by `neuroengine.py share`; its /slots is watched. Each
 way to cancel is tried in the middle of an answer, and while a long prompt is read
@@ -16,19 +16,17 @@ import http.client
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 import urllib.parse
 import urllib.request
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-sys.path.insert(0, HERE)
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-import clients  # noqa: E402
-import neuroengine  # noqa: E402
-import neuroengine_server  # noqa: E402
+from harness import Workspace, share, wait_for
+
+import neuroengine
+import neuroengine_server
 
 SLOT_SECONDS = 2.0         # from the cancellation to an idle slot
 
@@ -37,16 +35,6 @@ def busy(upstream):
     """How many of the server's slots work."""
     with urllib.request.urlopen(upstream + "/slots", timeout=20) as response:
         return sum(slot["is_processing"] for slot in json.loads(response.read().decode()))
-
-
-def wait_until(fact, seconds=60.0):
-    """Seconds until fact() held."""
-    began = time.monotonic()
-    while not fact():
-        if time.monotonic() - began > seconds:
-            raise AssertionError("it did not happen within %g s" % seconds)
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 class World:
@@ -59,6 +47,10 @@ class World:
         self.long_prompt = lambda: " ".join(
             str(time.monotonic_ns())[-6:] for _ in range(context // 9))
         self.context = context
+
+    def until_busy(self, slots):
+        """Wait until exactly that many slots work."""
+        wait_for(lambda: busy(self.upstream) == slots, 60, "%d busy slots" % slots)
 
     def native(self, prompt, key):
         """Start a native streamed prompt; its socket is kept by the response."""
@@ -83,7 +75,7 @@ class World:
             connection = self.native(prompt, key)
         else:
             connection = self.openai(prompt, how == "/v1 streamed hang-up")
-        wait_until(lambda: busy(self.upstream) == 1)
+        self.until_busy(1)
         if phase == "mid-answer":
             if how == "/v1 whole hang-up":
                 time.sleep(1.5)                # it shows nothing of itself
@@ -95,7 +87,7 @@ class World:
             neuroengine.Neuroengine("Slots", self.relay).cancel(key)
         else:
             connection.sock.close()
-        wait_until(lambda: busy(self.upstream) == 0)
+        self.until_busy(0)
         took = time.monotonic() - began
         connection.close()
         return took
@@ -104,7 +96,7 @@ class World:
         """Take every slot with an endless answer; a further prompt waits until one of
         them is cancelled: seconds from then to its first token."""
         connections = [self.openai("Count to a million.", True) for _ in range(slots)]
-        wait_until(lambda: busy(self.upstream) == slots)
+        self.until_busy(slots)
         time.sleep(1)
         waiting, first = self.native("Hello", "last"), []
         thread = threading.Thread(target=lambda: first.append(self._first_items(waiting)))
@@ -118,7 +110,7 @@ class World:
         neuroengine.Neuroengine("Slots", self.relay).cancel("last")
         for connection in connections:
             connection.sock.close()
-        wait_until(lambda: busy(self.upstream) == 0)
+        self.until_busy(0)
         return took
 
     @staticmethod
@@ -160,8 +152,8 @@ def main(argv=None):
     relay.start()
     with contextlib.ExitStack() as stack:
         stack.callback(relay.stop)
-        directory = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(clients.sharing(relay.url, "Slots", upstream, directory))
+        space = stack.enter_context(Workspace("slots"))
+        share(space, relay.url, "Slots", upstream, "--workers", "4")
         world = World(relay.url, upstream, slots[0]["n_ctx"])
         for how in ("stop command", "/v1 streamed hang-up", "/v1 whole hang-up"):
             for phase in ("in prefill", "mid-answer"):

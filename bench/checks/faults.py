@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A fault run: many clients, several providers, a relay, and all of them mistreated.
 
-    python bench/faults.py [--minutes 10] [--seed N]
+    python bench/checks/faults.py [--minutes 10] [--seed N]
 
 Providers are killed, stopped and continued, and interrupted; connections are cut in the
 middle of what they carry; the relay is restarted, politely and not. A checker holds each
@@ -22,26 +22,20 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from neuroengine import Neuroengine          # noqa: E402
-from neuroengine import NeuroengineError     # noqa: E402
-from neuroengine import NeuroengineServer    # noqa: E402
+from harness import BROKEN, Proxy, Relay, Workspace, end_on_signals, wait_for
 
-BROKEN = (OSError, http.client.HTTPException)
+from neuroengine import Neuroengine, NeuroengineError, NeuroengineServer
+
 PROMPT_SECONDS = 150     # no prompt may take longer: three leases, and the work itself
 CALM_SECONDS = 60        # for the relay to come to rest
 SPARE = 1, 1, 16         # threads, descriptors and MB that it may then have more
@@ -111,98 +105,19 @@ def provide(url, name, key, continues, pause):
 ##############################################################################
 
 
-class Child:
-    """A program of ours, with its output in a file."""
-
-    def __init__(self, directory, title, *args):
-        self.log = os.path.join(directory, title + ".log")
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-u", "-X", "faulthandler"] + [str(arg) for arg in args],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT,
-                env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1"))
-        self.pid, self.stopped = self.process.pid, None
-
-    def said(self):
-        with open(self.log, encoding="utf-8", errors="replace") as log:
-            return log.read()
-
-    def send(self, number):
-        if self.process.poll() is None:
-            os.kill(self.pid, number)
-
-    def end(self, number=signal.SIGKILL, seconds=20):
-        """Send a signal and wait; the exit status, None if it had to be killed, and then
-        its log has what its threads did."""
-        self.send(number)
-        self.send(signal.SIGCONT)
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGABRT)     # faulthandler writes and ends it
-            time.sleep(1)
-            self.process.kill()
-            self.process.wait()
-            return None
-
-    def resources(self):
-        """Its threads, descriptors, and resident memory in MB."""
-        with open("/proc/%d/status" % self.pid) as status:
-            fields = dict(line.split(":", 1) for line in status)
-        return (int(fields["Threads"]), len(os.listdir("/proc/%d/fd" % self.pid)),
-                int(fields["VmRSS"].split()[0]) / 1024)
-
-
-class Proxy:
-    """A TCP proxy before the relay that breaks connections, often within a write."""
+class Cutter(Proxy):
+    """A proxy that breaks connections, often within a write."""
 
     def __init__(self, port, rand):
-        self.port, self.rand, self.chance, self.cuts = port, rand, 0.0, 0
-        self.pairs, self.lock = set(), threading.Lock()
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
-        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(port)
+        self.rand, self.chance, self.cuts = rand, 0.0, 0
 
-    def _accept(self):
-        while True:
-            try:
-                here = self.listener.accept()[0]
-            except OSError:
-                return
-            try:
-                pair = here, socket.create_connection(("127.0.0.1", self.port))
-            except OSError:                # the relay is being restarted
-                here.close()
-                continue
-            with self.lock:
-                self.pairs.add(pair)
-            ended = []                     # the second pump to end closes both
-            for source, sink in (pair, pair[::-1]):
-                sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=self._pump, args=(source, sink, pair, ended),
-                                 daemon=True).start()
-
-    def _pump(self, source, sink, pair, ended):
-        try:
-            for data in iter(lambda: source.recv(65536), b""):
-                if self.rand.random() < self.chance:
-                    sink.sendall(data[:self.rand.randrange(len(data) + 1)])
-                    self._cut(pair)
-                    break
-                sink.sendall(data)
-        except OSError:
-            pass
-        with self.lock:
-            self.pairs.discard(pair)
-            ended.append(source)
-            last = len(ended) == 2
-        for sock in pair:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            if last:
-                sock.close()
+    def passing(self, data, pair, to_client):
+        if self.rand.random() >= self.chance:
+            return data
+        pair[not to_client].sendall(data[:self.rand.randrange(len(data) + 1)])
+        self._cut(pair)
+        raise OSError("cut")
 
     def _cut(self, pair):
         """End a connection, half of the time with a reset, which loses what is sent."""
@@ -225,7 +140,7 @@ class Proxy:
                 self._cut(pair)
 
     def close(self):
-        self.listener.close()
+        super().close()
         self.cut()
 
 
@@ -511,70 +426,37 @@ class Run:
         self.clients, self.longest_stop, self.pause = clients, longest_stop, pause
         self.fault_every, self.restarts = fault_every, restarts
         self.rand = random.Random(seed)
-        self.directory = tempfile.mkdtemp(prefix="faults-")
+        self.space = Workspace("faults")
         self.options = ("--lease-seconds=%d --grace-seconds=%d --keep-seconds=%d "
                         "--offline-seconds=%d --idle-seconds=4 --drain-seconds=3" % (
                             lease, grace, keep, min(15, 2 * lease))).split()
-        self.port, self.relay, self.relays = 0, None, 0
+        self.relay = None
         self.client_proxy = self.provider_proxy = None
         self.providers, self.keys = [], {}     # (child, service, continues, proxied)
-        self.children, self.logs = [], []      # all providers there were; what they said
+        self.all_providers, self.logs = [], []   # those that have ended, too; their logs
         self.faults = []                       # (what, service or "", from, until)
         self.counts = collections.Counter()
         self.results, self.wrong = collections.Counter(), []
         self.lock = threading.Lock()
         self.longest, self.before, self.after = 0.0, None, None
+        self.stopped = {}                      # provider -> when it is continued
         self.keep_logs, self.chance = False, 0.002   # chance: of a cut, for each write
         self.under_way = {}                    # prompt -> since when
         self.stopping = threading.Event()
-        self.log = open(os.path.join(self.directory, "prompts.log"), "w")
+        self.log = open(self.space.path("prompts.log"), "w")
 
     # -- setting up --
 
-    def start_relay(self):
-        self.relays += 1
-        self.relay = Child(self.directory, "relay%d" % self.relays,
-                           "neuroengine_server.py", "--host", "127.0.0.1", "--port",
-                           self.port, "--data", os.path.join(self.directory, "data"),
-                           *self.options)
-        self.wait_for(lambda: "listens at" in self.relay.said(), 20, "the relay's start")
-        self.port = int(re.search(r"listens at \S+:(\d+)", self.relay.said()).group(1))
-
     def start_provider(self, service, continues, proxied):
-        url = self.provider_proxy.url if proxied else self.url
-        self.counts["providers"] += 1
-        child = Child(self.directory, "provider%d" % self.counts["providers"], __file__,
-                      "--provider", url, service, self.keys[service], int(continues),
-                      self.pause)
+        url = self.provider_proxy.url if proxied else self.relay.url
+        child = self.space.python("provider", __file__, "--provider", url, service,
+                                  self.keys[service], int(continues), self.pause)
         self.providers.append((child, service, continues, proxied))
-        self.children.append(child)
-
-    @property
-    def url(self):
-        return "http://127.0.0.1:%d" % self.port
-
-    def wait_for(self, fact, seconds, what):
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            value = fact()
-            if value:
-                return value
-            time.sleep(0.05)
-        raise AssertionError("%s did not happen within %g s" % (what, seconds))
+        self.all_providers.append(child)
 
     def fail(self, words):
         with self.lock:
             self.wrong.append("%6.1f s  %s" % (time.monotonic() - self.began, words))
-
-    def metrics(self):
-        try:
-            with Clients(None)._connected(self.url, 5) as connection:
-                connection.request("GET", "/metrics")
-                text = connection.getresponse().read().decode()
-        except BROKEN:
-            return {}
-        return {name[len("neuroengine_"):]: float(value) for name, value in
-                (line.split() for line in text.splitlines() if line[0] != "#")}
 
     # -- clients --
 
@@ -591,7 +473,7 @@ class Run:
             clients.restarted = lambda began=began: self.happened(("relay",), "", began)
             with self.lock:
                 self.under_way[prompt] = began
-            url = self.client_proxy.url if proxied else self.url
+            url = self.client_proxy.url if proxied else self.relay.url
             try:
                 text, end = getattr(clients, kind)(url, service, prompt, leave)
                 verdict = self.verdict(prompt, text, end, service, began, proxied, leave)
@@ -658,15 +540,15 @@ class Run:
             self.note("cut all")
             return self.rand.choice((self.client_proxy, self.provider_proxy)).cut(
                 self.rand.choice((0.3, 1.0)))
-        entry = self.rand.choice([e for e in self.providers if not e[0].stopped])
+        entry = self.rand.choice([e for e in self.providers if e[0] not in self.stopped])
         child, service, continues, proxied = entry
         if "logged in" not in child.said():
             return None                    # it has only just been started
         if kind == "stop":
-            if sum(1 for e in self.providers if e[0].stopped) < 2:
+            if len(self.stopped) < 2:
                 seconds = self.rand.uniform(0.2, self.longest_stop)
                 self.note("stop", service, seconds)
-                child.stopped = time.monotonic() + seconds
+                self.stopped[child] = time.monotonic() + seconds
                 child.send(signal.SIGSTOP)
             return None
         self.note(kind, service)
@@ -690,10 +572,10 @@ class Run:
         began = time.monotonic()
         self.note("relay", seconds=60)         # until we know better
         self.counts["relay SIGTERM" if polite else "relay kill -9"] += 1
-        code = self.relay.end(signal.SIGTERM if polite else signal.SIGKILL)
+        code = self.relay.child.end(signal.SIGTERM if polite else signal.SIGKILL)
         self.look_at_relay_log(code if polite else 0)
         time.sleep(self.rand.uniform(0, 1))
-        self.start_relay()
+        self.relay.start()
         with self.lock:
             self.faults = [f if f[0] != "relay" or f[2] < began else
                            ("relay", "", f[2], time.monotonic() + 1) for f in self.faults]
@@ -704,9 +586,9 @@ class Run:
             self.fail("the relay, its exit status %s:\n%s" % (code, said[-3000:]))
 
     def continue_stopped(self, everyone=False):
-        for child, _, _, _ in self.providers:
-            if child.stopped and (everyone or child.stopped < time.monotonic()):
-                child.stopped = None
+        for child, until in list(self.stopped.items()):
+            if everyone or until < time.monotonic():
+                del self.stopped[child]
                 child.send(signal.SIGCONT)
 
     def mistreat(self, seconds):
@@ -722,8 +604,8 @@ class Run:
             self.continue_stopped()
             if time.monotonic() > look:
                 look += 20
-                print("%.1f" % (time.monotonic() - self.began), "RELAY %d has" % self.relays,
-                      "%d threads, %d descriptors, %.1f MB" % self.relay.resources(),
+                print("%.1f" % (time.monotonic() - self.began), "RELAY has",
+                      "%d threads, %d descriptors, %.1f MB" % self.relay.child.resources(),
                       file=self.log)
             if restarts and time.monotonic() > began + restarts[0]:
                 restarts.pop(0)
@@ -731,9 +613,9 @@ class Run:
             elif time.monotonic() > following:
                 following += self.rand.expovariate(1 / self.fault_every)
                 self.one_fault(restart=False)
-            if self.relay.process.poll() is not None:
-                self.look_at_relay_log("%s, by itself" % self.relay.process.poll())
-                self.start_relay()
+            if self.relay.child.process.poll() is not None:
+                self.look_at_relay_log("%s, by itself" % self.relay.child.process.poll())
+                self.relay.start()
         for proxy in (self.client_proxy, self.provider_proxy):
             proxy.chance = 0.0
         self.continue_stopped(everyone=True)
@@ -747,7 +629,7 @@ class Run:
         deadline, left = time.monotonic() + CALM_SECONDS, "?"
         while left and time.monotonic() < deadline:
             time.sleep(0.5)
-            metrics = self.metrics()
+            metrics = self.relay.metrics()
             left = ", ".join("%s is %s instead of %d" % (name, metrics.get(name), value)
                              for name, value in wanted.items()
                              if metrics.get(name) != value)
@@ -759,7 +641,7 @@ class Run:
         looks, deadline = [], time.monotonic() + 20
         while len(looks) < 5 or self.before and time.monotonic() < deadline:
             time.sleep(0.5)
-            looks.append(self.relay.resources())
+            looks.append(self.relay.child.resources())
             least = tuple(min(column) for column in zip(*looks))
             if self.before and not self.grown(least):
                 break
@@ -776,16 +658,16 @@ class Run:
         """Do all of it; whether all was well."""
         self.began = time.monotonic()
         try:
-            self.start_relay()
-            self.client_proxy = Proxy(self.port, random.Random(self.seed))
-            self.provider_proxy = Proxy(self.port, random.Random(self.seed))
+            self.relay = Relay(self.space, *self.options, provider=False)
+            self.client_proxy = Cutter(self.relay.port, random.Random(self.seed))
+            self.provider_proxy = Cutter(self.relay.port, random.Random(self.seed))
             # Services of providers that cannot go on, that can, and of both.
             for service, crew in (("Plain", (0, 0)), ("Going", (1, 1)), ("Mixed", (0, 1))):
-                self.keys[service] = self.register(service)
+                self.keys[service] = self.relay.register(service)
                 for number, continues in enumerate(crew):
                     self.start_provider(service, bool(continues), proxied=number == 0)
-            self.wait_for(lambda: self.metrics().get("sessions") == len(self.providers),
-                          20, "the providers' login")
+            wait_for(lambda: self.relay.metrics().get("sessions") == len(self.providers),
+                     20, "the providers' login")
             self.before = self.rest()
             threads = [threading.Thread(target=self.client, args=(n,), daemon=True)
                        for n in range(self.clients)]
@@ -809,26 +691,19 @@ class Run:
                 self.dismiss(child)
                 if "active 0" not in child.said():
                     self.fail("a provider goes on for nobody: " + child.said()[-3000:])
-            self.look_at_relay_log(self.relay.end(signal.SIGTERM))
-            for child in self.children:
+            self.look_at_relay_log(self.relay.child.end())
+            for child in self.all_providers:
                 if "Traceback" in child.said():
                     self.fail("a provider's program failed:\n" + child.said()[-3000:])
         finally:
             self.stopping.set()
-            for child in filter(None, self.children + [self.relay]):
-                child.end()
+            self.space.end_children()
             for proxy in filter(None, (self.client_proxy, self.provider_proxy)):
                 proxy.close()
             self.log.close()
-            self.logs = [child.said() for child in self.children]
-            if not self.wrong and not self.keep_logs:
-                shutil.rmtree(self.directory, ignore_errors=True)
+            self.logs = [child.said() for child in self.all_providers]
+            self.space.close(keep=self.wrong or self.keep_logs)
         return not self.wrong
-
-    def register(self, name):
-        status, answer = Clients(None)._post(self.url, "/api/services", {"name": name})
-        assert status == 201, answer
-        return answer["key"]
 
     def table(self):
         """The run's figures as text."""
@@ -882,20 +757,17 @@ def main():
     seed = random.randrange(10 ** 6) if options.seed is None else options.seed
     if options.short:
         wrong, table = short_run(seed=seed)
-        directory = ""
     else:
         run = Run(60 * options.minutes, seed,
                   restarts=max(1, round(1.2 * options.minutes)))
         run.keep_logs = options.keep_logs
-        signal.signal(signal.SIGTERM, signal.default_int_handler)   # end what we started
-        print("seed %d, logs in %s" % (seed, run.directory), flush=True)
+        end_on_signals()
+        print("seed %d, logs in %s" % (seed, run.space.directory), flush=True)
         run.run()
-        wrong, table, directory = run.wrong, run.table(), run.directory
+        wrong, table = run.wrong, run.table()
     for words in wrong:
         print("WRONG", words)
     print(table)
-    if wrong and directory:
-        print("The logs are in", directory)
     return 1 if wrong else 0
 
 

@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
-"""Measure the relay, beside what else stands between clients and an LLM.
+"""Measure what people run, next to the other things that stand between clients and an LLM.
 
-    python bench/compare.py [--quick] [--only requests,tokens] [--json FILE] [--charts DIR]
+    python bench/measure/compare.py [--only requests,tokens] [--json FILE] [--charts DIR]
+    python bench/measure/compare.py --quick [--against CHECKOUT] [--ours native,/v1,share]
 
-Starts the relay with a lean provider (provider.py), an LLM that takes no time (load.c, as
-are the clients), and those of the peers that are there: a bare ThreadingHTTPServer that
-says hello, nginx as a proxy, FastChat and LiteLLM (--install puts these two into virtual
-environments). Each row of the table is measured for all of them one after the other, in
-rounds, because the speed of a shared machine moves: only ratios within a round count, and
-of CPU time what is said per request and per token.
+Our columns are `share` (neuroengine.py share before a fake LLM), `listen` (a callback of
+NeuroengineServer.listen), and, as what the relay alone can do, `native` and `/v1` with a
+lean provider (provider.py). The peers are those that are installed: a bare
+ThreadingHTTPServer that says hello, nginx as a proxy, an OpenSSH reverse tunnel, FastChat
+and LiteLLM (--install puts these two into virtual environments). The LLM takes no time,
+and the clients are written in C (load.c). Each row is measured for all columns in turn, in
+rounds, because the speed of a shared machine changes: only ratios within a round count.
+
+--quick measures only what a change to the code may make worse, in about 20 s a round;
+--against interleaves another checkout, and prints the ratios.
 
 Needs Linux and a C compiler; wrk for the row about TLS. Loopback only; ends what it
 started. Results are medians of all rounds, with minimum and maximum.
@@ -29,66 +34,35 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 import charts
-from charts import shown
-from charts import spread
-from targets import HERE
-from targets import ROOT
-from targets import SERVICE
-from targets import Broken
-from targets import Child
-from targets import Direct
-from targets import FastChat
-from targets import Hello
-from targets import LiteLLM
-from targets import Native
-from targets import Nginx
-from targets import OpenAI
-from targets import build_load
-from targets import call
-from targets import install
-from targets import trusting
+from charts import shown, spread
+from targets import (HERE, ROOT, SERVICE, Broken, Direct, FastChat, Hello, Listen, LiteLLM,
+                     Native, Nginx, OpenAI, Share, Ssh, build_load, install)
+
+from harness import UNVERIFIED, Workspace, close_all, end_on_signals, unlimited_files
 
 ##############################################################################
 # The bench: all that is running, and what was measured
 ##############################################################################
 
 
-class Bench:
+class Bench(Workspace):
     """Runs parts and keeps their figures."""
 
-    def __init__(self, options, directory):
-        self.options, self.directory = options, directory
-        self.children = []
+    def __init__(self, options):
+        super().__init__("bench")
+        self.options = options
         self.values = {}          # row -> column -> [value of each round]
         self.curves = {}          # title -> [[how many, value]]
         self.round, self.loads = 0, []
-        self.load = build_load()
-        self.llm = None
-        self.targets = []
+        self.load, self.llm = build_load(), None
+        self.root, self.targets = ROOT, []
 
     def start(self):
-        self.llm = int(Child(self, "llm", [self.load, "llm"]).line())
-
-    def end(self):
-        for child in reversed(self.children):
-            child.end()
-
-    def certificate(self):
-        """A certificate of our own, with its key in the same file."""
-        file = os.path.join(self.directory, "certificate.pem")
-        if not os.path.exists(file):
-            subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-                            "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-                            "-subj", "/CN=localhost", "-keyout", file, "-out",
-                            file + ".cert"], check=True, stderr=subprocess.DEVNULL)
-            with open(file + ".cert") as cert, open(file, "a") as both:
-                both.write(cert.read())
-        return file
+        self.llm = int(self.spawn("llm", self.load, "llm").expect(r"^(\d+)$").group(1))
 
     def note(self, row, column, value):
         values = self.values.setdefault(row, {}).setdefault(column, [])
@@ -96,10 +70,10 @@ class Bench:
         print("  %-40s %-12s %s" % (row, column, shown(row, value)), flush=True)
 
     def ask(self, target, request, clients, warm=0.3, most=5.0, rate=0, seconds=None):
-        """Let clients ask; what they saw, with the target's cost in that time. Raises
-        Broken if no token came."""
+        """Let clients ask; what they saw, and the target's cost meanwhile. Raises Broken
+        if no token came."""
         seconds = seconds or self.options.seconds
-        file = os.path.join(self.directory, "request")
+        file = self.path("request")
         with open(file, "wb") as out:
             out.write(request)
         with open(file, "rb") as body, subprocess.Popen(
@@ -113,8 +87,8 @@ class Bench:
                     cpu, at = target.cpu(), time.monotonic()
                     said = load.stdout.readline()
                 if said == b"over\n":
-                    cpu, at = target.cpu() - cpu, time.monotonic() - at
-                    memory = target.memory()
+                    cpu = [now - then for now, then in zip(target.cpu(), cpu)]
+                    at, memory = time.monotonic() - at, target.memory()
                     said = load.stdout.read()
                 answer = json.loads(said or b'{"errors": 1, "error": "it ended"}')
             finally:
@@ -126,8 +100,16 @@ class Bench:
                                              answer["error"][-300:]))
         if not answer.get("tokens"):
             raise Broken("no token came")
-        answer.update(cpu_used=cpu, memory=memory, cores=cpu / at)
+        answer.update(cpu_used=cpu, memory=memory, cores=sum(cpu) / at)
         return answer
+
+    def note_cpu(self, what, target, got, count):
+        """Note the processor time for each of so many: its own, and at the LLM's end."""
+        own, far = got["cpu_used"]
+        if target.own:
+            self.note("CPU " + what, target.name, own / count)
+        if target.far:
+            self.note("CPU %s, of the provider" % what, target.name, far / count)
 
     def curve(self, title, points):
         """Keep, of each point, the best of all runs."""
@@ -138,8 +120,8 @@ class Bench:
 
     @contextlib.contextmanager
     def fresh(self, target):
-        """The target, without what an earlier row left in it: the relay, so quickly
-        started, is started anew."""
+        """The target without what an earlier row left in it: the relay, which starts
+        quickly, is started anew."""
         if isinstance(target, Native):
             again = target.another()
             try:
@@ -152,8 +134,8 @@ class Bench:
 
     @contextlib.contextmanager
     def relay(self, **attributes):
-        """The first relay, started for one row."""
-        relay = self.targets[0].another()
+        """A relay for one row, not yet started."""
+        relay = Native(self, self.root)
         for name, value in attributes.items():
             setattr(relay, name, value)
         try:
@@ -175,15 +157,19 @@ class Bench:
 
 
 def part_start(bench):
-    """From the start of the program to its first answer, and what it holds then."""
+    """From the start of the program to its first answer, and its memory then."""
     def work(target):
-        if target.first_answer:
+        if target.first_answer:        # once a start
             bench.note("start to first answer", target.name, target.first_answer)
             bench.note("CPU a start", target.name, target.first_cpu)
             target.first_answer = None
             bench.note("memory, idle", target.name, target.memory())
 
     bench.each(work)
+
+
+def part_script(bench):
+    """The start of the relay as a script, which Python compiles each time."""
     with bench.relay(as_script=True) as relay:
         relay.start_relay()
         bench.note("start to first answer, as a script", relay.name, relay.first_answer)
@@ -193,7 +179,6 @@ def part_start(bench):
 def part_requests(bench):
     """Requests a second with 1, 16 and 64 clients, and their times."""
     def work(target):
-        cpu = getattr(target, "provider", target).cpu()
         got = bench.ask(target, target.request(), clients)
         many = counted(clients, "client")
         bench.note("requests/s, " + many, target.name, got["answers"] / got["seconds"])
@@ -201,20 +186,37 @@ def part_requests(bench):
             bench.note("p50, 1 client", target.name, got["latency"]["p50"])
         if clients == 64:
             bench.note("p99, 64 clients", target.name, got["latency"]["p99"])
-        if target.own:
-            bench.note("CPU a request, " + many, target.name,
-                       got["cpu_used"] / got["answers"])
-        if clients == 1 and hasattr(target, "provider"):
-            bench.note("CPU a request, 1 client, of the provider", target.name,
-                       (target.provider.cpu() - cpu) / got["asked"])
+        bench.note_cpu("a request, " + many, target, got, got["answers"])
 
-    for clients in 1, 16, 64:
+    for clients in (16, 64) if bench.options.quick else (1, 16, 64):
+        bench.each(work)
+
+
+SHAPES = {  # what else requests look like: (how each differs from the plain one, clients)
+    "heads that differ": ({"X_Request_Id": "########"}, 64),
+    "a new connection each": ({"Connection": "close"}, 16),
+    "prompts of 32 KB": ({"size": 32 << 10}, 16),
+    "answers of 1,000 tokens": ({"tokens": 1000}, 16),
+}
+
+
+def part_shapes(bench):
+    """Requests a second of other shapes: heads that differ, a new connection for each,
+    prompts of 32 KB, answers of 1,000 tokens."""
+    def work(target):
+        if target.streams or "tokens" not in how:         # hello says one word
+            got = bench.ask(target, target.request(**how), clients)
+            bench.note("requests/s, " + title, target.name, got["answers"] / got["seconds"])
+            bench.note_cpu("a request, " + title, target, got, got["answers"])
+
+    for shape, (how, clients) in SHAPES.items():
+        title = "%s, %s" % (shape, counted(clients, "client"))
         bench.each(work)
 
 
 def part_first(bench):
     """What is added to the time to the first token: streams of 8 tokens, 1,000 a second,
-    one after the other, against the LLM asked directly."""
+    compared with the LLM asked directly."""
     def work(target):
         got = bench.ask(target, target.request(8, 1000, True), clients)
         bench.note("first token, added, " + counted(clients, "client"), target.name,
@@ -233,9 +235,7 @@ def part_tokens(bench):
             got = bench.ask(fresh, fresh.request(1000, 2000, True), 256, 0.5,
                             bench.options.patience)
         bench.note("tokens/s, 256 streams", target.name, got["tokens"] / got["seconds"])
-        if target.own:
-            bench.note("CPU a token, 256 streams", target.name,
-                       got["cpu_used"] / got["tokens"])
+        bench.note_cpu("a token, 256 streams", target, got, got["tokens"])
 
     bench.each(work, streams=True)
 
@@ -246,6 +246,8 @@ def part_pace(bench):
         if streams > 256 and isinstance(target, (FastChat, LiteLLM)):
             return                          # they do not keep up with 256
         with bench.fresh(target) as fresh:
+            if bench.options.quick and streams == 256:       # else in part_start
+                bench.note("memory, idle", target.name, fresh.memory())
             got = bench.ask(fresh, fresh.request(100000, 50, True), streams, 1,
                             bench.options.patience, rate=50,
                             seconds=max(1, bench.options.seconds))
@@ -253,12 +255,13 @@ def part_pace(bench):
         bench.note("share that keep their pace" + tail, target.name, got["kept"])
         bench.note("worst gap p99" + tail, target.name, got["gap"]["p99"])
         bench.note("cores" + tail, target.name, got["cores"])
+        bench.note_cpu("a token" + tail, target, got, got["tokens"])
         if streams == 256:
             bench.note("memory, 256 streams", target.name, got["memory"])
             bench.note("all started after" + tail, target.name,
                        got["all_started"] if got["all_started"] > 0 else None)
 
-    for streams in 256, 1000:
+    for streams in (256, 1000) if bench.options.quick else (256, 500, 1000):
         bench.each(work, streams=True)
 
 
@@ -268,31 +271,29 @@ def counted(number, what):
 
 def part_waiting(bench):
     """Memory of a further connection whose prompt waits, plain and TLS."""
-    count = 100 if bench.options.quick else 1000
+    count = 1000
     for tls in False, True:
         with bench.relay(tls=tls) as relay:
             relay.start_relay()
-            relay.register("Nobody")
+            relay.relay.register("Nobody")
             before, sockets = relay.memory(), []
             body = json.dumps({"message": "Hello", "wait": True, "id": "########"})
             request = "POST /Nobody HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
-            context = trusting()
             try:
                 for number in range(count):
                     sock = socket.create_connection(("127.0.0.1", relay.port))
-                    sockets.append(context.wrap_socket(sock) if tls else sock)
+                    sockets.append(UNVERIFIED.wrap_socket(sock) if tls else sock)
                     sockets[-1].sendall((request % (len(body), body.replace(
                         "########", "%08d" % number))).encode())
                 deadline = time.monotonic() + 20
-                while relay.call("GET", "/api/models")[1][0]["queuelen"] < count \
+                while relay.relay.ask("GET", "/api/models")[1][0]["queuelen"] < count \
                         and time.monotonic() < deadline:
                     time.sleep(0.1)
                 bench.note("memory, a further waiting connection%s" % (
                     " with TLS" if tls else ""), "native",
                     (relay.memory() - before) / count)
             finally:
-                for sock in sockets:
-                    sock.close()
+                close_all(sockets)
 
 
 def part_tls(bench):
@@ -311,8 +312,8 @@ def part_tls(bench):
 
 def wrk(bench, target, clients):
     """Requests a second, as wrk counts them."""
-    script = os.path.join(bench.directory, "post.lua")
-    body = json.dumps(target.body(1, 0, False))
+    script = bench.path("post.lua")
+    body = json.dumps(target.body("tokens=1 rate=0", False))
     with open(script, "w") as file:
         file.write("wrk.method = 'POST'\nwrk.body = [[%s]]\n"
                    "wrk.headers['Content-Type'] = 'application/json'\n" % body)
@@ -343,11 +344,11 @@ def part_check(bench):
 
 
 def part_import(bench):
-    """`import neuroengine`, beside the bare interpreter."""
+    """`import neuroengine`, compared with the bare interpreter."""
     wall, cpu = {}, {}
     env = dict(os.environ, PYTHONPYCACHEPREFIX=bench.directory, PYTHONPATH=ROOT)
     env.pop("PYTHONDONTWRITEBYTECODE", None)     # it would be compiled each time
-    for code in ["pass", "import neuroengine"] * (4 if bench.options.quick else 15):
+    for code in ["pass", "import neuroengine"] * 15:
         begun, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", code], env=env, check=True)
         wall[code] = min(wall.get(code, 9), time.monotonic() - begun)
@@ -370,7 +371,7 @@ def part_pythons(bench):
             bench.note("requests/s, 16 clients, Python %s" % version, "native",
                        got["answers"] / got["seconds"])
             bench.note("CPU a request, Python %s" % version, "native",
-                       got["cpu_used"] / got["answers"])
+                       got["cpu_used"][0] / got["answers"])
 
 
 def pythons():
@@ -387,100 +388,34 @@ def pythons():
     return [("3.%d" % minor, found[minor][1]) for minor in sorted(found)]
 
 
-LISTEN = """
-import sys
-sys.path.insert(0, %r)
-from neuroengine import NeuroengineServer
-server = NeuroengineServer("http://127.0.0.1:%d")
-assert server.login(%r, %r) >= 0, server.error
-print("ready", flush=True)
-server.listen(lambda request: "word~ ", workers=64)
-"""
-
-
-def part_listen(bench):
-    """neuroengine.py's own provider: NeuroengineServer.listen with 64 workers."""
-    with bench.relay() as relay:
-        relay.start_relay()
-        key = relay.register(SERVICE)
-        child = relay.spawn("listen", [sys.executable, "-c", LISTEN % (
-            ROOT, relay.port, SERVICE, key)], own=False)
-        child.line()
-        relay.own = [child]                  # whose cost is counted here
-        for clients in 1, 64:
-            got = bench.ask(relay, relay.request(), clients)
-            tail = "listen, " + counted(clients, "client")
-            bench.note("requests/s, " + tail, "native", got["answers"] / got["seconds"])
-            bench.note("p50, " + tail, "native", got["latency"]["p50"])
-            bench.note("CPU a request, " + tail, "native",
-                       got["cpu_used"] / got["answers"])
-
-
-def part_share(bench):
-    """`neuroengine.py share`, in front of the LLM that takes no time."""
-    with bench.relay() as lean:
-        lean.start()
-        first = bench.ask(lean, lean.request(8, 1000, True), 1)["first"]["p50"]
-    with bench.relay() as relay:
-        relay.start_relay()
-        child = relay.spawn("share", [
-            sys.executable, os.path.join(ROOT, "neuroengine.py"), "share", SERVICE,
-            "--upstream", "http://127.0.0.1:%d" % bench.llm, "--workers", "64",
-            "--max-tokens", "1000000", "--relay", "http://127.0.0.1:%d" % relay.port],
-            own=False, env={"NEUROENGINE_HOME": os.path.join(
-                bench.directory, "home-%d" % len(bench.children))})
-        deadline = time.monotonic() + 20
-        while not call(relay.port, "GET", "/v1/models")[1]["data"]:
-            if time.monotonic() > deadline:
-                raise Broken("share does not log in:\n" + child.words())
-            time.sleep(0.02)
-        direct = Direct(bench)
-        base = bench.ask(direct, direct.request(8, 1000, True), 1)["first"]["p50"]
-        got = bench.ask(relay, relay.request(8, 1000, True), 1)
-        bench.note("first token, added by share and relay", "native",
-                   got["first"]["p50"] - base)
-        bench.note("first token, added by share", "native", got["first"]["p50"] - first)
-        relay.own = [child]
-        # 64 streams of 320 tokens a second are 20,480; then as fast as they come.
-        for title, rate in ("share, 20,480 offered", 320), ("share, all it can", 2000):
-            got = bench.ask(relay, relay.request(1000, rate, True), 64, 0.5, 5)
-            bench.note("tokens/s, 64 streams, " + title, "native",
-                       got["tokens"] / got["seconds"])
-            bench.note("worst gap p99, 64 streams, " + title, "native", got["gap"]["p99"])
-            bench.note("CPU a token, 64 streams, " + title, "native",
-                       got["cpu_used"] / got["tokens"])
-
-
 def part_curves(bench):
     """What a job costs against the number of everything else."""
-    args = [sys.executable, os.path.join(HERE, "curves.py"), bench.targets[0].file]
-    said = subprocess.run(args + ["--quick"] * bench.options.quick, stdout=subprocess.PIPE,
-                          check=True, timeout=300).stdout
+    args = [sys.executable, os.path.join(HERE, "curves.py")]
+    said = subprocess.run(args, stdout=subprocess.PIPE, check=True, timeout=300).stdout
     for title, points in json.loads(said).items():
         bench.curve(title, [[n, value * 1e-6] for n, value in points])
-    sizes = (1, 100) if bench.options.quick else (1, 100, 1000, 10000)
     bench.curve("request over sockets, by services",
-                [[n, socket_cost(bench, services=n)] for n in sizes])
-    sizes = (1, 100) if bench.options.quick else (1, 100, 1000, 5000)
+                [[n, socket_cost(bench, services=n)] for n in (1, 100, 1000, 10000)])
     bench.curve("request over sockets, by parked polls",
-                [[n, socket_cost(bench, polls=n)] for n in sizes])
+                [[n, socket_cost(bench, polls=n)] for n in (1, 100, 1000, 5000)])
 
 
 def socket_cost(bench, services=1, polls=0):
-    """The relay's CPU seconds a request, among so many services and parked polls."""
+    """The relay's CPU seconds a request, among other services and parked polls."""
     with bench.relay() as relay, contextlib.ExitStack() as stack:
         relay.limits = dict(relay.limits, **{"max-sessions": 10**6, "poll-seconds": 600})
         relay.start_relay()
-        relay.key, parked = relay.register(SERVICE), relay.register("Parked")
+        relay.key, parked = relay.relay.register(SERVICE), relay.relay.register("Parked")
         if services > 1:
-            relay.end()                      # and put the rest into its file
-            with contextlib.closing(sqlite3.connect(relay.data)) as base, base:
+            data = relay.relay.data
+            relay.end()                      # and write the others into its file
+            with contextlib.closing(sqlite3.connect(data)) as base, base:
                 row = base.execute("SELECT * FROM services WHERE name='Parked'").fetchone()
                 at = row.index("Parked")
                 base.executemany(
                     "INSERT INTO services VALUES (%s)" % ",".join("?" * len(row)),
                     (row[:at] + ("S%d" % n,) + row[at + 1:] for n in range(services - 1)))
-            relay.start_relay()
+            relay.start_relay(data)
         for _ in range(polls):
             connection = stack.enter_context(contextlib.closing(
                 http.client.HTTPConnection("127.0.0.1", relay.port, timeout=30)))
@@ -491,7 +426,7 @@ def socket_cost(bench, services=1, polls=0):
                                json.dumps({"session": session}), headers)
         relay.provide()
         got = bench.ask(relay, relay.request(), 16)
-        return got["cpu_used"] / got["answers"]
+        return got["cpu_used"][0] / got["answers"]
 
 
 def part_soak(bench):
@@ -508,13 +443,17 @@ def part_soak(bench):
                 next_note = jobs // 100000 * 100000 + 100000
 
 
-# Those of each round, those of once a run, and those that must be named.
-ROUND = {"start": part_start, "requests": part_requests, "first": part_first,
-         "tokens": part_tokens, "pace": part_pace}
-ONCE = {"waiting": part_waiting, "tls": part_tls, "check": part_check,
-        "import": part_import, "pythons": part_pythons, "listen": part_listen,
-        "share": part_share, "curves": part_curves}
+# Those of each round, those of once a run, those that must be named, those of --quick.
+ROUND = {"start": part_start, "requests": part_requests, "shapes": part_shapes,
+         "first": part_first, "tokens": part_tokens, "pace": part_pace}
+ONCE = {"script": part_script, "waiting": part_waiting, "tls": part_tls,
+        "check": part_check, "import": part_import, "pythons": part_pythons,
+        "curves": part_curves}
 NAMED = {"soak": part_soak}
+QUICK = ("requests", "pace")
+OURS = {"share": Share, "listen": Listen, "native": Native, "/v1": OpenAI}
+PEERS = {"hello": Hello, "nginx": Nginx, "ssh": Ssh, "fastchat": FastChat,
+         "litellm": LiteLLM, "llm": Direct}
 
 
 ##############################################################################
@@ -531,19 +470,20 @@ def table(bench):
     for row, values in bench.values.items():
         show = functools.partial(shown, row)
         cells = [spread(values[c], show) if c in values else "" for c in columns]
-        if list(values) == [bench.targets[0].name]:
-            alone.append("| %s | %s |" % (row, cells[0]))
+        if list(values) == ["native"] and len(columns) > 1:
+            alone.append("| %s | %s |" % (row, spread(values["native"], show)))
         else:
             lines.append("| %s | %s |" % (row, " | ".join(cells)))
-    return "\n".join(lines + alone)
+    return "\n".join(lines + alone * (len(alone) > 3))
 
 
 def ratios(bench):
-    """How many times the relay's figure is another's, each within one round."""
-    others = [t.name for t in bench.targets if not isinstance(t, Native)]
-    ours = [t.name for t in bench.targets if isinstance(t, Native)]
-    pairs = [(a, b) for b in others for a in ours]
-    pairs += [(a, ours[n % 2]) for n, a in enumerate(ours) if n > 1]   # several relays
+    """How many times another's figure ours is, each within one round."""
+    names = [target.name for target in bench.targets]
+    ours = [name for name in names if name in OURS]
+    others = [name for name in names if name.partition(",")[0] not in OURS]
+    pairs = [(a, b) for a in ours for b in names if b.startswith(a + ",")]    # --against
+    pairs = pairs or [(a, b) for b in others for a in ours]
     lines = ["| times the other's, within a round | " + " | ".join(
         "%s / %s" % pair for pair in pairs) + " |", "|---|" + "---|" * len(pairs)]
     for row, values in bench.values.items():
@@ -554,7 +494,7 @@ def ratios(bench):
             cells.append(spread(quotients, "{:.3g}".format) if quotients else "")
         if any(cells):
             lines.append("| %s | %s |" % (row, " | ".join(cells)))
-    return "\n".join(lines)
+    return "\n".join(lines) if pairs else ""
 
 
 def curve_table(bench):
@@ -574,7 +514,7 @@ def about(options):
     with open("/proc/cpuinfo") as file:
         model = re.search(r"model name\s*: (.*)", file.read())
     return {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "command": "python bench/compare.py " + " ".join(options.argv),
+            "command": "python bench/measure/compare.py " + " ".join(options.argv),
             "python": platform.python_version(), "cores": os.cpu_count(),
             "processor": model.group(1) if model else platform.machine(),
             "rounds": options.runs * options.rounds, "seconds": options.seconds}
@@ -588,24 +528,25 @@ def build_parser():
     add = parser.add_argument
     add("--install", action="store_true", help="first install the peers that can be")
     add("--only", metavar="PARTS", help="parts to run, with commas; otherwise all")
-    add("--peers", metavar="NAMES", help="what to compare with, of hello, nginx, fastchat, "
-        "litellm and llm, the fake LLM itself; otherwise the first four, and the first "
-        "two with --quick")
-    add("--runs", type=int, default=2, help="how often all is done (%(default)s)")
-    add("--rounds", type=int, default=3, help="rounds of a run (%(default)s)")
-    add("--seconds", type=float, default=1.5, help="of each cell (%(default)s)")
+    add("--ours", metavar="NAMES", help="our columns, of %s; otherwise all, and the last two "
+        "with --quick" % ", ".join(OURS))
+    add("--peers", metavar="NAMES", help="what to compare with, of %s; otherwise all but "
+        "llm, the fake LLM itself, and none with --quick" % ", ".join(PEERS))
+    add("--against", metavar="CHECKOUT", action="append", default=[],
+        help="the folder of another checkout, measured in the same rounds; repeatable")
+    add("--quick", action="store_true", help="only %s; one run" % " and ".join(QUICK))
+    add("--runs", type=int, help="how often all is done (default: 2; with --quick 1)")
+    add("--rounds", type=int, help="rounds of a run (default: 3; with --quick 5)")
+    add("--seconds", type=float, default=1.5, help="of each cell (default: %(default)s)")
     add("--patience", type=float, default=15, metavar="SECONDS",
-        help="for all streams of a cell to start (%(default)s)")
-    add("--quick", action="store_true", help="one round, half a second a cell")
-    add("--relay", metavar="FILE", action="append",
-        help="the relay; repeat it to compare several in the same rounds")
+        help="for all streams of a cell to start (default: %(default)s)")
     add("--json", metavar="FILE", help="write all figures there")
     add("--charts", metavar="DIR", help="draw charts there, as SVG")
     return parser
 
 
 def attempt(what, work, *args, otherwise=lambda: None):
-    """Do a piece of work; if it cannot be done, say so and go on."""
+    """Do a piece of work; if it fails, print why and go on."""
     try:
         work(*args)
     except Exception as error:               # whatever it is, the other figures count
@@ -636,39 +577,48 @@ def measure(bench, parts):
             target.end()
 
 
+def defaults(options):
+    """Fill in what was not said, which differs with --quick."""
+    def default(name, normal, quick):
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else normal)
+
+    default("only", ",".join(list(ROUND) + list(ONCE)), ",".join(QUICK))
+    default("ours", ",".join(OURS), "native,/v1")
+    default("peers", "hello,nginx,ssh,fastchat,litellm", "")
+    default("runs", 2, 1)
+    default("rounds", 3, 5)
+
+
+def chosen(text, known):
+    """The names in a text with commas; ends the program if one is not known."""
+    names = [name for name in text.split(",") if name]
+    if set(names) - set(known):
+        sys.exit("%s: there are %s" % (text, ", ".join(known)))
+    return names
+
+
 def main(argv=None):
     options = build_parser().parse_args(argv)
     options.argv = sys.argv[1:] if argv is None else argv
-    if options.quick:
-        options.runs, options.rounds, options.seconds, options.patience = 1, 1, 0.5, 4
-    if options.peers is None:                # the others start slowly
-        options.peers = "hello,nginx" + ",fastchat,litellm" * (not options.quick)
-    parts = options.only.split(",") if options.only else list(ROUND) + list(ONCE)
-    known = dict(ROUND, **ONCE, **NAMED)
-    if set(parts) - set(known):
-        sys.exit("there are these parts: " + ", ".join(known))
+    defaults(options)
+    parts = chosen(options.only, dict(ROUND, **ONCE, **NAMED))
+    ours, peers = chosen(options.ours, OURS), chosen(options.peers, PEERS)
     if options.install:
         install()
-    # Thousands of connections; and a signal ends what we started, too.
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="neuroengine-bench-") as directory:
-        bench = Bench(options, directory)
-        for number, file in enumerate(options.relay or [None], 1):
-            tail = " (%d)" % number if number > 1 else ""
-            file = file and os.path.abspath(file)
-            bench.targets += [Native(bench, file, "native" + tail),
-                              OpenAI(bench, file, "/v1" + tail)]
-        peers = {"hello": Hello, "nginx": Nginx, "fastchat": FastChat,
-                 "litellm": LiteLLM, "llm": Direct}
-        for name in filter(None, options.peers.split(",")):
-            if getattr(peers[name], "there", lambda: True)():
-                bench.targets.append(peers[name](bench))
+    unlimited_files()
+    end_on_signals()
+    roots = [(ROOT, "")] + [(path, ", " + os.path.basename(os.path.abspath(path)))
+                            for path in options.against]
+    stopped = False
+    with Bench(options) as bench:
+        for name in ours:                  # side by side, so that they meet the same load
+            bench.targets += [OURS[name](bench, root, name + tail) for root, tail in roots]
+        for name in peers:
+            if getattr(PEERS[name], "there", lambda: True)():
+                bench.targets.append(PEERS[name](bench))
             else:
                 print("%s is not installed" % name)
-        stopped = False
         try:
             bench.start()
             measure(bench, parts)
@@ -676,12 +626,11 @@ def main(argv=None):
             stopped = True
             print("stopped")
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
                 signal.signal(number, signal.SIG_IGN)
-            bench.end()
     facts = dict(about(options), loads=bench.loads)
     print("\n".join("%s: %s" % fact for fact in facts.items()))
-    for text in table(bench), ratios(bench), curve_table(bench):
+    for text in table(bench), ratios(bench), curve_table(bench) if bench.curves else "":
         print("\n" + text)
     if options.json:
         with open(options.json, "w") as file:
