@@ -32,7 +32,10 @@ Sections: Limits, Errors, Wire, Transport, Client, Provider, Bridge, Command lin
 """
 
 import collections
+import contextlib
 import http.client
+import io
+import itertools
 import json
 import math
 import os
@@ -44,12 +47,19 @@ import ssl
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
+from typing import Any
+from typing import AsyncIterator
+from typing import Dict
+from typing import Iterable
+from typing import Iterator
+from typing import List
+from typing import Optional
+from typing import Union
 
 __version__ = "1.0.0"
-__all__ = ["Neuroengine", "NeuroengineError", "NeuroengineServer", "main"]
+__all__ = ["Neuroengine", "NeuroengineError", "NeuroengineServer", "Reply", "main"]
 
 ##############################################################################
 # Limits
@@ -70,7 +80,14 @@ LONGEST_RETRY_AFTER_SECONDS = 60   # what the relay may ask us to wait by oursel
 MAX_UNSENT_BYTES = 8 << 20   # of one answer, kept while the relay is out of reach
 MAX_BATCH_BYTES = 1 << 20    # of items in one request to the relay
 MAX_LINE_BYTES = 64 << 20    # one line of a stream
-REMEMBERED_STREAMS = 1000    # places of the streams that request() reads
+CONNECT_SECONDS = 10         # to connect to one address, TLS included
+SLICE_SECONDS = 0.5          # of waiting, after which Ctrl-C is noticed on Windows
+KEPT_SECONDS = 50            # an idle connection is used again within this time
+MAX_KEPT = 16                # idle connections to one server
+PIECE_BYTES = 1 << 18        # of a request, sent at once
+REMEMBERED_STREAMS = 1000    # cursors of the streams that request() reads
+MAX_LOST = 1                 # times that a prompt is sent again after it lost its providers
+AHEAD = 8                    # replies that map() keeps for later, times at_once
 DEFAULT_MAX_TOKENS = 4096    # for an upstream whose own default is unlimited
 UPSTREAM_SECONDS = 600       # silence of the local LLM server; prefill can be slow
 LOADING_SECONDS = 300        # it may say "loading model" for so long
@@ -85,31 +102,105 @@ SAMPLING = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "min_p": 0.0,
 # Errors
 ##############################################################################
 
-# Those after which we ask again by ourselves: what passes soon. (A service that is
-# offline or paused may be so for hours: whoever asked had better know.)
-RETRIED = frozenset(("internal_error", "request_timeout", "queue_full", "rate_limited",
-                     "relay_busy", "shutting_down", "still_waiting", "provider_lost"))
+# Errors that pass soon, so the client sends the same prompt again by itself. A relay that
+# says `retry` in its error overrules this list. (A service that is offline or paused may
+# stay so for hours: the caller decides.)
+RETRIED = frozenset(("no_connection", "internal_error", "request_timeout", "queue_full",
+                     "rate_limited", "relay_busy", "shutting_down", "still_waiting",
+                     "provider_lost"))
 # Those that end a provider: trying again would only knock at the wrong door for ever.
 FINAL = frozenset(("invalid_key", "invalid_name", "service_unknown", "invalid_request",
                    "certificate"))
-NO_CONNECTION = -1           # errorcode of what never reached the relay
+NO_CONNECTION = -1           # errorcode of what the relay did not say
+# Errors of the way to the relay; after others of errorcode -1 it is worth a look whether
+# this is a relay.
+WAY_ERRORS = frozenset(("no_connection", "certificate", "no_tls", "bad_address",
+                        "bad_certificate_file"))
 
 
 class NeuroengineError(Exception):
-    """The relay, or the way there, said no.
+    """The relay refused, or could not be reached.
 
-    errorcode: a number of the relay's table; negative if it could not be asked.
-    message: what happened, in words. name: the error's name in that table.
+    errorcode: the number of the error in the relay's table; negative if the relay did not
+    answer. name: its name there. message: what happened, and what to do next.
+    retry_after: seconds that the relay asks to wait, or None. retry: whether the same
+    prompt may be sent again, or None if the relay did not say. said: the relay's own words.
     """
 
-    def __init__(self, errorcode, message, name="", retry_after=None):
+    def __init__(self, errorcode: int, message: str, name: str = "",
+                 retry_after: Optional[float] = None, retry: Optional[bool] = None) -> None:
         super().__init__(message)
         self.errorcode, self.message, self.name = errorcode, message, name
-        self.retry_after = retry_after
+        self.retry_after, self.retry, self.said = retry_after, retry, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Unavailable(Exception):
     """The local LLM server cannot be reached; its words say why."""
+
+
+# What to tell the user, in the words of the interface in use. HTTP has the relay's own
+# words. An empty first column keeps the relay's first sentence, which has the details.
+ADVICE = {  # error name: (what happened, next step in Python, next step on the command line)
+    "no_connection": (
+        "", "Try again in a few seconds.",
+        "Try again in a few seconds, or name another relay with --relay."),
+    "certificate": (
+        "", "If it is your own relay's, pass the path of its certificate as verify_ssl.",
+        "If it is your own relay's, add --ca FILE with its certificate."),
+    "key_missing": (
+        "{service} is private.", "Pass an access key of its operator as key.",
+        "Give an access key of its operator by --key or $NEUROENGINE_ACCESS_KEY."),
+    "key_wrong": (
+        "The access key is not valid for {service}.",
+        "Ask its operator for a new one, and pass it as key.",
+        "Check --key and $NEUROENGINE_ACCESS_KEY, or ask the operator for a new one."),
+    "service_key_missing": (
+        "This needs the service key of {service}, which is not on this machine.",
+        "Pass it to login().", "Give it by --key-file or $NEUROENGINE_KEY."),
+    "service_key_wrong": (
+        "This is not the service key of {service}.", "Pass the right one to login().",
+        "It comes from {source}."),
+    "forbidden": (
+        "", "Pass the key of this service as key.", "Give the key of this service by --key."),
+    "service_unknown": (
+        "There is no service {service} at {relay}.", "getModels() lists the services.",
+        "`models` lists the services."),
+    "service_offline": (
+        "", "Try again later, or pass wait=True to wait for a provider.",
+        "Try again later, or add --wait to wait for a provider."),
+    "key_reused": (
+        "This stream key already names another prompt.",
+        "Use a new random streamkey for each prompt.", "Try again."),
+    "invitation_needed": (
+        "A new service needs an invitation at this relay; this one is missing, wrong, or "
+        "used up.", "Ask the people who run the relay.",
+        "Ask the people who run the relay, and give it by --invitation CODE."),
+    "name_taken": (
+        "", "Choose another.", "Choose another. If it is yours, give its service key by "
+        "--key-file or $NEUROENGINE_KEY."),
+}
+PYTHON, COMMAND_LINE = 1, 2     # columns of ADVICE
+
+
+def advise(error, interface, **names):
+    """Put an error into the words of an interface; returns the error.
+
+    names: what ADVICE fills in (service, relay, source), and `key`, whether a key was sent.
+    """
+    row = error.name
+    if row == "invalid_key" and names.get("kind"):
+        row = names["kind"] + ("_wrong" if names.get("key") else "_missing")
+    fact, *steps = ADVICE.get(row, ("", "", ""))
+    step = steps[interface - 1]
+    # The relay's next step is in the words of HTTP, so it makes room for ours.
+    first = re.split(r"(?<=[.!]) (?=[A-Z])", error.said, maxsplit=1)[0] if step else error.said
+    words = (fact.format_map(collections.defaultdict(str, names)) if fact else first)
+    error.message = "%s %s" % (words, step.format_map(
+        collections.defaultdict(str, names))) if step else words
+    return error
 
 
 ##############################################################################
@@ -118,46 +209,67 @@ class Unavailable(Exception):
 
 
 def relay_url(address, port=443):
-    """The relay's base URL, from a host name or a URL.
+    """The relay's base URL, from a host name or a URL as people write them.
 
     The default address is replaced by the environment variable NEUROENGINE_SERVER.
     """
     if address == DEFAULT_SERVER:
-        address = os.environ.get("NEUROENGINE_SERVER") or address
+        address = os.environ.get("NEUROENGINE_SERVER", "").strip() or address
+    address = str(address).strip().rstrip("/")     # a pasted address may end with CR or /
     if "://" in address:
-        return address.rstrip("/")
+        return address[:-3] if address.endswith("/v1") else address
+    if address.count(":") > 1 and address[0] != "[":
+        address = "[%s]" % address                 # a bare IPv6 address
     if ":" in address.rpartition("]")[2]:          # host:port
         return "https://" + address
-    return "https://%s:%d" % (address, port)
+    return "https://%s:%s" % (address, port)
 
 
-def parse_answer(status, headers, body):
-    """The JSON that the relay answered. Raises NeuroengineError if it is an error."""
+def parse_answer(status, headers, body, kind=dict):
+    """The JSON that the relay answered, a dict or what `kind` says. Raises
+    NeuroengineError for an error of the relay, and for all that no relay answers."""
     try:
         answer = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
+        answer = None
+    if isinstance(answer, dict) and (errorcode_of(answer) or status >= 400):
+        raise error_of(answer, headers)
+    if not isinstance(answer, kind) or status >= 400:
         where = headers.get("Location")
         raise NeuroengineError(NO_CONNECTION, (
             "The relay redirects to %s: use that address." % where if where else
-            "This address answered HTTP %d and no JSON: it is no neuroengine relay."
-            % status), "bad_answer", None if status < 500 else 1) from None
-    if isinstance(answer, dict) and (answer.get("errorcode") or status >= 400):
-        raise error_of(answer, headers)
+            "This address answered HTTP %d, but not as a neuroengine relay does."
+            % status), "bad_answer", pause_of(headers), retry=status >= 500)
     return answer
 
 
-def error_of(answer, headers=None):
-    """The NeuroengineError that an error of the relay stands for."""
-    if isinstance(answer.get("error"), dict):      # as its OpenAI face says it
-        answer = {"reply": answer["error"].get("message"),
-                  "error": answer["error"].get("code")}
+def errorcode_of(answer):
+    """The errorcode in an answer; 0 if there is none, NO_CONNECTION if it is no number."""
+    try:
+        return int(answer.get("errorcode") or 0)
+    except (TypeError, ValueError, OverflowError):
+        return NO_CONNECTION
+
+
+def pause_of(headers):
+    """The seconds that a Retry-After header asks for, or None. A proxy may write anything."""
     try:
         pause = float((headers or {}).get("Retry-After"))
     except (TypeError, ValueError):
-        pause = None
-    return NeuroengineError(int(answer.get("errorcode") or NO_CONNECTION),
+        return None
+    return pause if 0 <= pause < math.inf else None
+
+
+def error_of(answer, headers=None):
+    """The NeuroengineError for an error in JSON."""
+    if isinstance(answer.get("error"), dict):      # the shape of the OpenAI API
+        answer = {"reply": answer["error"].get("message"),
+                  "error": answer["error"].get("code")}
+    retry = answer.get("retry")
+    return NeuroengineError(errorcode_of(answer) or NO_CONNECTION,
                             str(answer.get("reply") or "The relay gave no reason."),
-                            str(answer.get("error") or ""), pause)
+                            str(answer.get("error") or ""), pause_of(headers),
+                            retry if isinstance(retry, bool) else None)
 
 
 def is_true(value):
@@ -248,73 +360,101 @@ def reply_in(text):
 
 
 ##############################################################################
-# Transport: the only code that knows urllib and ssl
+# Transport: the only code that knows http.client and ssl
 ##############################################################################
 
-BROKEN = (OSError, http.client.HTTPException)    # what a connection can die of
+BROKEN = (OSError, http.client.HTTPException)    # how a connection fails
 
 
-class _OneWrite:
-    """An http.client connection that sends head and body in one write."""
+class Incoming(io.RawIOBase):
+    """What comes from a socket, for http.client. It waits in short slices: on Windows
+    Ctrl-C is noticed only between two of them."""
 
-    _parts = None
-    _live = None               # the socket, also after http.client has given it away
-    _aborted = False
+    def __init__(self, sock, timeout):
+        super().__init__()
+        self._sock, self._timeout = sock, timeout
 
-    def request(self, *args, **kwargs):
-        self._parts = []
-        try:
-            super().request(*args, **kwargs)
-            data = b"".join(self._parts)
-        finally:
-            self._parts = None
-        self.send(data)
+    def makefile(self, mode):
+        return io.BufferedReader(self, 65536)
 
-    def send(self, data):
-        if self._parts is None:
-            super().send(data)
-        else:
-            self._parts.append(data)
+    def readable(self):
+        return True
 
-    def connect(self):
-        super().connect()
-        self._live = self.sock
-        if self._aborted:
-            raise ConnectionAbortedError("not wanted any more")
+    def readinto(self, buffer):
+        deadline = time.monotonic() + self._timeout
+        self._sock.settimeout(min(SLICE_SECONDS, self._timeout))
+        while True:
+            try:
+                return self._sock.recv_into(buffer)
+            except socket.timeout:
+                if time.monotonic() >= deadline:
+                    raise
+
+
+class Connection:
+    """A connection to one server, kept for the next request."""
+
+    def __init__(self, opener):
+        self._opener = opener      # of http.client: it knows tunnels and TLS
+        self._sock = None
+        self.aborted = False
+        self.used_at = 0.0
+
+    def exchange(self, data, method, timeout):
+        """Send a request and return the http.client response. Raises OSError or
+        HTTPException."""
+        if self._sock is None:
+            self._opener.timeout = min(timeout, CONNECT_SECONDS)
+            self._opener.connect()
+            self._sock = self._opener.sock
+            keep_alive(self._sock)
+        if self.aborted:
+            raise ConnectionAbortedError("cancelled")
+        self._sock.settimeout(timeout)
+        for start in range(0, len(data), PIECE_BYTES):     # the timeout is for each
+            self._sock.sendall(data[start:start + PIECE_BYTES])
+        response = http.client.HTTPResponse(Incoming(self._sock, timeout), method=method)
+        response.begin()
+        return response
 
     def abort(self):
-        """Cut it, from any thread: what waits for it ends with an error."""
-        self._aborted = True
-        if self._live is not None:
+        """Cut it, from any thread: whatever waits for it ends with an error."""
+        self.aborted = True
+        if self._sock is not None:
             try:
-                socket.socket.shutdown(self._live, socket.SHUT_RDWR)
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self):
+        self._opener.close()
+
+
+def keep_alive(sock):
+    """Have the system probe an idle connection: it notices a server that vanished, and
+    keeps routers from forgetting the connection during a long wait."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPALIVE", 30), ("TCP_KEEPINTVL", 10),
+                        ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):              # macOS says KEEPALIVE for KEEPIDLE
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             except OSError:
                 pass
 
 
-class _HTTPConnection(_OneWrite, http.client.HTTPConnection):
-    pass
-
-
-class _HTTPSConnection(_OneWrite, http.client.HTTPSConnection):
-    pass
-
-
 class Response:
-    """One response of a kept-alive connection, which it gives back when read."""
+    """One response of a kept connection, which goes back to `keep` when it was read."""
 
-    def __init__(self, connection, raw, give_back):
+    def __init__(self, connection, raw, keep):
         self.status, self.headers = raw.status, raw.headers
-        self._connection, self._raw, self._give_back = connection, raw, give_back
+        self._connection, self._raw, self._keep = connection, raw, keep
 
     def read(self):
         """The whole body. Raises OSError or HTTPException if it is cut."""
         raw = self._raw
         try:
             data = raw.read()
-        except BROKEN:
-            self._connection.close()           # not fit for another request
-            raise
         finally:
             self.close()
         # http.client takes a head that was cut for a whole one, without a length.
@@ -326,141 +466,94 @@ class Response:
         """Yield the body's lines as they come, without their ends."""
         rest = b""
         while True:
-            try:
-                data = self._raw.read1(65536)
-            except BROKEN:
-                self._connection.close()       # not fit for another request
-                raise
+            data = self._raw.read1(65536)
             if not data:
                 break
             lines = (rest + data).split(b"\n") if rest else data.split(b"\n")
             rest = lines.pop()
             if len(rest) > MAX_LINE_BYTES:
-                raise http.client.HTTPException("a line without end")
+                raise http.client.HTTPException("a line is too long")
             yield from lines
         if rest:
             yield rest
         self.close()
 
     def close(self):
-        """Give the connection back if it can be used again, else close it."""
+        """Keep the connection if it can be used again, otherwise close it."""
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if self._raw.isclosed() and connection.sock is not None \
-                and not connection._aborted:
-            self._give_back(connection)
+        whole = self._raw.isclosed() and not self._raw.will_close
+        self._raw.close()
+        if whole and not connection.aborted:
+            self._keep(connection)
         else:
-            self._raw.close()
             connection.close()
 
 
-class _KeepAlive(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens http and https URLs over connections that are kept for the next request."""
-
-    def __init__(self, context):
-        urllib.request.HTTPSHandler.__init__(self, context=context)
-        self._ssl_context = context
-        self._free = collections.defaultdict(list)
-        self._lock = threading.Lock()      # guards _free
-
-    def http_open(self, request):
-        return self._exchange(request, secure=False)
-
-    def https_open(self, request):
-        return self._exchange(request, secure=True)
-
-    def _exchange(self, request, secure):
-        tunnel = getattr(request, "_tunnel_host", None)
-        where = (secure, request.host, tunnel)
-        headers = dict(request.unredirected_hdrs, **request.headers)
-        headers = {name.title(): value for name, value in headers.items()}
-        proxy_key = headers.pop("Proxy-Authorization", None) if tunnel else None
-        while True:
-            with self._lock:
-                free = self._free[where]
-                connection = free.pop() if free else None
-            used = connection is not None
-            if not used:
-                connection = self._connect(request, secure, tunnel, proxy_key)
-            if request.started is not None:
-                request.started(connection)
-            connection.timeout = request.timeout
-            if connection.sock is not None:
-                connection.sock.settimeout(request.timeout)
-            try:
-                connection.request(request.get_method(), request.selector, request.data,
-                                   headers)
-                raw = connection.getresponse()
-            except BaseException as error:
-                connection.close()
-                # A kept connection may have been closed at the other end meanwhile;
-                # all that we send may be sent twice, so try a fresh one.
-                if used and not connection._aborted and isinstance(
-                        error, (ConnectionError, http.client.BadStatusLine)):
-                    continue
-                raise
-            return Response(connection, raw, lambda c: self._keep(where, c))
-
-    def _connect(self, request, secure, tunnel, proxy_key):
-        if secure:
-            connection = _HTTPSConnection(request.host, timeout=request.timeout,
-                                          context=self._ssl_context)
-        else:
-            connection = _HTTPConnection(request.host, timeout=request.timeout)
-        if tunnel:
-            connection.set_tunnel(tunnel, headers={"Proxy-Authorization": proxy_key}
-                                  if proxy_key else {})
-        return connection
-
-    def _keep(self, where, connection):
-        with self._lock:
-            if len(self._free[where]) < 16:
-                self._free[where].append(connection)
-                return
-        connection.close()
-
-
 class Transport:
-    """Sends JSON to one server and brings back what it answers."""
+    """Sends JSON to one server, over connections that it keeps, and returns the answers.
+
+    base: the server's URL. verify_ssl: True, False, or the path of a CA file.
+    """
 
     def __init__(self, base, verify_ssl=True):
-        self.base = base
-        context = ssl.create_default_context(
-            cafile=verify_ssl if isinstance(verify_ssl, str) else None)
-        if verify_ssl is False:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        # No handler for redirects: one would carry the key to another host.
-        self._opener = urllib.request.OpenerDirector()
-        for handler in (urllib.request.ProxyHandler(), urllib.request.UnknownHandler(),
-                        _KeepAlive(context)):
-            self._opener.add_handler(handler)
+        self.base, self._verify_ssl = base, verify_ssl
+        self._where = self._context = None
+        self._free = []
+        self._lock = threading.Lock()      # guards _free
 
     def open(self, method, path, body=None, key="", timeout=REQUEST_SECONDS,
              started=None, **headers):
-        """Send one request; its Response. Raises OSError or HTTPException.
+        """Send one request; its Response. Raises OSError, HTTPException, or
+        NeuroengineError for what cannot be sent.
 
-        started, if given, is called with the connection, which has an abort().
+        started, if given, is called with the Connection, which has an abort().
         """
-        data = None
+        if self._where is None:
+            self._where = self._look()
+        secure, host, prefix, proxy, proxy_headers = self._where
+        data = b""
         if body is not None:
-            data = json.dumps(body, separators=(",", ":")).encode("ascii")
+            data = encode(body)
             headers["Content-Type"] = "application/json"
         if key:
-            if not re.match(r"[!-~]+\Z", key.strip()):
-                raise NeuroengineError(30, "That is no key: a key is one word of letters, "
-                                       "digits and signs.", "invalid_key")
-            headers["Authorization"] = "Bearer " + key.strip()
+            headers["Authorization"] = "Bearer " + clean_key(key)
+        if proxy and not secure:
+            prefix = "http://%s%s" % (host, prefix)
+            headers.update(proxy_headers)
+        if data or method not in ("GET", "HEAD"):
+            headers["Content-Length"] = len(data)
         headers.setdefault("User-Agent", "neuroengine/" + __version__)
-        request = urllib.request.Request(
-            self.base + path, data=data, method=method,
-            headers={name.replace("_", "-"): value for name, value in headers.items()})
-        request.started = started
-        return self._opener.open(request, timeout=timeout)
+        for name, value in headers.items():
+            if not re.match(r"[\t -~]*\Z", str(value)):
+                raise NeuroengineError(10, "The header %s cannot hold %r." % (name, value),
+                                       "invalid_request")
+        head = "".join("%s: %s\r\n" % (name.replace("_", "-"), value)
+                       for name, value in headers.items())
+        data = ("%s %s%s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (
+            method, prefix, path, host, head)).encode("ascii") + data
+        while True:
+            connection = self._kept()
+            used = connection is not None
+            if not used:
+                connection = self._new(secure, host, proxy, proxy_headers)
+            if started is not None:
+                started(connection)
+            try:
+                raw = connection.exchange(data, method, timeout)
+            except BaseException as error:
+                connection.close()
+                # The server may have closed a kept connection in this moment. Everything
+                # that we send may be sent twice, so try a fresh connection.
+                if used and not connection.aborted and isinstance(
+                        error, (ConnectionError, http.client.BadStatusLine)):
+                    continue
+                raise
+            return Response(connection, raw, self._keep)
 
-    def call(self, method, path, body=None, **more):
-        """Send one request and return the JSON it is answered with.
+    def call(self, method, path, body=None, kind=dict, **more):
+        """Send one request and return the JSON answer, of type `kind`.
 
         Raises NeuroengineError, for connection trouble too.
         """
@@ -469,213 +562,663 @@ class Transport:
             data = response.read()
         except BROKEN as error:
             raise no_connection(self.base, error) from error
-        return parse_answer(response.status, response.headers, data)
+        return parse_answer(response.status, response.headers, data, kind)
+
+    def _look(self):
+        """(secure, host, prefix of paths, proxy or None, the proxy's headers)."""
+        try:
+            url = urllib.parse.urlsplit(self.base)
+            secure = {"http": False, "https": True}[url.scheme]
+            host = url.netloc.rpartition("@")[2].encode("idna").decode("ascii")
+            if not url.hostname or not re.match(r"[!-~]+\Z", url.path or "/"):
+                raise ValueError
+            http.client.HTTPConnection(host)           # is the port a number?
+        except (KeyError, ValueError, http.client.HTTPException):
+            raise NeuroengineError(NO_CONNECTION, "%r is not an address of a relay: write "
+                                   "http://HOST:PORT or https://HOST." % self.base,
+                                   "bad_address") from None
+        proxy = None
+        if not re.match(r"(localhost|127\..*|::1)\Z", url.hostname) \
+                and not urllib.request.proxy_bypass(url.netloc):
+            proxy = urllib.request.getproxies().get(url.scheme)
+        headers = {}
+        if proxy:
+            proxy = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
+            if proxy.username:
+                import base64
+                login = "%s:%s" % (urllib.parse.unquote(proxy.username),
+                                   urllib.parse.unquote(proxy.password or ""))
+                headers["Proxy-Authorization"] = "Basic " + base64.b64encode(
+                    login.encode("utf-8")).decode("ascii")
+            proxy = proxy.netloc.rpartition("@")[2]
+        return secure, host, url.path.rstrip("/"), proxy, headers
+
+    def _new(self, secure, host, proxy, proxy_headers):
+        """A new Connection, not yet connected."""
+        if not secure:
+            return Connection(http.client.HTTPConnection(proxy or host))
+        if self._context is None:
+            self._context = tls_context(self._verify_ssl)
+        opener = http.client.HTTPSConnection(proxy or host, context=self._context)
+        if proxy:
+            opener.set_tunnel(host, headers=proxy_headers)
+        return Connection(opener)
+
+    def _kept(self):
+        """A kept connection that is likely to be open still, or None."""
+        with self._lock:
+            while self._free:
+                connection = self._free.pop()
+                if time.monotonic() - connection.used_at < KEPT_SECONDS:
+                    return connection
+                connection.close()
+        return None
+
+    def _keep(self, connection):
+        connection.used_at = time.monotonic()
+        with self._lock:
+            if len(self._free) < MAX_KEPT:
+                return self._free.append(connection)
+        connection.close()
+
+
+class RelayTransport(Transport):
+    """A Transport that says what else is there where no relay is."""
+
+    def call(self, method, path, body=None, **more):
+        try:
+            return super().call(method, path, body, **more)
+        except NeuroengineError as error:
+            raise self.explain(error) from error
+
+    def explain(self, error):
+        """The error, or a better one if another kind of server has this address."""
+        if error.errorcode == NO_CONNECTION and error.name not in WAY_ERRORS \
+                and not error.retry:           # a proxy's 502 tells nothing
+            try:
+                models = super().call("GET", "/v1/models", timeout=5).get("data")
+                if isinstance(models, list):
+                    return NeuroengineError(NO_CONNECTION, (
+                        "At %s is no relay, but an LLM server. Share it with: "
+                        "neuroengine.py share NAME --relay URL --upstream %s"
+                        % (self.base, self.base)), "llm_server")
+            except NeuroengineError:
+                pass
+        return error
+
+
+def encode(body):
+    """A body as JSON in UTF-8. Raises NeuroengineError if JSON cannot say it."""
+    try:
+        text = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        try:
+            return text.encode("utf-8")
+        except UnicodeEncodeError:             # half of a surrogate pair
+            return json.dumps(body, separators=(",", ":")).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise NeuroengineError(10, "The prompt or a parameter is not what JSON can hold: %s."
+                               % error, "invalid_request") from None
+
+
+def clean_key(key):
+    """A key without the white space around it. Raises NeuroengineError if it is no key."""
+    key = str(key).strip()
+    if not re.match(r"[!-~]+\Z", key):
+        raise NeuroengineError(30, "Invalid key: a key is one line of letters, digits and "
+                               "signs, without spaces.", "invalid_key")
+    return key
+
+
+def tls_context(verify_ssl):
+    """The SSLContext for True, False, or the path of a CA file. Raises NeuroengineError."""
+    path = None if isinstance(verify_ssl, (bool, int, type(None))) else verify_ssl
+    try:
+        context = ssl.create_default_context(cafile=path)
+    except (OSError, TypeError, ValueError) as error:      # SSLError is an OSError
+        raise NeuroengineError(NO_CONNECTION, "The certificate file %s cannot be used: %s."
+                               % (path, "it holds no certificate in PEM" if isinstance(
+                                   error, ssl.SSLError) else getattr(
+                                       error, "strerror", None) or error),
+                               "bad_certificate_file") from None
+    if path is None and verify_ssl is not None and not verify_ssl:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def no_connection(base, error):
-    """A NeuroengineError for a connection that could not be made, or broke."""
-    reason = getattr(error, "reason", None)
-    if not isinstance(reason, Exception):
-        reason = error
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        words = ("The certificate of %s is not to be trusted (%s). If it is your own "
-                 "relay's, give verify_ssl the path of its certificate."
-                 % (base, reason.verify_message))
-        return NeuroengineError(NO_CONNECTION, words, "certificate")
-    if isinstance(reason, ssl.SSLError) and "WRONG_VERSION" in str(reason):
-        words = ("%s does not speak TLS. If it is meant to be plain HTTP, name it as "
-                 "http://HOST:PORT." % base)
-        return NeuroengineError(NO_CONNECTION, words, "certificate")
-    words = "Connection error with %s (%s). Try again in a few seconds." % (
-        base, str(reason) or type(reason).__name__)
+    """The NeuroengineError for a connection that could not be made, or broke."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return NeuroengineError(NO_CONNECTION, "The certificate of %s cannot be verified "
+                                "(%s)." % (base, error.verify_message), "certificate")
+    if isinstance(error, ssl.SSLError) and re.search(
+            "WRONG_VERSION|RECORD_LAYER|HTTP_REQUEST", str(error)):
+        return NeuroengineError(NO_CONNECTION, "%s does not speak TLS: if it is plain HTTP, "
+                                "write %s." % (base, base.replace("https:", "http:", 1)),
+                                "no_tls")
+    words = "Connection error with %s (%s)." % (base, str(error) or type(error).__name__)
+    if base == "https://%s:443" % DEFAULT_SERVER and not os.environ.get(
+            "NEUROENGINE_SERVER"):
+        words = ("The environment variable NEUROENGINE_SERVER is not set, so this is the "
+                 "default relay: set it to the address of yours. " + words[0].lower() + words[1:])
     return NeuroengineError(NO_CONNECTION, words, "no_connection")
 
 
 def pause_before(try_number, retry_after=None):
-    """Seconds to wait before trying again: exponential, with jitter; at least what the
-    relay asks for, of which a little is spread so that not all come back at once."""
+    """Seconds to wait before the next try: exponential back-off with jitter, on top of what
+    the relay asks for (up to a bound), so that not all come back at once."""
     pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(try_number, 10))
-    return (retry_after or 0) + pause * (0.5 + random.random() / 2)
+    return min(retry_after or 0, LONGEST_RETRY_AFTER_SECONDS) + pause * (0.5 + random.random() / 2)
 
 
 ##############################################################################
 # Client
 ##############################################################################
 
+Prompt = Union[str, List[Dict[str, Any]]]
+
+
+class Reply(str):
+    """What request() returns: the text of an answer, or of an error, and what is known of it.
+
+    errorcode: 0 for an answer, otherwise the number of the error. error: its name, or "".
+    finish_reason: "stop", "length" (the answer was cut at max_new_len), or another word of
+    the provider; "" if it said none. usage: its token counts. stats: the relay's receipt.
+    """
+
+    errorcode: int
+    error: str
+    finish_reason: str
+    usage: Dict[str, Any]
+    stats: Dict[str, Any]
+
+    def __new__(cls, text: str = "", errorcode: int = 0, error: str = "",
+                stats: Optional[Dict[str, Any]] = None) -> "Reply":
+        self = super().__new__(cls, text)
+        self.errorcode, self.error = errorcode, error
+        self.stats = stats if isinstance(stats, dict) else {}
+        usage = self.stats.get("usage")
+        self.usage = usage if isinstance(usage, dict) else {}
+        self.finish_reason = str(self.stats.get("finish_reason") or "")
+        return self
+
+
+class Call:
+    """One prompt on its way, for stopping it from another thread."""
+
+    def __init__(self):
+        self.cancelled = False
+        self._connection = None
+
+    def started(self, connection):
+        """Note the connection that the prompt uses now."""
+        self._connection = connection
+        if self.cancelled:
+            connection.abort()
+
+    def cancel(self):
+        self.cancelled = True
+        if self._connection is not None:
+            self._connection.abort()
+
+    def pause(self, seconds):
+        """Sleep before the next try, but not after cancel()."""
+        deadline = time.monotonic() + seconds
+        while not self.cancelled and time.monotonic() < deadline:
+            time.sleep(max(0, min(SLICE_SECONDS, deadline - time.monotonic())))
+
+
+class Tries:
+    """Counts the failures of one prompt, and decides whether to send it again."""
+
+    def __init__(self, tries):
+        self.left = max(1, tries) - 1
+        self.failures = self.lost = 0
+        self._deadline = time.monotonic() + ANSWER_SECONDS
+
+    def progress(self):
+        """Something of the answer came, so the failures so far do not count."""
+        self.left, self.failures = self.left + self.failures, 0
+
+    def again(self, error, call):
+        """Wait until the prompt may be sent again; raises the error if it may not."""
+        self.lost += error.name == "provider_lost"
+        retry = error.name in RETRIED if error.retry is None else error.retry
+        if not retry or not self.left or call.cancelled or self.lost > MAX_LOST \
+                or (error.retry_after or 0) > LONGEST_RETRY_AFTER_SECONDS \
+                or time.monotonic() > self._deadline:
+            raise error
+        if error.name == "still_waiting":      # the relay is there, and so is the prompt
+            return call.pause(0.01)
+        self.left -= 1
+        self.failures += 1
+        call.pause(pause_before(self.failures - 1, error.retry_after))
+
 
 class Neuroengine:
     """Uses one service of a relay.
 
-    service_name: its name. server_address: the relay's host name (TLS, server_port), or
-    a whole URL. key: an access key, if the service is private. verify_ssl: True, False,
-    or the path of a CA file. One object may be used by several threads.
+    service_name: its name. server_address: the relay's host name (TLS, at server_port), or
+    a URL. key: an access key, if the service is private. verify_ssl: True, False, or the
+    path of a CA file. One object may be used by several threads.
     """
 
-    def __init__(self, service_name, server_address=DEFAULT_SERVER, server_port=443,
-                 key="", verify_ssl=True):
+    def __init__(self, service_name: str, server_address: str = DEFAULT_SERVER,
+                 server_port: int = 443, key: str = "",
+                 verify_ssl: Union[bool, str] = True) -> None:
         self.service_name = service_name
         self.server_address = server_address
         self.server_port = server_port
         self.key = key
         self.verify_ssl = verify_ssl
-        self._transport = Transport(relay_url(server_address, server_port), verify_ssl)
-        # streamkey -> (prompt, items had, or None once it ended)
-        self._places = collections.OrderedDict()
+        self._transport = RelayTransport(relay_url(server_address, server_port), verify_ssl)
+        # streamkey -> (prompt, items received, or None once it ended)
+        self._cursors = collections.OrderedDict()
 
-    def request(self, prompt, temperature=1.0, top_p=0.9, top_k=40,
-                repetition_penalty=1.2, max_new_len=128, seed=0, raw=False, tries=5,
-                gettokens=20, streamkey="", *, min_p=0.0, **more):
-        """Send a prompt and return the reply, or an error message in words.
+    def request(self, prompt: Prompt, temperature: float = 1.0, top_p: float = 0.9,
+                top_k: int = 40, repetition_penalty: float = 1.2, max_new_len: int = 128,
+                seed: int = 0, raw: bool = False, tries: int = 5, gettokens: int = 20,
+                streamkey: str = "", *, min_p: float = 0.0, **more: Any) -> Reply:
+        """Send a prompt and return the reply, or an error message; a Reply tells which.
 
-        prompt: a str, or a list of {"role", "content"}. max_new_len: tokens at most.
-        seed: 0 lets the model choose. raw: True for no chat template. tries: how often
-        to ask, with growing pauses; a retry never makes the model work twice. With a
-        streamkey (a new random text for each prompt) it returns the next gettokens
-        tokens, and "" when the stream has ended. Other fields go to the provider as
-        they are. Blocks until there is a reply.
+        prompt: a str, or a list of {"role", "content"} messages. max_new_len: the most
+        tokens. seed: 0 lets the model choose. raw: True for no chat template. tries: how
+        often to send it, with growing pauses; a retry never makes the model work twice.
+        With a streamkey (a new random text for each prompt) it returns the next gettokens
+        tokens, and "" when the stream has ended. Other fields go to the provider as they
+        are. Blocks until there is a reply. Does not raise.
         """
-        if prompt is None:
-            return ""
-        command = dict(more, temperature=temperature, top_p=top_p, top_k=top_k,
-                       min_p=min_p, repetition_penalty=repetition_penalty,
-                       max_new_len=max_new_len, seed=seed, raw=str(raw))
-        command["messages" if isinstance(prompt, list) else "message"] = prompt
+        call = more.pop("_call", None) or Call()       # arequest and map bring theirs
+        fields = dict(more, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+                      repetition_penalty=repetition_penalty, max_new_len=max_new_len,
+                      seed=seed, raw=str(raw))
         try:
+            if fields.pop("stream", False):
+                raise NeuroengineError(10, "request() does not stream: use stream().",
+                                       "invalid_request")
+            command = command_of(prompt, fields)
             if streamkey:
-                return self._next_tokens(command, prompt, streamkey, gettokens, tries)
-            answer = self._ask(command, tries, idempotency_key=secrets.token_hex(16))
-            return str(answer.get("reply", ""))
+                return self._next_tokens(command, prompt, str(streamkey), gettokens,
+                                         tries_of(tries), call)
+            repeat = secrets.token_hex(16)
+            try:
+                answer = self._ask(command, tries_of(tries), call, idempotency_key=repeat)
+            finally:
+                if call.cancelled:
+                    self._stop(repeat)
+            return Reply(answer["reply"], stats=answer.get("stats"))
         except NeuroengineError as error:
-            return error.message
+            return Reply(error.message, error.errorcode, error.name)
 
-    def stream(self, prompt, **params):
-        """Send a prompt and yield the reply's text as it is made.
+    def stream(self, prompt: Prompt, **params: Any) -> Iterator[str]:
+        """Send a prompt and yield the text of the reply as it comes.
 
-        params: as for request; what is not given is the provider's choice. A broken
-        connection is made anew and the stream goes on where it was. Closing the
-        iterator cancels the prompt. Raises NeuroengineError.
+        params: as for request; the provider chooses what is not given. If the connection
+        breaks, it is made again and the stream resumes, without a gap or a repeat. Closing
+        the iterator cancels the prompt. Raises NeuroengineError.
         """
-        command = dict(params, stream=True, key=secrets.token_hex(16))
-        command["messages" if isinstance(prompt, list) else "message"] = prompt
-        tries = command.pop("tries", 5)
-        at, failures, finished = 0, 0, False
-        try:
-            while not finished:
-                try:
-                    for record in self._records(command):
-                        texts = [item for item in record.get("items", ())
-                                 if isinstance(item, str)]
-                        if "items" in record:
-                            at = record["at"] + len(record["items"])
-                        if texts:
-                            yield "".join(texts)
-                        finished = bool(record.get("done"))
-                        failures = 0
-                    if not finished:       # its last record is missing
-                        raise NeuroengineError(NO_CONNECTION, "The stream was cut.",
-                                               "no_connection")
-                except NeuroengineError as error:
-                    failures += 1
-                    lost = error.name == "provider_lost"     # so this stream has ended
-                    if lost and at or not self._may_retry(error, failures, tries):
-                        finished = True
-                        raise
-                    if lost:               # before its first token: begin another
-                        command["key"] = secrets.token_hex(16)
-                    time.sleep(pause_before(failures - 1, error.retry_after))
-                command["at"] = at
-        finally:
-            if not finished:
-                self._stop(command["key"])
+        with contextlib.closing(self._events(prompt, params)) as events:
+            for kind, value in events:
+                if kind == "text":
+                    yield value
 
-    def cancel(self, streamkey):
-        """Stop the stream of that key, wherever it is; the provider stops working.
+    async def arequest(self, prompt: Prompt, *args: Any, **params: Any) -> Reply:
+        """request() for asyncio. Each call has its own thread, so all run at once. If the
+        task is cancelled, so is the prompt."""
+        call = Call()
+        return await in_thread(lambda: self.request(prompt, *args, _call=call, **params),
+                               call.cancel)
+
+    async def astream(self, prompt: Prompt, **params: Any) -> AsyncIterator[str]:
+        """stream() for asyncio. If the task is cancelled, so is the prompt."""
+        import asyncio                         # 30 ms, and few use it
+        loop, texts, call = asyncio.get_running_loop(), asyncio.Queue(), Call()
+
+        def pump():
+            for text in self.stream(prompt, _call=call, **params):
+                loop.call_soon_threadsafe(texts.put_nowait, text)
+        pumping = asyncio.ensure_future(in_thread(pump, call.cancel))
+        pumping.add_done_callback(lambda _: texts.put_nowait(None))
+        try:
+            while True:
+                text = await texts.get()
+                if text is None:
+                    break
+                yield text
+            await pumping                      # raises what ended the stream
+        finally:
+            pumping.cancel()
+            await asyncio.wait([pumping])
+            if not pumping.cancelled():
+                pumping.exception()            # was raised above, or nobody waits for it
+
+    def map(self, prompts: Iterable[Prompt], *, at_once: int = 8,
+            **params: Any) -> Iterator[Reply]:
+        """Yield the Reply of each prompt, in order, with up to at_once prompts under way.
+
+        params: as for request. A failed prompt yields a Reply with its errorcode. On a
+        terminal, standard error shows the progress. Closing the iterator cancels what is
+        under way.
+        """
+        return Batch(self, prompts, max(1, at_once), params).replies()
+
+    def cancel(self, streamkey: str) -> None:
+        """Stop the stream of that key; its provider stops working on it.
 
         Raises NeuroengineError.
         """
         self._send({"command": "cancel", "key": streamkey}, timeout=CANCEL_SECONDS)
 
-    def getModels(self):
+    def getModels(self) -> List[Dict[str, Any]]:
         """Return a list of dicts, one for each service of the relay.
 
-        Each has numreq, connected, comment, operator, name and queuelen. Raises
+        Each has at least name, operator, comment, connected, queuelen and numreq. Raises
         NeuroengineError.
         """
-        return self.send({"command": "getmodels"})
+        return self._send({"command": "getmodels"}, kind=list)
 
-    def send(self, command):
-        """Send a dict to the service and return what the relay answers, once."""
-        return self._send(command)
+    def send(self, command: Dict[str, Any]) -> Any:
+        """Send a dict to the service once, and return what the relay answers. Raises
+        NeuroengineError."""
+        return self._send(command, kind=(dict, list))
 
     def _path(self):
-        return "/" + urllib.parse.quote(self.service_name, safe="")
+        return "/" + urllib.parse.quote(str(self.service_name), safe="")
 
-    def _send(self, command, timeout=ANSWER_SECONDS, **headers):
-        return self._transport.call("POST", self._path(), command, key=self.key,
-                                    timeout=timeout, **headers)
+    def _send(self, command, timeout=ANSWER_SECONDS, kind=dict, **more):
+        try:
+            return self._transport.call("POST", self._path(), command, kind=kind,
+                                        key=self.key, timeout=timeout, **more)
+        except NeuroengineError as error:
+            raise self._advise(error)
 
-    def _ask(self, command, tries, **headers):
-        failures = 0
+    def _advise(self, error):
+        return advise(error, PYTHON, service=self.service_name, key=self.key,
+                      relay=self._transport.base, kind="key")
+
+    def _ask(self, command, tries, call, **headers):
+        """Send until there is an answer with a reply; the answer."""
         while True:
             try:
-                return self._send(command, **headers)
+                answer = self._send(command, started=call.started, **headers)
+                if not isinstance(answer.get("reply"), str):
+                    raise bad_answer()
+                return answer
             except NeuroengineError as error:
-                if error.name != "still_waiting":     # the relay is there, and so is it
-                    failures += 1
-                # A stream whose provider was lost has ended so, however often we ask.
-                if error.name == "provider_lost" and command.get("key") \
-                        or not self._may_retry(error, failures, tries):
+                # The stream of a key has ended with its provider, however often we ask.
+                if error.name == "provider_lost" and command.get("key"):
                     raise
-                time.sleep(pause_before(failures, error.retry_after)
-                           if error.name != "still_waiting" else 0.01)
+                tries.again(error, call)
 
-    def _may_retry(self, error, failures, tries):
-        pause = error.retry_after or 0
-        return (failures < max(1, tries) and pause <= LONGEST_RETRY_AFTER_SECONDS
-                and (error.name in RETRIED or error.name == "no_connection"
-                     or error.name == "bad_answer" and error.retry_after is not None))
-
-    def _next_tokens(self, command, prompt, streamkey, gettokens, tries):
-        known, at = self._places.get(streamkey, (prompt, 0))
+    def _next_tokens(self, command, prompt, streamkey, gettokens, tries, call):
+        known, at = self._cursors.get(streamkey, (prompt, 0))
         if known == prompt and at is None:
-            return ""
+            return Reply()
         command.update(key=streamkey, gettokens=gettokens, at=at or 0)
         try:
-            answer = self._ask(command, tries)
+            answer = self._ask(command, tries, call)
         except NeuroengineError:
-            # Said once; then the stream has ended, or a loop until "" would not end.
-            self._places[streamkey] = prompt, None
+            # Reported once; then the stream has ended, or a loop until "" would not end.
+            self._cursors[streamkey] = prompt, None
             raise
         done = answer.get("done") or answer["reply"] == ""
-        self._places[streamkey] = prompt, None if done else answer.get("at", 0)
-        while len(self._places) > REMEMBERED_STREAMS:
-            self._places.popitem(last=False)
-        return answer["reply"]
+        self._cursors[streamkey] = prompt, None if done else answer.get("at", 0)
+        while len(self._cursors) > REMEMBERED_STREAMS:
+            self._cursors.popitem(last=False)
+        return Reply(answer["reply"], stats=answer.get("stats"))
 
-    def _records(self, command):
+    def _events(self, prompt, params):
+        """Send a prompt and yield what happens, as (kind, value):
+
+        "text" and the next piece; "item" and a dict of what text cannot say; "queue" and
+        {"position", "waiting", "eta_s"}, or None once a provider has the prompt; at the end
+        "stats" and the receipt. Resumes by itself. Raises NeuroengineError.
+        """
+        params = dict(params)
+        call = params.pop("_call", None) or Call()
+        tries = tries_of(params.pop("tries", 5))
+        command = command_of(prompt, dict(params, stream=True, key=secrets.token_hex(16)))
+        at, finished = 0, False
         try:
-            response = self._transport.open("POST", self._path(), command, key=self.key,
-                                            timeout=STREAM_SECONDS)
+            while not finished:
+                try:
+                    for record in self._records(command, call):
+                        items, at = fresh_items(record, at)
+                        if items:
+                            tries.progress()
+                        # One event for texts that came together.
+                        for is_text, group in itertools.groupby(
+                                items, lambda item: isinstance(item, str)):
+                            if is_text:
+                                yield "text", "".join(group)
+                            else:
+                                yield from (("item", item) for item in group)
+                        if "queue" in record:
+                            yield "queue", record["queue"]
+                        if record.get("done"):
+                            finished = True
+                            yield "stats", record.get("stats") or {}
+                    if not finished:           # its last record is missing
+                        raise NeuroengineError(NO_CONNECTION, "The stream was cut.",
+                                               "no_connection")
+                except NeuroengineError as error:
+                    lost = error.name == "provider_lost"     # so this stream has ended
+                    try:
+                        if lost and at:
+                            raise
+                        tries.again(error, call)
+                    except NeuroengineError:
+                        finished = not call.cancelled        # there is nothing to stop
+                        raise
+                    if lost:                   # before its first token: begin another
+                        command["key"] = secrets.token_hex(16)
+                command["at"] = at
+        finally:
+            if not finished:
+                self._stop(command["key"])
+
+    def _records(self, command, call):
+        """Yield the records of a streamed answer. Raises NeuroengineError."""
+        try:
+            response = self._transport.open(
+                "POST", self._path(), command, key=self.key, timeout=STREAM_SECONDS,
+                started=call.started)
             try:
-                if response.headers.get("Content-Type") != "application/x-ndjson":
-                    parse_answer(response.status, response.headers, response.read())
+                kind = response.headers.get("Content-Type") or ""
+                if not kind.startswith("application/x-ndjson"):
+                    parse_answer(response.status, response.headers, response.read(),
+                                 kind=())      # none is right: this must raise
                 for line in response.lines():
                     record = json.loads(line.decode("utf-8"))
-                    if record.get("errorcode"):
+                    if errorcode_of(record):
                         raise error_of(record)
                     yield record
             finally:
                 response.close()
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise no_connection(self._transport.base, error) from error
+        except NeuroengineError as error:
+            raise self._advise(self._transport.explain(error))
+        except (ValueError, AttributeError, RecursionError):
+            raise bad_answer() from None
         except BROKEN as error:
-            raise no_connection(self._transport.base, error) from error
+            raise self._advise(no_connection(self._transport.base, error)) from error
 
     def _stop(self, streamkey):
         try:
             self.cancel(streamkey)
         except NeuroengineError:
             pass                               # the relay will notice by itself
+
+
+def command_of(prompt, fields):
+    """The body for a prompt. Raises NeuroengineError if it is no prompt."""
+    if isinstance(prompt, list):
+        return dict(fields, messages=prompt)
+    if isinstance(prompt, str):
+        return dict(fields, message=prompt)
+    raise NeuroengineError(10, "The prompt is %s: pass a str%s, or a list of messages." % (
+        "None" if prompt is None else type(prompt).__name__,
+        " (bytes.decode() makes one)" if isinstance(prompt, bytes) else ""),
+        "invalid_request")
+
+
+def tries_of(tries):
+    """Tries for the parameter `tries`. Raises NeuroengineError."""
+    try:
+        return Tries(int(tries))
+    except (TypeError, ValueError, OverflowError):
+        raise NeuroengineError(10, "tries must be a whole number.", "invalid_request") from None
+
+
+def bad_answer():
+    return NeuroengineError(NO_CONNECTION, "The relay's answer cannot be understood: is it "
+                            "up to date?", "bad_answer")
+
+
+def fresh_items(record, at):
+    """(the items of a record from position `at` on, the position after them). Raises
+    NeuroengineError if some are missing."""
+    items, begin = record.get("items", []), record.get("at", at)
+    if not isinstance(items, list) or type(begin) is not int or begin > at:
+        raise bad_answer()
+    return items[at - begin:], max(at, begin + len(items))
+
+
+async def in_thread(function, cancel):
+    """What function() returns or raises, in a thread of its own. If the task is cancelled,
+    call cancel(), which must end the function soon."""
+    import asyncio
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def settle(result, error):
+        if not done.done():
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+
+    def run():
+        result = error = None
+        try:
+            result = function()
+        except Exception as why:
+            error = why
+        try:
+            loop.call_soon_threadsafe(settle, result, error)
+        except RuntimeError:
+            pass                               # the loop is closed
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        cancel()
+        # Long enough for the relay to get the word, if it is there.
+        await asyncio.wait([done], timeout=1)
+        if done.done():
+            done.exception()                   # nobody needs it, and it was looked at
+        raise
+
+
+class Batch:
+    """The prompts of one map(): threads take them one by one, and replies wait for their
+    turn."""
+
+    def __init__(self, client, prompts, at_once, params):
+        self._client, self._params, self._at_once = client, params, at_once
+        self._total = len(prompts) if hasattr(prompts, "__len__") else None
+        self._prompts = iter(prompts)
+        self._taking = threading.Lock()        # guards _prompts, which is the caller's code
+        self._lock = threading.Lock()          # guards all below
+        self._changed = threading.Condition(self._lock)    # threads notify, replies() waits
+        self._room = threading.Condition(self._lock)       # the other way round
+        self._calls, self._replies = {}, {}    # by the prompt's number
+        self._taken = self._yielded = self._failed = 0
+        self._ended = False                    # no prompt is left to take
+        self._error = None                     # that _prompts raised
+        self._begun = time.monotonic()
+
+    def replies(self):
+        """Yield the replies in order; closing it cancels what is under way."""
+        try:
+            for _ in range(self._at_once):
+                threading.Thread(target=self._work, daemon=True).start()
+            while True:
+                self._show()
+                with self._lock:
+                    self._changed.wait_for(self._news_locked, SLICE_SECONDS)
+                    if not self._news_locked():
+                        continue
+                    if self._yielded not in self._replies:
+                        break
+                    reply = self._replies.pop(self._yielded)
+                    self._yielded += 1
+                    self._room.notify()
+                self._show(clear=True)
+                yield reply
+            if self._error is not None:
+                raise self._error
+        finally:
+            with self._lock:
+                self._ended = True
+                self._room.notify_all()
+                calls = list(self._calls.values())
+            for call in calls:
+                call.cancel()
+            self._show(clear=True)
+
+    def _news_locked(self):
+        """Whether the next reply is there, or none will follow."""
+        return self._yielded in self._replies or self._ended and self._yielded == self._taken
+
+    def _work(self):
+        """Ask for one prompt after another; for a thread."""
+        while True:
+            with self._taking:
+                number, prompt = self._take()
+            if number is None:
+                return
+            reply = self._client.request(prompt, _call=self._calls[number], **self._params)
+            with self._lock:
+                del self._calls[number]
+                self._replies[number] = reply
+                self._failed += reply.errorcode != 0
+                self._changed.notify()
+
+    def _take(self):
+        """The next prompt's number and the prompt; (None, None) if there is none."""
+        with self._lock:
+            # An endless iterator must not fill the memory while nobody takes replies.
+            self._room.wait_for(lambda: self._ended or self._taken - self._yielded
+                                < AHEAD * self._at_once)
+        if not self._ended:
+            try:
+                prompt = next(self._prompts)
+                with self._lock:
+                    if not self._ended:
+                        self._taken += 1
+                        self._calls[self._taken - 1] = Call()
+                        return self._taken - 1, prompt
+            except StopIteration:
+                pass
+            except Exception as error:
+                self._error = error
+        with self._lock:
+            self._ended = True
+            self._changed.notify()
+        return None, None
+
+    def _show(self, clear=False):
+        """Show the progress on a terminal, or clear it before others write there."""
+        stream = sys.stderr
+        if stream is None or not stream.isatty():
+            return
+        done = self._yielded + len(self._replies)
+        line = "" if clear else "%d%s answered, %s%.1f a second" % (
+            done, " of %d" % self._total if self._total is not None else "",
+            "%d failed, " % self._failed if self._failed else "",
+            done / max(0.1, time.monotonic() - self._begun))
+        stream.write("\r" + line.ljust(60) + "\r")
+        stream.flush()
 
 
 ##############################################################################
@@ -869,7 +1412,7 @@ class NeuroengineServer:
     def __init__(self, server_address=DEFAULT_SERVER, server_port=443, verify_ssl=True):
         self.server_address, self.server_port = server_address, server_port
         self.verify_ssl = verify_ssl
-        self._transport = Transport(relay_url(server_address, server_port), verify_ssl)
+        self._transport = RelayTransport(relay_url(server_address, server_port), verify_ssl)
         self.service_name = self.service_key = None
         self._session = None
         self._features = {"workers": 1, "continues": False}
