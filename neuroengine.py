@@ -105,9 +105,8 @@ SAMPLING = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "min_p": 0.0,
 # Errors that pass soon, so the client sends the same prompt again by itself. A relay that
 # says `retry` in its error overrules this list. (A service that is offline or paused may
 # stay so for hours: the caller decides.)
-RETRIED = frozenset(("no_connection", "internal_error", "request_timeout", "queue_full",
-                     "rate_limited", "relay_busy", "shutting_down", "still_waiting",
-                     "provider_lost"))
+RETRIED = frozenset(("internal_error", "request_timeout", "queue_full", "rate_limited",
+                     "relay_busy", "shutting_down", "still_waiting", "provider_lost"))
 # Those that end a provider: trying again would only knock at the wrong door for ever.
 FINAL = frozenset(("invalid_key", "invalid_name", "service_unknown", "invalid_request",
                    "certificate"))
@@ -414,7 +413,11 @@ class Connection:
         for start in range(0, len(data), PIECE_BYTES):     # the timeout is for each
             self._sock.sendall(data[start:start + PIECE_BYTES])
         response = http.client.HTTPResponse(Incoming(self._sock, timeout), method=method)
-        response.begin()
+        try:
+            response.begin()
+        except BaseException:
+            response.close()
+            raise
         return response
 
     def abort(self):
@@ -783,7 +786,9 @@ class Tries:
     def again(self, error, call):
         """Wait until the prompt may be sent again; raises the error if it may not."""
         self.lost += error.name == "provider_lost"
-        retry = error.name in RETRIED if error.retry is None else error.retry
+        retry = error.retry
+        if retry is None:
+            retry = error.name == "no_connection" or error.name in RETRIED
         if not retry or not self.left or call.cancelled or self.lost > MAX_LOST \
                 or (error.retry_after or 0) > LONGEST_RETRY_AFTER_SECONDS \
                 or time.monotonic() > self._deadline:
