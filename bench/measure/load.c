@@ -353,6 +353,7 @@ struct caller {
     char *in, *out;           /* what came, what could not be sent yet */
     size_t have, in_room, pending, sent, out_room;
     int active, worker;       /* index + 1 in the active ones; a FastChat answer */
+    int closing;              /* it asked for the connection to be closed after the answer */
     long tokens, done;        /* of the answer under way */
     double rate, began;
 };
@@ -379,8 +380,11 @@ static void flush_out(struct caller *c)
                      MSG_NOSIGNAL | MSG_DONTWAIT);
     if (n > 0)
         c->sent += n;
-    if (c->sent == c->pending)
+    if (c->sent == c->pending) {
         c->sent = c->pending = 0;
+        if (c->closing && !c->active)
+            shutdown(c->fd, SHUT_WR);
+    }
 }
 
 static void deactivate(struct caller *c)
@@ -517,6 +521,7 @@ static void hear_caller(struct caller *c)
     end[2] = 0;
     const char *length = field(c->in, "\r\ncontent-length:");
     int chunked = !!field(c->in, "\r\ntransfer-encoding: chunked");
+    c->closing = !!field(c->in, "\r\nconnection: close");
     size_t whole = end + 4 - c->in + (length ? atol(length) : 0);
     end[2] = '\r';
     if (c->have < whole || (chunked && !strstr(end + 4, "\r\n0\r\n\r\n")))

@@ -168,7 +168,7 @@ class Nginx(Target):
 daemon off; pid {dir}/nginx.pid; error_log stderr crit; worker_processes auto;
 events {{ worker_connections 8192; }}
 http {{
-  access_log off; keepalive_requests 1000000000;
+  access_log off; keepalive_requests 1000000000; client_body_buffer_size 128k;
   client_body_temp_path {dir}/a; proxy_temp_path {dir}/b; fastcgi_temp_path {dir}/c;
   uwsgi_temp_path {dir}/d; scgi_temp_path {dir}/e;
   upstream llm {{ server 127.0.0.1:{llm}; keepalive 256; keepalive_requests 1000000000; }}
