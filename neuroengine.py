@@ -28,11 +28,12 @@ or share a local LLM server (Ollama, llama.cpp, vLLM, LM Studio, KoboldCpp) as i
     python3 neuroengine.py share MYGPT
 
 The environment variable NEUROENGINE_SERVER, a host name or a URL, names the relay.
-Sections: Limits, Errors, Wire, Transport, Client, Provider, Bridge, Command line.
+Sections: Limits, Errors, Wire, Transport, Terminal, Client, Provider, Bridge, Command line.
 """
 
 import collections
 import contextlib
+import errno
 import http.client
 import io
 import itertools
@@ -42,6 +43,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import socket
 import ssl
 import sys
@@ -57,6 +59,10 @@ from typing import Iterator
 from typing import List
 from typing import Optional
 from typing import Union
+
+NEEDED: str = "Python 3.8 or newer"    # Python 2 stops at this line, and shows it
+if sys.version_info < (3, 8):
+    sys.exit("neuroengine needs %s; this is Python %d.%d." % ((NEEDED,) + sys.version_info[:2]))
 
 __version__ = "1.0.0"
 __all__ = ["Neuroengine", "NeuroengineError", "NeuroengineServer", "Reply", "main"]
@@ -127,10 +133,12 @@ class NeuroengineError(Exception):
     """
 
     def __init__(self, errorcode: int, message: str, name: str = "",
-                 retry_after: Optional[float] = None, retry: Optional[bool] = None) -> None:
+                 retry_after: Optional[float] = None, retry: Optional[bool] = None, *,
+                 row: str = "") -> None:
         super().__init__(message)
         self.errorcode, self.message, self.name = errorcode, message, name
         self.retry_after, self.retry, self.said = retry_after, retry, message
+        self.row, self.names = row or name, {}     # what advise() goes by
 
     def __str__(self) -> str:
         return self.message
@@ -146,6 +154,9 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
     "no_connection": (
         "", "Try again in a few seconds.",
         "Try again in a few seconds, or name another relay with --relay."),
+    "no_relay_named": (
+        "", "Set it to the address of your relay.",
+        "Set it to the address of your relay, or give that by --relay."),
     "certificate": (
         "", "If it is your own relay's, pass the path of its certificate as verify_ssl.",
         "If it is your own relay's, add --ca FILE with its certificate."),
@@ -187,18 +198,23 @@ PYTHON, COMMAND_LINE = 1, 2     # columns of ADVICE
 def advise(error, interface, **names):
     """Put an error into the words of an interface; returns the error.
 
-    names: what ADVICE fills in (service, relay, source), and `key`, whether a key was sent.
+    names: what ADVICE fills in (service, relay, source), and for an invalid key its kind
+    ("key" or "service_key") and the `key` that was sent.
     """
-    row = error.name
+    row = error.row
     if row == "invalid_key" and names.get("kind"):
         row = names["kind"] + ("_wrong" if names.get("key") else "_missing")
     fact, *steps = ADVICE.get(row, ("", "", ""))
     step = steps[interface - 1]
-    # The relay's next step is in the words of HTTP, so it makes room for ours.
-    first = re.split(r"(?<=[.!]) (?=[A-Z])", error.said, maxsplit=1)[0] if step else error.said
-    words = (fact.format_map(collections.defaultdict(str, names)) if fact else first)
-    error.message = "%s %s" % (words, step.format_map(
-        collections.defaultdict(str, names))) if step else words
+    try:
+        fact, step = fact.format(**names), step.format(**names)
+    except KeyError:
+        fact = step = ""
+    if step and not fact:
+        # The relay's next step is in the words of HTTP, so it makes room for ours.
+        fact = re.split(r"(?<=[.!]) (?=[A-Z])", error.said, maxsplit=1)[0]
+    error.message = " ".join(filter(None, (fact or error.said, step)))
+    error.names = names
     return error
 
 
@@ -640,7 +656,8 @@ class RelayTransport(Transport):
                 and not error.retry:           # a proxy's 502 tells nothing
             try:
                 models = super().call("GET", "/v1/models", timeout=5).get("data")
-                if isinstance(models, list):
+                if isinstance(models, list) and models and "neuroengine" not in [
+                        model.get("owned_by") for model in models if isinstance(model, dict)]:
                     return NeuroengineError(NO_CONNECTION, (
                         "At %s is no relay, but an LLM server. Share it with: "
                         "neuroengine.py share NAME --relay URL --upstream %s"
@@ -668,7 +685,7 @@ def clean_key(key):
     key = str(key).strip()
     if not re.match(r"[!-~]+\Z", key):
         raise NeuroengineError(30, "Invalid key: a key is one line of letters, digits and "
-                               "signs, without spaces.", "invalid_key")
+                               "signs, without spaces.", "invalid_key", row="bad_key")
     return key
 
 
@@ -694,17 +711,19 @@ def no_connection(base, error):
     if isinstance(error, ssl.SSLCertVerificationError):
         return NeuroengineError(NO_CONNECTION, "The certificate of %s cannot be verified "
                                 "(%s)." % (base, error.verify_message), "certificate")
-    if isinstance(error, ssl.SSLError) and re.search(
-            "WRONG_VERSION|RECORD_LAYER|HTTP_REQUEST", str(error)):
+    if isinstance(error, (ssl.SSLError, socket.timeout)) and re.search(
+            "WRONG_VERSION|RECORD_LAYER|HTTP_REQUEST|handshake operation timed out", str(error)):
         return NeuroengineError(NO_CONNECTION, "%s does not speak TLS: if it is plain HTTP, "
                                 "write %s." % (base, base.replace("https:", "http:", 1)),
                                 "no_tls")
-    words = "Connection error with %s (%s)." % (base, str(error) or type(error).__name__)
-    if base == "https://%s:443" % DEFAULT_SERVER and not os.environ.get(
-            "NEUROENGINE_SERVER"):
-        words = ("The environment variable NEUROENGINE_SERVER is not set, so this is the "
-                 "default relay: set it to the address of yours. " + words[0].lower() + words[1:])
-    return NeuroengineError(NO_CONNECTION, words, "no_connection")
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if base == "https://%s:443" % DEFAULT_SERVER and not os.environ.get("NEUROENGINE_SERVER"):
+        return NeuroengineError(NO_CONNECTION, "The environment variable NEUROENGINE_SERVER, "
+                                "which names the relay, is not set, and the default relay %s "
+                                "cannot be reached (%s)." % (base, why), "no_connection",
+                                row="no_relay_named")
+    return NeuroengineError(NO_CONNECTION, "Connection error with %s (%s)." % (base, why),
+                            "no_connection")
 
 
 def pause_before(try_number, retry_after=None):
@@ -712,6 +731,61 @@ def pause_before(try_number, retry_after=None):
     the relay asks for (up to a bound), so that not all come back at once."""
     pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(try_number, 10))
     return min(retry_after or 0, LONGEST_RETRY_AFTER_SECONDS) + pause * (0.5 + random.random() / 2)
+
+
+##############################################################################
+# Terminal: text from others shown safely, on whatever there is to show it
+##############################################################################
+
+# Control characters: a terminal may take them for commands. In one-line texts also those
+# that turn the direction of what follows.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+CONTROL_BUT_LINES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text, lines=False):
+    """Text from others without control characters; with lines, line ends and tabs stay."""
+    text = str(text)
+    if lines:
+        return CONTROL_BUT_LINES.sub("\ufffd", text.replace("\r", ""))
+    return CONTROL.sub("\ufffd", text)
+
+
+def prepare_streams():
+    """Make the standard streams usable whatever they are: absent (pythonw, a closed
+    descriptor), of an encoding that lacks characters, or fed with undecodable bytes."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def is_terminal(stream):
+    """Whether a person sees what is written to a stream."""
+    try:
+        return stream is not None and stream.isatty()
+    except (AttributeError, ValueError):       # ValueError: it is closed
+        return False
+
+
+class Line:
+    """The last line of a terminal, for what happens now; nothing elsewhere. Written
+    without escape codes, which old consoles show as they are."""
+
+    def __init__(self, stream=None):
+        self._stream = stream or sys.stderr
+        self._live = is_terminal(self._stream)
+        self._width = 0                        # of what is shown
+
+    def show(self, text):
+        """Show a text in place of the one before; "" clears it."""
+        if self._live and (text or self._width):
+            text = printable(text)[:shutil.get_terminal_size().columns - 1]
+            self._stream.write("\r%s\r%s" % (" " * self._width, text))
+            self._stream.flush()
+            self._width = len(text)
 
 
 ##############################################################################
@@ -1140,7 +1214,7 @@ class Batch:
         self._taken = self._yielded = self._failed = 0
         self._ended = False                    # no prompt is left to take
         self._error = None                     # that _prompts raised
-        self._begun = time.monotonic()
+        self._begun, self._line = time.monotonic(), Line()
 
     def replies(self):
         """Yield the replies in order; closing it cancels what is under way."""
@@ -1214,16 +1288,11 @@ class Batch:
 
     def _show(self, clear=False):
         """Show the progress on a terminal, or clear it before others write there."""
-        stream = sys.stderr
-        if stream is None or not stream.isatty():
-            return
         done = self._yielded + len(self._replies)
-        line = "" if clear else "%d%s answered, %s%.1f a second" % (
+        self._line.show("" if clear else "%d%s answered, %s%.1f a second" % (
             done, " of %d" % self._total if self._total is not None else "",
             "%d failed, " % self._failed if self._failed else "",
-            done / max(0.1, time.monotonic() - self._begun))
-        stream.write("\r" + line.ljust(60) + "\r")
-        stream.flush()
+            done / max(0.1, time.monotonic() - self._begun)))
 
 
 ##############################################################################
@@ -2191,137 +2260,127 @@ def upstream_words(body):
 ##############################################################################
 
 
+# -- keys and their files --
+
+
 def key_file(url, name):
-    """Where the key of a service of that relay is kept."""
-    home = os.environ.get("NEUROENGINE_HOME") or os.path.join(
-        os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"),
-        "neuroengine")
+    """Where the service key for a name at a relay is kept. Raises NeuroengineError."""
+    home = os.environ.get("NEUROENGINE_HOME")
+    if not home:
+        config = os.environ.get("XDG_CONFIG_HOME") or ""
+        if not os.path.isabs(config):          # the standard says to ignore it
+            config = os.path.expanduser("~/.config")
+        if config[:1] == "~":
+            raise NeuroengineError(NO_CONNECTION, "There is no home folder to keep keys in: "
+                                   "set NEUROENGINE_HOME to a folder.", "no_home")
+        home = os.path.join(config, "neuroengine")
     where = urllib.parse.quote(urllib.parse.urlsplit(url).netloc, safe="")
-    return os.path.join(home, where, name.lower() + ".key")
+    return os.path.join(home, where, urllib.parse.quote(name.lower(), safe="") + ".key")
 
 
 def save_key(path, key):
-    """Write a key to a file that only its owner can read."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
-                   "w") as file:
-        file.write(key + "\n")
-
-
-def read_key(path):
-    """The key in a file, or ""."""
+    """Write a key to a file that only its owner can read, whatever was there before."""
+    os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
+    new = "%s.%s" % (path, secrets.token_hex(4))
     try:
-        with open(path) as file:
-            return file.read().strip()
-    except OSError:
-        return ""
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),
+                       "w") as file:
+            file.write(key + "\n")
+            file.flush()
+            os.fsync(file.fileno())            # the relay will not tell the key again
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(new)
+        raise
 
 
-def register(transport, options):
-    """Register a service and return its key, kept in key_file from now on."""
-    path = key_file(transport.base, options.name)
+def check_can_save(path):
+    """Raise NeuroengineError if no key could be kept in path: before the relay is asked for
+    a key, which it tells once."""
     try:
-        # Before the relay is asked: the key is told only once.
-        save_key(path, read_key(path))
+        save_key(path + ".test", "")
+        os.remove(path + ".test")
     except OSError as error:
         raise NeuroengineError(NO_CONNECTION, "The key could not be kept in %s (%s). Set "
                                "NEUROENGINE_HOME to a folder that can be written."
-                               % (path, error.strerror)) from None
-    body = {"name": options.name, "operator": options.operator,
-            "comment": options.comment}
-    invitation = options.invitation or os.environ.get("NEUROENGINE_INVITATION")
-    if invitation:
-        body["invitation"] = invitation
-    answer = transport.call("POST", "/api/services", body,
-                            idempotency_key=secrets.token_hex(16))
-    save_key(path, answer["key"])
-    return answer["key"], path
+                               % (path, error.strerror), "no_home") from None
 
 
-def choose_service(options):
-    """The service to ask: the one named, else the first that is connected."""
-    name = options.service or os.environ.get("NEUROENGINE_SERVICE")
-    if name:
-        return name
-    models = client_of(options, "").getModels()
-    names = [model["name"] for model in models if model["connected"]]
-    if not names:
-        raise NeuroengineError(NO_CONNECTION, "No service is connected at this relay.")
-    return "Neuroengine-Large" if "Neuroengine-Large" in names else names[0]
+def read_key(path, needed=True):
+    """The key in a file. Raises NeuroengineError; "" if it is not needed and not there."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(10000)
+    except OSError as error:
+        if not needed and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return ""
+        raise NeuroengineError(NO_CONNECTION, "The key file %s cannot be read: %s." % (
+            path, error.strerror), "bad_key_file") from None
+    # PowerShell's > writes UTF-16 with a byte order mark.
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return checked_key(data.decode(encoding, "replace"), "The key file " + path)
 
 
-def client_of(options, service):
-    """A client as the options say."""
-    return Neuroengine(service, options.relay or DEFAULT_SERVER,
-                       key=options.key or os.environ.get("NEUROENGINE_ACCESS_KEY", ""),
-                       verify_ssl=options.ca or not options.insecure)
+def checked_key(key, source):
+    """A key of the user's, without white space around it. Raises NeuroengineError, in words
+    that name its source."""
+    if not key.strip():
+        raise NeuroengineError(NO_CONNECTION, "%s is empty." % source, "bad_key_file")
+    try:
+        return clean_key(key)
+    except NeuroengineError:
+        raise NeuroengineError(NO_CONNECTION, "%s holds no key: a key is one line of letters, "
+                               "digits and signs, without spaces." % source,
+                               "bad_key_file") from None
 
 
-def stream_out(client, prompt, options):
-    """Print an answer as it comes; returns it."""
-    texts, fields = [], {"max_new_len": options.max_new_len}
-    if options.temperature is not None:
-        fields["temperature"] = options.temperature
-    for text in client.stream(prompt, **fields):
-        texts.append(text)
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    print()
-    return "".join(texts)
+def find_key(transport, options, name):
+    """(the service key that is at hand for a name, the words for where it comes from);
+    "" and "" if there is none. Raises NeuroengineError."""
+    environment = os.environ.get("NEUROENGINE_KEY")
+    if getattr(options, "key_file", None):
+        return read_key(options.key_file), "the key file " + options.key_file
+    if options.key:
+        return checked_key(options.key, "--key"), "--key"
+    if environment:
+        return checked_key(environment, "$NEUROENGINE_KEY"), "$NEUROENGINE_KEY"
+    path = key_file(transport.base, name)
+    key = read_key(path, needed=False)
+    return (key, "the key file " + path) if key else ("", "")
 
 
-def run_ask(options):
-    """ask: one prompt, one answer."""
-    prompt = options.prompt if options.prompt != "-" else sys.stdin.read()
-    stream_out(client_of(options, choose_service(options)), prompt, options)
-
-
-def run_chat(options):
-    """chat: a conversation on the terminal."""
-    service = choose_service(options)
-    client, messages = client_of(options, service), []
-    print("Talking to %s. An empty line does nothing, /new starts afresh, Ctrl-C stops an "
-          "answer, Ctrl-D ends." % service)
-    while True:
+def own_key(transport, options, name, say):
+    """The service key of a name, which is registered if it has none. say: is called with a
+    text for what the user did not ask for. Raises NeuroengineError."""
+    key, source = find_key(transport, options, name)
+    if key:
         try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if text == "/new":
-            messages = []
-        if not text or text == "/new":
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            messages.append({"role": "assistant",
-                             "content": stream_out(client, messages, options)})
-        except KeyboardInterrupt:
-            messages.pop()
-            print("\n(stopped)")
+            transport.call("GET", service_path(name), key=key)
+            return key
         except NeuroengineError as error:
-            messages.pop()
-            print("\n" + error.message, file=sys.stderr)
+            kept = ""
+            if source == "$NEUROENGINE_KEY" and error.name in ("invalid_key",
+                                                               "service_unknown"):
+                source += ", which may belong to another service"
+                kept = read_key(key_file(transport.base, name), needed=False)
+            if kept and kept != key:
+                say("$NEUROENGINE_KEY is not the key of %s: using the key file." % name)
+                return kept
+            if error.name != "service_unknown":
+                raise of_service(error, transport, name, key, source)
+            say("There is no service %s yet at %s%s." % (
+                name, transport.base, ", and $NEUROENGINE_KEY belongs to another"
+                if source[0] == "$" else ""))
+    key, path = register(transport, options, name)
+    say("Registered %s; its service key is kept in %s." % (name, path))
+    return key
 
 
-def run_models(options):
-    """models: the directory of the relay."""
-    models = client_of(options, "").getModels()
-    for model in sorted(models, key=lambda m: (not m["connected"], m["name"].lower())):
-        print("%-24s %-9s %6d served  %d waiting  %s" % (
-            model["name"], "connected" if model["connected"] else "offline",
-            model["numreq"], model["queuelen"],
-            " ".join(filter(None, (model["comment"], model["operator"])))))
-    if not models:
-        print("No service is registered at this relay.")
-
-
-def run_register(options):
-    """register: take a name, keep its key."""
-    transport = client_of(options, "")._transport
-    key, path = register(transport, options)
-    print("Registered %s. Its service key, which is not shown again, is in %s:\n%s" % (
-        options.name, path, key))
+def of_service(error, transport, name, key="", source=""):
+    """An error of a command that needs a service key, with words for it."""
+    return advise(error, COMMAND_LINE, service=name, relay=transport.base, key=key,
+                  source=source, kind="service_key")
 
 
 def service_path(name):
@@ -2329,63 +2388,672 @@ def service_path(name):
     return "/api/services/%s" % urllib.parse.quote(name, safe="")
 
 
+def register(transport, options, name):
+    """Register a service; its key, and the file that keeps it from now on."""
+    path = key_file(transport.base, name)
+    check_can_save(path)
+    body = {"name": name, "operator": options.operator or "", "comment": options.comment or ""}
+    if options.suggest:
+        body["suggestions"] = options.suggest
+    invitation = options.invitation or os.environ.get("NEUROENGINE_INVITATION")
+    if invitation:
+        body["invitation"] = invitation
+    # A name that was in use before is only given to the holder of its old key.
+    old = read_key(path, needed=False)
+    try:
+        answer = transport.call("POST", "/api/services", body, key=old,
+                                idempotency_key=secrets.token_hex(16))
+    except NeuroengineError as error:
+        raise of_service(error, transport, name, old, "the key file " + path)
+    key = checked_key(str(answer.get("key") or ""), "The relay's answer")
+    save_key(path, key)
+    return key, path
+
+
+# -- using a service --
+
+
+def client_of(options, service):
+    """A client as the options say."""
+    key, source = options.key, "--key"
+    if not key:
+        key, source = os.environ.get("NEUROENGINE_ACCESS_KEY"), "$NEUROENGINE_ACCESS_KEY"
+    return Neuroengine(service, options.relay or DEFAULT_SERVER,
+                       key=checked_key(key, source) if key else "",
+                       verify_ssl=options.ca or not options.insecure)
+
+
+def choose_service(options):
+    """The service to ask: the one named, otherwise the first that is connected."""
+    name = options.service or os.environ.get("NEUROENGINE_SERVICE")
+    if name:
+        return name
+    client = client_of(options, "")
+    names = [str(model.get("name")) for model in models_of(client)
+             if model.get("connected") and not model.get("paused")
+             and (client.key or not model.get("private"))]
+    if not names:
+        raise NeuroengineError(NO_CONNECTION, "No service is connected at %s: `models` lists "
+                               "those that were, and --service NAME takes one of them."
+                               % client._transport.base, "no_service")
+    return "Neuroengine-Large" if "Neuroengine-Large" in names else names[0]
+
+
+def models_of(client):
+    """The relay's services, as dicts."""
+    return [model for model in client.getModels() if isinstance(model, dict)]
+
+
+def sampling_of(options):
+    """The fields of a prompt that the options set."""
+    fields = {"max_new_len": options.max_new_len, "temperature": options.temperature,
+              "top_p": options.top_p, "seed": options.seed, "wait": options.wait or None}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+class Answer:
+    """One answer on its way to the terminal, and what is known of it."""
+
+    def __init__(self, quiet=False):
+        self.text, self.finish_reason, self.stats = "", "", {}
+        self._quiet, self._line = quiet, Line()
+
+    def show(self, client, messages, fields):
+        """Ask, and print the answer as it comes. Raises NeuroengineError."""
+        self._line.show("waiting ...")
+        try:
+            with contextlib.closing(client._events(messages, fields)) as events:
+                for kind, value in events:
+                    self._take(kind, value)
+        finally:
+            self._line.show("")
+            if self.text and not self._quiet:
+                print(flush=True)
+
+    def _take(self, kind, value):
+        if kind == "text":
+            self._line.show("")
+            self.text += value
+            if not self._quiet:
+                sys.stdout.write(printable(value, lines=True))
+                sys.stdout.flush()
+        elif kind == "queue" and not self.text:
+            self._line.show(queue_words(value))
+        elif kind == "stats":
+            self.stats = value
+            self.finish_reason = str(value.get("finish_reason") or self.finish_reason)
+        elif kind == "item":
+            self.finish_reason = str(value.get("finish_reason") or self.finish_reason)
+            if value.get("reasoning") and not self.text:
+                self._line.show("thinking ...")
+
+
+def queue_words(queue):
+    """What a record says about the queue, in words."""
+    if not isinstance(queue, dict):
+        return "waiting ..."
+    words = "position %s of %s in the queue" % (queue.get("position"), queue.get("waiting"))
+    eta = queue.get("eta_s")
+    return words + (", about %s" % span_words(eta) if isinstance(eta, (int, float)) else "")
+
+
+def span_words(seconds):
+    """A length of time in words."""
+    for size, name in ((86400, "day"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            count = round(seconds / size)
+            return "%d %s%s" % (count, name, "s" if name == "day" and count > 1 else "")
+    return "%d s" % seconds
+
+
+def prompt_of_words(words):
+    """The prompt that the command line's words make: a text, and standard input for -."""
+    texts = [word for word in words if word != "-"]
+    if len(texts) > 1 or len(words) > 2:
+        raise Usage('quote the prompt: %s ask "%s"' % (program_name(), " ".join(texts)))
+    if not words:
+        raise Usage('what is the prompt? Give it in quotes, or - for standard input.')
+    parts = [read_input() if word == "-" else word for word in words]
+    prompt = "\n\n".join(part for part in parts if part.strip())
+    if not prompt:
+        raise Usage("the prompt is empty")
+    # An argument that this system's encoding cannot decode.
+    return prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def read_input():
+    """All of standard input, as text."""
+    if is_terminal(sys.stdin):
+        print("Type the prompt, then %s." % (
+            "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"), file=sys.stderr)
+    return sys.stdin.read().lstrip("\ufeff")
+
+
+def run_ask(options):
+    """ask: one prompt, one answer."""
+    messages = [{"role": "user", "content": prompt_of_words(options.prompt)}]
+    if options.system:
+        messages.insert(0, {"role": "system", "content": options.system})
+    client, answer = client_of(options, choose_service(options)), Answer(options.json)
+    try:
+        answer.show(client, messages if options.system else messages[0]["content"],
+                    sampling_of(options))
+    except NeuroengineError as error:
+        if not options.json:
+            raise
+        print_json({"reply": answer.text, "errorcode": error.errorcode, "error": error.name,
+                    "message": in_options(error)})
+        return 1
+    if options.json:
+        print_json({"reply": answer.text, "errorcode": 0, "service": client.service_name,
+                    "finish_reason": answer.finish_reason, "stats": answer.stats})
+    elif answer.finish_reason == "length":
+        print("The answer was cut at the limit of %d tokens: --max-new-len N sets another."
+              % options.max_new_len, file=sys.stderr)
+    elif not answer.text:
+        print("The answer has no text%s." % (
+            " (%s)" % printable(answer.finish_reason) if answer.finish_reason else ""),
+            file=sys.stderr)
+    return 0
+
+
+def print_json(value):
+    """Print JSON in ASCII, which every terminal and pipe can take."""
+    print(json.dumps(value, indent=1))
+
+
+def run_models(options):
+    """models: the directory of the relay."""
+    client = client_of(options, "")
+    if options.json:
+        return print_json(models_of(client))
+    show_models(client)
+
+
+def show_models(client):
+    """Print the relay's services, those that are connected first."""
+    models = sorted(models_of(client), key=lambda model: (
+        not model.get("connected"), str(model.get("name")).lower()))
+    if not models:
+        return print("No service is registered at %s." % client._transport.base)
+    rows = [("NAME", "STATE", "SPEED", "CAN", "WAITING", "ABOUT")] + [
+        (str(model.get("name")), state_words(model), speed_words(model), ability_words(model),
+         str(model.get("queuelen") or ""),
+         " ".join(filter(None, (str(model.get("comment") or ""),
+                                model.get("operator") and "(%s)" % model["operator"]))))
+        for model in models]
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def state_words(model):
+    """Whether a service answers, and whom."""
+    seen = model.get("last_seen")
+    state = ("paused" if model.get("paused") else
+             "connected" if model.get("connected") else
+             "offline for " + span_words(max(0, time.time() - seen))
+             if isinstance(seen, (int, float)) and seen else "never connected")
+    return state + (", private" if model.get("private") else "")
+
+
+def speed_words(model):
+    """How fast a service answers, as the relay measured it."""
+    rate = model.get("tokens_per_second") or model.get("tokens_per_s")
+    return "%.3g tokens/s" % rate if isinstance(rate, (int, float)) else ""
+
+
+def ability_words(model):
+    """What a service can do besides text."""
+    length = model.get("context_length")
+    words = ["%dk" % (length // 1000) if length >= 10000 else "%d tokens" % length] \
+        if isinstance(length, int) else []
+    words += [name for name, field in (("images", "vision"), ("tools", "tools"))
+              if model.get(field)]
+    apis = model.get("apis")
+    if model.get("embeddings") or isinstance(apis, list) and "embeddings" in apis:
+        words.append("embeddings")
+    return ", ".join(words)
+
+
+# -- chat --
+
+
+class Chat:
+    """A conversation on the terminal."""
+
+    COMMANDS = {                               # name: (arguments, what it does)
+        "help": ("", "show this"),
+        "system": ("[TEXT]", "show or set the system prompt; - for none"),
+        "retry": ("", "ask for another answer"),
+        "edit": ("", "change your last message and send it again"),
+        "continue": ("", "let an answer go on that was cut or stopped"),
+        "model": ("[NAME]", "list the services, or talk to another"),
+        "set": ("[NAME VALUE]", "show or set a parameter, as temperature 0.2; - for default"),
+        "save": ("FILE", "write the conversation as Markdown, which /load and the page read"),
+        "load": ("FILE", "go on with a conversation that /save or the page wrote"),
+        "clear": ("", "begin a new conversation; the system prompt stays"),
+        "quit": ("", "leave; so does Ctrl-D"),
+    }
+    PARAMETERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+                  "max_new_len", "seed")
+
+    def __init__(self, options):
+        self._options = options
+        self._client = client_of(options, choose_service(options))
+        self._fields = sampling_of(options)
+        self._system = options.system or ""
+        self._messages = []                    # {"role", "content"}, without the system's
+        self._saved = None                     # the file that /save may write again
+        self._readline = load_readline(["/" + name for name in self.COMMANDS])
+        # GNU readline takes a paste for one line; libedit, macOS's, does not.
+        self._pastes = self._readline and "libedit" not in (self._readline.__doc__ or "")
+        self._interactive = is_terminal(sys.stdin)
+        self._styled = understands_escapes(sys.stdout)
+
+    def run(self):
+        """Talk until the user leaves."""
+        if self._interactive:
+            self._note("Talking to %s at %s. /help lists the commands, Ctrl-C stops an "
+                       "answer, Ctrl-D leaves." % (self._client.service_name,
+                                                   self._client._transport.base))
+        while True:
+            try:
+                text = self._read()
+                if text is None or text in ("/quit", "/exit", "/q"):
+                    return
+                self._do(text)
+            except KeyboardInterrupt:
+                print()
+                self._note("Ctrl-D leaves.")
+
+    def _note(self, text):
+        """Print a line that is not part of the conversation."""
+        import textwrap
+        width = shutil.get_terminal_size().columns - 1
+        text = "\n".join(textwrap.fill(line, width, break_long_words=False)
+                         for line in printable(text, lines=True).split("\n"))
+        print("\x1b[2m%s\x1b[0m" % text if self._styled else text, flush=True)
+
+    def _read(self, begun=""):
+        """The next message, or None at the end of input. A pasted block is one message:
+        where readline does not see to that, lines that come at once belong together."""
+        if begun and self._readline:
+            self._readline.set_startup_hook(lambda: self._readline.insert_text(begun))
+        try:
+            text = input("> " if self._interactive else "")
+        except EOFError:
+            if self._interactive:
+                print()
+            return None
+        finally:
+            if begun and self._readline:
+                self._readline.set_startup_hook(None)
+        while self._interactive and not self._pastes and input_waits():
+            lines = [text]
+            while input_waits():
+                lines.append(input())
+            # The last line of a paste has no end, and waits for Enter.
+            text = "\n".join(lines + [input("(pasted %d lines; Enter sends) " % len(lines))])
+        return text.strip()
+
+    def _do(self, text):
+        """Deal with one input: a command, or a message."""
+        command, _, rest = text.partition(" ")
+        if not text:
+            return
+        if not re.match(r"/[a-z]+\Z", command) or "\n" in text:
+            return self._ask(text)
+        name = command[1:]
+        if name == "new":
+            name = "clear"
+        if name not in self.COMMANDS:
+            return self._note("There is no %s; /help lists the commands." % command)
+        try:
+            getattr(self, "_do_" + name)(rest.strip())
+        except OSError as error:
+            self._note("%s: %s." % (rest.strip(), error.strerror or error))
+
+    def _ask(self, text):
+        if self._messages and self._messages[-1]["role"] == "user":
+            self._messages.pop()               # it was not answered, and this is instead
+        self._messages.append({"role": "user", "content": text})
+        self._answer()
+
+    def _answer(self, begun=""):
+        """Get the answer to the conversation, or the rest of one that has begun."""
+        answer, ending, stopped = Answer(), "", False
+        messages = [{"role": "system", "content": self._system}] if self._system else []
+        messages += self._messages
+        if begun:
+            messages.append({"role": "assistant", "content": begun})
+        started = time.monotonic()
+        try:
+            answer.show(self._client, messages, self._fields)
+        except KeyboardInterrupt:
+            stopped = True
+            ending = "stopped: /continue lets it go on, /retry asks again"
+        except NeuroengineError as error:
+            stopped = True
+            ending = in_options(error) + " /retry asks again."
+        if not stopped and answer.finish_reason == "length":
+            ending = "cut at the length limit: /continue"
+        elif not stopped and not answer.text:
+            ending = "no text%s" % (answer.finish_reason and ": " + answer.finish_reason)
+        if begun + answer.text:
+            self._messages.append({"role": "assistant", "content": begun + answer.text})
+        self._note("; ".join(filter(None, (
+            speed_of(answer, time.monotonic() - started), ending))))
+
+    def _do_help(self, rest):
+        for name, (arguments, what) in self.COMMANDS.items():
+            print("  %-18s %s" % ("/%s %s" % (name, arguments), what))
+        self._note("Ctrl-C stops an answer and keeps what came of it. A pasted block is one "
+                   "message. Nothing is kept when you leave, unless you /save it.")
+
+    def _do_system(self, rest):
+        if rest:
+            self._system = "" if rest == "-" else rest
+        self._note("System prompt: %s" % (self._system or "none"))
+
+    def _do_retry(self, rest):
+        if self._messages and self._messages[-1]["role"] == "assistant":
+            self._messages.pop()
+        if not self._messages:
+            return self._note("There is nothing to ask again.")
+        self._answer()
+
+    def _do_edit(self, rest):
+        at = next((at for at in range(len(self._messages) - 1, -1, -1)
+                   if self._messages[at]["role"] == "user"), None)
+        if at is None:
+            return self._note("There is no message of yours to change.")
+        old = self._messages[at]["content"]
+        if not self._readline:
+            self._note("Type the new text for: %s" % old)
+        text = self._read(old)
+        if text:
+            del self._messages[at:]
+            self._ask(text)
+
+    def _do_continue(self, rest):
+        if not self._messages or self._messages[-1]["role"] != "assistant":
+            return self._note("There is no answer to go on with.")
+        self._answer(begun=self._messages.pop()["content"])
+
+    def _do_model(self, rest):
+        try:
+            if not rest:
+                return show_models(self._client)
+            names = {str(m.get("name")).lower(): str(m.get("name"))
+                     for m in models_of(self._client)}
+        except NeuroengineError as error:
+            return self._note(in_options(error))
+        if rest.lower() not in names:
+            return self._note("There is no service %s; /model lists them." % rest)
+        self._client = client_of(self._options, names[rest.lower()])
+        self._note("Talking to %s." % names[rest.lower()])
+
+    def _do_set(self, rest):
+        name, _, value = rest.partition(" ")
+        if name and name not in self.PARAMETERS:
+            return self._note("There is no parameter %s; there are %s." % (
+                name, ", ".join(self.PARAMETERS)))
+        try:
+            if value.strip() in ("-", "default"):
+                self._fields.pop(name, None)
+            elif value:
+                number = json.loads(value)
+                if not isinstance(number, (int, float)) or not abs(number) < math.inf:
+                    raise ValueError
+                self._fields[name] = number
+        except ValueError:
+            return self._note("%s takes a number." % name)
+        self._note(", ".join("%s %s" % (name, self._fields.get(name, "default"))
+                             for name in ([name] if name else self.PARAMETERS)))
+
+    def _do_save(self, rest):
+        path = os.path.expanduser(rest)
+        if not path:
+            return self._note("Name a file: /save FILE")
+        if os.path.exists(path) and path != self._saved:
+            return self._note("%s exists already: choose another name." % path)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(to_markdown(self._client.service_name, self._system, self._messages))
+        self._saved = path
+        self._note("Saved in %s." % path)
+
+    def _do_load(self, rest):
+        with open(os.path.expanduser(rest), encoding="utf-8", errors="replace") as file:
+            conversation = from_markdown(file.read())
+        if conversation is None:
+            return self._note("%s holds no conversation: /save writes one." % rest)
+        service, self._system, self._messages = conversation
+        self._note("Loaded %d messages%s." % (len(self._messages), (
+            " with %s; /model %s would talk to it" % (service, service))
+            if service not in ("", self._client.service_name) else ""))
+
+    def _do_clear(self, rest):
+        self._messages, self._saved = [], None
+        self._note("A new conversation.")
+
+
+def load_readline(words):
+    """The readline module, which completes these words; None where there is none."""
+    try:
+        import readline
+    except ImportError:
+        return None
+
+    def complete(text, state):
+        found = [word for word in words if word.startswith(readline.get_line_buffer())]
+        return found[state] if state < len(found) else None
+    readline.set_completer(complete)
+    readline.set_completer_delims("\n")
+    readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    return readline
+
+
+def input_waits():
+    """Whether more input follows so fast that it was pasted."""
+    try:
+        import msvcrt
+    except ImportError:
+        import select
+        return bool(select.select([sys.stdin], [], [], 0.02)[0])
+    return msvcrt.kbhit()
+
+
+def understands_escapes(stream):
+    """Whether a terminal takes escape codes for what they mean."""
+    if not is_terminal(stream) or os.environ.get("TERM") == "dumb" \
+            or os.environ.get("NO_COLOR"):
+        return False
+    if os.name != "nt":
+        return "TERM" in os.environ
+    try:
+        import ctypes
+        kernel, mode = ctypes.windll.kernel32, ctypes.c_ulong()
+        handle = kernel.GetStdHandle(-11)
+        # 4: ENABLE_VIRTUAL_TERMINAL_PROCESSING, which consoles before Windows 10 refuse.
+        return bool(kernel.GetConsoleMode(handle, ctypes.byref(mode))
+                    and kernel.SetConsoleMode(handle, mode.value | 4))
+    except (ImportError, AttributeError, OSError):
+        return False
+
+
+def speed_of(answer, seconds):
+    """The tokens of an answer and its speed, in words."""
+    tokens, rate = answer.stats.get("tokens"), answer.stats.get("tokens_per_s")
+    if not isinstance(tokens, int) or not tokens:
+        return ""
+    if not isinstance(rate, (int, float)):
+        rate = tokens / max(seconds, 0.001)
+    return "%d token%s, %.3g tokens/s" % (tokens, "s" * (tokens != 1), rate)
+
+
+ROLES = {"user": "You", "assistant": "Answer"}
+
+
+def to_markdown(service, system, messages):
+    """A conversation in the Markdown that the page exports."""
+    title = (messages[0]["content"].strip().split("\n")[0][:60] if messages else "") or "Chat"
+    about = json.dumps({"service": service, "system": system}).replace(">", "\\u003e")
+    return "# %s\n\n<!-- conversation:%s -->\n\n" % (title, about) + "\n".join(
+        "## %s <!-- message:%s -->\n\n%s\n" % (ROLES[message["role"]], message["role"], re.sub(
+            "<!-- (message|conversation):", r"<!--  \1:", message["content"]))
+        for message in messages)
+
+
+def from_markdown(text):
+    """(service, system prompt, messages) of a text that to_markdown or the page made, or
+    None."""
+    head = re.search(r"^# .*\n\n<!-- conversation:(.*) -->$", text, re.M)
+    try:
+        about = json.loads(head.group(1)) if head else None
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        return None
+    following = re.search(r"^# .*\n\n<!-- conversation:", text[head.end():], re.M)
+    body = text[head.end():][:following.start() if following else None]
+    parts = re.split(r"^## (?:You|Answer) <!-- message:(user|assistant) -->\n\n", body,
+                     flags=re.M)[1:]
+    return str(about.get("service") or ""), str(about.get("system") or ""), [
+        {"role": role, "content": re.sub("<!--  (message|conversation):", r"<!-- \1:",
+                                         content.rstrip("\n"))}
+        for role, content in zip(parts[::2], parts[1::2])]
+
+
+def run_chat(options):
+    """chat: a conversation on the terminal."""
+    Chat(options).run()
+
+
+# -- operating a service --
+
+
+class Operating:
+    """A service that the user operates: its relay, and the key that shows it."""
+
+    def __init__(self, options):
+        self.name, self.transport = options.name, relay_of(options)
+        self.key, self.source = find_key(self.transport, options, options.name)
+
+    def call(self, method, more="", body=None):
+        """Send a request about the service. Raises NeuroengineError."""
+        try:
+            return self.transport.call(method, service_path(self.name) + more, body,
+                                       key=self.key)
+        except NeuroengineError as error:
+            raise of_service(error, self.transport, self.name, self.key, self.source + (
+                ", which may belong to another service"
+                if self.source == "$NEUROENGINE_KEY" else ""))
+
+    def change(self, words, **fields):
+        """Change the service, and say so."""
+        self.call("PATCH", body=fields)
+        print("%s %s." % (self.name, words), flush=True)
+
+
+def relay_of(options):
+    """The transport to the relay that the options name."""
+    return RelayTransport(relay_url(options.relay or DEFAULT_SERVER),
+                          options.ca or not options.insecure)
+
+
+def run_register(options):
+    """register: take a name and keep its key. For a name that is registered already and
+    whose key is here, the same output again, so that a script may run twice."""
+    transport = relay_of(options)
+    key, source = find_key(transport, options, options.name)
+    if key:
+        try:
+            transport.call("GET", service_path(options.name), key=key)
+            print("%s is registered already. Its service key is in %s:\n%s" % (
+                options.name, source, key))
+            return
+        except NeuroengineError as error:
+            if error.name not in ("invalid_key", "service_unknown"):
+                raise of_service(error, transport, options.name, key, source)
+    key, path = register(transport, options, options.name)
+    print("Registered %s. Its service key, which is not shown again, is in %s:\n%s" % (
+        options.name, path, key))
+
+
 def run_keys(options):
     """keys: who may use a service of one's own, and when; access keys for its guests."""
-    transport = client_of(options, "")._transport
-    name, path = options.name, service_path(options.name)
-    own = service_key(options, transport.base)
-
-    def change(words, **fields):
-        transport.call("PATCH", path, fields, key=own)
-        print("%s %s." % (name, words), flush=True)
+    limits = {name: getattr(options, name) for name in KEY_LIMITS}
+    if options.add is None and (options.days or any(limits.values())):
+        raise Usage("limits are for a new key: add --add LABEL. (To change those of a key, "
+                    "make a new one and --revoke the old.)")
+    service = Operating(options)
     if options.private is not None:
-        change("is %s now" % ("private" if options.private else "open"),
-               private=options.private)
+        service.change("is %s now" % ("private" if options.private else "open"),
+                       private=options.private)
     if options.anonymous is not None:
         usual = options.anonymous == "default"
-        change("gives callers without a key %s prompts a day now" % (
+        service.change("gives callers without a key %s prompts a day now" % (
             "the relay's number of" if usual else options.anonymous),
             anonymous_per_day=None if usual else options.anonymous)
     if options.paused is not None:
-        change("is paused now" if options.paused else "goes on now", paused=options.paused)
+        service.change("is paused now" if options.paused else "goes on now",
+                       paused=options.paused)
     if options.add is not None:
-        answer = transport.call("POST", path + "/keys", {
-            "label": options.add, "requests_per_day": options.requests_per_day,
-            "tokens_per_day": options.tokens_per_day, "concurrency": options.concurrency,
-            "max_new_len": options.max_new_len,
-            "expires": options.days and time.time() + 86400 * options.days}, key=own)
+        answer = service.call("POST", "/keys", dict(
+            limits, label=options.add,
+            expires=options.days and time.time() + 86400 * options.days))
         print("The access key of %s, which is not shown again:\n%s\nAn invitation to the "
-              "page:\n%s/%s#k=%s" % (options.add or answer["id"], answer["key"],
-                                     transport.base, name, answer["key"]))
+              "page:\n%s/%s#k=%s" % (
+                  printable(options.add or answer.get("id")), answer.get("key"),
+                  service.transport.base, options.name, answer.get("key")))
     if options.revoke:
-        transport.call("DELETE", path + "/keys/" + urllib.parse.quote(options.revoke),
-                       key=own)
-        print("Revoked %s." % options.revoke)
+        service.call("DELETE", "/keys/" + urllib.parse.quote(options.revoke, safe=""))
+        print("Revoked %s." % printable(options.revoke))
     if options.drain:
-        change("is paused now, for good until --resume", paused=True)
-        wait_until_drained(transport, path, own)
+        service.change("is paused now, for good until --resume", paused=True)
+        wait_until_drained(service)
         print("Nothing waits or runs any more: its providers can be stopped now.")
     if not options.revoke and not options.drain and all(value is None for value in (
             options.add, options.private, options.anonymous, options.paused)):
-        for key in transport.call("GET", path + "/keys", key=own)["keys"]:
-            limits = ", ".join("%s %s" % (name.replace("_", " "), key[name])
-                               for name in KEY_LIMITS if key.get(name) is not None)
-            print("%s  %-20s  today %d requests, %d tokens  %s" % (
-                key["id"], key["label"], key["requests_today"], key["tokens_today"],
-                limits))
+        show_keys(service)
 
 
-def wait_until_drained(transport, path, key):
-    """Wait until no job of a service waits or runs, and say how many do meanwhile."""
+def show_keys(service):
+    """Print the state of a service and its access keys."""
+    model = service.call("GET")
+    anonymous = model.get("anonymous_per_day")
+    print("%s is %s, %s%s." % (
+        service.name, "private" if model.get("private") else "open to everybody",
+        state_words(dict(model, private=False)), "" if anonymous is None else
+        "; callers without a key have %s prompts a day" % anonymous))
+    keys = service.call("GET", "/keys").get("keys")
+    if not keys:
+        print("It has no access keys; `keys %s --add LABEL` makes one." % service.name)
+    for key in keys or ():
+        limits = ["%s %s" % (name.replace("_", " "), key[name])
+                  for name in KEY_LIMITS if key.get(name) is not None]
+        if isinstance(key.get("expires"), (int, float)):
+            limits.append("until " + time.strftime("%Y-%m-%d %H:%M",
+                                                   time.localtime(key["expires"])))
+        print(printable("%s  %-20s  today %s requests, %s tokens  %s" % (
+            key.get("id"), key.get("label"), key.get("requests_today"),
+            key.get("tokens_today"), ", ".join(limits))))
+
+
+def wait_until_drained(service):
+    """Wait until no job of a service waits or runs; print how many do."""
     said = None
     try:
         while True:
-            service = transport.call("GET", path, key=key)
-            left = service["queuelen"], service["running"]
+            model = service.call("GET")
+            left = model.get("queuelen"), model.get("running")
             if not any(left):
                 return
             if left != said:
-                print("%d waiting, %d running" % left, flush=True)
+                print("%s waiting, %s running" % left, flush=True)
                 said = left
             time.sleep(DRAIN_LOOK_SECONDS)
     except KeyboardInterrupt:
@@ -2393,15 +3061,50 @@ def wait_until_drained(transport, path, key):
         raise
 
 
-def number_or_default(text):
-    """What --anonymous takes."""
-    return text if text == "default" else int(text)
+def run_describe(options):
+    """describe: show or change what the directory says about a service."""
+    fields = {name: value for name, value in (
+        ("operator", options.operator), ("comment", options.comment),
+        ("suggestions", options.suggest)) if value is not None}
+    if "suggestions" in fields:
+        fields["suggestions"] = [text for text in fields["suggestions"] if text]
+    service = Operating(options)
+    if fields:
+        service.call("PATCH", body=fields)
+    model = service.call("GET")
+    print(printable("%s\noperator: %s\ncomment: %s\nsuggestions: %s" % (
+        model.get("name"), model.get("operator") or "", model.get("comment") or "",
+        "; ".join(map(str, model.get("suggestions") or ()))), lines=True))
 
 
-def service_key(options, base):
-    """The service key that the options, the environment or a file has; or ""."""
-    return os.environ.get("NEUROENGINE_KEY") or read_key(
-        options.key_file or key_file(base, options.name))
+def run_new_key(options):
+    """new-key: replace the service key, and keep the new one."""
+    service = Operating(options)
+    path = options.key_file or key_file(service.transport.base, options.name)
+    check_can_save(path)
+    key = checked_key(str(service.call("PATCH", body={"new_key": True}).get("key") or ""),
+                      "The relay's answer")
+    save_key(path, key)
+    print("%s has a new service key; providers with the old one are logged out.%s\nIt is not "
+          "shown again, and is in %s:\n%s" % (
+              options.name, " Set $NEUROENGINE_KEY to it, or unset it."
+              if service.source == "$NEUROENGINE_KEY" else "", path, key))
+
+
+def run_unregister(options):
+    """unregister: delete a service."""
+    service = Operating(options)
+    service.call("GET")                        # is it there, and is the key right?
+    if not options.yes:
+        if not is_terminal(sys.stdin):
+            raise Usage("add --yes to delete %s without being asked" % options.name)
+        if input("Delete %s, with its access keys and counters? Type its name: "
+                 % options.name).strip().lower() != options.name.lower():
+            print("Nothing was deleted.")
+            return 1
+    service.call("DELETE")
+    print("Deleted %s. The relay may reserve its name for its key, which stays here."
+          % options.name)
 
 
 def patiently(status, action):
@@ -2411,15 +3114,20 @@ def patiently(status, action):
         try:
             return action()
         except NeuroengineError as error:
-            if error.name == "name_taken":
-                error.message += (" If it is yours, give its service key by --key-file or "
-                                  "$NEUROENGINE_KEY.")
             if error.name != "no_connection" and error.name not in RETRIED:
                 raise
             if not failures:
-                status.event(error.message)
+                status.event(in_options(error))
             time.sleep(pause_before(failures, error.retry_after))
             failures += 1
+
+
+def try_it_lines(url):
+    """Commands that try a service at its URL, for the shells of this system."""
+    if os.name != "nt":
+        return ["curl %s -d '{\"message\": \"Hello!\"}'" % url]
+    return ["curl.exe %s -d \"{\\\"message\\\": \\\"Hello!\\\"}\"    (cmd.exe)" % url,
+            "irm %s -Method Post -Body '{\"message\": \"Hello!\"}'    (PowerShell)" % url]
 
 
 def run_share(options):
@@ -2432,11 +3140,8 @@ def run_share(options):
                         os.environ.get("NEUROENGINE_UPSTREAM_KEY", ""),
                         options.max_tokens)
     upstream.wait(status.event)
-    key = service_key(options, base)
-    if not key:
-        key, path = patiently(status, lambda: register(server._transport, options))
-        status.event("Registered %s; its service key is kept in %s." % (
-            options.name, path))
+    key = patiently(status, lambda: own_key(server._transport, options, options.name,
+                                            status.event))
     workers = options.workers or upstream.slots or 1
     server._features.update(workers=workers, continues=upstream.continues,
                             embeddings=upstream.embeddings)
@@ -2454,10 +3159,11 @@ def run_share(options):
     # When it is closed the key is tried all the same, rather than in the night.
     patiently(status, server._log_in if not server._paused else
               lambda: server._transport.call("GET", service_path(options.name), key=key))
-    print("Sharing %s (%s, %d at once) at %s/%s\nTry it: curl %s/%s -d "
-          "'{\"message\": \"Hello!\"}'" % (
-              options.name, upstream.kind or "an OpenAI-compatible server", workers,
-              base, options.name, base, options.name), flush=True)
+    print("Sharing %s (%s, %d at once) at %s/%s" % (
+        options.name, upstream.kind or "an OpenAI-compatible server", workers, base,
+        options.name))
+    for line in try_it_lines("%s/%s" % (base, options.name)):
+        print("Try it: " + line, flush=True)
     if server._hours:
         status.event(hours_words(server._hours).capitalize() + ".")
     import signal                              # only here: a service manager's stop
@@ -2465,55 +3171,129 @@ def run_share(options):
     server.listen(upstream.answer, workers, continues=upstream.continues)
 
 
+# -- options --
+
+
+class Usage(Exception):
+    """The command line is not right; its words say why."""
+
+
+def program_name():
+    """How the user calls this program."""
+    name = os.path.basename(sys.argv[0] or "")
+    return "neuroengine" if re.match(r"neuroengine(\.exe)?\Z", name) else "neuroengine.py"
+
+
+def whole(least):
+    """A type of option: a whole number, at least this."""
+    def parse(text):
+        import argparse
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError("must be a whole number, at least %d" % least)
+        return number
+    return parse
+
+
+def decimal(text):
+    """A type of option: a number that is not negative."""
+    import argparse
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError("must be a number, at least 0")
+    return number
+
+
+def number_or_default(text):
+    """What --anonymous takes."""
+    return text if text == "default" else whole(0)(text)
+
+
 def build_parser():
     """The command line's options and subcommands."""
     import argparse                            # the library is imported without it
-    common = argparse.ArgumentParser(add_help=False)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            words = re.sub(r"\Aargument (\S+): (expected one argument)?",
+                           lambda m: m[1] + (" needs a value" if m[2] else " "), message)
+            raise Usage(words.replace("the following arguments are required: name",
+                                      "the name of the service is missing"))
+
+    def group():
+        return argparse.ArgumentParser(add_help=False)
+    common, asking, naming, owning = group(), group(), group(), group()
     common.add_argument("--relay", metavar="URL", help="the relay; otherwise "
                         "$NEUROENGINE_SERVER, otherwise " + DEFAULT_SERVER)
-    common.add_argument("--key", help="access key of a private service; otherwise "
-                        "$NEUROENGINE_ACCESS_KEY, which others on this machine do not see")
     common.add_argument("--ca", metavar="FILE", help="trust this certificate")
     common.add_argument("--insecure", action="store_true",
                         help="do not check the relay's certificate")
-    asking = argparse.ArgumentParser(add_help=False)
+    guest = group()
+    guest.add_argument("--key", help="access key of a private service; otherwise "
+                       "$NEUROENGINE_ACCESS_KEY, which others on this machine do not see")
     asking.add_argument("--service", metavar="NAME", help="the service; otherwise "
                         "$NEUROENGINE_SERVICE, otherwise the first that is connected")
-    asking.add_argument("--max-new-len", type=int, default=1000, metavar="N",
-                        help="tokens at most (default: %(default)s)")
-    asking.add_argument("--temperature", type=float, metavar="T")
-    naming = argparse.ArgumentParser(add_help=False)
-    naming.add_argument("name", help="the name of the service")
-    naming.add_argument("--operator", default="", help="who shares it, for the directory")
-    naming.add_argument("--comment", default="", help="a line about it")
-    naming.add_argument("--invitation", metavar="CODE", help="what a relay that registers "
-                        "by invitation only wants; otherwise $NEUROENGINE_INVITATION")
-    parser = argparse.ArgumentParser(
-        prog="neuroengine.py", description="Use an LLM that somebody shares, or share "
-        "your own. `neuroengine.py \"prompt\"` is short for `ask`.")
+    asking.add_argument("--system", metavar="TEXT", help="the system prompt: how to answer")
+    asking.add_argument("--max-new-len", type=whole(1), default=1000, metavar="N",
+                        help="the most tokens of an answer (default: %(default)s)")
+    asking.add_argument("--temperature", type=decimal, metavar="T", help="randomness; 0 for "
+                        "none")
+    asking.add_argument("--top-p", type=decimal, metavar="P", help="nucleus sampling")
+    asking.add_argument("--seed", type=whole(0), metavar="N", help="for the same answer "
+                        "again, where the LLM can do that")
+    asking.add_argument("--wait", action="store_true", help="if no provider is connected, "
+                        "wait for one")
+    naming.add_argument("--operator", help="who shares it, for the directory")
+    naming.add_argument("--comment", help="a line about it")
+    naming.add_argument("--suggest", action="append", metavar="TEXT", help="a prompt that the "
+                        "page suggests; up to four times")
+    inviting = group()
+    inviting.add_argument("--invitation", metavar="CODE", help="for a relay that registers by "
+                          "invitation only; otherwise $NEUROENGINE_INVITATION")
+    owning.add_argument("name", help="the name of the service")
+    owning.add_argument("--key-file", metavar="FILE", help="the file with the service key; "
+                        "otherwise $NEUROENGINE_KEY, otherwise the file that `register` wrote")
+    owning.add_argument("--key", help="the service key itself; others on this machine see it "
+                        "here, so prefer --key-file")
+    parser = Parser(
+        prog=program_name(), description="Use an LLM that somebody shares, or share your own. "
+        "`%s \"prompt\"` is short for `ask`." % program_name())
     parser.add_argument("--version", action="version",
                         version="neuroengine " + __version__)
-    add = parser.add_subparsers(dest="command", metavar="COMMAND").add_parser
-    ask = add("ask", parents=[common, asking], help="send a prompt, print the answer")
-    ask.add_argument("prompt", help="the prompt; - reads it from standard input")
-    add("chat", parents=[common, asking], help="talk, on the terminal")
-    add("models", parents=[common], help="list the services of the relay")
-    add("register", parents=[common, naming], help="register a service, get its key")
-    share = add("share", parents=[common, naming], help="share a local LLM server")
+    adder = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.commands = adder.choices
+    add = adder.add_parser
+    ask = add("ask", parents=[common, guest, asking], help="send a prompt, print the answer")
+    ask.add_argument("prompt", nargs="*", help="the prompt, in quotes; - stands for standard "
+                     "input, alone or beside a prompt")
+    ask.add_argument("--json", action="store_true", help="print the answer as JSON, with its "
+                     "statistics")
+    add("chat", parents=[common, guest, asking], help="talk, on the terminal")
+    models = add("models", parents=[common, guest], help="list the services of the relay")
+    models.add_argument("--json", action="store_true", help="print them as JSON")
+    add("register", parents=[common, owning, naming, inviting],
+        help="register a service, get its key")
+    share = add("share", parents=[common, owning, naming, inviting],
+                help="share a local LLM server")
     share.add_argument("--upstream", metavar="URL", help="the LLM server; otherwise it "
                        "is looked for on the usual ports of Ollama, llama.cpp, vLLM, "
                        "LM Studio and KoboldCpp")
-    share.add_argument("--model", metavar="ID", help="the model it shall use; otherwise "
-                       "the one that it has")
-    share.add_argument("--workers", type=int, metavar="N", help="prompts at once; "
+    share.add_argument("--model", metavar="ID", help="which of its models; otherwise the "
+                       "one that it has")
+    share.add_argument("--workers", type=whole(1), metavar="N", help="prompts at once; "
                        "otherwise as many as the server has slots, or 1")
-    share.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, "
+    share.add_argument("--max-tokens", type=whole(1), metavar="N", help="longest answer, "
                        "whatever is asked; otherwise as asked, or %d" % DEFAULT_MAX_TOKENS)
     share.add_argument("--hours", metavar="FROM-TO", help="share only at these hours, by "
                        "this machine's clock: 22-8, 22:30-8, or 9-12,14-17")
-    keys = add("keys", parents=[common], help="your service: access keys for its guests, "
-               "and whether it answers")
-    keys.add_argument("name", help="the name of the service")
+    keys = add("keys", parents=[common, owning], help="your service: access keys for its "
+               "guests, and whether it answers")
     keys.add_argument("--add", metavar="LABEL", help="make a key, for whom LABEL says")
     keys.add_argument("--revoke", metavar="ID", help="make a key invalid, at once")
     kind = keys.add_mutually_exclusive_group()
@@ -2531,46 +3311,138 @@ def build_parser():
     pausing.add_argument("--drain", action="store_true", help="pause, and wait until "
                          "nothing waits or runs, so that providers can be stopped")
     for limit, text in KEY_LIMITS.items():
-        keys.add_argument("--" + limit.replace("_", "-"), type=int, metavar="N",
+        keys.add_argument("--" + limit.replace("_", "-"), type=whole(1), metavar="N",
                           help="with --add: " + text)
-    keys.add_argument("--days", type=float, metavar="N", help="with --add: it expires")
-    for command in (share, keys):
-        command.add_argument("--key-file", metavar="FILE", help="where the service key "
-                             "is; otherwise $NEUROENGINE_KEY, otherwise the file that "
-                             "`register` wrote")
+    keys.add_argument("--days", type=decimal, metavar="N", help="with --add: it expires")
+    add("describe", parents=[common, owning, naming],
+        help="your service: what the directory says about it")
+    add("new-key", parents=[common, owning], help="your service: replace its key")
+    unregister = add("unregister", parents=[common, owning], help="your service: delete it")
+    unregister.add_argument("--yes", action="store_true", help="do not ask")
     return parser
 
 
 COMMANDS = {"ask": run_ask, "chat": run_chat, "models": run_models,
-            "register": run_register, "share": run_share, "keys": run_keys}
+            "register": run_register, "share": run_share, "keys": run_keys,
+            "describe": run_describe, "new-key": run_new_key, "unregister": run_unregister}
 KEY_LIMITS = {"requests_per_day": "requests from midnight to midnight, UTC",
               "tokens_per_day": "tokens of answers in that time",
               "concurrency": "prompts at once", "max_new_len": "longest answer, in tokens"}
+FLAGS = ("--insecure", "--json", "--wait")     # common options without a value
 
 
-def main(argv=None):
-    """Run the command line; the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] not in COMMANDS and argv[0] not in ("-h", "--help", "--version"):
-        # A prompt alone means ask, as it always was; options may stand before a command.
-        command = "ask" if argv[0][:1] != "-" else next(
-            (word for word in argv if word in COMMANDS), "ask")
-        if command in argv and argv[0][:1] == "-":
-            argv.remove(command)
-        argv = [command] + argv
+def with_command(argv):
+    """The arguments with their command first. A prompt alone means ask, as it always did;
+    options may stand before a command. Raises Usage for a command that is misspelt."""
+    if not argv or argv[0] in ("-h", "--help", "--version"):
+        return argv
+    at = 0
+    while at < len(argv) and argv[at][:1] == "-" and argv[at] not in ("-", "--"):
+        at += 1 if "=" in argv[at] or argv[at] in FLAGS else 2
+    word = argv[at] if at < len(argv) else ""
+    if word in COMMANDS:
+        return [word] + argv[:at] + argv[at + 1:]
+    if word == "rename" and len(argv) > at + 1:
+        raise Usage("a service keeps its name, for it stands in its users' programs. "
+                    "`register` the new name, and `unregister` the old one later. `describe` "
+                    "changes the operator, the comment and the suggestions.")
+    import difflib
+    close = difflib.get_close_matches(word, COMMANDS, 1, 0.75)
+    if close:
+        raise Usage('there is no command %s; did you mean %s? (To send it as a prompt: ask '
+                    '"%s")' % (word, close[0], word))
+    return ["ask"] + argv
+
+
+def parse_options(argv):
+    """The options that the arguments give. Raises Usage."""
     parser = build_parser()
-    options = parser.parse_args(argv)
+    argv = with_command(argv)
+    options, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word[:1] == "-" and word != "-":
+            import difflib
+            option = word.partition("=")[0]
+            close = difflib.get_close_matches(
+                option, parser.commands[options.command]._option_string_actions, 1, 0.6)
+            raise Usage("unknown option %s%s" % (
+                option, "; did you mean %s?" % close[0] if close else
+                "; put -- before a prompt that begins with -" if " " in word else
+                "; `%s --help` lists the options" % options.command))
+    if options.command == "ask":
+        options.prompt += rest                 # of words around options, argparse takes some
+    elif rest:
+        raise Usage("%s does not take %s" % (options.command, " ".join(rest)))
     if not options.command:
         parser.print_help()
-        return 2
+    return options
+
+
+def in_options(error):
+    """The words for an error on the command line."""
+    words = advise(error, COMMAND_LINE, **error.names).message
+    if error.name == "invalid_request":
+        words = re.sub(r"\A(max_new_len|temperature|top_p|seed|tokens_per_day|concurrency|"
+                       r"requests_per_day)\b", lambda m: "--" + m[0].replace("_", "-"), words)
+    return printable(words, lines=True)
+
+
+def run(argv):
+    """Run the command line; the exit status."""
     try:
-        COMMANDS[options.command](options)
+        options = parse_options(argv)
+        if not options.command:
+            return 2
+        if options.ca:
+            tls_context(options.ca)            # a wrong file is told before anything is done
+        return COMMANDS[options.command](options) or 0
+    except Usage as why:
+        print("%s: %s" % (program_name(), printable(why)), file=sys.stderr)
+        return 2
     except NeuroengineError as error:
-        print(error.message, file=sys.stderr)
+        print(in_options(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+
+
+@contextlib.contextmanager
+def signals_that_end():
+    """Let SIGTERM, and SIGHUP of a closed terminal, end the program by an exception, which
+    stops the answer under way. A signal that is ignored or handled stays so."""
+    import signal
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL
+               and threading.current_thread() is threading.main_thread()]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command line; the exit status."""
+    prepare_streams()
+    try:
+        with signals_that_end():
+            status = run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except OSError as error:
+        # EPIPE: `| head` has seen enough, which Windows calls EINVAL. EIO: a closed terminal.
+        if error.errno not in (errno.EPIPE, errno.EINVAL, errno.EIO):
+            print("The output cannot be written: %s." % (error.strerror or error),
+                  file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):      # for the flush at exit
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 1
 
 
 if __name__ == "__main__":

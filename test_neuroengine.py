@@ -3,13 +3,19 @@ Relay, The OpenAI face, Client and provider, Bridge, Command lines, The page (in
 browser, skipped where there is none), README and docs. No network but loopback."""
 
 import argparse
+import asyncio
 import contextlib
+import copy
 import functools
 import http.client
 import http.server
 import importlib.util
+import inspect
+import io
+import itertools
 import json
 import os
+import pickle
 import queue
 import random
 import re
@@ -3527,6 +3533,313 @@ def test_request_never_raises_and_stream_and_getmodels_do():
         assert NeuroengineServer(api._transport.base).login("x", "y") == -1
 
 
+def test_a_reply_is_a_str_that_tells_an_answer_from_an_error(relay, provide):
+    name, _ = provide(lambda request: "well")
+    reply = client_of(relay, name).request("hi")
+    assert isinstance(reply, str) and reply == "well" and reply.upper() == "WELL"
+    assert (reply.errorcode, reply.error) == (0, "") and reply.stats["tokens"] == 1
+    for same in (pickle.loads(pickle.dumps(reply)), copy.copy(reply)):
+        assert same == reply and same.stats == reply.stats
+    reply = client_of(relay, "nosuch").request("hi")
+    assert (reply.errorcode, reply.error) == (40, "service_unknown")
+    assert "getModels() lists" in reply and "GET /api" not in reply
+
+
+@pytest.mark.parametrize("prompt, params, words", [
+    (None, {}, "The prompt is None"), (b"x", {}, "decode"), (5, {}, "The prompt is int"),
+    ({"role": "user"}, {}, "The prompt is dict"), ("x", {"tries": "many"}, "tries"),
+    ("x", {"temperature": float("nan")}, "JSON"), ("x", {"own": {1}}, "JSON"),
+    ("x", {"stream": True}, "use stream"), ([{"role": b""}], {}, "JSON")])
+def test_what_cannot_be_sent_is_an_error_in_words(relay, prompt, params, words):
+    reply = client_of(relay, "any").request(prompt, **params)
+    assert words in reply and reply.errorcode == 10 and reply.error == "invalid_request"
+
+
+class Answering:
+    """A server that answers each request with the next of some HTTP responses, and then
+    with the last for ever."""
+
+    def __init__(self, *responses):
+        self.responses, self.asked = list(responses), []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                with self.listener.accept()[0] as sock:
+                    head, _, body = sock.recv(1 << 20).partition(b"\r\n\r\n")
+                    self.asked.append((head.decode(), body))
+                    sock.sendall(self.responses[0])
+                    if len(self.responses) > 1:
+                        self.responses.pop(0)
+
+    def prompts(self):
+        return [json.loads(body) for _, body in self.asked if b'"message"' in body]
+
+
+def http_answer(body, status=200, kind="application/json", **headers):
+    headers = "".join("%s: %s\r\n" % (name.replace("_", "-"), value)
+                      for name, value in headers.items())
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return b"HTTP/1.1 %d X\r\nContent-Type: %s\r\nContent-Length: %d\r\n%s\r\n%s" % (
+        status, kind.encode(), len(body), headers.encode(), body)
+
+
+@pytest.fixture
+def answering():
+    servers = []
+
+    def start(*responses):
+        servers.append(Answering(*responses))
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.listener.close()
+
+
+@pytest.mark.parametrize("body, status", [
+    ([1], 200), (None, 200), ("x", 200), ({}, 200), ({"reply": 5}, 200), (b"{", 200),
+    (b"", 200), (b"[" * 9999, 200), ({"reply": "no", "errorcode": "many"}, 400),
+    ({"reply": ["no"], "errorcode": [1]}, 400), (b'{"reply":"no","errorcode":1e999}', 200),
+    ({"error": ["x"]}, 404), ({"error": {"message": {}, "code": []}}, 500), (b"\xff", 502)])
+def test_what_no_relay_answers_is_an_error_and_never_raises(answering, body, status):
+    api = Neuroengine("x", answering(http_answer(body, status)).url)
+    reply = api.request("hi", tries=1)
+    assert reply and reply.errorcode == -1
+    for call in (api.getModels, lambda: list(api.stream("hi", tries=1))):
+        if (call, body) != (api.getModels, [1]):
+            with pytest.raises(NeuroengineError):
+                call()
+
+
+@pytest.mark.parametrize("lines", [
+    b"[]\n", b'{"items": 5}\n', b'{"items": ["x"], "at": 7}\n', b'{"at": 0, "items": ["x"]', b"5\n"])
+def test_a_stream_that_cannot_be_understood_raises_and_ends(answering, lines):
+    server = answering(http_answer(lines, kind="application/x-ndjson"))
+    with pytest.raises(NeuroengineError):
+        list(Neuroengine("x", server.url).stream("hi", tries=2))
+    assert len(server.prompts()) <= 2
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("3", 3), ("0.5", 0.5), ("-1", None), ("nan", None), ("1e999", None), ("inf", None),
+    ("Wed, 21 Oct 2026 07:28:00 GMT", None), ("", None), (None, None), ("99999999", 99999999)])
+def test_a_retry_after_is_a_length_of_time_or_nothing(text, seconds):
+    assert neuroengine.pause_of({"Retry-After": text}) == seconds
+    assert 0 <= neuroengine.pause_before(0, seconds) <= 61
+
+
+def test_a_relay_that_asks_to_wait_for_years_is_not_waited_for(answering):
+    server = answering(http_answer({"reply": "Busy.", "errorcode": 44, "error": "relay_busy"},
+                                   503, Retry_After="99999999"))
+    assert Neuroengine("x", server.url).request("hi") == "Busy."
+    assert len(server.asked) == 1
+
+
+def lost(**more):
+    return dict({"reply": "Lost.", "errorcode": 51, "error": "provider_lost"}, **more)
+
+
+def test_a_prompt_that_lost_its_providers_twice_is_not_sent_again(answering, monkeypatch):
+    monkeypatch.setattr(neuroengine, "FIRST_PAUSE_SECONDS", 0.01)
+    for answer, kind in ((lost(), "application/json"), (lost(), "application/x-ndjson")):
+        for more, times in (({}, 2), ({"retry": False}, 1)):
+            server = answering(http_answer(dict(answer, **more), kind=kind))
+            api = Neuroengine("x", server.url)
+            if kind.endswith("ndjson"):
+                with pytest.raises(NeuroengineError, match="Lost"):
+                    list(api.stream("hi"))
+            else:
+                assert api.request("hi").error == "provider_lost"
+            assert len(server.prompts()) == times
+
+
+def test_heartbeats_and_queue_news_do_not_renew_the_tries(answering, monkeypatch):
+    monkeypatch.setattr(neuroengine, "FIRST_PAUSE_SECONDS", 0.01)
+    server = answering(http_answer(b'{}\n{"queue": {"position": 1, "waiting": 1}}\n{}\n',
+                                   kind="application/x-ndjson"))
+    with pytest.raises(NeuroengineError, match="cut"):
+        list(Neuroengine("x", server.url).stream("hi", tries=3))
+    assert len(server.prompts()) == 3
+
+
+def test_the_finish_reason_and_the_usage_are_those_of_the_answer(answering):
+    stats = {"finish_reason": "length", "usage": {"completion_tokens": 3}}
+    server = answering(http_answer({"reply": "abc", "errorcode": 0, "stats": stats}))
+    reply = Neuroengine("x", server.url).request("hi")
+    assert (reply.finish_reason, reply.usage) == ("length", {"completion_tokens": 3})
+
+
+def test_an_llm_server_in_the_relays_place_is_recognised():
+    fake = type("Fake", (FakeLLM,), {"got": [], "script": []})
+    with serving(fake) as url:
+        api = Neuroengine("x", url)
+        assert "is no relay, but an LLM server" in api.request("hi", tries=1)
+        with pytest.raises(NeuroengineError, match="LLM server"):
+            api.getModels()
+
+
+def test_200_gathered_requests_all_run_at_once(relay, provide):
+    barrier = threading.Barrier(200, timeout=30)
+
+    def answer(request):
+        barrier.wait()
+        return request["message"]
+    name, _ = provide(answer, workers=200)
+    api = client_of(relay, name)
+
+    async def gather():
+        return await asyncio.gather(*(api.arequest("%d" % n) for n in range(200)))
+    assert asyncio.run(gather()) == ["%d" % n for n in range(200)]
+
+
+def test_astream_yields_and_a_cancelled_task_closes_the_providers_iterator(relay, provide):
+    closed, texts = threading.Event(), []
+    name, _ = provide(endless(closed))
+
+    async def consume():
+        async for text in client_of(relay, name).astream("hi"):
+            texts.append(text)
+
+    async def run():
+        task = asyncio.ensure_future(consume())
+        while not texts:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    asyncio.run(run())
+    assert closed.wait(1)
+
+
+def test_astream_raises_what_stream_raises(relay):
+    async def run():
+        with pytest.raises(NeuroengineError, match="no service"):
+            async for _ in client_of(relay, "nosuch").astream("hi"):
+                pass
+    asyncio.run(run())
+
+
+def test_a_cancelled_arequest_ends_at_once(relay, hand):
+    async def run():
+        task = asyncio.ensure_future(client_of(relay, hand.name).arequest("hi"))
+        await asyncio.get_running_loop().run_in_executor(None, hand.next_job)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    began = time.monotonic()
+    asyncio.run(run())
+    assert time.monotonic() - began < 3
+
+
+def test_map_yields_replies_in_order_and_runs_so_many_at_once(relay, provide):
+    running, most, lock = [], [], threading.Lock()
+
+    def answer(request):
+        with lock:
+            running.append(1)
+            most.append(len(running))
+        time.sleep(0.02 if request["message"] != "0" else 0.2)
+        with lock:
+            running.pop()
+        return request["message"]
+    name, _ = provide(answer, workers=9)
+    api = client_of(relay, name)
+    replies = list(api.map((str(n) if n != 5 else None for n in range(20)), at_once=3))
+    assert [r for r in replies if not r.errorcode] == [str(n) for n in range(20) if n != 5]
+    assert replies[5].error == "invalid_request" and 1 < max(most) <= 3
+
+
+def test_map_takes_no_more_prompts_than_it_needs_and_ends_when_closed(relay, provide):
+    name, _ = provide(lambda request: "x", workers=2)
+    taken = []
+
+    def prompts():
+        for n in itertools.count():
+            taken.append(n)
+            yield "prompt %d" % n
+    replies = client_of(relay, name).map(prompts(), at_once=2)
+    assert next(replies) == "x"
+    replies.close()
+    assert len(taken) <= 2 * neuroengine.AHEAD + 2
+
+    def broken():
+        yield "one"
+        raise KeyError("ours")
+    replies = client_of(relay, name).map(broken())
+    assert next(replies) == "x"
+    with pytest.raises(KeyError):
+        next(replies)
+
+
+def test_a_wrong_access_key_and_none_are_told_apart(relay, hand):
+    relay.broker.find(hand.name).private = True
+    try:
+        assert "is private" in client_of(relay, hand.name).request("hi")
+        for key in ("ne_wrong", "ne_wrong\n"):
+            reply = client_of(relay, hand.name, key=key).request("hi")
+            assert "key is not valid" in reply and reply.errorcode == 30
+        assert "one line" in client_of(relay, hand.name, key="a\nb").request("hi")
+    finally:
+        relay.broker.find(hand.name).private = False
+
+
+def test_a_wait_is_done_in_slices_up_to_its_timeout(monkeypatch):
+    monkeypatch.setattr(neuroengine, "SLICE_SECONDS", 0.02)
+    here, there = socket.socketpair()
+    with here, there:
+        incoming = neuroengine.Incoming(here, 0.1).makefile("rb")
+        began = time.monotonic()
+        with pytest.raises(socket.timeout):
+            incoming.read(1)
+        assert 0.1 <= time.monotonic() - began < 2
+        threading.Timer(0.1, there.sendall, [b"late"]).start()
+        assert neuroengine.Incoming(here, SOON).makefile("rb").read(4) == b"late"
+
+
+def test_a_proxy_is_used_but_never_for_loopback(answering, monkeypatch, relay):
+    proxy = answering(http_answer({"reply": "by proxy"}))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, proxy.url.replace("//", "//me:secret@"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert Neuroengine("x", "http://relay.example").request("hi") == "by proxy"
+    assert Neuroengine("x", "https://relay.example").request("hi", tries=1).errorcode == -1
+    assert client_of(relay, "nosuch").request("hi").error == "service_unknown"
+    plain, secure = [head for head, _ in proxy.asked]
+    assert plain.startswith("POST http://relay.example/x HTTP/1.1")
+    assert secure.startswith("CONNECT relay.example:443 ")
+    for head in (plain, secure):
+        assert "Basic bWU6c2VjcmV0" in head
+
+
+def test_nothing_can_be_put_into_a_request_by_a_header(relay):
+    transport = neuroengine.Transport(relay.url)
+    for value in ("a\r\nX: y", "snow \u2603"):
+        with pytest.raises(NeuroengineError, match="cannot hold"):
+            transport.open("GET", "/healthz", beta=value)
+
+
+def test_the_words_say_that_the_variable_is_not_set(monkeypatch):
+    error = neuroengine.no_connection("https://api.neuroengine.ai:443", OSError(111, "refused"))
+    monkeypatch.setenv("NEUROENGINE_SERVER", "")
+    for interface in (neuroengine.PYTHON, neuroengine.COMMAND_LINE):
+        words = neuroengine.advise(error, interface).message
+        assert words.startswith("The environment variable NEUROENGINE_SERVER") and "Set it" in words
+
+
+def test_every_error_has_advice_in_words_of_the_interface():
+    names = {"service": "S", "relay": "R", "source": "F"}
+    for row in neuroengine.ADVICE:
+        error = NeuroengineError(1, "It happened. Do POST /x.", row)
+        python = neuroengine.advise(error, neuroengine.PYTHON, **names).message
+        shell = neuroengine.advise(error, neuroengine.COMMAND_LINE, **names).message
+        for words in (python, shell):
+            assert not re.search(r"GET|POST|Bearer|\{", words) and words.endswith((".", "?"))
+        assert "--" not in python and "verify_ssl" not in shell and "()" not in shell
+
+
 def test_login_tells_a_wrong_key_by_a_negative_number(relay, hand):
     server = NeuroengineServer(relay.url)
     for key in ("wrong", "two\nlines", "\u2603"):
@@ -3635,7 +3948,10 @@ def test_at_closing_time_running_jobs_are_finished_and_no_more_are_taken(
 @pytest.mark.parametrize("address, port, url", [
     ("host.example", 443, "https://host.example:443"), ("host", 8443, "https://host:8443"),
     ("http://localhost:8000/", 443, "http://localhost:8000"),
-    ("host:99", 443, "https://host:99"), ("[::1]:99", 443, "https://[::1]:99")])
+    ("host:99", 443, "https://host:99"), ("[::1]:99", 443, "https://[::1]:99"),
+    ("::1", 8443, "https://[::1]:8443"), ("host/", 443, "https://host:443"),
+    ("host:99/", 443, "https://host:99"), ("http://host:8000\r", 443, "http://host:8000"),
+    (" host \r\n", 443, "https://host:443"), ("http://host/v1/", 443, "http://host")])
 def test_an_address_is_a_host_name_or_a_url(address, port, url):
     assert neuroengine.relay_url(address, port) == url
 
@@ -4338,7 +4654,7 @@ def command(monkeypatch, tmp_path, capsys):
         monkeypatch.setenv("NEUROENGINE_HOME", str(tmp_path / "home"))
         status = neuroengine.main(list(args))
         out, err = capsys.readouterr()
-        return status, out + err
+        return status, out + re.sub(r"(?m)^\d{4}-.*\n", "", err)     # not the relay's log
     return command
 
 
@@ -4351,7 +4667,7 @@ def test_ask_models_and_register_do_what_they_say(start, command):
                           (["--relay", relay.url, "ask", "I am sad"], "been sad"),
                           (["models"], "Eliza +connected"),
                           (["register", "New"], "Registered New"),
-                          (["register", "New"], "The name 'New' is taken"),
+                          (["register", "New"], "New is registered already"),
                           (["ask", "--service", "nosuch", "x"], "no service nosuch")):
         assert re.search(pattern, command(relay, *args)[1])
     program.says("And why do you ask?")
@@ -4386,7 +4702,7 @@ def test_keys_are_made_listed_and_revoked_from_the_command_line(command, relay):
     assert "No provider" in Neuroengine(name, relay.url, key=key).request("x")
     listed = run("keys", name)
     assert "Ann" in listed and "requests per day 5" in listed and key not in listed
-    run("keys", name, "--revoke", listed.split()[0])
+    run("keys", name, "--revoke", listed.splitlines()[1].split()[0])
     assert "key is not valid" in Neuroengine(name, relay.url, key=key).request("x")
     assert "is open now" in run("keys", name, "--open")
 
@@ -4462,6 +4778,399 @@ def test_a_key_that_cannot_be_kept_is_not_asked_for(start, relay, tmp_path):
     program.says("could not be kept")
     assert "Traceback" not in program.output
     assert ask(relay, "/api/services", {"name": name})[0] == 201
+
+
+@pytest.fixture
+def typed(command, monkeypatch, relay):
+    """Run a command line with a standard input: (exit status, what it printed)."""
+    def typed(text, *args):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(
+            text if isinstance(text, bytes) else text.encode())))
+        return command(relay, *args)
+    return typed
+
+
+def test_ask_puts_standard_input_where_the_dash_stands(typed, provide):
+    got = []
+    name, _ = provide(lambda request: got.append(request) or "ok")
+    for args, message in ((["-"], "in\n"), (["Review this", "-"], "Review this\n\nin\n"),
+                          (["-", "Sum up"], "in\n\n\nSum up"), (["left alone"], "left alone")):
+        assert typed("in\n", "ask", "--service", name, *args) == (0, "ok\n")
+        assert got.pop()["message"] == message
+    assert typed(b"caf\xe9", "ask", "--service", name, "-")[0] == 0
+    assert got.pop()["message"] == "caf\ufffd"
+    typed("", "--service", name, "x", "--system", "Be brief", "--top-p", "0.5", "--seed", "3")
+    request = got.pop()
+    assert request["messages"][0] == {"role": "system", "content": "Be brief"}
+    assert (request["top_p"], request["seed"]) == (0.5, 3)
+
+
+def test_ask_as_json_and_an_answer_that_was_cut(command, relay, provide):
+    name, _ = provide(lambda request: ["cut", {"finish_reason": "length"}])
+    status, text = command(relay, "ask", "--service", name, "x", "--json")
+    answer = json.loads(text)
+    assert (status, answer["reply"], answer["finish_reason"]) == (0, "cut", "length")
+    assert answer["stats"]["tokens"] == 1
+    assert "limit of 1000 tokens: --max-new-len" in command(relay, "ask", "--service", name, "x")[1]
+    status, text = command(relay, "ask", "--service", "nosuch", "x", "--json")
+    assert status == 1 and json.loads(text)["error"] == "service_unknown"
+
+
+@pytest.mark.parametrize("args, words", [
+    (["hello", "world"], 'quote the prompt: neuroengine.py ask "hello world"'),
+    (["ask"], "what is the prompt"), (["ask", ""], "the prompt is empty"),
+    (["models", "--relai", "x"], "unknown option --relai; did you mean --relay?"),
+    (["ask", "x", "--prot", "8000"], "unknown option --prot"),
+    (["modles"], "did you mean models?"), (["shre", "X"], "did you mean share?"),
+    (["share", "X", "--workers", "0"], "--workers must be a whole number, at least 1"),
+    (["share", "X", "--max-tokens", "-5"], "--max-tokens must be"),
+    (["ask", "x", "--temperature", "nan"], "--temperature must be a number"),
+    (["ask", "x", "--seed"], "--seed needs a value"), (["keys"], "name of the service is missing"),
+    (["models", "x"], "models does not take x"), (["rename", "A", "B"], "`describe`"),
+    (["keys", "X", "--requests-per-day", "5"], "add --add LABEL")])
+def test_a_command_line_that_is_not_right_is_told_in_words(command, relay, args, words):
+    status, text = command(relay, *args)
+    assert status == 2 and words in text and text.count("\n") == 1
+
+
+def test_an_option_may_stand_before_its_command(command, relay):
+    for args in (["--relay", relay.url, "models"], ["--insecure", "models", "--json"],
+                 ["--relay=" + relay.url, "models"]):
+        assert command(relay, *args)[0] == 0
+    assert "LLM server" not in command(relay, "--service", "models", "hi")[1]
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "cannot be read: No such file"), (b"", "is empty"), (b" \n", "is empty"),
+    (b"\x00\x01\xff", "holds no key"), (b"ne_a\nne_b\n", "holds no key")])
+def test_a_key_file_that_is_no_key_file_is_named_with_its_trouble(
+        command, relay, tmp_path, content, words):
+    path = tmp_path / "my.key"
+    if content is not None:
+        path.write_bytes(content)
+    status, text = command(relay, "keys", "Any", "--key-file", str(path))
+    assert status == 1 and words in text and str(path) in text
+
+
+def test_wrong_and_missing_keys_and_files_are_told_by_their_source(
+        command, relay, hand, monkeypatch):
+    for args, words in ((["--key", "ne_no"], "It comes from --key."),
+                        ([], "Give it by --key-file"),
+                        (["--key", "a\nb"], "--key holds no key")):
+        assert words in command(relay, "keys", hand.name, *args)[1]
+    monkeypatch.setenv("NEUROENGINE_KEY", "ne_no")
+    assert "may belong to another service" in command(relay, "keys", hand.name)[1]
+    assert command(relay, "keys", hand.name, "--key", hand.key)[0] == 0
+    monkeypatch.setenv("NEUROENGINE_ACCESS_KEY", "x\x07y")
+    assert "$NEUROENGINE_ACCESS_KEY holds no key" in command(relay, "models")[1]
+    assert "nofile cannot be used: No such" in command(relay, "models", "--ca", "nofile")[1]
+    assert "holds no certificate" in command(relay, "models", "--ca", __file__)[1]
+
+
+def test_a_key_file_of_powershell_is_read(tmp_path):
+    for encoding in ("utf-16", "utf-8-sig"):
+        (tmp_path / "k").write_bytes("ne_key\r\n".encode(encoding))
+        assert neuroengine.read_key(str(tmp_path / "k")) == "ne_key"
+
+
+def test_registering_twice_gives_the_key_again(command, relay):
+    name = name_of()
+    first, second = (command(relay, "register", name) for _ in range(2))
+    assert first[0] == second[0] == 0 and "registered already" in second[1]
+    assert first[1].split()[-1] == second[1].split()[-1]      # as README's `tail -n 1` has it
+    taken = name_of()
+    ask(relay, "/api/services", {"name": taken})
+    status, text = command(relay, "register", taken)
+    assert status == 1 and "taken" in text and "--key-file" in text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
+def test_a_saved_key_is_for_its_owner_alone_whatever_was_there(tmp_path):
+    path = tmp_path / "new" / "x.key"
+    for _ in range(2):
+        neuroengine.save_key(str(path), "ne_x")
+        assert path.stat().st_mode & 0o777 == 0o600 and path.read_text() == "ne_x\n"
+        path.chmod(0o644)
+    assert [file.name for file in path.parent.iterdir()] == ["x.key"]
+
+
+def test_share_registers_its_name_though_the_variable_holds_the_key_of_another(
+        start, tmp_path):
+    _, relay = start_relay(start, tmp_path)
+    key = ask(relay, "/api/services", {"name": "Other"})[1]["key"]
+    with serving(type("Fake", (FakeLLM,), {"got": [], "script": []})) as url:
+        for _ in range(2):                 # the second time its own key is in the file
+            share = start("neuroengine.py", "share", "New", "--upstream", url,
+                          NEUROENGINE_SERVER=relay.url, NEUROENGINE_KEY=key)
+            share.says("Sharing New")
+            assert "$NEUROENGINE_KEY" in share.output
+            share.end()
+
+
+def test_there_is_no_folder_called_tilde_where_there_is_no_home(
+        command, relay, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    for name in ("XDG_CONFIG_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NEUROENGINE_SERVER", relay.url)
+    monkeypatch.delenv("NEUROENGINE_HOME", raising=False)
+    assert neuroengine.main(["register", name_of()]) == 1
+    assert os.listdir(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_the_command_line_runs_without_a_standard_stream(relay, monkeypatch, name):
+    monkeypatch.setenv("NEUROENGINE_SERVER", relay.url)
+    monkeypatch.setattr(sys, name, None)
+    assert neuroengine.main(["models"]) == 0
+    assert neuroengine.main(["ask", "x", "y"]) == 2
+
+
+def test_a_reader_that_has_seen_enough_ends_the_program_quietly(start, relay, provide):
+    closed = threading.Event()
+    name, _ = provide(endless(closed))
+    process = subprocess.Popen(
+        [sys.executable, "neuroengine.py", "--relay", relay.url, "--service", name, "x"],
+        cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(1) == b"x"
+    process.stdout.close()
+    assert process.wait(SOON) == 1 and process.stderr.read() == b""
+    process.stderr.close()
+    assert closed.wait(1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_stops_the_answer_under_way(start, relay, provide, name, status):
+    closed, got = threading.Event(), []
+    service, _ = provide(lambda request: got.append(request) or endless(closed)(request))
+    program = start("neuroengine.py", "--relay", relay.url, "--service", service, "x")
+    until(lambda: got)
+    assert program.end(getattr(signal, name)) == status
+    assert closed.wait(1) and "Traceback" not in program.output
+
+
+def test_a_terminal_that_lacks_characters_shows_the_rest(start, relay, provide):
+    name, _ = provide(lambda request: "one \u2603 two")
+    for encoding in ("latin-1", "cp1252", "ascii"):
+        start("neuroengine.py", "--relay", relay.url, "--service", name, "x",
+              PYTHONIOENCODING=encoding).says(r"one \? two")
+
+
+def test_what_others_wrote_never_commands_the_terminal(command, relay, provide):
+    evil = "\x1b]52;c;aGk=\x07\x9b31m\r\x00"
+    name, _ = provide(lambda request: "a%sb\n\tc" % evil)
+    status, text = command(relay, "ask", "--service", name, "x")
+    assert text.startswith("a\ufffd]52;c;aGk=") and text.endswith("b\n\tc\n")
+    service = relay.broker.find(name)
+    service.comment, service.operator = evil + "\u202ecomment", evil
+    try:
+        text += command(relay, "models")[1]
+    finally:
+        service.comment = service.operator = ""
+    assert "comment" in text and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+
+
+def test_models_tells_the_state_of_each_service(command, relay, provide, monkeypatch):
+    models = [dict(name="B", connected=False, last_seen=time.time() - 7200),
+              dict(name="A", connected=False, private=True), dict(name="D", paused=True),
+              dict(name="C", connected=True, vision=True, tools=True, context_length=32768,
+                   tokens_per_second=45.2, apis=["embeddings"], queuelen=3, comment="c",
+                   operator="o"), "no dict"]
+    monkeypatch.setattr(Neuroengine, "getModels", lambda self: models)
+    lines = [re.sub("  +", "|", line) for line in command(relay, "models")[1].splitlines()]
+    assert lines == ["NAME|STATE|SPEED|CAN|WAITING|ABOUT",
+                     "C|connected|45.2 tokens/s|32k, images, tools, embeddings|3|c (o)",
+                     "A|never connected, private", "B|offline for 2 h", "D|paused"]
+    assert len(json.loads(command(relay, "models", "--json")[1])) == 4
+
+
+def test_an_operator_describes_rekeys_and_unregisters_a_service(command, relay, monkeypatch):
+    name = name_of()
+    old = command(relay, "register", name)[1].split()[-1]
+    text = command(relay, "describe", name, "--operator", "Ann", "--comment", "Gemma")[1]
+    assert "operator: Ann\ncomment: Gemma" in text
+    text = command(relay, "keys", name)[1]
+    assert "is open to everybody, never connected" in text and "no access keys" in text
+    new = command(relay, "new-key", name)[1].split()[-1]
+    assert new != old and command(relay, "keys", name)[0] == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("no\n"))
+    status, text = command(relay, "unregister", name)
+    assert status == 2 and "--yes" in text
+    monkeypatch.setattr(neuroengine, "is_terminal", lambda stream: True)
+    assert "Nothing was deleted" in command(relay, "unregister", name)[1]
+    assert command(relay, "unregister", name, "--yes")[0] == 0
+    assert ask(relay, "/api/services/" + name)[0] == 404
+
+
+@pytest.fixture
+def chatting(command, relay, monkeypatch):
+    """Have a chat with a service: what is printed after these inputs."""
+    def chatting(name, *inputs):
+        inputs = list(inputs)
+
+        def type_next(prompt=""):
+            text = inputs.pop(0) if inputs else EOFError()
+            if isinstance(text, BaseException):
+                raise text
+            return text
+        monkeypatch.setattr("builtins.input", type_next)
+        status, text = command(relay, "chat", "--service", name)
+        assert status == 0 and not inputs
+        return text
+    return chatting
+
+
+def test_chat_keeps_the_conversation_and_obeys_its_commands(chatting, provide, tmp_path):
+    got = []
+    name, _ = provide(lambda request: got.append(request) or "answer %d" % len(got))
+
+    def said():
+        return [m["content"] for m in got[-1].get("messages") or ()]
+    path = tmp_path / "talk.md"
+    text = chatting(name, "hello", "/system Be brief", "/set temperature 0.2", "more", "/retry",
+                    "/save %s" % path, "/save %s" % path, "/clear", "/load %s" % path,
+                    "/continue", "/edit", "changed", "/set temperature -", "/retry")
+    assert "answer 1\n" in text and "1 token, " in text and "Loaded 4 messages" in text
+    assert [r.get("temperature") for r in got] == [1.0, 0.2, 0.2, 0.2, 0.2, 1.0]
+    assert [m["content"] for m in got[3]["messages"]] == [
+        "Be brief", "hello", "answer 1", "more", "answer 3"]
+    assert said() == ["Be brief", "hello", "answer 1", "changed"]
+    assert neuroengine.from_markdown(path.read_text())[2][1] == {
+        "role": "assistant", "content": "answer 1"}
+
+
+def test_chat_tells_what_it_does_not_know_and_goes_on(chatting, provide, tmp_path):
+    name, _ = provide(lambda request: "ok")
+    (tmp_path / "other").write_text("my notes")
+    text = chatting(name, "/bogus", "/set foo 1", "/set seed x", "/retry", "/continue", "/edit",
+                    "/model nosuch", "/load %s" % (tmp_path / "nosuch"), "/load %s" % (
+                        tmp_path / "other"), "/save %s" % (tmp_path / "other"), "/save",
+                    KeyboardInterrupt(), "/usr/bin is a path", "/quit")
+    for words in ("no /bogus", "no parameter foo", "seed takes a number", "nothing to ask again",
+                  "no answer to go on with", "no message of yours", "no service nosuch",
+                  "No such file", "holds no conversation", "exists already", "Name a file",
+                  "Ctrl-D leaves", "ok\n"):
+        assert words in text
+    assert (tmp_path / "other").read_text() == "my notes"
+
+
+def test_ctrl_c_in_chat_stops_the_answer_and_keeps_it(chatting, provide, monkeypatch):
+    closed, got = threading.Event(), []
+
+    def answer(request):
+        got.append(request)
+        return endless(closed)(request) if len(got) == 1 else ["rest"]
+    name, _ = provide(answer)
+    take = neuroengine.Answer._take
+
+    def interrupted(self, kind, value):
+        take(self, kind, value)
+        if kind == "text" and len(got) == 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(neuroengine.Answer, "_take", interrupted)
+    text = chatting(name, "hello", "/continue")
+    assert "stopped: /continue" in text and closed.wait(1)
+    assert got[1]["messages"][-1]["role"] == "assistant"
+    assert set(got[1]["messages"][-1]["content"]) == {"x"}
+
+
+def test_a_conversation_is_saved_as_the_page_exports_it(chatting, provide, tmp_path):
+    name, _ = provide(lambda request: ["cut ## You <!-- message:user -->",
+                                       {"finish_reason": "length"}])
+    assert "cut at the length limit: /continue" in chatting(
+        name, "one\ntwo --> three", "/save %s" % (tmp_path / "c.md"))
+    text = (tmp_path / "c.md").read_text()
+    assert text.startswith("# one\n\n<!-- conversation:{") and text.count("<!-- message:") == 2
+    service, system, messages = neuroengine.from_markdown(text)
+    assert service == name and messages[0]["content"] == "one\ntwo --> three"
+    assert messages[1]["content"].startswith("cut ## You <!-- message")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_chat_on_a_terminal_takes_a_pasted_block_as_one_message(relay, provide):
+    import pty
+    got = []
+    name, _ = provide(lambda request: got.append(request["message"]) or "ok")
+    here, there = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "neuroengine.py", "chat", "--relay", relay.url, "--service", name],
+        cwd=HERE, stdin=there, stdout=there, stderr=there, close_fds=True,
+        env=dict(os.environ, TERM="xterm"))
+    os.close(there)
+    shown = b""
+    with contextlib.closing(os.fdopen(here, "r+b", 0)) as terminal:
+        def see(pattern):
+            nonlocal shown
+            deadline = time.monotonic() + SOON
+            while not re.search(pattern, shown):
+                assert time.monotonic() < deadline, shown
+                if select.select([here], [], [], 0.1)[0]:
+                    shown += os.read(here, 65536)
+        see(b"> ")
+        terminal.write(b"\x1b[200~one\ntwo\n\x1b[201~")
+        see(b"two")
+        terminal.write(b"\r")
+        see(b"ok\r\n")
+        terminal.write(b"\x04")
+        assert process.wait(SOON) == 0
+    assert got == ["one\ntwo"]
+
+
+def test_lines_that_come_at_once_are_one_message_without_readline(
+        chatting, provide, monkeypatch):
+    got = []
+    name, _ = provide(lambda request: got.append(request["message"]) or "ok")
+    monkeypatch.setattr(neuroengine, "load_readline", lambda words: None)
+    monkeypatch.setattr(neuroengine, "is_terminal", lambda stream: stream is sys.stdin)
+    waits = [True, True, False, False, False]
+    monkeypatch.setattr(neuroengine, "input_waits", lambda: waits.pop(0) if waits else False)
+    chatting(name, "one", "two", "three", "/quit")
+    assert got == ["one\ntwo\nthree"]
+
+
+def test_old_consoles_get_no_escape_codes(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    for name, value in (("TERM", "dumb"), ("NO_COLOR", "1")):
+        with monkeypatch.context() as patch:
+            patch.setenv("TERM", "xterm")
+            assert os.name == "nt" or neuroengine.understands_escapes(Terminal())
+            patch.setenv(name, value)
+            assert not neuroengine.understands_escapes(Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(neuroengine.os, "name", "nt")        # without a Windows behind it
+    assert not neuroengine.understands_escapes(Terminal())
+    lines = neuroengine.try_it_lines("http://r/X")
+    assert "curl.exe http://r/X -d \"{\\\"message\\\"" in lines[0] and "irm" in lines[1]
+    terminal = Terminal()
+    line = neuroengine.Line(terminal)
+    line.show("position 2 of 5\x1b[2J"), line.show("")
+    assert "\x1b" not in terminal.getvalue() and terminal.getvalue().endswith("\r")
+
+
+def test_an_older_python_is_told_in_one_sentence():
+    for version in ((3, 7, 9), (3, 6, 1)):
+        code = ("import runpy, sys; sys.version_info = %r\n"
+                "runpy.run_path('neuroengine.py', run_name='__main__')" % (version,))
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE)
+        assert done.returncode == 1
+        assert done.stderr.decode().strip() == (
+            "neuroengine needs Python 3.8 or newer; this is Python %d.%d." % version[:2])
+
+
+def test_all_public_signatures_have_type_hints():
+    for thing in (Neuroengine, NeuroengineError, neuroengine.Reply, neuroengine.main):
+        functions = [thing] if inspect.isfunction(thing) else [
+            f for name, f in vars(thing).items() if inspect.isfunction(f) and (
+                name[0] != "_" or name == "__init__")]
+        for function in functions:
+            parameters = list(inspect.signature(function).parameters.values())
+            hints = function.__annotations__
+            assert "return" in hints and all(
+                p.name in hints for p in parameters if p.name != "self"), function
 
 
 def test_help_names_every_option_and_its_default():
