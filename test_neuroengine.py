@@ -6963,3 +6963,54 @@ def test_readme_stays_short_and_names_all_documents():
     text = document("README.md")
     assert len(text.encode()) <= 20000
     assert [name for name in DOCUMENTS[1:] if "(%s)" % name not in text] == []
+
+
+@pytest.fixture
+def paste(tmp_path):
+    """Run a block of README in a terminal of its own, in a fresh copy of the checkout, on a
+    free port in place of 8000."""
+    folder, port, terminals = tmp_path / "checkout", free_port(), []
+    folder.mkdir()
+    for name in ("neuroengine.py", "neuroengine_server.py", "chat.html", "server-example.py"):
+        shutil.copy(os.path.join(HERE, name), str(folder))
+
+    def paste(block, shell=("bash", "-c"), **environment):
+        text = block.replace("8000", str(port)).replace("python3 ", sys.executable + " -u ")
+        terminals.append(subprocess.Popen(
+            [*shell, text], cwd=str(folder), stdin=subprocess.DEVNULL, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=dict(os.environ, NEUROENGINE_HOME=str(tmp_path), **environment)))
+        return terminals[-1]
+    paste.url = "http://localhost:%d" % port
+    yield paste
+    for terminal in terminals:
+        with contextlib.suppress(OSError):
+            os.killpg(terminal.pid, signal.SIGKILL)
+        terminal.wait()
+        terminal.stdout.close()
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+def blocks(name, language):
+    """The code blocks of a document in that language, in their order."""
+    return re.findall(r"^```%s\n(.*?)^```$" % language, document(name), re.M | re.S)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="the blocks are for a Unix shell")
+def test_readmes_first_screen_works_as_printed(paste):
+    relay, provider = blocks("README.md", "sh")[:2]
+    client, _, use, streamkey = blocks("README.md", "python")[:4]
+    assert b"listens" in paste(relay).stdout.readline()
+    assert b"Logged in!" in paste(provider).stdout.readline()
+    python = (sys.executable, "-c")
+    said, _ = paste(client, python).communicate(timeout=SOON)
+    assert "prints `%s`" % said.decode().strip() in document("README.md")
+    said, _ = paste(use + streamkey, python, NEUROENGINE_SERVER=paste.url).communicate(
+        timeout=SOON)
+    parrot = b"This is the LLM. You said: "
+    assert said == parrot + b"What is the size of Mars?\n" + 2 * (parrot + b"Write a poem")
