@@ -6869,9 +6869,11 @@ def test_documented_errors_are_the_codes_errors():
 
 
 def test_documented_limits_are_the_codes_limits():
-    assert table("docs/operating.md", "## Limits") == [
-        ["--" + name.replace("_", "-"), str(default), text]
-        for name, default, text in neuroengine_server.LIMITS]
+    rows = [row for heading in ("### Limits of the relay", "### Limits per caller",
+                                "### All other limits")
+            for row in table("docs/operating.md", heading)]
+    assert sorted(rows) == sorted(["--" + name.replace("_", "-"), str(default), text]
+                                  for name, default, *_, text in neuroengine_server.LIMITS)
 
 
 def test_documented_commands_are_the_codes_commands():
@@ -6905,18 +6907,26 @@ def test_documented_paths_are_the_codes_paths():
         for segments, route in neuroengine_server.ROUTES.items()}
 
 
-def test_documented_options_are_the_command_lines_options():
-    for name, heading, text in (
-            ("docs/operating.md", "## Options",
-             neuroengine_server.build_parser().format_help()),
-            ("docs/command-line.md", "## share", subprocess.run(
-                [sys.executable, "neuroengine.py", "share", "--help"], cwd=HERE,
-                stdout=subprocess.PIPE, check=True).stdout.decode())):
-        named = {option for row in table(name, heading)
-                 for option in re.findall(r"--[a-z-]+", row[0])}
-        limits = {"--" + name.replace("_", "-") for name, _, _ in neuroengine_server.LIMITS}
-        assert named == set(re.findall(r"--[a-z-]+", text)) - limits - {
-            "--help", "--version", "--key"} | ({"--key"} & named)
+def options_in(text):
+    return set(re.findall(r"--[a-z][a-z-]+", text))
+
+
+def test_documented_options_are_the_relays_options():
+    documented = options_in(
+        "".join(row[0] for row in table("docs/operating.md", "## Options"))
+        + str(table("docs/operating.md", "## Look after it")))
+    limits = {"--" + name.replace("_", "-") for name, *_ in neuroengine_server.LIMITS}
+    assert documented == options_in(neuroengine_server.build_parser().format_help()) - limits - {
+        "--help", "--help-all", "--version"}
+
+
+@pytest.mark.parametrize("command", ["share", "keys"])
+def test_documented_options_are_the_commands_options(command):
+    text = subprocess.run([sys.executable, "neuroengine.py", command, "--help"], cwd=HERE,
+                          stdout=subprocess.PIPE, check=True).stdout.decode()
+    common = {"--relay", "--ca", "--insecure", "--key", "--help"}
+    assert options_in(str(table("docs/command-line.md", "## " + command))) - common == (
+        options_in(text) - common)
 
 
 def test_documented_reserved_names_are_the_codes():
