@@ -6913,8 +6913,8 @@ def options_in(text):
 
 def test_documented_options_are_the_relays_options():
     documented = options_in(
-        "".join(row[0] for row in table("docs/operating.md", "## Options"))
-        + str(table("docs/operating.md", "## Look after it")))
+        str([row[0] for row in table("docs/operating.md", "## Options")]
+            + table("docs/operating.md", "## Look after it")))
     limits = {"--" + name.replace("_", "-") for name, *_ in neuroengine_server.LIMITS}
     assert documented == options_in(neuroengine_server.build_parser().format_help()) - limits - {
         "--help", "--help-all", "--version"}
