@@ -53,6 +53,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 from typing import AsyncIterator
+from typing import Callable
 from typing import Dict
 from typing import Iterable
 from typing import Iterator
@@ -76,8 +77,7 @@ REQUEST_SECONDS = 120        # silence of the relay within one request
 ANSWER_SECONDS = 3700        # a whole reply; the relay gives up a little sooner
 STREAM_SECONDS = 30          # silence within a stream; it beats every 9 s
 POLL_SECONDS = 40            # a held poll; the relay answers within 25 s
-YIELD_SECONDS = 0.001        # from jobs to the next poll, so that workers get the interpreter
-                             # first: the first token comes 0.4 ms sooner
+GATHER_SECONDS = 0.005       # between two requests with items, other than first ones and ends
 HEARTBEAT_SECONDS = 5        # a provider with jobs is heard of this often
 CANCEL_SECONDS = 5           # for telling the relay that an answer is not wanted
 FIRST_PAUSE_SECONDS = 0.25   # before a second try; doubles each time, with jitter
@@ -85,7 +85,9 @@ LONGEST_PAUSE_SECONDS = 8.0
 LONGEST_RETRY_AFTER_SECONDS = 60   # what the relay may ask us to wait by ourselves
 MAX_UNSENT_BYTES = 8 << 20   # of one answer, kept while the relay is out of reach
 MAX_BATCH_BYTES = 1 << 20    # of items in one request to the relay
+MAX_ITEM_BYTES = 20 << 20    # one item; the relay takes no more
 MAX_LINE_BYTES = 64 << 20    # one line of a stream
+MAX_HEAD_BYTES = 1 << 16     # of a response
 CONNECT_SECONDS = 10         # to connect to one address, TLS included
 SLICE_SECONDS = 0.5          # of waiting, after which Ctrl-C is noticed on Windows
 KEPT_SECONDS = 50            # an idle connection is used again within this time
@@ -96,6 +98,8 @@ MAX_LOST = 1                 # times that a prompt is sent again after it lost i
 AHEAD = 8                    # replies that map() keeps for later, times at_once
 DEFAULT_MAX_TOKENS = 4096    # for an upstream whose own default is unlimited
 UPSTREAM_SECONDS = 600       # silence of the local LLM server; prefill can be slow
+LINGER_SECONDS = 5           # a stream that said its end may stay open so long
+RETRY_UPSTREAM_SECONDS = 2   # between two looks for an LLM server that is gone
 LOADING_SECONDS = 300        # it may say "loading model" for so long
 LOOK_SECONDS = 60            # between two looks at the clock of `share --hours`
 DAY_MINUTES = 24 * 60
@@ -113,9 +117,9 @@ SAMPLING = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "min_p": 0.0,
 # stay so for hours: the caller decides.)
 RETRIED = frozenset(("internal_error", "request_timeout", "queue_full", "rate_limited",
                      "relay_busy", "shutting_down", "still_waiting", "provider_lost"))
-# Those that end a provider: trying again would only knock at the wrong door for ever.
-FINAL = frozenset(("invalid_key", "invalid_name", "service_unknown", "invalid_request",
-                   "certificate"))
+# Those that end a provider. Everything else may pass, even a wrong certificate (a captive
+# portal, a late renewal).
+FINAL = frozenset(("invalid_key", "invalid_name", "service_unknown"))
 NO_CONNECTION = -1           # errorcode of what the relay did not say
 # Errors of the way to the relay; after others of errorcode -1 it is worth a look whether
 # this is a relay.
@@ -355,11 +359,16 @@ def items_of(answer):
         raise NeuroengineError(1, "its callback returned %s, not a text"
                                % type(answer).__name__)
     for item in answer:
-        if not isinstance(item, (str, dict)):
-            raise NeuroengineError(1, "its callback yielded %s, not a text"
-                                   % type(item).__name__)
+        check_item(item)
         if item:
             yield item
+
+
+def check_item(item):
+    """Raise NeuroengineError if a callback cannot yield this."""
+    if not isinstance(item, (str, dict)):
+        raise NeuroengineError(1, "its callback yielded %s, not a text"
+                               % type(item).__name__)
 
 
 def reply_in(text):
@@ -529,9 +538,7 @@ class Transport:
 
         started, if given, is called with the Connection, which has an abort().
         """
-        if self._where is None:
-            self._where = self._look()
-        secure, host, prefix, proxy, proxy_headers = self._where
+        secure, host, prefix, proxy, proxy_headers = self.where()
         data = b""
         if body is not None:
             data = encode(body)
@@ -583,8 +590,19 @@ class Transport:
             raise no_connection(self.base, error) from error
         return parse_answer(response.status, response.headers, data, kind)
 
-    def _look(self):
+    def where(self):
         """(secure, host, prefix of paths, proxy or None, the proxy's headers)."""
+        if self._where is None:
+            self._where = self._look()
+        return self._where
+
+    def context(self):
+        """The SSLContext of its connections."""
+        if self._context is None:
+            self._context = tls_context(self._verify_ssl)
+        return self._context
+
+    def _look(self):
         try:
             url = urllib.parse.urlsplit(self.base)
             secure = {"http": False, "https": True}[url.scheme]
@@ -616,9 +634,7 @@ class Transport:
         """A new Connection, not yet connected."""
         if not secure:
             return Connection(http.client.HTTPConnection(proxy or host))
-        if self._context is None:
-            self._context = tls_context(self._verify_ssl)
-        opener = http.client.HTTPSConnection(proxy or host, context=self._context)
+        opener = http.client.HTTPSConnection(proxy or host, context=self.context())
         if proxy:
             opener.set_tunnel(host, headers=proxy_headers)
         return Connection(opener)
@@ -1296,121 +1312,455 @@ class Batch:
 
 
 ##############################################################################
+# Asynchronous transport: what providers use, all on one event loop
+##############################################################################
+# One thread serves every connection of a provider, to the relay and to its LLM server. With
+# a thread for each answer, half of the time went into switching between them: 70 us a token,
+# and 500 streams came to a halt. (asyncio takes 30 ms to import, and clients need none of it.)
+
+
+class ResponseReader:
+    """One HTTP/1.1 response, from bytes as they come. Knows no sockets.
+
+    status: 0 until the head was read. headers: names in lower case. whole: all of the body
+    was read. kept: the connection can carry another request after it.
+    """
+
+    def __init__(self):
+        self.status, self.headers = 0, {}
+        self.begun = self.whole = self.kept = False
+        self._rest = b""
+        self._parse = self._head
+        self._left = 0             # bytes to come of the body, or of this chunk
+
+    def feed(self, data):
+        """The part of the body that is in these bytes. Raises HTTPException."""
+        self.begun = True
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        return self._parse(data)
+
+    def end(self):
+        """The connection has ended. Raises HTTPException if the response is cut."""
+        if self._parse == self._until_end:
+            self.whole = True
+        elif not self.whole:
+            raise http.client.RemoteDisconnected("the connection was closed" if not self.begun
+                                                 else "the answer was cut")
+
+    def _head(self, data):
+        head, end, body = data.partition(b"\r\n\r\n")
+        if not end:
+            if len(data) > MAX_HEAD_BYTES or data[:5] != b"HTTP/"[:len(data)]:
+                raise http.client.BadStatusLine(repr(data[:40]))
+            self._rest = data
+            return b""
+        first, *lines = head.decode("latin-1").split("\r\n")
+        match = re.match(r"HTTP/1\.([01]) (\d\d\d)\b", first)
+        if not match:
+            raise http.client.BadStatusLine(first[:80])
+        headers = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            headers[name.strip().lower()] = value.strip()
+        status = int(match.group(2))
+        if status < 200:                       # 100 Continue, and then the response itself
+            return self._head(body)
+        self.status, self.headers = status, headers
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise http.client.HTTPException("the answer is compressed, unasked")
+        keeps = headers.get("connection", "keep-alive" if match.group(1) == "1" else "close")
+        self.kept = "close" not in keeps.lower()
+        if "chunked" in headers.get("transfer-encoding", "").lower():
+            self._parse = self._chunks
+        elif status in (204, 304):
+            self._parse = self._counted
+        elif headers.get("content-length", "").isdigit():
+            self._parse, self._left = self._counted, int(headers["content-length"])
+        else:
+            self._parse, self.kept = self._until_end, False
+        return self._parse(body)
+
+    def _until_end(self, data):
+        return data
+
+    def _counted(self, data):
+        body = data[:self._left]
+        self._left -= len(body)
+        if not self._left:
+            self.whole = True
+            self.kept = self.kept and len(data) == len(body)
+        return body
+
+    def _chunks(self, data):
+        body, at = [], 0
+        while at < len(data):
+            if self._left > 0:
+                piece = data[at:at + self._left]
+                self._left -= len(piece)
+                at += len(piece)
+                body.append(piece)
+                continue
+            end = data.find(b"\n", at)
+            if end < 0:
+                self._rest = data[at:]
+                if len(self._rest) > MAX_HEAD_BYTES:
+                    raise http.client.HTTPException("a chunk without a size")
+                break
+            size = data[at:end].partition(b";")[0].strip()
+            at = end + 1
+            if size:                           # otherwise the line that ends a chunk
+                try:
+                    self._left = int(size, 16)
+                except ValueError:
+                    raise http.client.HTTPException("a chunk without a size") from None
+                if self._left <= 0:            # the last one; what may follow is of no use
+                    self.whole = True
+                    self.kept = self.kept and data[at:] == b"\r\n"
+                    break
+        return body[0] if len(body) == 1 else b"".join(body)
+
+
+class Exchange:
+    """One request on its way, and its response. Ends by itself after `timeout` seconds of
+    silence.
+
+    sink: gets the body of a success as it comes, by feed(data), which may raise; it has
+    `finished` (nothing more is needed) and is told the `line`. Otherwise body is gathered.
+    """
+
+    def __init__(self, loop, timeout, sink=None):
+        self.reader, self.sink = ResponseReader(), sink
+        self.body = b""
+        self.done = loop.create_future()
+        self._loop, self._timeout, self._heard = loop, timeout, loop.time()
+        self._timer = loop.call_later(timeout, self._look)
+
+    def received(self, data):
+        self._heard = self._loop.time()
+        reader, sink = self.reader, self.sink
+        try:
+            body = reader.feed(data)
+            if sink is None or reader.status >= 300:
+                self.body += body
+            elif body:
+                sink.feed(body)
+        except Exception as error:             # whoever awaits `done` deals with it
+            return self.end(error)
+        if reader.whole:
+            self.end()
+        elif sink is not None and sink.finished and self._timeout > LINGER_SECONDS:
+            self._timeout = LINGER_SECONDS     # some servers never end their streams
+            self._timer.cancel()
+            self._timer = self._loop.call_later(LINGER_SECONDS, self._look)
+
+    def lost(self, error):
+        """The connection has ended, with an error or without."""
+        try:
+            if error is not None and not self._enough():
+                raise error
+            if not self._enough():
+                self.reader.end()
+        except Exception as why:
+            return self.end(why)
+        self.end()
+
+    def end(self, error=None):
+        self._timer.cancel()
+        if not self.done.done():
+            if error is None:
+                self.done.set_result(None)
+            else:
+                self.done.set_exception(error)
+
+    def _enough(self):
+        return self.sink is not None and self.sink.finished
+
+    def _look(self):
+        left = self._heard + self._timeout - self._loop.time()
+        if left > 0.001:
+            self._timer = self._loop.call_later(left, self._look)
+        else:
+            self.end(None if self._enough() else
+                     socket.timeout("no answer within %d s" % self._timeout))
+
+
+class Line:
+    """A connection, kept for the next request: an asyncio.Protocol."""
+
+    def __init__(self, on_close):
+        self._on_close, self._exchange = on_close, None
+        self.transport = None
+
+    async def carry(self, exchange, data):
+        """Send a request and wait until its response was read."""
+        self._exchange = exchange
+        if exchange.sink is not None:
+            exchange.sink.line = self
+        if self.transport is None or self.transport.is_closing():
+            raise ConnectionResetError("the connection was closed")
+        self.transport.write(data)
+        try:
+            await exchange.done
+        finally:
+            exchange.end()
+            self._exchange = None
+            if not (exchange.reader.whole and exchange.reader.kept):
+                self.transport.abort()
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        if self._exchange is None:
+            self.transport.abort()             # an answer that nobody asked for
+        else:
+            self._exchange.received(data)
+
+    def eof_received(self):
+        return False                           # close our side, too
+
+    def connection_lost(self, error):
+        if self._exchange is not None:
+            self._exchange.lost(error)
+        self._on_close(self)
+
+    def pause_writing(self):
+        pass                                   # one request at a time is bound enough
+
+    resume_writing = pause_writing
+
+
+class AsyncTransport:
+    """As Transport, for asyncio. For one event loop."""
+
+    def __init__(self, transport, keep=16):
+        import asyncio
+        self._loop, self._transport, self._most_kept = (
+            asyncio.get_running_loop(), transport, keep)
+        self.base, self._where = transport.base, transport.where()
+        self._free = []
+
+    async def call(self, path, body, key):
+        """POST JSON text and return the relay's answer. Raises NeuroengineError."""
+        try:
+            status, headers, data = await self.exchange("POST", path, body, key,
+                                                        timeout=POLL_SECONDS)
+        except BROKEN as error:
+            raise no_connection(self._transport.base, error) from error
+        return parse_answer(status, {"Retry-After": headers.get("retry-after"),
+                                     "Location": headers.get("location")}, data)
+
+    async def exchange(self, method, path, body=b"", key="", timeout=POLL_SECONDS, sink=None,
+                       headers=()):
+        """(status, headers, body) of one request. With a sink, the body of a success goes
+        there. Raises OSError or HTTPException. Cancelling it closes the connection."""
+        secure, host, prefix, proxy, proxy_headers = self._where
+        lines = ["%s %s%s%s HTTP/1.1" % (method, "" if secure or not proxy else
+                                         "http://" + host, prefix, path), "Host: " + host]
+        if key:
+            lines.append("Authorization: Bearer " + clean_key(key))
+        if proxy and not secure:
+            lines += ["%s: %s" % pair for pair in proxy_headers.items()]
+        lines += ["%s: %s" % pair for pair in headers]
+        lines += ["Content-Type: application/json", "Content-Length: %d" % len(body),
+                  "User-Agent: neuroengine/" + __version__, "", ""]
+        data = "\r\n".join(lines).encode("latin-1") + body
+        while True:
+            used = bool(self._free)
+            line = self._free.pop() if used else await self._connect()
+            exchange = Exchange(self._loop, timeout, sink)
+            try:
+                await line.carry(exchange, data)
+            except BROKEN as error:
+                # The server may have closed a kept connection in this moment. Everything
+                # that we send may be sent twice, so try another.
+                if used and not exchange.reader.begun and isinstance(error, ConnectionError):
+                    continue
+                raise
+            if not line.transport.is_closing() and len(self._free) < self._most_kept:
+                self._free.append(line)
+            else:
+                line.transport.abort()
+            return exchange.reader.status, exchange.reader.headers, exchange.body
+
+    async def _connect(self):
+        """A new Line. A thread looks up the name and connects, also through proxies."""
+        secure, host, _, proxy, proxy_headers = self._where
+        url = urllib.parse.urlsplit("//" + host)
+        port = url.port or (443 if secure else 80)
+        opener = (http.client.HTTPConnection(proxy, timeout=CONNECT_SECONDS) if proxy else
+                  http.client.HTTPConnection(url.hostname, port, timeout=CONNECT_SECONDS))
+        if proxy and secure:
+            opener.set_tunnel(url.hostname, port, headers=proxy_headers)
+        await in_thread(opener.connect, opener.close)
+        keep_alive(opener.sock)
+        tls = {"ssl": self._transport.context(), "server_hostname": url.hostname,
+               "ssl_handshake_timeout": CONNECT_SECONDS} if secure else {}
+        _, line = await self._loop.create_connection(lambda: Line(self._forget),
+                                                     sock=opener.sock, **tls)
+        return line
+
+    def _forget(self, line):
+        if line in self._free:
+            self._free.remove(line)
+
+    def close(self):
+        for line in list(self._free):
+            line.transport.abort()
+
+
+##############################################################################
 # Provider
 ##############################################################################
 
 
 CANCELLED = {"error": "cancelled", "message": "cancelled"}
+# How the relay refuses a request because of what is in it: sent again, it would be the same.
+REFUSED = frozenset(("invalid_request", "invalid_json", "request_too_large", "bad_http"))
+BUSY, GATHERING, IDLE = range(3)   # whether the sender looks into the outbox by itself
 
 
 class Work:
-    """One job in a provider's hands, and what of its answer is not yet taken."""
+    """One job in a provider's hands, and the part of its answer that the relay has not
+    taken yet."""
 
     def __init__(self, job, attempt, at, request):
         self.job, self.attempt, self.request = job, attempt, request
-        self.at, self.items = at, []           # at: position of items[0]
-        self.size = self.sent = 0              # bytes of all items, of those taken
+        self.at, self.items = at, []           # at: offset of items[0]; items: JSON texts
+        self.size = self.sent = 0              # characters of all items, of those taken
         self.due = False                       # the sender will look at it by itself
         self.ended = False
         self.error = None
         self.cancelled = False                 # nobody wants it any more
-        self.answer = None                     # what the callback returned
+        self.stop = None                       # called when it is cancelled
+        self.on_room = None                    # called when items were sent
 
 
-def size_of(item):
-    """Roughly the bytes that an item takes on its way."""
-    return len(item) if type(item) is str else 200
+def item_text(item):
+    """An item as JSON. Raises NeuroengineError if the relay can never take it."""
+    if type(item) is str:
+        text = to_json(item)
+    else:
+        try:
+            text = json.dumps(item, ensure_ascii=False, allow_nan=False,
+                              separators=(",", ":"))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise NeuroengineError(1, "its callback yielded what JSON cannot hold (%s)"
+                                   % error) from None
+    if len(text) > MAX_ITEM_BYTES:
+        raise NeuroengineError(1, "one item of its answer is over %d MB"
+                               % (MAX_ITEM_BYTES >> 20))
+    return text
+
+
+to_json = json.JSONEncoder(ensure_ascii=False).encode    # of a str: 0.2 us
 
 
 class Outbox:
     """The answers being made: items gather here until the relay has taken them.
 
-    While one request to the relay is under way, further items gather, and go together
-    in the next: low latency when idle, few requests under load. Knows no sockets.
+    While one request to the relay is under way, further items gather, and go together in the
+    next. put and end may be called from any thread. wake: called, from any thread, when the
+    sender has to look. Knows no sockets.
     """
 
-    def __init__(self):
+    def __init__(self, wake=lambda: None):
+        self._wake = wake
         self._lock = threading.Lock()
-        self._filled = threading.Condition(self._lock)   # put, end and stop; take waits
         self._room = threading.Condition(self._lock)     # settle and cancel; put waits
         self._works = {}                       # (job, attempt) -> Work
         self._ready = {}                       # those with something to send, in order
-        self._stopped = False
+        self._urgent = False                   # among them a first item, or an end
+        self._sender = IDLE
         self.served = self.tokens = 0
 
     def add(self, work):
         """Note a job that was handed to us; False if we have it already."""
         with self._lock:
-            if (work.job, work.attempt) in self._works:
-                return False
-            self._works[work.job, work.attempt] = work
-            self._filled.notify()              # from now on there is a heart to beat
-            return True
+            return self._works.setdefault((work.job, work.attempt), work) is work
 
     def put(self, work, item):
-        """Add an item; False if the job is cancelled. Blocks if too much is unsent.
+        """Add an item; False if the job is cancelled. Raises NeuroengineError if it is none.
 
         Only for the one thread that answers this job.
         """
-        if work.size - work.sent > MAX_UNSENT_BYTES:
-            with self._lock:
-                while work.size - work.sent > MAX_UNSENT_BYTES and not work.cancelled:
-                    self._room.wait()
         if work.cancelled:
             return False
+        text = item_text(item)
         # Without the lock, for which 64 workers queued up (52 us of CPU a token with it,
         # 40 without). No item is left lying: settle says that the work is not due before
         # it looks for more.
-        work.items.append(item)
-        work.size += size_of(item)
+        work.items.append(text)
+        work.size += len(text)
         if not work.due:
-            with self._lock:
-                self._make_ready_locked(work)
-                self._filled.notify()
+            self._make_ready(work, urgent=len(text) == work.size)
         return True
 
-    def _make_ready_locked(self, work):
-        self._ready[work] = work.due = True
+    def is_full(self, work):
+        """Whether the relay has to take items of this work before more are made."""
+        return work.size - work.sent > MAX_UNSENT_BYTES and not work.cancelled
+
+    def wait_for_room(self, work):
+        """Block as long as it is full."""
+        if self.is_full(work):
+            with self._lock:
+                while self.is_full(work):
+                    self._room.wait()
 
     def end(self, work, error=None):
         """Note that an answer has ended, with an error or without."""
         with self._lock:
             work.ended, work.error = True, error
             self.served += 1
-            if (work.job, work.attempt) in self._works:
-                self._make_ready_locked(work)
-                self._filled.notify()
+            known = (work.job, work.attempt) in self._works
+        if known:
+            self._make_ready(work, urgent=True)
+
+    def _make_ready(self, work, urgent):
+        with self._lock:
+            self._make_ready_locked(work, urgent)
+            wakes = self._sender == IDLE or urgent and self._sender == GATHERING
+            if wakes:
+                self._sender = BUSY
+        if wakes:
+            self._wake()
+
+    def _make_ready_locked(self, work, urgent):
+        self._ready[work] = work.due = True
+        self._urgent = self._urgent or urgent
 
     def running(self):
         """(job, attempt) of all that we have in hand."""
         with self._lock:
             return list(self._works)
 
-    def take(self, timeout=HEARTBEAT_SECONDS):
-        """Wait for something to send and return (entries, what settle wants to know).
-
-        With jobs in hand it returns after timeout seconds at the latest, perhaps with
-        nothing: a heartbeat. Returns None once stopped.
-        """
+    def rest(self, gather=False):
+        """Whether the sender may rest: from now on it is woken for the next item, or, if it
+        gathers items for a moment, for a first item or an end only."""
         with self._lock:
-            while not self._ready and not self._stopped:
-                if not self._filled.wait(timeout if self._works else None):
-                    break
-            if self._stopped and not self._ready:
-                return None
+            may = not (self._urgent if gather else self._ready)
+            self._sender = BUSY if not may else GATHERING if gather else IDLE
+            return may
+
+    def take(self, only=None):
+        """(entries as JSON texts, what settle wants to know) of all there is to send, or of
+        one work."""
+        with self._lock:
+            self._sender, self._urgent = BUSY, False
             entries, taken, size = [], [], 0
             for work in list(self._ready):
+                if only is not None and work is not only:
+                    continue
                 if size > MAX_BATCH_BYTES:
+                    self._urgent = True
                     break
                 count = self._fitting(work, MAX_BATCH_BYTES - size)
                 last = work.ended and count == len(work.items)
-                entry = {"job": work.job, "attempt": work.attempt, "at": work.at,
-                         "items": work.items[:count]}
-                if last and work.error:
-                    entry["error"] = work.error
-                elif last:
-                    entry["done"] = True
-                entries.append(entry)
+                entries.append('{"job":%s,"attempt":%d,"at":%d,"items":[%s]%s}' % (
+                    to_json(work.job), work.attempt, work.at, ",".join(work.items[:count]),
+                    "" if not last else ',"done":true' if not work.error else
+                    ',"error":' + json.dumps(work.error)))
                 taken.append((work, count, last))
                 size += work.size - work.sent
                 del self._ready[work]          # and it is due still, until settle
@@ -1422,7 +1772,7 @@ class Outbox:
             return len(work.items)
         count = 0
         for item in work.items:
-            room -= size_of(item)
+            room -= len(item)
             count += 1
             if room < 0:
                 break
@@ -1430,27 +1780,39 @@ class Outbox:
 
     def settle(self, taken, sent):
         """What take returned has arrived (sent), or has to go again."""
+        resumed = []
         with self._lock:
             for work, count, last in taken:
                 if sent:
                     work.at += count
-                    work.sent += sum(map(size_of, work.items[:count]))
+                    work.sent += sum(map(len, work.items[:count]))
                     del work.items[:count]
                     self.tokens += count
                     if last:
                         self._works.pop((work.job, work.attempt), None)
+                    if work.on_room is not None:
+                        resumed.append(work.on_room)
                 work.due = False
                 if (work.items or work.ended and not (sent and last)) \
                         and (work.job, work.attempt) in self._works:
-                    self._make_ready_locked(work)
+                    self._make_ready_locked(work, urgent=work.ended)
             self._room.notify_all()
-            if self._ready:
-                self._filled.notify()
+        for resume in resumed:
+            resume()
+
+    def spoil(self, work, words):
+        """Say, instead of what is left of an answer, that the relay refuses it."""
+        with self._lock:
+            work.items.clear()
+            work.sent, work.cancelled, work.ended = work.size, True, True
+            work.error = {"error": "provider_error", "message": words}
+            self._make_ready_locked(work, urgent=True)
+            self._room.notify_all()
 
     def cancel(self, pairs):
-        """Mark jobs as not wanted; the Works that were running are returned."""
+        """Mark jobs as not wanted and stop those that still run."""
+        stopped = []
         with self._lock:
-            works = []
             for pair in pairs:
                 work = self._works.get(tuple(pair))
                 if work is not None and not work.cancelled:
@@ -1459,219 +1821,44 @@ class Outbox:
                     work.sent = work.size
                     if work.ended:             # its last word must still be said: it
                         work.error = CANCELLED   # tells that a worker is free
-                    else:
-                        works.append(work)
+                    elif work.stop is not None:
+                        stopped.append(work.stop)
             self._room.notify_all()
-            return works
+        for stop in stopped:
+            stop()
 
     def forget(self):
-        """Have nothing in hand any more: the relay was told."""
+        """Cancel everything and have nothing in hand any more: the relay was told."""
+        self.cancel(self.running())
         with self._lock:
             self._works.clear()
             self._ready.clear()
 
-    def stop(self):
-        """Let take return what is left, and then None."""
-        with self._lock:
-            self._stopped = True
-            self._filled.notify_all()
 
+class Workers:
+    """Answer jobs by a user's callback, in threads; coroutines on an event loop."""
 
-class NeuroengineServer:
-    """Shares an LLM: answers the prompts that a relay has for a service.
+    renders = False            # the callback gets the native fields
 
-    server_address, server_port and verify_ssl are as in Neuroengine.
-    """
-
-    def __init__(self, server_address=DEFAULT_SERVER, server_port=443, verify_ssl=True):
-        self.server_address, self.server_port = server_address, server_port
-        self.verify_ssl = verify_ssl
-        self._transport = RelayTransport(relay_url(server_address, server_port), verify_ssl)
-        self.service_name = self.service_key = None
-        self._session = None
-        self._features = {"workers": 1, "continues": False}
-        self._stale = True        # not logged in with those
-        self._ready = None        # the bridge's: waits until its upstream is there
-        self._stopping = False
-        self._paused = False      # upstream gone, or closed: log in when that is over
-        self._hours = ()          # when to share, as parse_hours has it
-
-    def login(self, service_name, service_key):
-        """Log in to the relay as a provider of that service, with its service key.
-
-        Returns 0, or a negative number: -1 if the relay cannot be reached, else the
-        negative of the relay's errorcode (-30: wrong key). self.error has the words.
-        """
-        self.service_name, self.service_key = service_name, service_key
-        try:
-            self._log_in()
-        except NeuroengineError as error:
-            self.error = error.message
-            return -abs(error.errorcode)
-        return 0
-
-    def listen(self, answer_callback, workers=1, *, continues=False):
-        """Answer requests for ever; returns after Ctrl-C, having handed jobs back.
-
-        answer_callback gets each request as a dict (message, the sampling fields, and
-        whatever else the client sent) and returns the reply: a str, a JSON text or a
-        dict with "reply", or an iterator of str, which is streamed as it yields and
-        closed when nobody wants it any more. workers: how many callbacks run at once.
-        continues: the callback can go on with an answer that another provider began;
-        it finds the text so far in request["reply_so_far"], and returns what follows.
-        Reconnects by itself. Raises NeuroengineError if the service key is wrong.
-        """
-        if self.service_name is None:
-            raise NeuroengineError(NO_CONNECTION, "Call login() before listen().")
-        features = dict(self._features, workers=workers, continues=continues)
-        if features != self._features:
-            self._features, self._stale = features, True
-        _Listening(self, answer_callback).run()
-
-    def stop(self):
-        """Make listen, which runs in another thread, return as if by Ctrl-C."""
-        self._stopping = True
-        session, self._session = self._session, None
-        if session:
-            self._log_out(session)         # ends the poll under way, too
-
-    def _call(self, action, timeout=REQUEST_SECONDS, **body):
-        return self._transport.call(
-            "POST", "/provider/%s/%s" % (urllib.parse.quote(self.service_name, safe=""),
-                                         action),
-            body, key=self.service_key, timeout=timeout)
-
-    def _log_in(self):
-        old, self._session = self._session, None
-        self._session = self._call("login", **self._features)["session"]
-        self._stale = False
-        if old:
-            self._log_out(old)
-
-    def _log_out(self, session):
-        try:
-            self._call("logout", timeout=CANCEL_SECONDS, session=session)
-        except NeuroengineError:
-            pass                               # it has ended, or will by itself
-
-
-class _Listening:
-    """One call of listen: a thread that polls (the caller's own), one that sends items,
-    and the workers that run callbacks."""
-
-    def __init__(self, server, callback):
-        self.server, self.callback = server, callback
-        self.outbox, self.status = Outbox(), Status(server._hours)
+    def __init__(self, callback):
+        self.callback = callback
         self._todo = collections.deque()
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)   # work in _todo
         self._threads = self._resting = 0      # workers, and those with nothing to do
         self._called = False                   # one of them is on its way to _todo
-        self._online = threading.Event()       # the relay answered the last poll
-        self._closing = False                  # the hours are over: no more jobs
+        self._loop = None                      # of coroutines
 
-    def run(self):
-        server = self.server
-        sender = threading.Thread(target=self._send, daemon=True)
-        server._stopping = False
-        try:
-            if server._stale and not server._paused:
-                self._keep_trying(server._log_in)
-            sender.start()
-            if server._hours:
-                threading.Thread(target=self._keep_hours, daemon=True).start()
-            self._say()
-            while not server._stopping:
-                self._poll()
-        except KeyboardInterrupt:
-            self.status.event("Stopping: unfinished prompts go back to the relay.")
-        finally:
-            server._stopping = True
-            self.outbox.stop()
-            if server._session:
-                server._log_out(server._session)
-                server._session, server._stale = None, True
-            self.outbox.cancel(self.outbox.running())
+    async def ready(self):
+        """Wait until jobs can be answered."""
 
-    def _keep_trying(self, action):
-        """Do action until it succeeds, however long the relay is away, and return what
-        it returns. Raises NeuroengineError for what will not get better."""
-        failures = 0
-        while True:
-            try:
-                answer = action()
-            except NeuroengineError as error:
-                if self.server._paused or self.server._stopping \
-                        or self._closing and not self.outbox.running():
-                    return {}
-                if error.name == "session_unknown":
-                    action = self.server._log_in
-                    continue
-                if error.name in FINAL:
-                    raise
-                self._online.clear()
-                if not failures:
-                    self.status.event(error.message)
-                time.sleep(pause_before(failures, error.retry_after))
-                failures += 1
-            else:
-                self._online.set()
-                if failures:
-                    self.status.event("Connected again.")
-                return answer or {}
+    def attach(self, listening):
+        """Answer the jobs of this _Listening."""
+        self._listening, self._outbox = listening, listening.outbox
+        self._most = listening.server._features["workers"]
 
-    def _poll(self):
-        """Ask for work once, and take it."""
-        server = self.server
-        if self._closing and not self.outbox.running():
-            self._pause(hours_words(server._hours).capitalize() + ".")
-        if server._paused:
-            server._ready()
-            if server._stopping:
-                return
-            server._paused = self._closing = False
-            self._keep_trying(server._log_in)
-        if self._take(self._keep_trying(self._call_poll)):
-            time.sleep(YIELD_SECONDS)
-
-    def _call_poll(self):
-        running = self.outbox.running()
-        if self._closing:
-            # What is named and not ours takes up a worker, so the relay gives us no more.
-            running += [("closing", n) for n in range(self.server._features["workers"])]
-        return self.server._call("poll", timeout=POLL_SECONDS, running=running,
-                                 session=self.server._session)
-
-    def _keep_hours(self):
-        """Begin to close when the hours are over; for a thread of its own."""
-        while not self.server._stopping:
-            if not opening(self.server._hours, local_minute())[0] \
-                    and not self.server._paused:
-                self._closing = True
-                self._end_poll()
-            sleep_until_look()
-
-    def _end_poll(self):
-        """End the poll under way, by another."""
-        try:
-            self._take(self._call_poll())
-        except NeuroengineError:
-            pass                               # the next one will say why
-
-    def _take(self, answer):
-        """Deal with the jobs and cancellations of a response; whether there were jobs."""
-        for work in self.outbox.cancel(answer.get("cancel", ())):
-            cancel = getattr(work.answer, "cancel", None)
-            if cancel is not None:
-                cancel()                       # it may be waiting inside
-        for job in answer.get("jobs", ()):
-            work = Work(job["job"], job["attempt"], job["at"], job["request"])
-            if self.outbox.add(work):
-                self._give(work)
-        self._say()
-        return bool(answer.get("jobs"))
-
-    def _give(self, work):
+    def start(self, work):
+        """Have a job answered."""
         with self._lock:
             self._todo.append(work)
             self._call_worker_locked()
@@ -1685,7 +1872,7 @@ class _Listening:
         if self._resting:
             self._called = True
             self._arrived.notify()
-        elif self._threads < self.server._features["workers"]:
+        elif self._threads < self._most:
             self._called = True
             self._threads += 1
             threading.Thread(target=self._work, daemon=True).start()
@@ -1706,102 +1893,515 @@ class _Listening:
 
     def _answer(self, work):
         """Run the callback for one job and put its items into the outbox."""
-        error = None
+        answer, error = None, None
         try:
             if not work.cancelled:
-                work.answer = self.callback(self._request_of(work))
-                needs_call = self._needs_call(work.request)
-                for item in items_of(work.answer):
-                    if needs_call and type(item) is str:
-                        raise NeuroengineError(1, "a tool call is demanded, and it "
-                                               "answers with text", "unsupported")
-                    if not self.outbox.put(work, item):
+                answer = self.callback(callback_request(request_left(work)))
+                if hasattr(answer, "__await__") or hasattr(answer, "__aiter__"):
+                    return self._continue(work, answer)
+                for item in items_of(answer):
+                    self._check(work, item)
+                    self._outbox.wait_for_room(work)
+                    if not self._outbox.put(work, item):
                         break
-        except Unavailable as why:
-            return self._pause(str(why))
-        except NeuroengineError as why:
-            error = {"error": why.name or "provider_error", "message": why.message}
         except Exception as why:
-            if not work.cancelled:
-                self.status.failure("The callback failed:")
-            error = {"error": "provider_error",
-                     "message": "its program raised %s" % type(why).__name__}
+            error = self._error_of(work, why)
         finally:
-            close = getattr(work.answer, "close", None)
+            close = getattr(answer, "close", None)
             if close is not None:
                 try:
                     close()
                 except Exception:
-                    self.status.failure("Closing it failed:")
-        self.outbox.end(work, error or (
-            CANCELLED if work.cancelled else None))
+                    self._listening.status.failure("Closing it failed:")
+        self._end(work, error)
 
-    def _needs_call(self, request):
-        """Whether the client will take nothing but a tool call. A bridge leaves that to
-        its upstream."""
-        return bool(request.get("tools")) and not self.server._ready and request.get(
-            "tool_choice") not in (None, "auto", "none")
+    def _end(self, work, error):
+        self._outbox.end(work, error or (CANCELLED if work.cancelled else None))
 
-    def _request_of(self, work):
+    def _error_of(self, work, why):
+        """What the relay is told of what a callback raised."""
+        if isinstance(why, NeuroengineError):
+            return error_entry(why)
+        if not work.cancelled:
+            self._listening.status.failure("The callback failed:")
+        return {"error": "provider_error",
+                "message": "its program raised %s" % type(why).__name__}
+
+    def _check(self, work, item):
+        """Raise NeuroengineError if the client will take nothing but a tool call, and this
+        is text."""
         request = work.request
-        if request.get("reply_so_far"):        # the tokens of it count, too
-            request = dict(request, **{name: max(1, request[name] - work.at)
-                                       for name in TOKEN_LIMITS if request.get(name)})
-        return request if self.server._ready else callback_request(request)
+        if request.get("tools") and type(item) is str and request.get("tool_choice") not in (
+                None, "auto", "none"):
+            raise NeuroengineError(1, "a tool call is demanded, and it answers with text",
+                                   "unsupported")
 
-    def _pause(self, why):
-        """The upstream is gone, or the hours are over: hand everything back, and log in
-        when it is time again."""
-        server = self.server
+    def _continue(self, work, answer):
+        """Have a coroutine or an async generator go on, on the loop that serves them all."""
+        import asyncio
         with self._lock:
-            first, server._paused = not server._paused, True
-        self.outbox.cancel(self.outbox.running())
-        self.outbox.forget()
-        if first:
-            self.status.event(why)
-            session, server._session = server._session, None
-            if session:
-                server._log_out(session)       # ends the poll under way, too
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        task = asyncio.run_coroutine_threadsafe(self._await(work, answer), self._loop)
+        work.stop = task.cancel
+        if work.cancelled:
+            task.cancel()
 
-    def _send(self):
-        """Send items as long as there are any; for a thread of its own."""
+    async def _await(self, work, answer):
+        import asyncio
+        error, stream = None, None
+        try:
+            if hasattr(answer, "__await__"):
+                answer = await answer
+            if hasattr(answer, "__aiter__"):
+                stream = answer
+                async for item in stream:
+                    if not await self._put(work, item):
+                        break
+            else:
+                for item in items_of(answer):
+                    if not await self._put(work, item):
+                        break
+        except asyncio.CancelledError:
+            error = CANCELLED
+        except Exception as why:
+            error = self._error_of(work, why)
+        finally:
+            if hasattr(stream, "aclose"):
+                try:
+                    await stream.aclose()
+                except Exception:
+                    self._listening.status.failure("Closing it failed:")
+            self._end(work, error)
+
+    async def _put(self, work, item):
+        import asyncio
+        check_item(item)
+        self._check(work, item)
+        while self._outbox.is_full(work):
+            await asyncio.sleep(0.05)
+        return self._outbox.put(work, item) if item else not work.cancelled
+
+
+def request_left(work):
+    """A job's request. If another provider began the answer, its tokens count, too."""
+    request = work.request
+    if not request.get("reply_so_far"):
+        return request
+    return dict(request, **{name: max(1, request[name] - work.at)
+                            for name in LENGTH_FIELDS if isinstance(request.get(name), int)})
+
+
+def error_entry(error):
+    """What the relay is told of an error."""
+    return dict(getattr(error, "details", ()), error=error.name or "provider_error",
+                message=error.message)
+
+
+class NeuroengineServer:
+    """Shares an LLM: answers the prompts that a relay has for a service.
+
+    server_address, server_port and verify_ssl are as in Neuroengine.
+    """
+
+    def __init__(self, server_address: str = DEFAULT_SERVER, server_port: int = 443,
+                 verify_ssl: Union[bool, str] = True) -> None:
+        self.server_address, self.server_port = server_address, server_port
+        self.verify_ssl = verify_ssl
+        self.error = ""           # in words, why the last login failed
+        self._transport = RelayTransport(relay_url(server_address, server_port), verify_ssl)
+        self.service_name = self.service_key = None
+        self._session = None
+        self._features = {"workers": 1, "continues": False}
+        self._stale = True        # not logged in with those
+        self._listening = None    # the _Listening that runs
+        self._stopping = False
+        self._paused = False      # upstream gone, or closed: log in when that is over
+        self._hours = ()          # when to share, as parse_hours has it
+
+    def login(self, service_name: str, service_key: str) -> int:
+        """Log in to the relay as a provider of that service, with its service key.
+
+        Returns 0, or a negative number: -1 if the relay cannot be reached, else the
+        negative of the relay's errorcode (-30: wrong key). self.error has the words; it is
+        "" after success.
+        """
+        self.service_name, self.service_key, self.error = service_name, service_key, ""
+        try:
+            self._log_in()
+        except NeuroengineError as error:
+            self.error = error.message
+            return -abs(error.errorcode)
+        return 0
+
+    def listen(self, answer_callback: Callable[[Dict[str, Any]], Any], workers: int = 1, *,
+               continues: bool = False) -> None:
+        """Answer requests for ever; returns after Ctrl-C, SIGTERM or stop(), having handed
+        unfinished jobs back.
+
+        answer_callback gets each request as a dict (message, the sampling fields, and
+        whatever else the client sent) and returns the reply: a str, a JSON text or a
+        dict with "reply", or an iterator of str, which is streamed as it yields and
+        closed when nobody wants it any more. It may be a coroutine function or an async
+        generator: one event loop, in a thread of its own, runs them all, and cancels those
+        that nobody waits for. workers: how many callbacks run at once, in threads if they
+        are no coroutines. continues: the callback can go on with an answer that another
+        provider began; it finds the text so far in request["reply_so_far"], and returns
+        what follows. Reconnects by itself. Raises NeuroengineError if the service key is
+        wrong, or the service is unknown.
+        """
+        if self.service_name is None:
+            raise NeuroengineError(NO_CONNECTION, "Call login() before listen().")
+        self._declare(workers=workers, continues=continues)
+        run_listenings([_Listening(self, Workers(answer_callback))])
+
+    def stop(self) -> None:
+        """Make listen, which runs in another thread, return as if by Ctrl-C."""
+        self._stopping = True
+        listening = self._listening
+        if listening is not None:
+            return listening.stop()
+        session, self._session = self._session, None
+        if session:
+            self._log_out(session)
+
+    def _declare(self, **features):
+        """Tell the relay what this provider can do, at the next login."""
+        features = dict(self._features, **features)
+        if features != self._features:
+            self._features, self._stale = features, True
+
+    def _path(self, action):
+        return "/provider/%s/%s" % (urllib.parse.quote(self.service_name, safe=""), action)
+
+    def _call(self, action, timeout=REQUEST_SECONDS, **body):
+        return self._transport.call("POST", self._path(action), body, key=self.service_key,
+                                    timeout=timeout)
+
+    def _log_in(self):
+        old, self._session = self._session, None
+        self._session = self._call("login", **self._features).get("session")
+        if not isinstance(self._session, str):
+            raise NeuroengineError(NO_CONNECTION, "The relay answered a login without a "
+                                   "session.", "bad_answer")
+        self._stale = False
+        if old:
+            self._log_out(old)
+
+    def _log_out(self, session):
+        try:
+            self._call("logout", timeout=CANCEL_SECONDS, session=session)
+        except NeuroengineError:
+            pass                               # it has ended, or will by itself
+
+class _Listening:
+    """One call of listen, as tasks of an event loop: one that polls and hands the jobs to
+    whoever answers them (Workers or a Bridge), one that sends their items."""
+
+    def __init__(self, server, answerer, status=None):
+        self.server, self.answerer = server, answerer
+        self.status = status or Status(server._hours)
+        self.outbox = Outbox(self._wake)
+        self._closing = False                  # the hours are over: no more jobs
+        self._loop = self._thread = self._relay = None
+        self._woken = self._stopped = None     # futures: for the sender, for run
+        answerer.attach(self)
+        self.status.watch(self.outbox)
+
+    async def run(self):
+        """Serve until stop or cancellation, then hand all jobs back. Raises
+        NeuroengineError if the relay refuses this provider for good."""
+        import asyncio
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        self._stopped = self._loop.create_future()
+        self.server._listening, self.server._stopping = self, False
+        serving = asyncio.ensure_future(self._serve())
+        try:
+            await asyncio.wait([serving, self._stopped], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await self._end()
+            serving.cancel()
+            await asyncio.wait([serving])
+        if not serving.cancelled():
+            serving.result()
+
+    async def _serve(self):
+        import asyncio
+        server = self.server
+        self._relay = AsyncTransport(server._transport)
+        if server._stale and not server._paused:
+            await self._keep_trying(self._log_in, first=True)
+        self.status.show()
+        tasks = [asyncio.ensure_future(task) for task in (
+            self._poll_always(), self._send_always(), self._keep_hours())]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _end(self):
+        """Log out, which hands unfinished jobs to others, and stop working on them."""
+        server = self.server
+        server._stopping, server._listening = True, None
+        session, server._session, server._stale = server._session, None, True
+        if session:
+            await self._log_out(session)       # the poll under way ends by itself
+        self.outbox.forget()
+        if self._relay is not None:
+            self._relay.close()
+
+    def stop(self):
+        """Have run end soon; from any thread."""
+        def stop():
+            if not self._stopped.done():
+                self._stopped.set_result(None)
+        if self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(stop)
+            except RuntimeError:
+                pass                           # the loop has ended
+
+    async def _log_in(self):
+        """Log in, in a thread: it is done rarely, and may take long."""
+        await in_thread(self.server._log_in, lambda: None)
+
+    async def _log_out(self, session):
+        await in_thread(lambda: self.server._log_out(session), lambda: None)
+
+    async def _keep_trying(self, action, first=False):
+        """Do action until it succeeds, however long the relay is away, and return what it
+        returns. Raises NeuroengineError for what will not get better, and at the first
+        attempt for all that is likely to be a mistake of whoever started us."""
+        import asyncio
         failures = 0
         while True:
-            batch = self.outbox.take()
-            if batch is None:
-                return
-            entries, taken = batch
-            session = self.server._session
-            if not taken and (session is None or not self.outbox.running()):
+            try:
+                answer = await action()
+            except NeuroengineError as error:
+                if self.server._paused or self.server._stopping \
+                        or self._closing and not self.outbox.running():
+                    return None
+                if error.name == "session_unknown":
+                    action = self._log_in
+                    continue
+                if error.name in FINAL or first and not failures \
+                        and error.name != "no_connection" and error.name not in RETRIED:
+                    raise
+                if not failures:
+                    self.status.event(error.message)
+                await asyncio.sleep(pause_before(failures, error.retry_after))
+                failures += 1
+            else:
+                if failures:
+                    self.status.event("Connected again.")
+                    self._wake_here()          # the sender may be waiting, too
+                return answer
+
+    async def _poll_always(self):
+        server = self.server
+        while not server._stopping:
+            if self._closing and not self.outbox.running():
+                self.status.event(hours_words(server._hours).capitalize() + ".")
+                self.pause()
+            if server._paused:
+                await self._wait_until_ready()
+            await self._keep_trying(self._poll)
+
+    async def _wait_until_ready(self):
+        import asyncio
+        server = self.server
+        while True:
+            await self.answerer.ready()
+            if opening(server._hours, local_minute())[0]:
+                break
+            self.status.event(hours_words(server._hours).capitalize() + ".")
+            while not opening(server._hours, local_minute())[0]:
+                await asyncio.sleep(seconds_until_look())
+        server._paused = self._closing = False
+        await self._keep_trying(self._log_in)
+
+    async def _poll(self):
+        """Ask for work once, and take it."""
+        running = self.outbox.running()
+        if self._closing:
+            # What is named and not ours takes up a worker, so the relay gives us no more.
+            running += [("closing", n) for n in range(self.server._features["workers"])]
+        self._take(await self._call("poll", '"running":' + json.dumps(running)))
+
+    async def _call(self, action, fields):
+        server = self.server
+        if server._session is None:
+            raise NeuroengineError(NO_CONNECTION, "Not logged in.", "no_connection")
+        return await self._relay.call(
+            server._path(action), ('{"session":%s,%s}' % (
+                json.dumps(server._session), fields)).encode("utf-8", "surrogatepass"),
+            server.service_key)
+
+    async def _keep_hours(self):
+        """Begin to close when the hours are over."""
+        import asyncio
+        while self.server._hours:
+            if not opening(self.server._hours, local_minute())[0] \
+                    and not self.server._paused:
+                self._closing = True
+                await self._end_poll()
+            await asyncio.sleep(seconds_until_look())
+
+    async def _end_poll(self):
+        """End the poll under way, by another."""
+        try:
+            await self._poll()
+        except NeuroengineError:
+            pass                               # the next one will say why
+
+    def _take(self, answer):
+        """Deal with the jobs and cancellations of a response. Raises NeuroengineError."""
+        try:
+            if answer.get("cancel"):
+                self.outbox.cancel(answer["cancel"])
+            for job in answer.get("jobs", ()):
+                work = Work(job["job"], job["attempt"], job["at"], job["request"])
+                if self.outbox.add(work):
+                    self.answerer.start(work)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise NeuroengineError(NO_CONNECTION, "The relay answered a poll in a way that "
+                                   "this version does not know (%r)." % error,
+                                   "bad_answer") from None
+        self.status.show()
+
+    def pause(self):
+        """The upstream is gone, or the hours are over: hand everything back, and log in
+        when it is time again."""
+        import asyncio
+        server = self.server
+        if server._paused or server._stopping:
+            return
+        server._paused = True
+        self.outbox.forget()
+        session, server._session = server._session, None
+        if session:                            # it ends the poll under way, too
+            self._leaving = asyncio.ensure_future(self._log_out(session))
+
+    def _wake(self):
+        """Have the sender look into the outbox; from any thread."""
+        if threading.get_ident() == self._thread:
+            self._wake_here()
+        else:
+            try:
+                self._loop.call_soon_threadsafe(self._wake_here)
+            except RuntimeError:
+                pass                           # the loop has ended
+
+    def _wake_here(self):
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    async def _rest(self, seconds):
+        """Rest until woken, or so long."""
+        self._woken = self._loop.create_future()
+        timer = self._loop.call_later(seconds, self._wake_here)
+        await self._woken
+        timer.cancel()
+
+    async def _send_always(self):
+        """Send items as long as there are any, and something every few seconds."""
+        failures = 0
+        while True:
+            if self.outbox.rest():
+                await self._rest(HEARTBEAT_SECONDS)
+            entries, taken = self.outbox.take()
+            if not taken and (self.server._session is None or not self.outbox.running()):
                 continue
             try:
-                if session is None:
-                    raise NeuroengineError(NO_CONNECTION, "not logged in")
-                answer = self.server._call("reply", session=session, replies=entries)
-            except NeuroengineError:
+                await self._send(entries, taken)
+            except NeuroengineError as error:
                 self.outbox.settle(taken, sent=False)
-                if self.server._stopping:
-                    return
-                self._online.wait(pause_before(failures))
-                time.sleep(pause_before(failures) / 4)
-                failures = min(failures + 1, 4)
+                if error.name in REFUSED and taken:
+                    await self._send_singly([work for work, _, _ in taken])
+                else:
+                    await self._rest(pause_before(failures, error.retry_after))
+                    failures = min(failures + 1, 4)
                 continue
             failures = 0
-            self.outbox.settle(taken, sent=True)
             if self._closing and not self.outbox.running():
-                self._end_poll()
-            for refusal in answer.get("refused", ()):
-                self._refused(refusal, taken)
-            self._take(answer)
+                await self._end_poll()
+            if self.outbox.rest(gather=True):
+                await self._rest(GATHER_SECONDS)
 
-    def _refused(self, refusal, taken):
-        for work, _, _ in taken:
-            if work.job == refusal.get("job"):
-                self._take({"cancel": [(work.job, work.attempt)]})
+    async def _send(self, entries, taken):
+        answer = await self._call("reply", '"replies":[%s]' % ",".join(entries))
+        self.outbox.settle(taken, sent=True)
+        refused = {refusal.get("job") for refusal in answer.get("refused", ())}
+        if refused:
+            self.outbox.cancel([(work.job, work.attempt) for work, _, _ in taken
+                                if work.job in refused])
+        self._take(answer)
 
-    def _say(self):
-        self.status.show(len(self.outbox.running()), self.outbox.served,
-                         self.outbox.tokens)
+    async def _send_singly(self, works):
+        """The relay refuses a request that holds entries of these: find out whose fault it
+        is, and fail that job alone."""
+        for work in works:
+            entries, taken = self.outbox.take(only=work)
+            try:
+                await self._send(entries, taken)
+            except NeuroengineError as error:
+                self.outbox.settle(taken, sent=False)
+                if error.name not in REFUSED:
+                    return                     # the relay is away: begin again later
+                words = "the relay refused its answer: %s" % error.message
+                self.status.event("A job failed: %s" % words)
+                self.outbox.spoil(work, words)
+
+
+def run_listenings(listenings):
+    """Run them on one event loop until all have ended, or Ctrl-C or SIGTERM ends them.
+
+    The loop has a thread of its own: so Ctrl-C is noticed on Windows as well, and it works
+    where another loop runs already (Jupyter). Raises the first error.
+    """
+    import asyncio
+    errors = []
+
+    async def run_all():
+        tasks = [asyncio.ensure_future(listening.run()) for listening in listenings]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for listening in listenings:
+            listening.stop()
+        errors.extend(filter(None, await asyncio.gather(*tasks, return_exceptions=True)))
+
+    thread = threading.Thread(target=lambda: asyncio.run(run_all()), daemon=True)
+    with terminated_as_interrupted():
+        try:
+            thread.start()
+            while thread.is_alive():
+                thread.join(SLICE_SECONDS)
+        except KeyboardInterrupt:
+            listenings[0].status.event("Stopping: unfinished prompts go back to the relay.")
+            for listening in listenings:
+                listening.stop()
+            thread.join(2 * CANCEL_SECONDS)
+    for error in errors:
+        raise error
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted():
+    """Let SIGTERM, a service manager's stop, be as Ctrl-C, unless the program has its own
+    way with it."""
+    import signal
+    try:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            raise ValueError
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:                         # or this is not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def parse_hours(text):
@@ -1846,19 +2446,10 @@ def hours_words(spans):
         "open" if is_open else "closed", change // 60, change % 60)
 
 
-def sleep_until_look():
-    """Sleep until the next full minute. (Clocks are set, and go to summer time: so look
+def seconds_until_look():
+    """Seconds until the next full minute. (Clocks are set, and go to summer time: so look
     at them again and again, rather than reckon how long it is to the next opening.)"""
-    time.sleep(LOOK_SECONDS - time.time() % LOOK_SECONDS)
-
-
-def wait_for_opening(spans):
-    """Wait until it is open; whether that took any time."""
-    waited = False
-    while not opening(spans, local_minute())[0]:
-        waited = True
-        sleep_until_look()
-    return waited
+    return LOOK_SECONDS - time.time() % LOOK_SECONDS
 
 
 class Status:
@@ -1871,6 +2462,11 @@ class Status:
         self._shown = 0.0
         self._line = ""
         self._before = (time.monotonic(), 0)
+        self._outboxes = []
+
+    def watch(self, outbox):
+        """Show what this outbox does, too."""
+        self._outboxes.append(outbox)
 
     def event(self, text):
         """Say something that happened."""
@@ -1884,11 +2480,14 @@ class Status:
         import traceback                   # rarely needed, and 5 of 60 ms to import
         self.event(text + "\n" + traceback.format_exc())
 
-    def show(self, running, served, tokens):
+    def show(self):
         """Show the present state, on a terminal, at most some times a second."""
         now = time.monotonic()
         if not self.live or now - self._shown < 0.2:
             return
+        running = sum(len(outbox.running()) for outbox in self._outboxes)
+        served = sum(outbox.served for outbox in self._outboxes)
+        tokens = sum(outbox.tokens for outbox in self._outboxes)
         with self._lock:
             since, had = self._before
             rate = (tokens - had) / max(now - since, 0.2)
@@ -1909,68 +2508,873 @@ class Status:
 
 
 ##############################################################################
-# Bridge: a local OpenAI-compatible server as a provider
+# Bridge, what goes up: one job of the relay -> one request of the upstream
+##############################################################################
+# The rule is to pass through: what the client sent reaches the LLM server, and what that
+# says, refusals too, reaches the client. Everything else here is an exception, and says why.
+
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions",
+         "embeddings": "/v1/embeddings", "responses": "/v1/responses",
+         "messages": "/v1/messages", "count_tokens": "/v1/messages/count_tokens",
+         "rerank": "/v1/rerank", "tokenize": "/tokenize", "detokenize": "/detokenize"}
+GENERATING = ("chat", "completions", "responses", "messages")
+# Whatever bounds the length of an answer, in any API or server.
+LENGTH_FIELDS = ("max_new_len", "max_tokens", "max_completion_tokens", "max_output_tokens",
+                 "n_predict", "num_predict", "max_new_tokens", "max_length", "max_gen_len",
+                 "max_generate_tokens", "max_tokens_to_sample")
+# Fields that reach into the server, beyond the model that is shared: slots and files of
+# llama.cpp, adapters, code and templates of vLLM and MLX, tools that fetch.
+UNSHARED = ("id_slot", "slot_id", "lora", "lora_request", "adapters", "adapter_path",
+            "draft_model", "chat_template", "path", "filename", "logits_processors",
+            "kv_transfer_params", "mcp_servers")
+# A conversation that the server keeps: another provider, or caller, would not have it.
+STATE_FIELDS = ("previous_response_id", "conversation", "background")
+URL_FIELDS = ("image_url", "video_url", "audio_url", "file_url")
+# What each calls the penalty of repeated tokens; others get both names.
+PENALTY_NAMES = {"llama.cpp": ("repeat_penalty",), "vLLM": ("repetition_penalty",),
+                 "LM Studio": ("repeat_penalty",), "KoboldCpp": ("rep_pen",),
+                 "Ollama": ()}
+NATIVE_FIELDS = ("message", "messages", "raw", "max_new_len", "repetition_penalty",
+                 "temperature", "top_p", "top_k", "min_p", "seed", "api", "reply_so_far",
+                 "stream")
+
+
+class Question:
+    """What the upstream is asked: a path and a body. own: the fields that the bridge added
+    by itself, which may be left out again if the upstream refuses them."""
+
+    def __init__(self, api, body, own=(), headers=(), opaque=False, stream=True):
+        self.api, self.path, self.body = api, PATHS[api], body
+        self.own, self.headers = set(own), headers
+        self.opaque, self.stream = opaque, stream
+        self._tried = set()
+
+    def data(self):
+        """The body in bytes."""
+        return encode(self.body)
+
+    def parser(self, model):
+        """What makes items of the answer."""
+        return (WholeAnswer(model, self) if not self.stream else
+                Events(model, self) if self.opaque else Completion(model))
+
+    def choices(self):
+        """How many choices the answer has."""
+        n, prompt = self.body.get("n"), self.body.get("prompt")
+        prompts = len(prompt) if isinstance(prompt, list) and not all(
+            isinstance(token, int) for token in prompt) else 1
+        return prompts * (n if type(n) is int and n > 0 else 1)
+
+    def relent(self, words, param, too_long):
+        """Change what the upstream refuses in these words, if that keeps the meaning of what
+        the client asked; whether it did. A client's field is never left out."""
+        def is_meant(field):
+            return field == param or re.search(r"(?<!\w)%s(?!\w)" % re.escape(field), words)
+
+        def change(field):
+            if field in self._tried:
+                return False
+            self._tried.add(field)
+            return True
+        for field in sorted(self.own & set(self.body)):
+            # A limit of our own that does not fit into the context (vLLM): what is left of
+            # the context is less, so it holds without.
+            if (is_meant(field) or too_long and field in LENGTH_FIELDS) and change(field):
+                del self.body[field]
+                return True
+        for old, new in (("max_tokens", "max_completion_tokens"),
+                         ("max_completion_tokens", "max_tokens")):
+            if old in self.body and new not in self.body and is_meant(old) and change(old):
+                self.body[new] = self.body.pop(old)
+                return True
+        wanted = self.body.get("response_format")
+        if isinstance(wanted, dict) and wanted.get("type") == "json_object" \
+                and "json_schema" in words and change("response_format"):
+            self.body["response_format"] = ANY_OBJECT          # LM Studio
+            return True
+        return False
+
+
+ANY_OBJECT = {"type": "json_schema", "json_schema": {"name": "any",
+                                                     "schema": {"type": "object"}}}
+
+
+class Rendering:
+    """Renders jobs as questions for one model. most_tokens: of any answer, whatever is
+    asked. fetches: whether the server may fetch what a client names by URL."""
+
+    def __init__(self, model, kind="", most_tokens=None, fetches=False):
+        self.model, self.kind = model, kind
+        self.most_tokens, self.fetches = most_tokens, fetches
+
+    def question(self, request):
+        """The Question for a job's request. Raises NeuroengineError if it asks for what is
+        not shared."""
+        if request.get("opaque"):
+            return self._opaque(request)
+        api = request.get("api")
+        if api == "embeddings":
+            body = {name: value for name, value in request.items() if name != "api"}
+            return Question(api, dict(body, model=self.model.id), stream=False)
+        body, own = (self._from_openai if api else self._from_native)(request)
+        self._check(body)
+        own |= {"stream_options", "return_progress"}
+        body.update(model=self.model.id, stream=True)
+        body["stream_options"] = dict(body.get("stream_options") or (), include_usage=True)
+        if self.kind == "llama.cpp":
+            # It notices that we hung up only when it writes. Without reports of its
+            # progress a prompt of 3000 tokens was read on for 32 s; with them, 0.5 s.
+            body["return_progress"] = True
+        for message in body.get("messages", ()):
+            if message.get("role") == "developer":
+                message["role"] = "system"     # many templates leave out what they do not
+                                               # know, and say nothing
+        if request.get("reply_so_far"):
+            self._go_on(body, request["reply_so_far"])
+        wanted = body.get("response_format")
+        if self.kind == "LM Studio" and isinstance(wanted, dict) \
+                and wanted.get("type") == "json_object":
+            body["response_format"] = ANY_OBJECT
+        api = "completions" if "prompt" in body else "chat"
+        return Question(api, body, own | self._bound(api, body))
+
+    def _opaque(self, request):
+        api, body, own = request["api"], dict(request["body"]), set()
+        if api not in PATHS:
+            raise unshared("its provider does not know the API %s" % api, "model")
+        self._check(body)
+        if "model" in body or api not in ("tokenize", "detokenize"):
+            body["model"] = self.model.id
+        if api == "responses" and body.get("store") is None:
+            body["store"] = False              # some keep everything, unless told
+            own.add("store")
+        if request.get("stream") and api in ("chat", "completions"):
+            if not (body.get("stream_options") or {}).get("include_usage"):
+                own.add("stream_options")
+            body["stream_options"] = dict(body.get("stream_options") or (),
+                                          include_usage=True)
+        if api in GENERATING:
+            own |= self._bound(api, body)
+        headers = [(name, value) for name, value in (request.get("headers") or {}).items()
+                   if name in ("anthropic-version", "anthropic-beta")
+                   and re.match(r"[ -~]*\Z", str(value))]
+        return Question(api, body, own, headers, True, bool(request.get("stream")))
+
+    def _from_openai(self, request):
+        body = {name: value for name, value in request.items()
+                if name not in ("api", "reply_so_far") and value is not None}
+        limit = body.pop("max_completion_tokens", None)
+        if limit is not None:                  # Ollama and older ones know only this, and
+            body["max_tokens"] = limit         # do not say so
+        if "messages" in body:
+            body["messages"] = [dict(message) for message in body["messages"]]
+        return body, set()
+
+    def _from_native(self, request):
+        body = {name: value for name, value in request.items()
+                if name not in NATIVE_FIELDS and value is not None}
+        own = set()
+        if is_true(request.get("raw")):
+            body["prompt"] = request.get("message") or prompt_of(request["messages"])
+        else:
+            body["messages"] = [dict(m) for m in request.get("messages") or (
+                {"role": "user", "content": request.get("message") or ""},)]
+        for name, idle in (("temperature", None), ("top_p", None), ("top_k", 0),
+                           ("min_p", 0), ("seed", 0)):
+            value = request.get(name)
+            if value is not None and value != idle:    # 0 means: as you like
+                body[name] = value
+                if value == SAMPLING[name]:    # filled in by our library, chosen by nobody
+                    own.add(name)
+        if request.get("max_new_len"):
+            body["max_tokens"] = request["max_new_len"]
+        penalty = request.get("repetition_penalty")
+        if penalty is not None and penalty != 1:
+            names = PENALTY_NAMES.get(self.kind, ("repeat_penalty", "repetition_penalty"))
+            for name in names:
+                body[name] = penalty
+            if penalty == SAMPLING["repetition_penalty"]:
+                own.update(names)
+            elif len(names) > 1:               # the server has to know only one of them
+                own.add(names[1])
+        return body, own
+
+    def _go_on(self, body, so_far):
+        """Have an answer that another provider began go on."""
+        if "prompt" in body:
+            body["prompt"] += so_far
+            return
+        messages, begun = body["messages"], ""
+        if messages[-1].get("role") == "assistant":        # two would be refused
+            messages, begun = messages[:-1], content_text(messages[-1].get("content"))
+        body["messages"] = messages + [{"role": "assistant", "content": begun + so_far}]
+        if self.kind == "vLLM":
+            body.update(continue_final_message=True, add_generation_prompt=False)
+
+    def _bound(self, api, body):
+        """Apply the operator's limit, under whatever name; returns the fields added."""
+        most = self.most_tokens
+        for fields in [body] + [value for value in body.values() if isinstance(value, dict)]:
+            for name in LENGTH_FIELDS:
+                value = fields.get(name)
+                if most and value is not None:
+                    try:
+                        number = int(value)
+                    except (TypeError, ValueError, OverflowError):
+                        raise NeuroengineError(1, "%s must be a number" % name,
+                                               "invalid_request") from None
+                    if not 0 <= number <= most:            # -1 is without end
+                        fields[name] = most
+        if not most and self.kind == "llama.cpp" and self.model.endless:
+            most = self.model.context_length or DEFAULT_MAX_TOKENS
+        if not most or any(body.get(name) is not None for name in LENGTH_FIELDS):
+            return set()
+        name = "max_output_tokens" if api == "responses" else "max_tokens"
+        body[name] = most
+        return {name}
+
+    def _check(self, body):
+        """Raise NeuroengineError for what the operator did not mean to share."""
+        for name in UNSHARED:
+            if body.get(name) is not None:
+                raise unshared("%s reaches into the provider's server, and is not shared"
+                               % name, name)
+        for name in STATE_FIELDS:
+            if body.get(name):
+                raise unshared("%s needs a server that keeps conversations; send the whole "
+                               "conversation instead" % name, name)
+        if body.get("store") is True and "input" in body:
+            raise unshared("store cannot be true: nothing is kept here; send store: false",
+                           "store")
+        if not self.fetches:
+            for tool in body.get("tools") or ():
+                if isinstance(tool, dict) and tool.get("server_url"):
+                    raise unshared("server_url of a tool would have the provider's server "
+                                   "fetch it", "tools")
+            for name in ("messages", "input", "documents", "query", "system", "prompt"):
+                if isinstance(body.get(name), (list, dict)):
+                    check_urls(body[name])
+
+
+def check_urls(root):
+    """Raise NeuroengineError if an image or the like is named by a URL to fetch."""
+    todo = [root]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, list):
+            todo += [v for v in value if isinstance(v, (list, dict))]
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                url = inner.get("url") if isinstance(inner, dict) else inner
+                if name in URL_FIELDS or name == "source" and isinstance(inner, dict) \
+                        and "url" in inner:
+                    if url is not None and not str(url).lower().startswith("data:"):
+                        raise unshared("%s must hold the data itself (data:...): this "
+                                       "provider fetches no URLs" % name, name)
+                if isinstance(inner, (list, dict)) and name not in ("arguments", "tools"):
+                    todo.append(inner)
+
+
+def unshared(words, field):
+    """The NeuroengineError for a field that is not shared."""
+    error = NeuroengineError(1, words, "unsupported")
+    error.details = {"status": 400, "type": "invalid_request_error", "param": field,
+                     "code": "unsupported_parameter"}
+    return error
+
+
+##############################################################################
+# Bridge, what comes down: the upstream's bytes -> items; no sockets
+##############################################################################
+# Servers differ more than the specification of their API suggests. Whatever they send, the
+# client gets the right text, or an error: never less text, and no end that was none.
+
+USAGE_FIELDS = ("prompt_tokens", "completion_tokens", "total_tokens",
+                "completion_tokens_details", "prompt_tokens_details")
+KEPT_STATUSES = (400, 404, 413, 422, 429, 503)     # all others are the provider's trouble
+PRIVATE_PARTS = ("system_fingerprint", "timings", "__verbose", "generation_settings")
+SAID_ELSEWHERE = frozenset(("role", "content", "reasoning", "reasoning_content",
+                            "tool_calls"))
+SHORTEST_SECRET = 5        # a shorter model id cannot be told from a word
+
+
+def refuse_constant(name):
+    raise ValueError("%s is no JSON" % name)
+
+
+from_json = json.JSONDecoder(parse_constant=refuse_constant).decode
+
+
+def hidden(words, model, service):
+    """Words of the upstream without its model's id, which may be a file path."""
+    for secret in {model, re.split(r"[\\/]", model)[-1]}:
+        if len(secret) >= SHORTEST_SECRET:
+            words = re.sub(r"(?<![\w.-])%s(?![\w-])" % re.escape(secret), lambda _: service,
+                           words)
+    return words
+
+
+def renamed(value, service):
+    """A JSON value of the upstream, with the service's name in the model's places, and
+    without what tells of the server."""
+    if isinstance(value, dict):
+        for place in (value, value.get("response"), value.get("message")):
+            if isinstance(place, dict):
+                if isinstance(place.get("model"), str):
+                    place["model"] = service
+                for name in PRIVATE_PARTS:
+                    place.pop(name, None)
+    return value
+
+
+def says_error(value):
+    """Whether a JSON value is an error of the upstream, in whatever shape."""
+    if not isinstance(value, dict):
+        return False
+    if value.get("error") and value.get("object") != "response":
+        return True
+    return value.get("object") == "error" or value.get("type") == "error" \
+        or "choices" not in value and "detail" in value
+
+
+def parts_of_error(value):
+    """(message, type, code, param) of an upstream's error: many shapes are in use."""
+    found = {"type": None, "code": None, "param": None}
+    for _ in range(4):
+        if isinstance(value, list) and value:              # FastAPI: where, and what
+            value = "; ".join("%s: %s" % (".".join(map(str, part.get("loc", ()))),
+                                          part.get("msg")) if isinstance(part, dict)
+                              else str(part) for part in value)
+        if not isinstance(value, dict):
+            break
+        for name in found:
+            if found[name] is None and isinstance(value.get(name), (str, int)):
+                found[name] = value[name]
+        value = value.get("error") or value.get("message") or value.get("detail") or ""
+    message = value if isinstance(value, str) else json.dumps(value)
+    return message, found["type"], found["code"], found["param"]
+
+
+class Model:
+    """A model that an upstream has, under the name of the service that shares it."""
+
+    def __init__(self, id, service="", context_length=None, vision=None, tools=None,
+                 embeddings=False, continues=False, apis=(), endless=True):
+        self.id, self.service, self.context_length = id, service or "the model", context_length
+        self.vision, self.tools = vision, tools            # None: it is not known
+        self.embeddings, self.continues, self.apis = embeddings, continues, list(apis)
+        self.endless = endless     # it generates until the context is full, or for ever
+
+    def features(self):
+        """What the relay is told of it."""
+        features = {"continues": self.continues, "embeddings": self.embeddings,
+                    "context_length": self.context_length, "vision": self.vision,
+                    "tools": self.tools, "apis": self.apis}
+        return {name: value for name, value in features.items() if value is not None}
+
+    def failure(self, status, said, retry_after=None):
+        """The NeuroengineError for an HTTP status and a JSON value of the upstream."""
+        message, kind, code, param = parts_of_error(said)
+        words = hidden(message.strip()[:500] or "nothing more", self.id, self.service)
+        low, name = words.lower(), "provider_error"
+        if status in (400, 413, 422) and "context" in low and (
+                "length" in low or "size" in low or "exceed" in low or "window" in low):
+            name, code = "context_length_exceeded", "context_length_exceeded"
+            if self.context_length and "maximum context length" not in low:
+                # in the words that some clients look for
+                words = "%s. This model's maximum context length is %d tokens" % (
+                    words.rstrip("."), self.context_length)
+        elif status in (400, 422):
+            name = "invalid_request"
+        if status in (401, 403):
+            words, status = "the provider is not allowed to use its LLM server", 502
+        elif status not in KEPT_STATUSES or status == 404 and "model" in low:
+            words, status = "the LLM server said: %s (HTTP %s)" % (words, status), 502
+        error = NeuroengineError(1, words, name, retry_after)
+        error.details = {"status": status}
+        if status != 502:
+            error.details.update((field, hidden(value, self.id, self.service)
+                                  if isinstance(value, str) else value) for field, value in (
+                ("type", kind), ("code", None if code is None else str(code)),
+                ("param", param), ("retry_after", retry_after)) if value is not None)
+        return error
+
+
+def not_json():
+    return NeuroengineError(1, "the LLM server answered something that is not JSON",
+                            "provider_error")
+
+
+class Lines:
+    """The lines of a stream of server-sent events, from bytes as they come."""
+
+    def __init__(self):
+        self._rest, self._first = b"", True
+
+    def feed(self, data):
+        """The lines that are whole now, without their ends."""
+        if self._first:
+            data = self._rest + data
+            if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
+                self._rest = data
+                return []
+            self._rest, self._first = b"", False
+            if data[:3] == b"\xef\xbb\xbf":    # a byte order mark
+                data = data[3:]
+        if self._rest:
+            data = self._rest + data
+        if b"\r" in data:                      # but one at the end may be half of an end
+            half = data[-1:] == b"\r"
+            data = (data[:-1] if half else data).replace(b"\r\n", b"\n").replace(
+                b"\r", b"\n") + (b"\r" if half else b"")
+        lines = data.split(b"\n")
+        self._rest = lines.pop()
+        if len(self._rest) > MAX_LINE_BYTES:
+            raise NeuroengineError(1, "the LLM server sent a line without end",
+                                   "provider_error")
+        return lines
+
+    def end(self):
+        """What is left: a last line that nothing ended."""
+        rest, self._rest = self._rest.rstrip(b"\r"), b""
+        return [rest] if rest else []
+
+
+class Text:
+    """A stream's text, of which pieces may be cut within a character."""
+
+    def __init__(self):
+        import codecs
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def whole(self, piece, final=False):
+        """A piece that was decoded with "surrogateescape": its whole characters. Bytes that
+        are no text become U+FFFD."""
+        return self._decoder.decode(piece.encode("utf-8", "surrogateescape"), final)
+
+
+class Completion:
+    """The answer to a chat or a completion: bytes in, items out. Pure.
+
+    finished: the upstream said why it ended. Both methods raise NeuroengineError.
+    """
+
+    def __init__(self, model):
+        self._model, self._lines = model, Lines()
+        self._data = b""           # of an event, as long as it is not JSON
+        self._kind = b""           # the event's name
+        self._whole = None         # pieces of one JSON text, which came instead of events
+        self._texts = []
+        self._cut = None           # a Text, once bytes came that are no UTF-8
+        self._finish = self._usage = None
+        self._done = False
+        self.finished = False
+
+    def feed(self, data):
+        """The items that are in these bytes."""
+        if self._whole is not None:
+            self._whole.append(data)
+            if sum(map(len, self._whole)) > MAX_LINE_BYTES:
+                raise not_json()
+            return []
+        items = []
+        for line in self._lines.feed(data):
+            self._take(line, items)
+            if self._whole is not None:
+                break
+        return items
+
+    def finish(self):
+        """The last items, after the last byte."""
+        items = []
+        if self._whole is not None:
+            self._take_whole(b"".join(self._whole), items)
+        for line in self._lines.end():
+            self._take(line, items)
+            if self._whole is not None:        # one line of JSON that nothing ended
+                self._take_whole(line, items)
+        if self._data:
+            raise not_json()
+        if self._cut:
+            items += filter(None, [self._cut.whole("", final=True)])
+        if not self._finish and self._done and (self._texts or items):
+            self._finish = "stop"              # some leave it out, but say [DONE]
+        if not self._finish:
+            raise NeuroengineError(1, "the LLM server's answer ended in the middle",
+                                   "provider_error")
+        last = {"finish_reason": self._finish}
+        if isinstance(self._usage, dict):
+            last["usage"] = {name: self._usage[name] for name in USAGE_FIELDS
+                             if self._usage.get(name) is not None}
+        return items + [last]
+
+    def _take(self, line, items):
+        if line[:5] == b"data:":
+            data = line[5:].strip()
+            if data[:5] == b"data:":           # wrapped twice, by a proxy
+                data = data[5:].strip()
+            if data == b"[DONE]":
+                self._done = self.finished = True
+                return
+            if not data:
+                return
+            if self._data:                     # JSON may come in several lines
+                data = self._data + b"\n" + data
+            try:
+                event = self._parse(data)
+            except (ValueError, RecursionError):
+                self._data = data
+                if len(data) > MAX_LINE_BYTES:
+                    raise not_json() from None
+                return
+            self._data = b""
+            self._take_event(event, items)
+        elif not line:
+            if self._data:
+                raise not_json()
+            self._kind = b""
+        elif line[:6] == b"event:":
+            self._kind = line[6:].strip()
+        elif line[:6] == b"error:":            # older llama.cpp
+            raise self._failure(line[6:])
+        elif line[:1] in b"{[" and not (self._texts or self._finish):
+            # JSON instead of a stream of it. It came in one piece, or in lines.
+            self._whole = [line + b"\n"] + [b"\n".join(self._lines.end())]
+        elif line[:1] == b"<":
+            raise not_json()                   # HTML
+        # All others are comments, or ids, or what future versions add.
+
+    def _parse(self, data):
+        try:
+            return from_json(data.decode("utf-8"))
+        except UnicodeDecodeError:
+            self._cut = self._cut or Text()
+            return from_json(data.decode("utf-8", "surrogateescape"))
+
+    def _failure(self, data):
+        try:
+            value = self._parse(data) if isinstance(data, bytes) else data
+        except (ValueError, RecursionError):
+            value = data.decode("utf-8", "replace")
+        code = parts_of_error(value)[2]
+        return self._model.failure(code if isinstance(code, int) else 500, value)
+
+    def _take_whole(self, data, items):
+        try:
+            values = [self._parse(data)]
+        except (ValueError, RecursionError):
+            try:                               # not one JSON text, but one in each line
+                values = [self._parse(line) for line in data.splitlines() if line.strip()]
+            except (ValueError, RecursionError):
+                raise not_json() from None
+        for value in values:
+            self._take_event(value, items)
+
+    def _take_event(self, event, items):
+        if not isinstance(event, dict):
+            raise not_json()
+        if "error" in event or "choices" not in event or self._kind == b"error":
+            if says_error(event) or self._kind == b"error":
+                raise self._failure(event)
+        usage = event.get("usage")
+        if usage:
+            self._usage = usage
+        choices = event.get("choices")
+        if not choices:
+            return
+        choice = choices[0] if isinstance(choices, list) else None
+        if not isinstance(choice, dict):
+            raise not_json()
+        if choice.get("index"):                # another one than we asked for
+            return
+        self._take_choice(choice, items)
+        finish = choice.get("finish_reason")
+        if isinstance(finish, dict):
+            finish = finish.get("type")
+        if finish and isinstance(finish, str):
+            self._finish, self.finished = finish, True
+
+    def _take_choice(self, choice, items):
+        """Text, reasoning, tool calls, and whatever else is in a choice of an event."""
+        delta, message = choice.get("delta"), choice.get("message")
+        if not delta:
+            delta = {"content": choice.get("text")}
+            if isinstance(message, dict):      # where a delta belongs
+                delta = dict(message, content=self._fresh(message.get("content"), choice))
+        if not isinstance(delta, dict):
+            raise not_json()
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+        if isinstance(reasoning, str):
+            items.append({"reasoning": self._clean(reasoning)})
+        text = delta.get("content")
+        if text is None and "text" in choice:
+            text = choice["text"]
+        if isinstance(text, list):             # parts, of which some are thoughts
+            thoughts = "".join(content_text(part.get("thinking")) for part in text
+                               if isinstance(part, dict))
+            if thoughts:
+                items.append({"reasoning": self._clean(thoughts)})
+            text = content_text(text)
+        if text:
+            if not isinstance(text, str):
+                raise not_json()
+            if self._cut:
+                text = self._cut.whole(text)
+            self._texts.append(text)
+            items.append(text)
+        calls = delta.get("tool_calls")
+        if calls:
+            if not isinstance(calls, list):
+                raise not_json()
+            calls = [dict(call, index=call.get("index", number))
+                     for number, call in enumerate(filter(None, calls))
+                     if isinstance(call, dict)]
+            if calls:
+                items.append({"tool_calls": calls})
+        if len(delta) > 1:
+            more = {name: value for name, value in delta.items()
+                    if value and name not in SAID_ELSEWHERE}
+            if more:
+                items.append({"delta": more})
+
+    def _clean(self, text):
+        return text if not self._cut else text.encode("utf-8", "surrogateescape").decode(
+            "utf-8", "replace")
+
+    def _fresh(self, content, choice):
+        """What is new in a message. Some repeat the whole text at the end, or with an empty
+        delta all that was said so far."""
+        so_far = "".join(self._texts)
+        if isinstance(content, str) and so_far:
+            if content == so_far and choice.get("finish_reason"):
+                return None
+            if "delta" in choice and content.startswith(so_far):
+                return content[len(so_far):]
+        return content
+
+
+class WholeAnswer:
+    """An answer of any API, passed through as one JSON text."""
+
+    finished = False
+
+    def __init__(self, model, question):
+        self._model, self._question = model, question
+        self._pieces = []
+
+    def feed(self, data):
+        self._pieces.append(data)
+        return []
+
+    def finish(self):
+        data = b"".join(self._pieces)
+        try:
+            value = from_json(data.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            raise not_json() from None
+        if says_error(value):
+            code = parts_of_error(value)[2]
+            raise self._model.failure(code if isinstance(code, int) else 500, value)
+        usage = counted((value.get("usage"),)) if isinstance(value, dict) else None
+        value = renamed(value, self._model.service)
+        if not self._question.opaque:          # embeddings, as ever
+            return [{"result": value}]
+        items = [{"result": json.dumps(value, ensure_ascii=False, separators=(",", ":"))}]
+        return items + ([{"usage": usage}] if usage else [])
+
+
+def counted(usages):
+    """The tokens that the usages of an API's events name, in OpenAI's words; or None."""
+    counts = {}
+    for usage in usages:
+        if isinstance(usage, dict):
+            for ours, theirs in (("prompt_tokens", "input_tokens"),
+                                 ("completion_tokens", "output_tokens")):
+                value = usage.get(ours, usage.get(theirs))
+                if type(value) is int:
+                    counts[ours] = value
+    return counts or None
+
+
+class Events:
+    """A stream of any API, passed through event by event."""
+
+    LAST = {"responses": ("response.completed", "response.failed", "response.incomplete"),
+            "messages": ("message_stop",)}
+
+    def __init__(self, model, question):
+        self._model, self._api = model, question.api
+        self._hides_usage = "stream_options" in question.own
+        self._lines, self._kind, self._data = Lines(), "", []
+        self._usage = {}
+        self._ended, self._choices = set(), question.choices()
+        self._done = self._json = False
+        self.finished = False
+
+    def feed(self, data):
+        items = []
+        for line in self._lines.feed(data):
+            self._take(line, items)
+        return items
+
+    def finish(self):
+        items = []
+        for line in self._lines.end() + [b""]:
+            self._take(line, items)
+        if not self.finished:
+            raise NeuroengineError(1, "the LLM server's answer ended in the middle"
+                                   if not self._json else "the LLM server answered at once "
+                                   "where a stream was asked for", "provider_error")
+        if not self._done and self._api in ("chat", "completions"):
+            items.append({"event": "data: [DONE]"})
+        if self._usage:
+            items.append({"usage": self._usage})
+        return items
+
+    def _take(self, line, items):
+        if line[:5] == b"data:":
+            self._data.append(line[5:].strip())
+        elif line[:6] == b"event:":
+            self._kind = line[6:].strip().decode("utf-8", "replace")
+        elif line[:6] == b"error:":
+            self._kind = "error"
+            self._data.append(line[6:])
+        elif line[:1] in (b"{", b"[", b"<") and not self.finished:
+            self._json = True
+            if line[:1] == b"{":
+                self._parse(line)              # it may be an error
+        elif not line and self._data:
+            data, kind = b"\n".join(filter(None, self._data)), self._kind
+            self._data, self._kind = [], ""
+            if data:
+                self._take_event(kind, data, items)
+
+    def _parse(self, data):
+        try:
+            event = from_json(data.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            raise not_json() from None
+        if says_error(event):
+            code = parts_of_error(event)[2]
+            raise self._model.failure(code if isinstance(code, int) else 500, event)
+        return event
+
+    def _take_event(self, kind, data, items):
+        if data == b"[DONE]":
+            self._done = self.finished = True
+            items.append({"event": "data: [DONE]"})
+            return
+        event = self._parse(data)
+        if kind == "error":
+            raise self._model.failure(500, event)
+        if not isinstance(event, dict):
+            raise not_json()
+        if self._look(kind, event):
+            text = "data: " + json.dumps(renamed(event, self._model.service),
+                                         ensure_ascii=False, separators=(",", ":"))
+            items.append({"event": "event: %s\n%s" % (kind, text) if kind else text})
+
+    def _look(self, kind, event):
+        """Note usage and ends; whether the client is to get this event."""
+        usages = [event.get("usage")] + [place["usage"] for place in (
+            event.get("response"), event.get("message"))
+            if isinstance(place, dict) and "usage" in place]
+        self._usage.update(counted(usages) or ())
+        if self._api in self.LAST:
+            self.finished = self.finished or (
+                event.get("type") or kind) in self.LAST[self._api]
+            return True
+        for choice in event.get("choices") or ():
+            if isinstance(choice, dict) and choice.get("finish_reason"):
+                self._ended.add(choice.get("index"))
+                self.finished = self.finished or len(self._ended) >= self._choices
+        if self._hides_usage and event.get("usage"):
+            del event["usage"]                 # the client did not ask for it
+            return bool(event.get("choices"))
+        return True
+
+
+##############################################################################
+# Bridge: a local LLM server as a provider
 ##############################################################################
 
 USUAL = (("Ollama", 11434), ("llama.cpp", 8080), ("LM Studio", 1234),
          ("vLLM", 8000), ("KoboldCpp", 5001), ("llama.cpp", 8081))
 KINDS = {"llamacpp": "llama.cpp", "vllm": "vLLM", "library": "Ollama",
          "organization_owner": "LM Studio", "koboldcpp": "KoboldCpp"}
-# What each calls the penalty of repeated tokens; others get both names.
-PENALTY_NAMES = {"llama.cpp": ("repeat_penalty",), "vLLM": ("repetition_penalty",),
-                 "LM Studio": ("repeat_penalty",), "KoboldCpp": ("rep_pen",),
-                 "Ollama": ()}
-PLAIN_FIELDS = ("model", "messages", "prompt", "stream", "max_tokens", "temperature",
-                "top_p", "stop", "tools", "tool_choice", "seed", "response_format")
-TOKEN_LIMITS = ("max_new_len", "max_tokens", "max_completion_tokens")
-NATIVE_FIELDS = ("message", "messages", "raw", "max_new_len", "repetition_penalty",
-                 "temperature", "top_p", "top_k", "min_p", "seed", "api", "reply_so_far")
+LOOK_UPSTREAM_SECONDS = 5      # for each question about what a server is
+NO_CHAT = re.compile(r"embed|rerank|whisper|\b(bge|e5|gte|tts|clip)\b|minilm", re.I)
+PROBED = ("responses", "messages", "count_tokens", "rerank", "tokenize", "detokenize")
+
+
+def upstream_url(text):
+    """The base URL of an LLM server, as a user writes it. Raises NeuroengineError."""
+    url = text.strip().rstrip("/")
+    url = re.sub(r"/v1(/.*)?\Z", "", url if "://" in url else "http://" + url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError
+    except ValueError:
+        raise NeuroengineError(NO_CONNECTION, "%r is no address of an LLM server: write it "
+                               "like http://127.0.0.1:8080." % text, "bad_address") from None
+    return url
+
+
+def positive(*values):
+    """The first of these that is a number above 0, be it in a text; or None."""
+    for value in values:
+        try:
+            if not isinstance(value, bool) and int(value) > 0:
+                return int(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    return None
+
+
+def as_dict(value):
+    """The value if it is a dict, otherwise an empty one: servers answer anything."""
+    return value if isinstance(value, dict) else {}
 
 
 class Upstream:
-    """A local LLM server that speaks OpenAI's API.
+    """A local LLM server that speaks OpenAI's API: where it is, and what it has. Its methods
+    block.
 
-    url: its address, with or without /v1; None to look on the usual ports. model: the
-    id it wants; None for the one it has.
+    url: its address, with or without /v1; None to look on the usual ports.
     """
 
-    def __init__(self, url=None, model=None, key="", max_tokens=None):
-        self.max_tokens = max_tokens or math.inf   # of one answer, whatever is asked
-        self._urls = [url] if url else [
+    def __init__(self, url=None, key=""):
+        self._urls = [upstream_url(url)] if url else [
             "http://127.0.0.1:%d" % port for _, port in USUAL]
-        self._wanted, self._key = model, key
-        self._transport = None
-        self.model = self.kind = None
-        self.context_length = self.slots = None
-        self.embeddings = False
-        self.continues = False     # whether it can go on with an answer begun elsewhere
+        self.key, self.transport = key, None
+        self.kind, self.slots = "", None
+        self.entries = {}          # model id -> what the server says of it
+        self._props = {}           # what llama.cpp says of itself
 
     def find(self):
-        """Look once whether it is there, and learn what it is. Raises Unavailable."""
+        """Look once whether it is there, and what it has. Raises Unavailable."""
+        why = None
         for url in self._urls:
-            base = url.rstrip("/")
-            base = base[:-3] if base.endswith("/v1") else base
-            transport = Transport(base)
+            transport = Transport(url)
             try:
-                response = transport.open("GET", "/v1/models", key=self._key, timeout=5)
-                data = response.read()
-                if response.headers.get("Server") == "neuroengine":
-                    continue                   # a relay, perhaps our own
-                answer = parse_answer(response.status, response.headers, data)
-            except BROKEN + (NeuroengineError,) as error:
-                if len(self._urls) == 1:
-                    raise Unavailable("The LLM server at %s does not answer (%s)."
-                                      % (base, error)) from None
+                self.entries = self._entries(transport)
+            except Unavailable as error:
+                why = error
                 continue
-            models = [model for model in answer.get("data") or () if model.get("id")]
-            self._transport = transport
-            self._learn(models)
+            if self.transport is None or self.transport.base != url:
+                self.transport = transport
+            self._learn()
             return
         if len(self._urls) == 1:
-            raise Unavailable("At %s is a relay, not an LLM server." % self._urls[0])
+            raise why
         raise Unavailable("No LLM server runs on its usual port here (%s). Start one, or "
                           "name it with --upstream URL." % ", ".join(
                               "%s %d" % pair for pair in USUAL))
+
+    def check(self):
+        """Raise Unavailable if it is not there any more."""
+        self._entries(self.transport)
 
     def wait(self, say=None, pause=2.0):
         """Wait until the server is there."""
@@ -1984,275 +3388,311 @@ class Upstream:
                 told = True
                 time.sleep(pause)
 
-    def _get(self, transport, path):
-        return transport.call("GET", path, key=self._key, timeout=5)
+    def chat_models(self):
+        """The ids of all models that can chat."""
+        return [id for id in self.entries if self._can_chat(id)]
 
-    def _learn(self, models):
-        ids = [model["id"] for model in models]
-        if self._wanted and self._wanted not in ids and ids:
+    def model(self, wanted=None, service=""):
+        """The Model of that id, or the first that can chat. Raises Unavailable."""
+        ids = list(self.entries)
+        if wanted and ids and wanted not in ids:
             raise Unavailable("The LLM server has no model %s; it has %s." % (
-                self._wanted, ", ".join(ids)))
-        self.model = self._wanted or (ids[0] if ids else "default")
-        entry = next((m for m in models if m["id"] == self.model), {})
-        self.kind = KINDS.get(entry.get("owned_by"), "")
-        self.context_length = entry.get("max_model_len") or (
-            entry.get("meta") or {}).get("n_ctx")
+                wanted, ", ".join(ids)))
+        id = wanted or next(iter(self.chat_models() or ids), "default")
+        entry, seen = self.entries.get(id, {}), self._look_closer(id)
+        meta, settings = as_dict(entry.get("meta")), as_dict(
+            self._props.get("default_generation_settings"))
+        limit = as_dict(settings.get("params")).get("n_predict", settings.get("n_predict"))
+        return Model(
+            id, service, context_length=positive(
+                settings.get("n_ctx"), entry.get("max_model_len"), meta.get("n_ctx"),
+                seen.get("context_length"), entry.get("context_length"),
+                entry.get("context_window")),
+            vision=seen.get("vision"), tools=seen.get("tools"),
+            embeddings=self._embeds(id, seen), continues=self._continues(),
+            apis=["chat", "completions"] + self._apis, endless=not positive(limit))
+
+    def _ask(self, transport, method, path, body=None, timeout=LOOK_UPSTREAM_SECONDS):
+        """(status, JSON value or None, headers) of one question; (0, None, {}) if there is
+        no answer."""
         try:
-            props = self._get(self._transport, "/props")
-            self.kind = self.kind or "llama.cpp"
-            self.slots = props.get("total_slots")
-            self.context_length = (props.get("default_generation_settings") or {}).get(
-                "n_ctx") or self.context_length
-        except (NeuroengineError, AttributeError):
-            pass                               # only llama.cpp has it
-        self._learn_continues()
+            response = transport.open(method, path, body, key=self.key, timeout=timeout)
+            data = response.read()
+        except BROKEN:
+            return 0, None, {}
         try:
-            self._transport.call("POST", "/v1/embeddings", {"model": self.model,
-                                                            "input": "a"},
-                                 key=self._key, timeout=10)
-            self.embeddings = True
-        except NeuroengineError:
-            self.embeddings = False
+            return response.status, from_json(data.decode("utf-8-sig")), response.headers
+        except (ValueError, RecursionError):
+            return response.status, None, response.headers
 
-    def _learn_continues(self):
-        """Learn whether it goes on with a trailing message of the assistant's: vLLM does
-        so on request, llama.cpp as the model's template and its own age have it."""
-        begun = "Once upon a "                 # with a space that a template might trim
+    def _get(self, path):
+        status, value, _ = self._ask(self.transport, "GET", path)
+        return as_dict(value) if status == 200 else {}
+
+    def _entries(self, transport):
+        """{model id: what is said of it}. Raises Unavailable if that is no LLM server."""
         try:
-            self.continues = self.kind == "vLLM" or self.kind == "llama.cpp" and \
-                self._transport.call("POST", "/apply-template", {"messages": [
-                    {"role": "user", "content": "a"},
-                    {"role": "assistant", "content": begun}]},
-                    key=self._key, timeout=5)["prompt"].endswith(begun)
-        except (NeuroengineError, KeyError, TypeError, AttributeError):
-            self.continues = False
-
-    def answer(self, request):
-        """The callback: a request of the relay's -> an iterator of items."""
-        return Completion(self, request)
-
-    def build(self, request):
-        """(path, body) of the upstream's request for one of the relay's."""
-        api = request.get("api")
-        if api == "embeddings":
-            body = {k: v for k, v in request.items() if k != "api"}
-            return "/v1/embeddings", dict(body, model=self.model)
-        body = (self._from_openai if api else self._from_native)(request)
-        body.update(model=self.model, stream=True,
-                    stream_options={"include_usage": True})
-        body["max_tokens"] = min(body.get("max_tokens") or DEFAULT_MAX_TOKENS,
-                                 self.max_tokens)
-        if self.kind == "llama.cpp":
-            # It notices that we hung up only when it writes. Without reports of its
-            # progress a prompt of 3000 tokens was read on for 32 s; with them, 0.5 s.
-            body["return_progress"] = True
-        so_far = request.get("reply_so_far")
-        if so_far and "prompt" in body:
-            body["prompt"] += so_far
-        elif so_far:
-            messages, begun = body["messages"], ""
-            if messages[-1].get("role") == "assistant":    # two would be refused
-                messages, begun = messages[:-1], content_text(messages[-1].get("content"))
-            body["messages"] = messages + [{"role": "assistant",
-                                            "content": begun + so_far}]
-            if self.kind == "vLLM":
-                body.update(continue_final_message=True, add_generation_prompt=False)
-        for message in body.get("messages", ()):
-            if message.get("role") == "developer":
-                message["role"] = "system"     # not all know the newer word
-        wanted = body.get("response_format")
-        if self.kind == "LM Studio" and isinstance(wanted, dict) \
-                and wanted.get("type") == "json_object":
-            body["response_format"] = {"type": "json_schema", "json_schema": {
-                "name": "any", "schema": {"type": "object"}}}
-        return ("/v1/completions" if "prompt" in body else "/v1/chat/completions"), body
-
-    def _from_openai(self, request):
-        body = {name: value for name, value in request.items()
-                if name not in ("api", "reply_so_far", "n") and value is not None}
-        limit = body.pop("max_completion_tokens", None)
-        if limit is not None:
-            body["max_tokens"] = limit         # Ollama and older ones know only this
-        if "messages" in body:
-            body["messages"] = [dict(message) for message in body["messages"]]
-        return body
-
-    def _from_native(self, request):
-        body = {name: value for name, value in request.items()
-                if name not in NATIVE_FIELDS and value is not None}
-        if is_true(request.get("raw")):
-            body["prompt"] = request.get("message") or prompt_of(request["messages"])
-        else:
-            body["messages"] = [dict(m) for m in request.get("messages") or (
-                {"role": "user", "content": request.get("message") or ""},)]
-        for name, idle in (("temperature", None), ("top_p", None), ("top_k", 0),
-                           ("min_p", 0), ("seed", 0)):
-            value = request.get(name)
-            if value is not None and value != idle:    # 0 means: as you like
-                body[name] = value
-        if request.get("max_new_len"):
-            body["max_tokens"] = request["max_new_len"]
-        penalty = request.get("repetition_penalty")
-        if penalty is not None and penalty != 1:
-            for name in PENALTY_NAMES.get(self.kind, ("repeat_penalty",
-                                                      "repetition_penalty")):
-                body[name] = penalty
-        return body
-
-    def hide(self, words):
-        """Words of the upstream without its model's id, which may be a file path."""
-        for secret in (self.model, os.path.basename(str(self.model))):
-            if secret:
-                words = words.replace(secret, "the model")
-        return words
-
-
-class Completion:
-    """One answer of the upstream, an iterator of items. cancel() works from any thread:
-    it closes the connection, which is what frees the upstream's slot."""
-
-    def __init__(self, upstream, request):
-        self._upstream = upstream
-        self._path, self._body = upstream.build(request)
-        self._connection = self._response = None
-        self._cancelled = False
-        self._items = self._run()
-
-    def __iter__(self):
-        return self._items
-
-    def cancel(self):
-        """Stop the upstream's work on this answer."""
-        self._cancelled = True
-        if self._connection is not None:
-            self._connection.abort()
-
-    def _started(self, connection):
-        self._connection = connection
-        if self._cancelled:
-            connection.abort()
-
-    def close(self):
-        """As cancel, at the end of iteration; a whole answer leaves the connection."""
-        self._items.close()
-        if self._response is not None:
-            self._response.close()
-
-    def _run(self):
-        try:
-            self._open()
-            if self._path == "/v1/embeddings":
-                result = json.loads(self._response.read().decode("utf-8"))
-                yield {"result": result}
-                return
-            yield from self._events()
+            response = transport.open("GET", "/v1/models", key=self.key,
+                                      timeout=LOOK_UPSTREAM_SECONDS)
+            data = response.read()
         except BROKEN as error:
-            if self._cancelled:
-                return
-            raise NeuroengineError(1, "the LLM server broke off (%s)" % type(
-                error).__name__, "provider_error") from None
-        except ValueError:
-            raise NeuroengineError(1, "the LLM server answered something that is not "
-                                   "JSON", "provider_error") from None
+            raise Unavailable("The LLM server at %s does not answer (%s)." % (
+                transport.base, str(error) or type(error).__name__)) from None
+        if response.headers.get("Server") == "neuroengine":
+            raise Unavailable("At %s is a relay, not an LLM server." % transport.base)
+        if response.status in (401, 403):
+            raise Unavailable("The LLM server at %s wants a key: set "
+                              "NEUROENGINE_UPSTREAM_KEY." % transport.base)
+        try:
+            models = as_dict(from_json(data.decode("utf-8-sig"))).get("data")
+        except (ValueError, RecursionError):
+            models = None
+        if response.status != 200 or not isinstance(models, list):
+            raise Unavailable("At %s is no LLM server that speaks OpenAI's API: it answers "
+                              "HTTP %d to /v1/models, and no list of models." % (
+                                  transport.base, response.status))
+        return {entry["id"]: entry for entry in models
+                if isinstance(entry, dict) and isinstance(entry.get("id"), str)}
 
-    def _open(self):
-        """Send the request, once more in plainer words if the upstream wants them."""
-        deadline = time.monotonic() + LOADING_SECONDS
-        plain = False
-        while not self._cancelled:
-            upstream = self._upstream
+    def _learn(self):
+        self.kind = next((KINDS[entry.get("owned_by")] for entry in self.entries.values()
+                          if entry.get("owned_by") in KINDS), "")
+        self._props = self._get("/props")      # only llama.cpp has it
+        if "default_generation_settings" in self._props:
+            self.kind = self.kind or "llama.cpp"
+        self.slots = positive(self._props.get("total_slots"))
+        self._studio = {model.get("id"): model for model in map(
+            as_dict, self._get("/api/v0/models").get("data") or ())} \
+            if self.kind in ("", "LM Studio") else {}
+        self._apis = [api for api in PROBED if self._has(api)]
+
+    def _has(self, api):
+        """Whether it knows a path: asked for nothing, it must not say that there is none."""
+        status, value, _ = self._ask(self.transport, "POST", PATHS[api], {})
+        return status not in (0, 401, 403, 404, 405, 501) and not re.search(
+            "nexpected endpoint", str(as_dict(value).get("error")))    # LM Studio's 200
+
+    def _look_closer(self, id):
+        """What else can be learnt of a model: vision, tools, context_length, chats."""
+        seen, studio = {}, as_dict(self._studio.get(id))
+        modalities = as_dict(self._props.get("modalities"))
+        if "vision" in modalities:
+            seen["vision"] = bool(modalities["vision"])
+        caps = as_dict(self._props.get("chat_template_caps"))
+        if "supports_tools" in caps:
+            seen["tools"] = bool(caps["supports_tools"])
+        if studio:
+            seen.update(vision=studio.get("type") == "vlm",
+                        tools="tool_use" in (studio.get("capabilities") or ()),
+                        chats=studio.get("type") != "embeddings",
+                        context_length=studio.get("loaded_context_length"))
+        if self.kind == "Ollama":
+            _, shown, _ = self._ask(self.transport, "POST", "/api/show", {"model": id})
+            caps = as_dict(shown).get("capabilities")
+            if isinstance(caps, list):
+                seen.update(vision="vision" in caps, tools="tools" in caps,
+                            chats="completion" in caps, embeds="embedding" in caps)
+        return seen
+
+    def _can_chat(self, id):
+        return self._look_closer(id).get("chats", not NO_CHAT.search(id))
+
+    def _embeds(self, id, seen):
+        if "embeds" in seen or len(self.entries) > 1 and self.kind != "Ollama":
+            return seen.get("embeds", False)
+        status, value, _ = self._ask(self.transport, "POST", PATHS["embeddings"],
+                                     {"model": id, "input": "a"}, timeout=10)
+        return status == 200 and isinstance(as_dict(value).get("data"), list)
+
+    def _continues(self):
+        """Whether it goes on with a trailing message of the assistant's: vLLM does so on
+        request, llama.cpp as the model's template and its own age have it."""
+        begun = "Once upon a "                 # with a space that a template might trim
+        if self.kind != "llama.cpp":
+            return self.kind == "vLLM"
+        _, value, _ = self._ask(self.transport, "POST", "/apply-template", {"messages": [
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": begun}]})
+        return str(as_dict(value).get("prompt")).endswith(begun)
+
+
+class Sink:
+    """Puts the items of an upstream's answer into the outbox, and has the upstream wait as
+    long as the relay does not take them."""
+
+    line = None                    # set by the Exchange's Line
+
+    def __init__(self, outbox, work, parser):
+        self._outbox, self._work, self._parser = outbox, work, parser
+        self.finished = False
+
+    def feed(self, data):
+        self.put(self._parser.feed(data))
+        self.finished = self._parser.finished
+        if self._outbox.is_full(self._work):
+            self.line.transport.pause_reading()
+            self._work.on_room = self._resume
+
+    def put(self, items):
+        for item in items:
+            self._outbox.put(self._work, item)
+
+    def end(self):
+        """The upstream has ended, so the answer should have, too. Raises NeuroengineError."""
+        self.put(self._parser.finish())
+
+    def _resume(self):
+        if not self._outbox.is_full(self._work):
+            self._work.on_room = None
+            self.line.transport.resume_reading()
+
+
+class Share:
+    """What all services of one upstream have in common: its connections, its workers, and
+    the look whether it is still there. For one event loop."""
+
+    def __init__(self, upstream, workers=None):
+        self.upstream, self.workers = upstream, workers or upstream.slots or 1
+        self.bridges = []
+        self.said = None           # the last words about the upstream
+        self._transport = self._gate = self._checking = None
+
+    async def exchange(self, question, sink):
+        """Ask the upstream; (status, headers, body). Raises OSError and the like."""
+        if self._transport is None or self._transport.base != self.upstream.transport.base:
+            self._transport = AsyncTransport(self.upstream.transport, keep=self.workers + 16)
+        return await self._transport.exchange(
+            "POST", question.path, question.data(), self.upstream.key, UPSTREAM_SECONDS, sink,
+            question.headers)
+
+    def gate(self):
+        """A semaphore: as many prompts at once as the upstream takes."""
+        if self._gate is None:
+            import asyncio
+            self._gate = asyncio.Semaphore(self.workers)
+        return self._gate
+
+    async def check(self):
+        """Raise Unavailable if the upstream is gone. Many may ask at once."""
+        import asyncio
+        if self._checking is None:
+            self._checking = asyncio.ensure_future(in_thread(self.upstream.check, lambda: None))
+            self._checking.add_done_callback(self._checked)
+        await asyncio.shield(self._checking)
+
+    def _checked(self, checking):
+        self._checking = None
+        if not checking.cancelled() and isinstance(checking.exception(), Unavailable):
+            self.say(checking.exception())
+            for bridge in self.bridges:
+                bridge.listening.pause()
+
+    def say(self, why):
+        """Say once why the upstream cannot be used."""
+        if str(why) != self.said:
+            self.said = str(why)
+            self.bridges[0].listening.status.event(
+                "%s Its prompts are the relay's again; waiting for it." % why)
+
+
+class Bridge:
+    """Answers the jobs of one service by a model of an upstream. As Workers."""
+
+    def __init__(self, share, service="", wanted=None, most_tokens=None, fetches=False):
+        self.share, self._service, self._wanted = share, service, wanted
+        self._limits = most_tokens, fetches
+        self.listening = self._rendering = None
+        self._tasks = set()
+        share.bridges.append(self)
+        self.learn()
+
+    def learn(self):
+        """Learn what the model can do. Blocks; raises Unavailable."""
+        self.model = self.share.upstream.model(self._wanted, self._service)
+        self._rendering = Rendering(self.model, self.share.upstream.kind, *self._limits)
+
+    def attach(self, listening):
+        """Answer the jobs of this _Listening."""
+        self.listening, self._outbox = listening, listening.outbox
+        self._declare()
+
+    def _declare(self):
+        self.listening.server._declare(workers=self.share.workers, **self.model.features())
+
+    async def ready(self):
+        """Wait until the upstream is there."""
+        import asyncio
+        while True:
             try:
-                self._response = response = upstream._transport.open(
-                    "POST", self._path, self._body, key=upstream._key,
-                    timeout=UPSTREAM_SECONDS, started=self._started)
-            except ConnectionRefusedError as error:
-                raise Unavailable("The LLM server went away (%s)." % error) from None
-            if response.status < 300:
-                return
-            words = upstream_words(response.read())
-            failure = self._failure(response.status, words)
-            if response.status == 503 and "oading" in words \
-                    and time.monotonic() < deadline:
-                time.sleep(1)                  # it says that it is loading the model
-            elif failure.name == "invalid_request" and not plain \
-                    and set(self._body) - set(PLAIN_FIELDS):
-                plain = True                   # strict servers refuse unknown fields
-                self._body = {name: value for name, value in self._body.items()
-                              if name in PLAIN_FIELDS}
+                await in_thread(self._find, lambda: None)
+                self.share.said = None
+                return self._declare()
+            except Unavailable as why:
+                self.share.say(why)
+                await asyncio.sleep(RETRY_UPSTREAM_SECONDS)
+
+    def _find(self):
+        self.share.upstream.find()
+        self.learn()
+
+    def start(self, work):
+        """Have a job answered."""
+        import asyncio
+        task = asyncio.ensure_future(self._answer(work))
+        self._tasks.add(task)                  # the loop itself does not keep it
+        task.add_done_callback(self._tasks.discard)
+        work.stop = task.cancel
+
+    async def _answer(self, work):
+        import asyncio
+        error = None
+        try:
+            question = self._rendering.question(request_left(work))
+            if question.api in ("count_tokens", "tokenize", "detokenize"):
+                await self._ask(work, question)
             else:
-                raise failure
+                async with self.share.gate():
+                    await self._ask(work, question)
+        except asyncio.CancelledError:         # which closes the connection: that is what
+            error = CANCELLED                  # frees the upstream's slot
+        except Unavailable:
+            return                             # all jobs were handed back
+        except NeuroengineError as why:
+            error = error_entry(why)
+        except Exception as why:
+            self.listening.status.failure("A prompt could not be passed on:")
+            error = {"error": "provider_error", "message": "its bridge failed (%s)"
+                                                           % type(why).__name__}
+        self._outbox.end(work, error)
 
-    def _failure(self, status, words):
-        low = words.lower()
-        if status == 400 and "context" in low and ("length" in low or "size" in low
-                                                   or "exceed" in low):
-            name = "context_length_exceeded"
-            if self._upstream.context_length:  # in the words that some clients look for
-                words = "%s. This model's maximum context length is %d tokens" % (
-                    words.rstrip("."), self._upstream.context_length)
-        elif status in (400, 422):
-            name = "invalid_request"
-        else:
-            name = "provider_error"
-        return NeuroengineError(1, "the LLM server said: %s (HTTP %d)" % (
-            self._upstream.hide(words), status), name)
-
-    def _events(self):
-        finish, usage = None, None
-        for line in self._response.lines():
-            if line[:5] != b"data:":
-                if line[:6] == b"error:":      # older llama.cpp
-                    raise self._failure(500, upstream_words(line[6:]))
+    async def _ask(self, work, question):
+        """Put the answer into the outbox. Raises NeuroengineError or Unavailable."""
+        import asyncio
+        deadline = time.monotonic() + LOADING_SECONDS
+        while True:
+            sink = Sink(self._outbox, work, question.parser(self.model))
+            try:
+                status, headers, body = await self.share.exchange(question, sink)
+            except BROKEN as error:
+                await self.share.check()
+                raise NeuroengineError(1, "the LLM server broke off (%s)" % (
+                    str(error) or type(error).__name__), "provider_error") from None
+            if status < 300:
+                return sink.end()
+            try:
+                said = from_json(body.decode("utf-8-sig"))
+            except (ValueError, RecursionError):
+                said = "something that is not JSON"
+            message, _, _, param = parts_of_error(said)
+            if status == 503 and "oading" in message and time.monotonic() < deadline:
+                await asyncio.sleep(1)         # it says that it is loading the model
                 continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                continue                       # read on to the end: keeps the connection
-            event = json.loads(data.decode("utf-8"))
-            if event.get("error"):
-                raise self._failure(500, upstream_words(data))
-            usage = event.get("usage") or usage
-            for choice in (event.get("choices") or ())[:1]:
-                yield from choice_items(choice)
-                finish = choice.get("finish_reason") or finish
-        if self._cancelled:
-            return
-        if not finish:
-            raise NeuroengineError(1, "the LLM server's answer ended in the middle",
-                                   "provider_error")
-        last = {"finish_reason": finish}
-        if isinstance(usage, dict):
-            last["usage"] = {name: usage[name] for name in (
-                "prompt_tokens", "completion_tokens", "total_tokens",
-                "completion_tokens_details", "prompt_tokens_details")
-                if usage.get(name) is not None}
-        yield last
-
-
-def choice_items(choice):
-    """The items in one choice of an upstream's event: text, reasoning, tool calls."""
-    delta = choice.get("delta") or {}
-    reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-    if isinstance(reasoning, str):
-        yield {"reasoning": reasoning}
-    text = delta.get("content") or choice.get("text")
-    if isinstance(text, str):
-        yield text
-    calls = delta.get("tool_calls")
-    if isinstance(calls, list) and calls:
-        yield {"tool_calls": [dict(call, index=call.get("index", number))
-                              for number, call in enumerate(calls)]}
-
-
-def upstream_words(body):
-    """What an upstream says in an error: several shapes are in use."""
-    try:
-        value = json.loads(body.decode("utf-8", "replace"))
-    except ValueError:
-        return "something that is not JSON"
-    for _ in range(3):
-        if isinstance(value, dict):
-            value = value.get("error") or value.get("message") or value.get("detail") or ""
-    return str(value)[:500] or "nothing more"
+            if status in (502, 503, 504):      # a proxy may say so of a server that is gone
+                await self.share.check()
+            error = self.model.failure(status, said, pause_of({
+                "Retry-After": headers.get("retry-after")}))
+            if status not in (400, 422) or not question.relent(
+                    message, param, error.name == "context_length_exceeded"):
+                raise error
 
 
 ##############################################################################
@@ -3132,43 +4572,57 @@ def try_it_lines(url):
 
 def run_share(options):
     """share: be a provider, with a local LLM server behind it."""
+    hours = parse_hours(options.hours) if options.hours else ()
+    status = Status(hours)
+    upstream = Upstream(options.upstream, os.environ.get("NEUROENGINE_UPSTREAM_KEY", ""))
+    upstream.wait(status.event)
+    share = Share(upstream, options.workers)
+    try:
+        listenings = [share_one(options, share, name, model, hours, status)
+                      for name, model in shared_names(options, upstream)]
+    except Unavailable as error:
+        raise NeuroengineError(NO_CONNECTION, str(error), "no_model") from None
+    if hours:
+        status.event(hours_words(hours).capitalize() + ".")
+    run_listenings(listenings)
+
+
+def shared_names(options, upstream):
+    """[(service, model id or None)] that `share` is asked for."""
+    pairs = [tuple(word.partition("=")[::2]) for word in options.names]
+    if options.all:
+        for model in upstream.chat_models():
+            slug = re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[\\/]", model)[-1]).strip("-.")
+            pairs.append(("%s-%s" % (options.all, slug), model))
+    if not pairs:
+        raise NeuroengineError(NO_CONNECTION, "Give the service a name: share NAME, or "
+                               "share NAME=MODEL ..., or share --all PREFIX.", "no_name")
+    if len({name.lower() for name, _ in pairs}) < len(pairs):
+        raise NeuroengineError(NO_CONNECTION, "Each service needs a name of its own.",
+                               "no_name")
+    return [(name, model or options.model) for name, model in pairs]
+
+
+def share_one(options, share, name, model, hours, status):
+    """The _Listening that shares a model as a service of that name, logged in."""
+    options.name = name
     server = NeuroengineServer(options.relay or DEFAULT_SERVER,
                                verify_ssl=options.ca or not options.insecure)
-    server._hours = parse_hours(options.hours) if options.hours else ()
-    base, status = server._transport.base, Status()
-    upstream = Upstream(options.upstream, options.model,
-                        os.environ.get("NEUROENGINE_UPSTREAM_KEY", ""),
-                        options.max_tokens)
-    upstream.wait(status.event)
-    key = patiently(status, lambda: own_key(server._transport, options, options.name,
-                                            status.event))
-    workers = options.workers or upstream.slots or 1
-    server._features.update(workers=workers, continues=upstream.continues,
-                            embeddings=upstream.embeddings)
-    if upstream.context_length:
-        server._features["context_length"] = upstream.context_length
-
-    def ready():
-        upstream.wait(status.event)
-        while wait_for_opening(server._hours):
-            status.event(hours_words(server._hours).capitalize() + ".")
-            upstream.wait(status.event)        # it may have gone meanwhile
-    server._ready = ready
-    server.service_name, server.service_key = options.name, key
-    server._paused = not opening(server._hours, local_minute())[0]
+    server._hours = hours
+    base = server._transport.base
+    bridge = Bridge(share, name, model, options.max_tokens, options.fetch_images)
+    key = patiently(status, lambda: own_key(server._transport, options, name, status.event))
+    server.service_name, server.service_key = name, key
+    server._paused = not opening(hours, local_minute())[0]
+    listening = _Listening(server, bridge, status)
     # When it is closed the key is tried all the same, rather than in the night.
     patiently(status, server._log_in if not server._paused else
-              lambda: server._transport.call("GET", service_path(options.name), key=key))
+              lambda: server._transport.call("GET", service_path(name), key=key))
     print("Sharing %s (%s, %d at once) at %s/%s" % (
-        options.name, upstream.kind or "an OpenAI-compatible server", workers, base,
-        options.name))
-    for line in try_it_lines("%s/%s" % (base, options.name)):
+        name, share.upstream.kind or "an OpenAI-compatible server", share.workers, base, name))
+    for line in try_it_lines("%s/%s" % (base, name)):
         print("Try it: " + line, flush=True)
-    if server._hours:
-        status.event(hours_words(server._hours).capitalize() + ".")
-    import signal                              # only here: a service manager's stop
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    server.listen(upstream.answer, workers, continues=upstream.continues)
+    return listening
 
 
 # -- options --
@@ -3256,7 +4710,8 @@ def build_parser():
     inviting = group()
     inviting.add_argument("--invitation", metavar="CODE", help="for a relay that registers by "
                           "invitation only; otherwise $NEUROENGINE_INVITATION")
-    owning.add_argument("name", help="the name of the service")
+    named = group()
+    named.add_argument("name", help="the name of the service")
     owning.add_argument("--key-file", metavar="FILE", help="the file with the service key; "
                         "otherwise $NEUROENGINE_KEY, otherwise the file that `register` wrote")
     owning.add_argument("--key", help="the service key itself; others on this machine see it "
@@ -3277,22 +4732,28 @@ def build_parser():
     add("chat", parents=[common, guest, asking], help="talk, on the terminal")
     models = add("models", parents=[common, guest], help="list the services of the relay")
     models.add_argument("--json", action="store_true", help="print them as JSON")
-    add("register", parents=[common, owning, naming, inviting],
+    add("register", parents=[common, named, owning, naming, inviting],
         help="register a service, get its key")
     share = add("share", parents=[common, owning, naming, inviting],
                 help="share a local LLM server")
+    share.add_argument("names", nargs="*", metavar="NAME[=MODEL]", help="the name of the "
+                       "service; several, each with a model, share these from one server")
+    share.add_argument("--all", metavar="PREFIX", help="share all models that can chat, each "
+                       "as PREFIX-MODEL")
     share.add_argument("--upstream", metavar="URL", help="the LLM server; otherwise it "
                        "is looked for on the usual ports of Ollama, llama.cpp, vLLM, "
                        "LM Studio and KoboldCpp")
     share.add_argument("--model", metavar="ID", help="which of its models; otherwise the "
                        "one that it has")
-    share.add_argument("--workers", type=whole(1), metavar="N", help="prompts at once; "
-                       "otherwise as many as the server has slots, or 1")
+    share.add_argument("--workers", type=whole(1), metavar="N", help="prompts at once, of all "
+                       "models; otherwise as many as the server has slots, or 1")
     share.add_argument("--max-tokens", type=whole(1), metavar="N", help="longest answer, "
-                       "whatever is asked; otherwise as asked, or %d" % DEFAULT_MAX_TOKENS)
+                       "whatever is asked; otherwise as asked, or as the server does")
+    share.add_argument("--fetch-images", action="store_true", help="let prompts name images "
+                       "by URL: the server fetches them, also from your own network")
     share.add_argument("--hours", metavar="FROM-TO", help="share only at these hours, by "
                        "this machine's clock: 22-8, 22:30-8, or 9-12,14-17")
-    keys = add("keys", parents=[common, owning], help="your service: access keys for its "
+    keys = add("keys", parents=[common, named, owning], help="your service: access keys for its "
                "guests, and whether it answers")
     keys.add_argument("--add", metavar="LABEL", help="make a key, for whom LABEL says")
     keys.add_argument("--revoke", metavar="ID", help="make a key invalid, at once")
@@ -3314,10 +4775,10 @@ def build_parser():
         keys.add_argument("--" + limit.replace("_", "-"), type=whole(1), metavar="N",
                           help="with --add: " + text)
     keys.add_argument("--days", type=decimal, metavar="N", help="with --add: it expires")
-    add("describe", parents=[common, owning, naming],
+    add("describe", parents=[common, named, owning, naming],
         help="your service: what the directory says about it")
-    add("new-key", parents=[common, owning], help="your service: replace its key")
-    unregister = add("unregister", parents=[common, owning], help="your service: delete it")
+    add("new-key", parents=[common, named, owning], help="your service: replace its key")
+    unregister = add("unregister", parents=[common, named, owning], help="your service: delete it")
     unregister.add_argument("--yes", action="store_true", help="do not ask")
     return parser
 
