@@ -2371,17 +2371,23 @@ def run_listenings(listenings):
             listening.stop()
         errors.extend(filter(None, await asyncio.gather(*tasks, return_exceptions=True)))
 
-    thread = threading.Thread(target=lambda: asyncio.run(run_all()), daemon=True)
+    def run():
+        try:
+            asyncio.run(run_all())
+        finally:
+            ended.set()
+    # No join: before Python 3.13, one that Ctrl-C interrupts takes the thread for ended.
+    ended = threading.Event()
     with terminated_as_interrupted():
         try:
-            thread.start()
-            while thread.is_alive():
-                thread.join(SLICE_SECONDS)
+            threading.Thread(target=run, daemon=True).start()
+            while not ended.wait(SLICE_SECONDS):
+                pass
         except KeyboardInterrupt:
             listenings[0].status.event("Stopping: unfinished prompts go back to the relay.")
             for listening in listenings:
                 listening.stop()
-            thread.join(2 * CANCEL_SECONDS)
+            ended.wait(2 * CANCEL_SECONDS)
     for error in errors:
         raise error
 
@@ -2579,7 +2585,8 @@ class Question:
         for field in sorted(self.own & set(self.body)):
             # A limit of our own that does not fit into the context (vLLM): what is left of
             # the context is less, so it holds without.
-            if (is_meant(field) or too_long and field in LENGTH_FIELDS) and change(field):
+            if (is_meant(field) or too_long and field in LENGTH_FIELDS
+                    and "completion" in words) and change(field):
                 del self.body[field]
                 return True
         for old, new in (("max_tokens", "max_completion_tokens"),

@@ -4079,26 +4079,33 @@ def test_a_provider_keeps_what_it_could_not_send_while_the_relay_is_out_of_reach
     thread.join(SOON)
 
 
+def taken_from(outbox):
+    """(entries as the relay gets them, what settle wants to know)."""
+    entries, taken = outbox.take()
+    return [json.loads(entry) for entry in entries], taken
+
+
 def test_outbox_repeats_until_settled_and_forgets_after_the_end():
     outbox = neuroengine.Outbox()
     work = neuroengine.Work("j", 1, 0, {})
     assert outbox.add(work) and not outbox.add(neuroengine.Work("j", 1, 0, {}))
     outbox.put(work, "a")
-    entries, taken = outbox.take()
+    entries, taken = taken_from(outbox)
     outbox.put(work, "b")
     outbox.settle(taken, sent=False)
-    entries, taken = outbox.take()
+    entries, taken = taken_from(outbox)
     assert entries == [{"job": "j", "attempt": 1, "at": 0, "items": ["a", "b"]}]
     outbox.settle(taken, sent=True)
     outbox.end(work)
-    entries, taken = outbox.take()
+    entries, taken = taken_from(outbox)
     assert entries == [{"job": "j", "attempt": 1, "at": 2, "items": [], "done": True}]
     outbox.settle(taken, sent=True)
     assert outbox.running() == []
 
 
 def test_outbox_loses_and_doubles_nothing_that_many_threads_put_at_once():
-    outbox, got, many = neuroengine.Outbox(), {}, 2000
+    woken = threading.Event()
+    outbox, got, many = neuroengine.Outbox(woken.set), {}, 2000
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
 
@@ -4107,12 +4114,14 @@ def test_outbox_loses_and_doubles_nothing_that_many_threads_put_at_once():
             assert outbox.put(work, str(number))
     try:
         for job in range(8):
-            work = neuroengine.Work(job, 1, 0, {})
+            work = neuroengine.Work(str(job), 1, 0, {})
             outbox.add(work)
             threading.Thread(target=put, args=(work,), daemon=True).start()
         while sum(map(len, got.values())) < 8 * many:
-            entries, taken = outbox.take(SOON)
-            assert entries             # else something was left lying, and we waited
+            if outbox.rest():
+                assert woken.wait(SOON)    # else something was left lying
+                woken.clear()
+            entries, taken = taken_from(outbox)
             sent = random.random() < 0.8
             for entry in entries if sent else ():
                 assert entry["at"] == len(got.setdefault(entry["job"], []))
@@ -4123,21 +4132,43 @@ def test_outbox_loses_and_doubles_nothing_that_many_threads_put_at_once():
     assert all(items == [str(n) for n in range(many)] for items in got.values())
 
 
+def test_outbox_wakes_its_sender_for_first_items_and_ends_and_else_lets_it_gather():
+    wakes = []
+    outbox = neuroengine.Outbox(lambda: wakes.append(1))
+    works = [neuroengine.Work(job, 1, 0, {}) for job in "ab"]
+    for work in works:
+        outbox.add(work)
+    assert outbox.rest()
+    outbox.put(works[0], "x")
+    assert len(wakes) == 1                 # it was idle
+    outbox.settle(taken_from(outbox)[1], sent=True)
+    assert outbox.rest(gather=True)
+    outbox.put(works[0], "y")
+    assert len(wakes) == 1 and not outbox.rest()       # it comes by itself
+    assert outbox.rest(gather=True)
+    outbox.put(works[1], "first")
+    assert len(wakes) == 2 and not outbox.rest(gather=True)
+    outbox.settle(taken_from(outbox)[1], sent=True)
+    assert outbox.rest(gather=True)
+    outbox.end(works[0])
+    assert len(wakes) == 3
+
+
 def test_outbox_says_the_last_word_of_an_answer_cancelled_at_its_end():
     outbox = neuroengine.Outbox()
     work = neuroengine.Work("j", 1, 0, {})
     outbox.add(work)
     outbox.put(work, "a")
     outbox.end(work)
-    assert outbox.cancel([("j", 1)]) == []
-    entries, taken = outbox.take()
+    outbox.cancel([("j", 1)])
+    entries, taken = taken_from(outbox)
     assert entries[0]["items"] == [] and entries[0]["error"] and "done" not in entries[0]
     outbox.settle(taken, sent=True)
     assert outbox.running() == []
 
 
 def test_outbox_sends_a_long_outage_in_pieces(monkeypatch):
-    monkeypatch.setattr(neuroengine, "MAX_BATCH_BYTES", 10)
+    monkeypatch.setattr(neuroengine, "MAX_BATCH_BYTES", 14)
     outbox, got = neuroengine.Outbox(), []
     work = neuroengine.Work("j", 1, 0, {})
     outbox.add(work)
@@ -4145,11 +4176,36 @@ def test_outbox_sends_a_long_outage_in_pieces(monkeypatch):
         outbox.put(work, "abc")
     outbox.end(work)
     while outbox.running():
-        entries, taken = outbox.take()
+        entries, taken = taken_from(outbox)
         assert entries[0]["at"] == len(got) and len(entries[0]["items"]) <= 5
         got += entries[0]["items"]
         outbox.settle(taken, sent=True)
     assert got == ["abc"] * 30
+
+
+@pytest.mark.parametrize("item", [{"reasoning": {1, 2}}, {"x": float("nan")}, {"x": b""}, {
+    "x": "y" * (21 << 20)}], ids=["set", "nan", "bytes", "20 MB"])
+def test_an_item_that_the_relay_can_never_take_fails_its_job_alone(relay, provide, item):
+    answers = [iter(["a", item]), "well"]
+    name, _ = provide(lambda request: answers.pop(0))
+    api = client_of(relay, name)
+    assert "The provider could not answer" in api.request("hi", tries=1)
+    assert api.request("hi") == "well"
+
+
+def test_what_only_the_relay_can_refuse_fails_its_job_alone(relay, provide):
+    """A million commas, say: it would be sent again for ever, and all others with it."""
+    go = threading.Event()
+
+    def answer(request):
+        yield "a"
+        assert go.wait(SOON)
+        yield "b" if request["message"] == "good" else {"reasoning": "x" * (1 << 20)}
+    name, _ = provide(answer, workers=2)
+    api = client_of(relay, name)
+    bad, good = (in_thread(api.request, text, tries=1) for text in ("bad", "good"))
+    go.set()
+    assert "the relay refused its answer" in bad() and good() == "ab"
 
 
 def test_a_redirect_is_not_followed():
@@ -4223,7 +4279,7 @@ class FakeLLM(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     got, script, gone = [], [], threading.Event()
-    owner, template = "llamacpp", "<user>a<assistant>%s"
+    owner, template, paths = "llamacpp", "<user>a<assistant>%s", ()
 
     def do_GET(self):
         if self.path == "/v1/models":
@@ -4236,6 +4292,8 @@ class FakeLLM(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/v1/embeddings":
             return self.json(501, {"error": "no embeddings"})
+        if not body:                           # somebody looks what there is
+            return self.json(400 if self.path in self.paths else 404, {"error": "no"})
         if self.path == "/apply-template":
             return self.json(200, {"prompt": self.template % body["messages"][-1][
                 "content"]} if self.template else {"error": "old"})
@@ -4283,22 +4341,36 @@ class FakeLLM(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def llm(relay):
-    """(the fake's class, the service's name, the Upstream), bridged to the relay."""
+    """(the fake's class, the service's name, the Bridge), bridged to the relay."""
     fake = type("Fake", (FakeLLM,), {"got": [], "script": [], "gone": threading.Event()})
-    with serving(fake) as url:
-        upstream = neuroengine.Upstream(url)
-        upstream.find()
-        name, key = name_of("B"), None
-        key = ask(relay, "/api/services", {"name": name})[1]["key"]
-        provider = NeuroengineServer(relay.url)
-        provider._ready = lambda: upstream.wait(pause=0.05)
-        assert provider.login(name, key) == 0
-        thread = threading.Thread(target=provider.listen, args=(upstream.answer, 2),
-                                  kwargs={"continues": True}, daemon=True)
-        thread.start()
-        yield fake, name, upstream
-        provider.stop()
-        thread.join(SOON)
+    with serving(fake) as url, bridged(relay, url) as (name, bridge):
+        yield fake, name, bridge
+
+
+@contextlib.contextmanager
+def bridged(relay, url, **options):
+    """An LLM server as a service of the relay: (the service's name, the Bridge)."""
+    upstream = neuroengine.Upstream(url)
+    upstream.find()
+    name = name_of("B")
+    server = NeuroengineServer(relay.url)
+    bridge = neuroengine.Bridge(neuroengine.Share(upstream, 2), name, **options)
+    listening = neuroengine._Listening(server, bridge)
+    key = ask(relay, "/api/services", {"name": name})[1]["key"]
+    assert server.login(name, key) == 0
+    thread = threading.Thread(target=neuroengine.run_listenings, args=([listening],),
+                              daemon=True)
+    thread.start()
+    until(lambda: server._listening)
+    yield name, bridge
+    server.stop()
+    thread.join(SOON)
+    assert not thread.is_alive()
+
+
+def rendering(kind="", model=None, **options):
+    """A Rendering for a server of that kind."""
+    return neuroengine.Rendering(model or neuroengine.Model("m"), kind, **options)
 
 
 def test_the_bridge_translates_sampling_fields_and_hides_the_model(relay, llm):
@@ -4327,15 +4399,13 @@ def test_raw_prompts_go_to_completions(relay, llm):
     ("llama.cpp", {"repeat_penalty"}), ("vLLM", {"repetition_penalty"}), ("Ollama", set()),
     ("KoboldCpp", {"rep_pen"}), ("", {"repeat_penalty", "repetition_penalty"})])
 def test_each_server_gets_the_penalty_by_its_own_name(kind, names):
-    upstream = neuroengine.Upstream("http://x")
-    upstream.kind = kind
-    _, body = upstream.build({"message": "x", "repetition_penalty": 1.3})
+    body = rendering(kind).question({"message": "x", "repetition_penalty": 1.3}).body
     assert {name for name in body if "pen" in name} == names
 
 
 def test_the_bridge_absorbs_upstream_quirks(relay, llm):
-    fake, name, upstream = llm
-    upstream.kind = "LM Studio"
+    fake, name, bridge = llm
+    bridge._rendering.kind = "LM Studio"
     fake.script.append([{"role": "assistant", "content": None}, {"reasoning": "hm"},
                         {"tool_calls": [{"id": "c", "function": {"name": "f"}}]}, "x"])
     answer = chat(relay, name, max_completion_tokens=5, response_format={
@@ -4349,16 +4419,36 @@ def test_the_bridge_absorbs_upstream_quirks(relay, llm):
     assert message["tool_calls"][0]["id"] == "c"
 
 
-def test_an_upstream_that_refuses_unknown_fields_is_asked_in_plain_words(relay, llm):
+def test_a_field_that_nobody_chose_is_left_out_if_it_is_refused(relay, llm):
     fake, name, _ = llm
-    fake.script.append((400, {"error": {"message": "unknown field top_k"}}))
+    fake.script += [(400, {"error": {"message": "unknown field top_k"}}),
+                    (422, {"detail": [{"loc": ["body", "stream_options"], "msg": "extra"}]})]
     assert client_of(relay, name).request("hi") == "Hello"
-    assert set(fake.got[1][1]) <= set(neuroengine.PLAIN_FIELDS)
+    assert "top_k" not in fake.got[1][1] and "stream_options" not in fake.got[2][1]
+    assert "top_p" in fake.got[2][1]
+
+
+@pytest.mark.parametrize("field, value", [("grammar", "root ::= [0-9]"), ("top_k", 7),
+                                          ("logit_bias", {"5": -100})])
+def test_a_clients_field_is_never_left_out(relay, llm, field, value):
+    fake, name, _ = llm
+    fake.script.append((400, {"error": {"message": "unknown field %s" % field}}))
+    status, answer, _ = chat(relay, name, **{field: value})
+    assert status == 400 and field in answer["error"]["message"]
+    assert len(fake.got) == 1 and fake.got[0][1][field] == value
+
+
+def test_a_limit_that_goes_by_another_name_is_sent_by_that(relay, llm):
+    fake, name, _ = llm
+    fake.script.append((400, {"error": {"message": "Unsupported parameter: 'max_tokens'. "
+                                        "Use 'max_completion_tokens' instead."}}))
+    assert chat(relay, name, max_completion_tokens=5)[0] == 200
+    assert fake.got[1][1]["max_completion_tokens"] == 5
 
 
 def test_a_prompt_too_long_is_told_in_the_words_that_clients_look_for(relay, llm):
-    fake, name, upstream = llm
-    upstream.context_length = 512
+    fake, name, bridge = llm
+    bridge.model.context_length = 512
     fake.script.append((400, {"error": {          # llama.cpp's own
         "code": 400, "type": "exceed_context_size_error", "message":
         "request (600 tokens) exceeds the available context size (512 tokens)"}}))
@@ -4438,40 +4528,32 @@ def test_a_cancelled_connection_is_not_used_for_the_next_prompt(relay, llm):
         assert chat(relay, name)[1]["choices"][0]["message"]["content"] == "Hello"
 
 
-def stop_keeping_alive(upstream):
+def stop_keeping_alive(bridge):
     """The fake's threads outlive its listener: let go of the connections to them."""
-    while upstream._transport._free:
-        upstream._transport._free.pop().close()
+    for transport in (bridge.share._transport, bridge.share.upstream.transport):
+        while transport._free:
+            transport._free.pop().close()
 
 
-def test_an_upstream_that_goes_away_takes_the_service_offline_until_it_is_back(relay):
+def test_an_upstream_that_goes_away_takes_the_service_offline_until_it_is_back(
+        relay, monkeypatch):
+    monkeypatch.setattr(neuroengine, "RETRY_UPSTREAM_SECONDS", 0.05)
     fake = type("Fake", (FakeLLM,), {"got": [], "script": []})
-    port = None
-    with serving(fake) as url:
-        port = int(url.rsplit(":", 1)[1])
-        upstream = neuroengine.Upstream(url)
-        upstream.find()
-        name = name_of("B")
-        key = ask(relay, "/api/services", {"name": name})[1]["key"]
-        provider = NeuroengineServer(relay.url)
-        provider._ready = lambda: upstream.wait(pause=0.05)
-        assert provider.login(name, key) == 0
-        thread = threading.Thread(target=provider.listen, args=(upstream.answer,),
-                                  daemon=True)
-        thread.start()
-        api = client_of(relay, name)
-        assert api.request("hi") == "Hello"
-    stop_keeping_alive(upstream)
-    waiting = in_thread(ask, relay, "/" + name, {"message": "x"}, Idempotency_Key="i")
-    service = relay.broker.find(name)
-    until(lambda: not service.sessions)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), fake)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    assert waiting()[1]["reply"] == "Hello"
-    server.shutdown()
-    server.server_close()
-    provider.stop()
-    thread.join(SOON)
+    with contextlib.ExitStack() as stack:
+        with serving(fake) as url:
+            name, bridge = stack.enter_context(bridged(relay, url))
+            api = client_of(relay, name)
+            assert api.request("hi") == "Hello"
+        stop_keeping_alive(bridge)
+        waiting = in_thread(ask, relay, "/" + name, {"message": "x"}, Idempotency_Key="i")
+        service = relay.broker.find(name)
+        until(lambda: not service.sessions)
+        server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", int(url.rsplit(":", 1)[1])), fake)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        assert waiting()[1]["reply"] == "Hello"
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_relay_is_not_taken_for_an_llm(relay):
@@ -4482,11 +4564,11 @@ def test_a_relay_is_not_taken_for_an_llm(relay):
 
 
 def test_an_operator_may_bound_every_answer():
-    upstream = neuroengine.Upstream("http://x", max_tokens=50)
+    bounded = rendering(most_tokens=50)
     for request in ({"message": "x"}, {"message": "x", "max_new_len": 100},
                     {"api": "chat", "messages": [], "max_completion_tokens": 99}):
-        assert upstream.build(request)[1]["max_tokens"] == 50
-    assert upstream.build({"message": "x", "max_new_len": 7})[1]["max_tokens"] == 7
+        assert bounded.question(request).body["max_tokens"] == 50
+    assert bounded.question({"message": "x", "max_new_len": 7}).body["max_tokens"] == 7
 
 
 def test_a_malformed_request_below_v1_is_answered_in_openais_form(relay):
@@ -4496,17 +4578,16 @@ def test_a_malformed_request_below_v1_is_answered_in_openais_form(relay):
 
 
 def test_a_started_answer_goes_on_through_the_upstreams_prefill():
-    upstream = neuroengine.Upstream("http://x")
-    upstream.kind = "llama.cpp"
     so_far = {"reply_so_far": "Once upon"}
-    assert upstream.build(dict(so_far, message="a", raw="True"))[1]["prompt"] == "aOnce upon"
-    _, body = upstream.build(dict(so_far, message="a"))
-    assert body["messages"][-1] == {"role": "assistant", "content": "Once upon"}
-    _, body = upstream.build(dict(so_far, messages=[
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": "Well. "}]))
-    assert body["messages"][1:] == [{"role": "assistant", "content": "Well. Once upon"}]
-    upstream.kind = "vLLM"
-    assert upstream.build(dict(so_far, message="a"))[1]["continue_final_message"] is True
+
+    def body(kind="llama.cpp", **request):
+        return rendering(kind).question(dict(so_far, **request)).body
+    assert body(message="a", raw="True")["prompt"] == "aOnce upon"
+    assert body(message="a")["messages"][-1] == {"role": "assistant", "content": "Once upon"}
+    assert body(messages=[
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "Well. "}])[
+            "messages"][1:] == [{"role": "assistant", "content": "Well. Once upon"}]
+    assert body("vLLM", message="a")["continue_final_message"] is True
 
 
 @pytest.mark.parametrize("owner, template, continues", [
@@ -4519,7 +4600,7 @@ def test_the_bridge_continues_answers_only_where_the_upstream_does(
     with serving(fake) as url:
         upstream = neuroengine.Upstream(url)
         upstream.find()
-    assert upstream.continues is continues
+        assert upstream.model().continues is continues
 
 
 def test_a_continued_answer_has_the_tokens_that_are_left(relay):
