@@ -1485,7 +1485,7 @@ class Exchange:
                      socket.timeout("no answer within %d s" % self._timeout))
 
 
-class Line:
+class AsyncConnection:
     """A connection, kept for the next request: an asyncio.Protocol."""
 
     def __init__(self, on_close):
@@ -1585,7 +1585,7 @@ class AsyncTransport:
             return exchange.reader.status, exchange.reader.headers, exchange.body
 
     async def _connect(self):
-        """A new Line. A thread looks up the name and connects, also through proxies."""
+        """A new AsyncConnection. A thread looks up the name and connects, also through proxies."""
         secure, host, _, proxy, proxy_headers = self._where
         url = urllib.parse.urlsplit("//" + host)
         port = url.port or (443 if secure else 80)
@@ -1597,7 +1597,7 @@ class AsyncTransport:
         keep_alive(opener.sock)
         tls = {"ssl": self._transport.context(), "server_hostname": url.hostname,
                "ssl_handshake_timeout": CONNECT_SECONDS} if secure else {}
-        _, line = await self._loop.create_connection(lambda: Line(self._forget),
+        _, line = await self._loop.create_connection(lambda: AsyncConnection(self._forget),
                                                      sock=opener.sock, **tls)
         return line
 
@@ -2383,11 +2383,13 @@ def run_listenings(listenings):
             threading.Thread(target=run, daemon=True).start()
             while not ended.wait(SLICE_SECONDS):
                 pass
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as why:     # the latter by a user's handler
             listenings[0].status.event("Stopping: unfinished prompts go back to the relay.")
             for listening in listenings:
                 listening.stop()
             ended.wait(2 * CANCEL_SECONDS)
+            if isinstance(why, SystemExit):
+                raise
     for error in errors:
         raise error
 
@@ -3526,7 +3528,7 @@ class Sink:
     """Puts the items of an upstream's answer into the outbox, and has the upstream wait as
     long as the relay does not take them."""
 
-    line = None                    # set by the Exchange's Line
+    line = None                    # set by the connection that carries it
 
     def __init__(self, outbox, work, parser):
         self._outbox, self._work, self._parser = outbox, work, parser
@@ -4591,7 +4593,8 @@ def run_share(options):
         raise NeuroengineError(NO_CONNECTION, str(error), "no_model") from None
     if hours:
         status.event(hours_words(hours).capitalize() + ".")
-    run_listenings(listenings)
+    with contextlib.suppress(SystemExit):      # SIGTERM: it has done what it should
+        run_listenings(listenings)
 
 
 def shared_names(options, upstream):
