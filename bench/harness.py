@@ -366,13 +366,14 @@ class Proxy:
 
 
 def prompt_of(number, count=8, size=12, pause=0.0):
-    """A prompt for `count` tokens of `size` characters, `pause` seconds apart."""
+    """A prompt for `count` tokens of `size` characters, `pause` seconds apart. More words
+    may follow it."""
     return "%s %d %d %g" % (number, count, size, pause)
 
 
 def answer_of(prompt):
     """The tokens of the one right answer."""
-    number, count, size, _ = prompt.split()
+    number, count, size = prompt.split()[:3]
     for n in range(int(count)):
         yield ("%s:%d " % (number, n)).ljust(int(size), ".")
 
@@ -383,6 +384,7 @@ def provide(url, name, key, workers):
 
     def answer(request):
         prompt = request.get("message") or request["messages"][-1]["content"]
+        prompt = " ".join(prompt.split()[:4])
         began, pause = time.monotonic(), float(prompt.split()[3])
         for token in answer_of(prompt):
             time.sleep(pause)
@@ -495,7 +497,8 @@ class Relay:
     def metrics(self):
         """/metrics as {name without its prefix: value}; {} if it cannot be asked."""
         try:
-            text = self.ask("GET", "/metrics", timeout=5)[1].decode()
+            # Not from 127.0.0.1, which some relays are told is a proxy.
+            text = self.ask("GET", "/metrics", timeout=5, source="127.0.0.2")[1].decode()
         except BROKEN:
             return {}
         return {name[len("neuroengine_"):]: float(value) for name, value in

@@ -36,6 +36,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from harness import (MB, ROOT, SERVICE, Proxy, Relay, Skip, answer_of,
                      close_all, connect, end_on_signals, free_port, need, percentile,
                      prompt_of, swap, unlimited_files, wait_for)
+import hostile  # noqa: F401  (its parts are among PARTS)
 from watch import (PARTS, Figures, Lives, Modest, Siege, client_hello, first_of, hold, part,
                    sent)
 
@@ -980,7 +981,9 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="the figures, too")
     parser.add_argument("--keep-logs", action="store_true")
     parser.add_argument("--connections", type=int, default=10000,
-                        help="of the part idle (default: %(default)s)")
+                        help="of the parts idle and end-together (default: %(default)s)")
+    parser.add_argument("--tries", type=int, default=2,
+                        help="of the part end-together (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=30, help="of the part kill")
     options = parser.parse_args()
     if options.list:
