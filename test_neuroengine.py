@@ -3,6 +3,7 @@ Relay, The OpenAI face, Client and provider, Bridge, Command lines, The page (in
 browser, skipped where there is none), README and docs. No network but loopback."""
 
 import argparse
+import ast
 import asyncio
 import contextlib
 import copy
@@ -6935,7 +6936,7 @@ def document(name):
 
 def table(name, heading):
     """The rows of the first table below a heading of a document, as lists of cells."""
-    text = document(name).split("\n%s\n" % heading, 1)[1]
+    text = ("\n" + document(name)).split("\n%s\n" % heading, 1)[1]
     lines = text[text.index("|"):].split("\n\n")[0].strip().split("\n")[2:]
     return [[cell.strip().replace("`", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             for line in lines]
@@ -7001,13 +7002,43 @@ def test_documented_options_are_the_relays_options():
         "--help", "--help-all", "--version"}
 
 
-@pytest.mark.parametrize("command", ["share", "keys"])
-def test_documented_options_are_the_commands_options(command):
-    text = subprocess.run([sys.executable, "neuroengine.py", command, "--help"], cwd=HERE,
-                          stdout=subprocess.PIPE, check=True).stdout.decode()
-    common = {"--relay", "--ca", "--insecure", "--key", "--help"}
-    assert options_in(str(table("docs/command-line.md", "## " + command))) - common == (
-        options_in(text) - common)
+def test_documented_commands_and_options_are_the_command_lines():
+    def help_of(*command):
+        return subprocess.run([sys.executable, "neuroengine.py", *command, "--help"], cwd=HERE,
+                              stdout=subprocess.PIPE, check=True).stdout.decode()
+    commands = {row[0] for row in table("docs/command-line.md", "# The command line")}
+    assert commands == set(re.findall(r"^    ([a-z-]+)", help_of(), re.M))
+    common = options_in(str(table("docs/command-line.md", "## Options of all commands")))
+    sections = re.split("^## (.*)$", document("docs/command-line.md"), flags=re.M)
+    documented = {heading: options_in(text) for heading, text
+                  in zip(sections[1::2], sections[2::2])}
+    documented["chat"] = documented["ask"] - {"--json"}
+    for command in commands:
+        assert documented[command] - common == (
+            options_in(help_of(command)) - common - {"--help"}), command
+
+
+def test_documented_commands_of_chat_are_the_codes():
+    assert [row[0] for row in table("docs/command-line.md", "## chat")] == [
+        ("/%s %s" % (name, arguments)).strip()
+        for name, (arguments, _) in neuroengine.Chat.COMMANDS.items()]
+
+
+def test_documented_environment_is_what_the_code_reads():
+    with open(neuroengine.__file__, encoding="utf-8") as file:
+        read = set(re.findall(r"\bNEUROENGINE_[A-Z_]+", file.read()))
+    assert read == {row[0] for row in table("docs/command-line.md", "## Environment")}
+
+
+def test_what_readme_says_is_printed_is_in_the_code():
+    """Where README has "...", something follows that depends."""
+    constants = [node.value for name in ("neuroengine.py", "neuroengine_server.py")
+                 for node in ast.walk(ast.parse(document(name)))
+                 if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    text = document("README.md").split("\n## When it does not work\n", 1)[1]
+    for said in re.findall(r"`([^`]+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.M))):
+        parts = said.split("...")
+        assert any(all(part in constant for part in parts) for constant in constants), said
 
 
 def test_documented_reserved_names_are_the_codes():
