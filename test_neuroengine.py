@@ -7050,7 +7050,7 @@ def test_documented_reserved_names_are_the_codes():
 def test_both_files_agree_on_paths_and_words():
     with open(neuroengine.__file__, encoding="utf-8") as file:
         text = file.read()
-    for path in re.findall(r'"(/(?:provider|api)/[a-z/%]*)"', text):
+    for path in re.findall(r'"(/(?:provider|api/services|api/models)[a-z/%]*)"', text):
         segments = tuple(part.replace("%s", "x") for part in path.split("/") if part)
         assert neuroengine_server.find_route(segments)[0] or "provider" in segments, path
     for name in re.findall(r'error\.name [!=]= "([a-z_]+)"', text):
