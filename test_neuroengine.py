@@ -1,6 +1,6 @@
 """The tests of neuroengine: python -m pytest. Sections: Broker, Store, HTTP reader,
-Relay, The OpenAI face, Client and provider, Bridge, Command lines, The page (in a real
-browser, skipped where there is none), README and docs. No network but loopback."""
+Relay, The OpenAI face, Client and provider, Bridge, Command lines, The page (in three
+real browsers, if NEUROENGINE_BROWSER_TESTS=1), README and docs. No network but loopback."""
 
 import argparse
 import ast
@@ -64,6 +64,20 @@ def until(fact, seconds=SOON):
             return value
         time.sleep(0.005)
     raise AssertionError("it did not happen within %g s" % seconds)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_between_tests(request):
+    """While pytest captures nothing, between two tests, a relay's log is not shown."""
+    log = neuroengine_server.log
+
+    def unless_shown(*args, **kw):
+        if sys.stderr is not sys.__stderr__:
+            log(*args, **kw)
+    if request.config.getoption("capture") != "no":
+        neuroengine_server.log = unless_shown
+    yield
+    neuroengine_server.log = log
 
 
 ##############################################################################
@@ -5515,10 +5529,7 @@ def test_after_kill_9_and_a_restart_everything_goes_on_by_itself(start, tmp_path
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
 def test_a_short_fault_run_loses_and_doubles_nothing():
-    spec = importlib.util.spec_from_file_location(
-        "faults", os.path.join(HERE, "bench", "checks", "faults.py"))
-    faults = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(faults)
+    faults = bench_module("checks", "faults.py")
     wrong, table = faults.short_run(seed=1)
     assert not wrong, "\n".join(wrong + [table])
 
@@ -5563,33 +5574,57 @@ def test_the_examples_run_as_they_are(start, tmp_path, example, args):
 
 
 ##############################################################################
-# The page: a browser, a relay, a provider, and a line that can be cut
+# The page: three browsers, a relay, a provider, and a line that can be cut
 ##############################################################################
 
-PAGE_MUST_RUN = os.environ.get("NEUROENGINE_BROWSER_TESTS") == "1"
 PAGE_WAIT = 30000                          # milliseconds that only a failure reaches
 PAGE_CHROMIUM_OPTIONS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync").split()
-PAGE_KEY = "service-key-of-the-tests"
 
 
-def page_lacks(what):
-    """Skip, or fail where the browser's tests must run."""
-    (pytest.fail if PAGE_MUST_RUN else pytest.skip)(
-        "the page's tests need %s (or set NEUROENGINE_BROWSER_TESTS=0)" % what)
+def bench_module(*path):
+    """A program of bench/, as a module."""
+    spec = importlib.util.spec_from_file_location(path[-1], os.path.join(HERE, "bench", *path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class PageSkip(pytest.skip.Exception):
+    """A skip of the place where it is raised, not of each test: pytest's summary then
+    has one line for all."""
+    __module__, __qualname__ = "builtins", "Skipped"     # the name is left out there
+    _use_item_location = property(lambda self: False, lambda self, value: None)
 
 
 @pytest.fixture(scope="session")
-def page_browser():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        page_lacks("Playwright: pip install playwright")
+def page_wanted():
+    if os.environ.get("NEUROENGINE_BROWSER_TESTS") != "1":
+        raise PageSkip("the page's tests need three browsers (see .ci/run) and "
+                       "NEUROENGINE_BROWSER_TESTS=1")
+
+
+@pytest.fixture(scope="session")
+def page_browsers():
+    """Starts a browser when the first test needs it, and ends all at the end."""
+    drivers = bench_module("browsers.py")
+    with contextlib.ExitStack() as ends:
+        @functools.lru_cache(maxsize=None)
+        def start(name):
+            if name == "chromium":
+                return ends.enter_context(page_chromium())
+            return ends.enter_context(contextlib.closing(getattr(drivers, name)()))
+        start.page = drivers.Page
+        yield start
+
+
+@contextlib.contextmanager
+def page_chromium():
+    from playwright.sync_api import sync_playwright
     chromium = os.environ.get("NEUROENGINE_CHROMIUM") or shutil.which("chromium") \
         or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        page_lacks("Chromium: apt install chromium, or name it in NEUROENGINE_CHROMIUM")
+    assert chromium, "apt install chromium, or name it in NEUROENGINE_CHROMIUM"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium,
                                              args=PAGE_CHROMIUM_OPTIONS)
@@ -5597,14 +5632,22 @@ def page_browser():
         browser.close()
 
 
+# The tests that have this run in Firefox and WebKitGTK, too. They keep to what
+# bench/browsers.py has of Playwright's methods; pages made without options are enough.
+in_each_browser = pytest.mark.parametrize(
+    "page_browser", ["chromium", "Firefox", "WebKit"], indirect=True)
+
+
+@pytest.fixture
+def page_browser(request, page_wanted, page_browsers):
+    return page_browsers(getattr(request, "param", "chromium"))
+
+
 @pytest.fixture(scope="session")
 def page_axe():
     path = os.environ.get("NEUROENGINE_AXE", "/tmp/axe/node_modules/axe-core/axe.min.js")
-    if os.path.isdir(path):
-        path = os.path.join(path, "axe.min.js")
-    if not os.path.exists(path):
-        page_lacks("axe-core: npm install --prefix /tmp/axe axe-core, or name its "
-                   "axe.min.js in NEUROENGINE_AXE")
+    assert os.path.exists(path), "npm install --prefix /tmp/axe axe-core, or name its " \
+        "axe.min.js in NEUROENGINE_AXE"
     with open(path, encoding="utf-8") as file:
         return file.read()
 
@@ -5612,53 +5655,59 @@ def page_axe():
 class PageJob:
     """A prompt in the hands of the test."""
 
-    def __init__(self, provider, job, attempt):
-        self.provider, self.job, self.attempt, self.at = provider, job, attempt, 0
-        self.request = json.loads(job.payload)
-        self.cancelled = threading.Event()
+    def __init__(self, provider, job):
+        self.provider, self.at, self.cancelled = provider, 0, threading.Event()
+        self.request, self.pair = job["request"], (job["job"], job["attempt"])
 
     def push(self, *items, **more):
-        entry = dict(more, job=self.job.id, attempt=self.attempt, at=self.at,
-                     items=list(items))
+        job, attempt = self.pair
+        self.provider.reply(dict(more, job=job, attempt=attempt, at=self.at,
+                                 items=list(items)))
         self.at += len(items)
-        self.provider.reply(entry)
 
     def done(self, *items):
         self.push(*items, done=True)
 
     def fail(self, words):
-        self.push(error=RelayError("provider_error", words))
+        self.push(error={"error": "provider_error", "message": words})
 
 
 class PageProvider:
     """A provider whose answers the test gives, one item after the other."""
 
-    def __init__(self, relay, name="Demo", workers=1, **more):
-        self.broker, self.service = relay.broker, relay.broker.find(name)
-        self.session = self.broker.login(self.service, workers=workers, **more)
+    def __init__(self, relay, name="Demo", **features):
+        self.path, self.key = "/provider/%s/" % name, relay.keys[name]
         self.arrived, self.running, self.gone = queue.Queue(), {}, False
+        self.replies, self.polls = (http.client.HTTPConnection(
+            "127.0.0.1", relay.server_port, timeout=60) for _ in range(2))
+        self.session = self._call(self.replies, "login", features)["session"]
         threading.Thread(target=self._poll, daemon=True).start()
 
-    def _poll(self):
-        while not (self.gone or self.broker.closed):
-            with contextlib.suppress(RelayError):
-                self._take(*self.broker.poll(self.service, self.session, Poll(),
-                                             list(self.running), timeout=0.5))
+    def _call(self, connection, action, body):
+        connection.request("POST", self.path + action, json.dumps(body),
+                           {"Authorization": "Bearer " + self.key})
+        return json.loads(connection.getresponse().read())
 
-    def _take(self, jobs, cancels):
-        for pair in cancels:
-            if tuple(pair) in self.running:
-                self.running.pop(tuple(pair)).cancelled.set()
-        for job, attempt, _, _ in jobs:
-            mine = self.running[job.id, attempt] = PageJob(self, job, attempt)
-            self.arrived.put(mine)
+    def _poll(self):
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while not self.gone:
+                self._take(self._call(self.polls, "poll", {
+                    "session": self.session, "running": list(self.running)}))
+
+    def _take(self, answer):
+        for pair in map(tuple, answer.get("cancel", ())):
+            if pair in self.running:
+                self.running.pop(pair).cancelled.set()
+        for job in answer.get("jobs", ()):
+            mine = PageJob(self, job)
+            if self.running.setdefault(mine.pair, mine) is mine:
+                self.arrived.put(mine)
 
     def reply(self, entry):
         if entry.get("done") or entry.get("error"):
             self.running.pop((entry["job"], entry["attempt"]), None)
-        with contextlib.suppress(RelayError):
-            _, jobs, cancels = self.broker.reply(self.service, self.session, [entry])
-            self._take(jobs, cancels)
+        self._take(self._call(self.replies, "reply", {
+            "session": self.session, "replies": [entry]}))
 
     def next(self):
         """The next prompt. Playwright's events stand still meanwhile: keep it short."""
@@ -5666,8 +5715,8 @@ class PageProvider:
 
     def leave(self):
         self.gone = True
-        with contextlib.suppress(RelayError):
-            self.broker.logout(self.service, self.session)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            self._call(self.replies, "logout", {"session": self.session})
 
 
 class PageProxy:
@@ -5722,26 +5771,59 @@ class PageProxy:
         self.cut(keep=True)
 
 
+# Put before the page's own script. It keeps in the tab, whatever is loaded there, what
+# no page may do: only Playwright hears of what the browser itself complains about.
+PAGE_WATCH = b"""<script>
+window.complain = (text) => sessionStorage.setItem("complaints", JSON.stringify(
+    [...JSON.parse(sessionStorage.getItem("complaints") || "[]"), text]));
+window.violations = [];
+addEventListener("error", (e) => complain("error: " + e.message));
+addEventListener("unhandledrejection", (e) => complain("rejection: " + e.reason));
+document.addEventListener("securitypolicyviolation", (e) => {
+    violations.push(e.violatedDirective);
+    complain("CSP: " + e.violatedDirective + " " + e.blockedURI);
+});
+for (const level of ["error", "warn"]) console[level] = (...words) => complain(words.join(" "));
+</script>"""
+
+
+class PageRelay:
+    """A relay that serves the page, and what operators do with it."""
+
+    def __init__(self, *names):
+        page = read_page().replace(b"<script>", PAGE_WATCH + b"<script>", 1)
+        self.relay = Relay("127.0.0.1", 0, page=page, limits=Limits(close_seconds=0.2))
+        self.relay.start()
+        self.url, self.keys = self.relay.url, {}
+        self.server_address, self.server_port = self.relay.server_address, self.relay.server_port
+        for name in names:
+            self.add(name)
+
+    def add(self, name, operator="Ada", comment="A small model on an old machine"):
+        self.keys[name] = self.ask("POST", "", "", name=name, operator=operator,
+                                   comment=comment)[1]["key"]
+
+    def change(self, name, **fields):
+        assert self.ask("PATCH", "/" + name, self.keys[name], **fields)[0] == 200
+
+    def service(self, name, key=None):
+        """What the relay says to an operator, or None if the key is not right."""
+        status, answer = self.ask("GET", "/" + name, key or self.keys[name])
+        return answer if status == 200 else None
+
+    def ask(self, method, path, key, **fields):
+        return ask(self, "/api/services" + path, fields or None, method,
+                   Authorization="Bearer " + key)[:2]
+
+    def stop(self):
+        self.relay.stop()
+
+
 @pytest.fixture
-def page_relay():
-    relay = page_start_relay()
+def page_relay(page_wanted):
+    relay = PageRelay("Demo")
     yield relay
     relay.stop()
-
-
-def page_start_relay(port=0, names=("Demo",)):
-    relay = Relay("127.0.0.1", port, page=read_page(), limits=Limits(close_seconds=0.2))
-    for name in names:
-        page_add(relay, name)
-    relay.start()
-    return relay
-
-
-def page_add(relay, name, operator="Ada", comment="A small model on an old machine"):
-    service = Service(name, digest(PAGE_KEY), operator, comment, time.time())
-    relay.broker.add(service)
-    relay.store.add(service)
-    return service
 
 
 @pytest.fixture
@@ -5754,14 +5836,20 @@ def page_provider(page_relay):
 class PageTab:
     """A tab of the browser, and what people do in it."""
 
-    def __init__(self, context, url):
-        self.context, self.url = context, url
+    def __init__(self, tab, url):
+        self.tab, self.url = tab, url
         self.complaints, self.requests, self.expects_trouble = [], [], False
-        self.tab = context.new_page()
         self.tab.set_default_timeout(PAGE_WAIT)
-        self.tab.on("console", self._heard)
-        self.tab.on("pageerror", lambda e: self.complaints.append("error: %s" % e))
-        self.tab.on("request", lambda r: self.requests.append(r))
+        if hasattr(tab, "on"):                           # Playwright's
+            self.tab.on("console", self._heard)
+            self.tab.on("request", lambda request: self.requests.append(request))
+
+    def complained(self):
+        """All complaints of the page and the browser, if the tab is still there."""
+        with contextlib.suppress(Exception):
+            self.complaints += self.tab.evaluate(
+                "JSON.parse(sessionStorage.getItem('complaints') || '[]')")
+        return self.complaints
 
     def _heard(self, message):
         if message.type not in ("error", "warning"):
@@ -5818,7 +5906,7 @@ class PageTab:
     def answers(self, text):
         """Wait until that, and nothing else, is the last answer."""
         self.eventually("(text) => document.querySelector('.message.last .md')"
-                        ".innerText === text", text)
+                        ".innerText.trim() === text", text)
 
     def live(self):
         return self.tab.text_content("#live")
@@ -5838,33 +5926,30 @@ class PageTab:
 
 
 @pytest.fixture
-def page_tab(page_browser, page_relay):
+def page_tab(page_browsers, page_browser, page_relay):
     """Makes tabs; afterwards no tab may have complained."""
     tabs = []
 
     def make(url=None, context=None, **options):
-        if context is None:
-            context = page_browser.new_context(**options)
-            context.add_init_script(
-                "window.violations = []; document.addEventListener("
-                "'securitypolicyviolation', (e) => { violations.push(e.violatedDirective); "
-                "console.error('CSP: ' + e.violatedDirective + ' ' + e.blockedURI); })")
-        tabs.append(PageTab(context, url or page_relay.url))
+        if hasattr(page_browser, "new_context"):         # Playwright's
+            tab = (context or page_browser.new_context(**options)).new_page()
+        else:
+            tab = page_browsers.page(page_browser)
+        tabs.append(PageTab(tab, url or page_relay.url))
         return tabs[-1]
     yield make
-    try:
-        for tab in tabs:
-            assert tab.complaints == []
-    finally:
-        for context in {tab.context for tab in tabs}:
-            context.close()
+    complaints = [tab.complained() for tab in tabs]
+    for tab in tabs:
+        with contextlib.suppress(Exception):
+            (tab.tab.context if hasattr(tab.tab, "context") else tab.tab).close()
+    assert not any(complaints), complaints
 
 
 # 1. Directory, sharing, managing
 
 
 def test_page_directory_is_live_and_searchable(page_relay, page_provider, page_tab):
-    page_add(page_relay, "Other-7B", "Grace", "<img src=x onerror=alert(1)> & more")
+    page_relay.add("Other-7B", "Grace", "<img src=x onerror=alert(1)> & more")
     tab = page_tab().open("/")
     tab.shows("Connected", ".card:nth-child(1)")
     tab.shows("shared by Grace", ".card:nth-child(2)")
@@ -5900,7 +5985,7 @@ def test_page_registers_a_service_and_shows_what_to_run(page_relay, page_tab):
     tab.tab.click("text=Register the name")
     tab.tab.wait_for_selector("#share-done:visible")
     key = tab.tab.text_content("#share-key")
-    assert digest(key) == page_relay.broker.find("My-Llama").key_digest
+    assert page_relay.service("My-Llama", key)
     tab.tab.click("#share-done >> text=Copy")
     assert tab.tab.evaluate("navigator.clipboard.readText()") == key
     commands = tab.tab.inner_text("#share-commands")
@@ -5910,6 +5995,7 @@ def test_page_registers_a_service_and_shows_what_to_run(page_relay, page_tab):
     tab.tab.click("text=Windows")
     tab.shows("$env:NEUROENGINE_SERVER", "#share-commands")
     tab.shows("Waiting for your machine", "#share-live")
+    page_relay.keys["My-Llama"] = key
     provider = PageProvider(page_relay, "My-Llama")
     tab.news()
     tab.shows("Connected.", "#share-live")
@@ -5952,7 +6038,7 @@ def test_page_limits_callers_without_a_key(page_relay, page_tab):
         answer = route.fetch()
         route.fulfill(response=answer, json=dict(answer.json(), anonymous_per_day=7))
     tab.tab.route("**/api/services/Demo", relay)
-    page_manage(tab)
+    page_manage(tab, page_relay.keys["Demo"])
     assert tab.tab.input_value(field) == "7"
     for text in ("", "0"):
         tab.tab.fill(field, text)
@@ -5972,26 +6058,24 @@ def test_page_manages_a_service_with_its_key(page_relay, page_tab):
     tab.tab.fill("#manage-key", "wrong")
     tab.tab.click("#unlock button")
     tab.shows("service key", "#unlock-trouble")
-    tab.tab.fill("#manage-key", PAGE_KEY)
+    tab.tab.fill("#manage-key", page_relay.keys["Demo"])
     tab.tab.click("#unlock button")
     tab.tab.fill("#m-comment", "Now with more RAM")
     tab.tab.click("#managed >> text=Save")
     tab.shows("Saved.", ".toast")
     tab.shows("Now with more RAM", ".card")
-    service = page_relay.broker.find("Demo")
-    assert service.comment == "Now with more RAM"
+    assert page_relay.service("Demo")["comment"] == "Now with more RAM"
     tab.tab.click("text=New service key")
     tab.tab.click("text=Replace the key?")
     tab.tab.wait_for_selector("#managed .secret code")
     key = tab.tab.text_content("#managed .secret code")
-    assert digest(key) == service.key_digest
     tab.tab.click("text=Delete Demo")
-    assert page_relay.broker.find("Demo")                # not before it is confirmed
+    assert page_relay.service("Demo", key)               # not before it is confirmed
     tab.tab.click("text=Delete for good?")
     tab.shows("Nobody shares a model here yet", "#no-cards")
 
 
-def page_manage(tab, name="Demo", key=PAGE_KEY):
+def page_manage(tab, key, name="Demo"):
     tab.tab.click("#open-manage")
     tab.tab.fill("#manage-name", name)
     tab.tab.fill("#manage-key", key)
@@ -6002,7 +6086,7 @@ def page_manage(tab, name="Demo", key=PAGE_KEY):
 def test_page_makes_a_service_private_and_invites_a_guest(
         page_relay, page_provider, page_tab):
     tab = page_tab().open("/")
-    page_manage(tab)
+    page_manage(tab, page_relay.keys["Demo"])
     tab.tab.check("#private")
     tab.tab.click("#managed >> text=Save")
     tab.shows("Saved.", ".toast")
@@ -6032,9 +6116,9 @@ def test_page_makes_a_service_private_and_invites_a_guest(
     guest.shows("Demo is private", ".trouble")
 
 
-def test_page_pauses_a_service(page_provider, page_tab):
+def test_page_pauses_a_service(page_relay, page_provider, page_tab):
     tab = page_tab().open("/")
-    page_manage(tab)
+    page_manage(tab, page_relay.keys["Demo"])
     tab.tab.check("#paused")
     tab.tab.click("#managed >> text=Save")
     tab.shows("Paused by its operator", ".card")
@@ -6056,6 +6140,7 @@ def test_page_pauses_a_service(page_provider, page_tab):
 # 2. Chat
 
 
+@in_each_browser
 def test_page_streams_an_answer(page_provider, page_tab):
     tab = page_tab().open()
     tab.say("Hello")
@@ -6075,6 +6160,7 @@ def test_page_streams_an_answer(page_provider, page_tab):
         {"role": "user", "content": "And then?"}]
 
 
+@in_each_browser
 def test_page_stop_reaches_the_provider_and_keeps_the_text(page_provider, page_tab):
     tab = page_tab().open()
     tab.say("Count")
@@ -6094,6 +6180,7 @@ def test_page_stop_reaches_the_provider_and_keeps_the_text(page_provider, page_t
     tab.idle()
 
 
+@in_each_browser
 def test_page_regenerates_edits_and_keeps_versions(page_provider, page_tab):
     tab = page_tab().open()
     tab.say("Name a colour")
@@ -6141,7 +6228,7 @@ def test_page_keeps_what_was_done_in_the_instant_before_it_was_left(page_provide
             console.log("chosen");
             for (;;);
         })""")
-    other = page_tab(tab.tab.url, tab.context).open("")
+    other = page_tab(tab.tab.url, tab.tab.context).open("")
     other.shows("1/2")
     tab.tab.close()
 
@@ -6184,6 +6271,7 @@ Last &amp; <b>least</b>\\*
 """
 
 
+@in_each_browser
 def test_page_renders_markdown(page_provider, page_tab):
     tab = page_tab().open()
     tab.say("Markdown")
@@ -6219,6 +6307,7 @@ def test_page_renders_markdown(page_provider, page_tab):
     assert got["last"] == "Last & <b>least</b>*"
 
 
+@in_each_browser
 def test_page_markdown_streamed_is_markdown_whole(page_provider, page_tab):
     tab, pieces = page_tab().open(), []
     text, chance = PAGE_SAMPLE * 3, random.Random(7)
@@ -6254,6 +6343,7 @@ def test_page_copies_messages_and_code(page_provider, page_tab):
     tab.eventually("async () => (await navigator.clipboard.readText()).startsWith('Here:')")
 
 
+@in_each_browser
 def test_page_folds_reasoning(page_provider, page_tab):
     tab = page_tab().open()
     tab.say("Think")
@@ -6277,6 +6367,7 @@ def test_page_folds_reasoning(page_provider, page_tab):
     tab.answers("So.")
 
 
+@in_each_browser
 def test_page_keeps_conversations(page_provider, page_tab):
     tab = page_tab().open()
     for question, reply in (("About cats", "They purr"), ("About dogs", "They bark")):
@@ -6334,6 +6425,7 @@ def test_page_exports_and_imports(page_provider, page_tab, tmp_path, kind):
     assert other.tab.inner_text(".user .said") == "What is *this*?"
 
 
+@in_each_browser
 def test_page_settings_have_the_providers_default_as_a_state(page_provider, page_tab):
     tab = page_tab().open()
     tab.tab.click("#open-settings")
@@ -6361,8 +6453,7 @@ def test_page_settings_have_the_providers_default_as_a_state(page_provider, page
 
 def test_page_tells_the_place_in_the_queue(page_relay, page_provider, page_tab):
     tab = page_tab().open()
-    reader = page_relay.broker.submit(page_relay.broker.find("Demo"), b'{"message":"x"}',
-                                      caller="other", name="n", at=0)
+    before = in_thread(ask, page_relay, "/Demo", {"message": "x"})
     other = page_provider.next()
     tab.say("Me too")
     tab.shows("Place 1 of 1 in the queue")
@@ -6375,9 +6466,10 @@ def test_page_tells_the_place_in_the_queue(page_relay, page_provider, page_tab):
     tab.shows("tokens/s")
     job.done()
     tab.idle()
-    page_relay.broker.leave(reader)
+    assert before()[0] == 200
 
 
+@in_each_browser
 def test_page_keeps_the_draft(page_provider, page_tab):
     tab = page_tab().open()
     tab.tab.fill("#input", "Half a thought")
@@ -6410,7 +6502,7 @@ def test_page_takes_the_key_of_an_invite_link(page_relay, page_provider, page_ta
 
 def test_page_asks_for_a_key_when_a_service_is_private(
         page_relay, page_provider, page_tab):
-    page_relay.broker.find("Demo").private = True
+    page_relay.change("Demo", private=True)
     tab = page_tab()
     tab.expects_trouble = True
     tab.open()
@@ -6418,7 +6510,7 @@ def test_page_asks_for_a_key_when_a_service_is_private(
     tab.say("Let me in")
     tab.shows("Demo is private", ".trouble")
     tab.tab.click(".trouble >> text=Enter a key")
-    tab.tab.fill("#key-input", PAGE_KEY)                 # the operator's own will do
+    tab.tab.fill("#key-input", page_relay.keys["Demo"])                 # the operator's own will do
     tab.tab.keyboard.press("Enter")
     page_provider.next().done("Welcome")
     tab.shows("Welcome")
@@ -6453,6 +6545,7 @@ def test_page_shows_how_to_call_the_service(page_relay, page_tab):
 # 3. When things go wrong
 
 
+@in_each_browser
 def test_page_resumes_a_cut_answer_without_gap_or_repeat(
         page_relay, page_provider, page_tab):
     proxy = PageProxy(page_relay.server_port)
@@ -6476,6 +6569,7 @@ def test_page_resumes_a_cut_answer_without_gap_or_repeat(
     proxy.close()
 
 
+@in_each_browser
 def test_page_reload_picks_the_answer_up(page_provider, page_tab):
     tab = page_tab().open()
     tab.say("Long story")
@@ -6515,6 +6609,7 @@ def test_page_keeps_what_came_when_the_provider_goes(page_relay, page_provider, 
     back.leave()
 
 
+@in_each_browser
 def test_page_is_of_use_while_the_service_is_offline(page_relay, page_tab):
     tab = page_tab()
     tab.expects_trouble = True
@@ -6535,7 +6630,7 @@ def test_page_is_of_use_while_the_service_is_offline(page_relay, page_tab):
 
 
 def test_page_outlives_a_relay_that_restarts(page_tab):
-    relay = page_start_relay()
+    relay = PageRelay("Demo")
     provider = PageProvider(relay)
     proxy = PageProxy(relay.server_port)                 # as a process that ends would,
     tab = page_tab(proxy.url)                            # it closes all connections
@@ -6551,7 +6646,7 @@ def test_page_outlives_a_relay_that_restarts(page_tab):
     tab.news()
     tab.news()
     tab.shows("The relay cannot be reached", "#banner")
-    relay = page_start_relay()
+    relay = PageRelay("Demo")
     provider = PageProvider(relay)
     proxy.to = relay.server_port
     proxy.mend()
@@ -6609,6 +6704,7 @@ def test_page_works_by_keyboard_alone(page_provider, page_tab):
             "Use it from code", "New conversation", "Export and import"} <= seen
 
 
+@in_each_browser
 def test_page_reads_out_states_and_the_whole_answer_once(page_provider, page_tab):
     tab = page_tab().open()
     tab.tab.evaluate("""() => { window.spoken = []; new MutationObserver(() => spoken.push(
@@ -6628,6 +6724,7 @@ def test_page_reads_out_states_and_the_whole_answer_once(page_provider, page_tab
     assert tab.tab.get_attribute("#log", "aria-live") == "off"
 
 
+@in_each_browser
 def test_page_leaves_enter_to_the_input_method(page_provider, page_tab):
     tab = page_tab().open()
     tab.tab.fill("#input", "にほん")
@@ -6656,6 +6753,7 @@ def test_page_enter_on_phones_is_a_new_line_or_as_set(page_provider, page_tab):
     tab.tab.wait_for_selector("#open-side:focus")
 
 
+@in_each_browser
 def test_page_scrolling_never_fights_the_reader(page_provider, page_tab):
     tab = page_tab().open()
     tab.say("Many lines")
@@ -6707,7 +6805,7 @@ PAGE_WIDE = ("A " + "verylongword" * 30 + "\n\n```\n" + "code " * 80 + "\n```\n\
     (1920, 1080, 1, "100%")], ids=["320px", "zoom-200", "text-200", "large"])
 def test_page_never_scrolls_sideways(page_relay, page_provider, page_tab,
                                      width, height, scale, font):
-    page_add(page_relay, "L" + "o" * 62 + "g", "O" * 100, "C" * 300)
+    page_relay.add("L" + "o" * 62 + "g", "O" * 100, "C" * 300)
     tab = page_tab(viewport={"width": width, "height": height},
                    device_scale_factor=scale).open("/")
     grow = "document.documentElement.style.fontSize = '%s'" % font
@@ -6742,7 +6840,7 @@ def test_page_never_scrolls_sideways(page_relay, page_provider, page_tab,
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_has_no_violation_that_axe_finds(page_relay, page_provider, page_tab,
                                               page_axe, scheme):
-    page_add(page_relay, "Sleeping", "Grace", "Seldom awake")
+    page_relay.add("Sleeping", "Grace", "Seldom awake")
     tab = page_tab(color_scheme=scheme).open("/")
 
     def check(where):
@@ -6758,7 +6856,7 @@ def test_page_has_no_violation_that_axe_finds(page_relay, page_provider, page_ta
     tab.tab.keyboard.press("Escape")
     tab.tab.click("#open-manage")
     tab.tab.fill("#manage-name", "Demo")
-    tab.tab.fill("#manage-key", PAGE_KEY)
+    tab.tab.fill("#manage-key", page_relay.keys["Demo"])
     tab.expects_trouble = True                           # a relay without access keys
     tab.tab.click("#unlock button")
     tab.tab.wait_for_selector("#m-comment")
@@ -6805,7 +6903,7 @@ def test_page_is_one_small_strict_file(page_relay, page_provider, page_tab):
     assert all(r.url.startswith((page_relay.url, "data:")) for r in tab.requests)
     assert {r.url[len(page_relay.url):] for r in tab.requests
             if r.url.startswith("http")} == {"/Demo", "/api/models"}
-    assert tab.context.cookies() == []
+    assert tab.tab.context.cookies() == []
 
 
 PAGE_HOSTILE = """<script>window.pwned = 1</script><img src=x onerror="window.pwned=2">
@@ -6826,6 +6924,7 @@ if (user \u202e { admin \u2066
     "".join("  " * n + "- x\n" for n in range(200))
 
 
+@in_each_browser
 def test_page_hostile_reply_stays_text(page_provider, page_tab):
     tab = page_tab().open()
     tab.say("<img src=x onerror=window.pwned=6>")
@@ -6844,6 +6943,7 @@ def test_page_hostile_reply_stays_text(page_provider, page_tab):
     assert tab.tab.evaluate("violations") == []
 
 
+@in_each_browser
 def test_page_takes_a_line_of_a_megabyte(page_provider, page_tab):
     tab = page_tab().open()
     for line in ("x" * (1 << 20), "```\n" + "y " * (1 << 19) + "\n```\n"):
