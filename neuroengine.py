@@ -75,14 +75,14 @@ __all__ = ["Neuroengine", "NeuroengineError", "NeuroengineServer", "Reply", "mai
 DEFAULT_SERVER = "api.neuroengine.ai"
 REQUEST_SECONDS = 120        # silence of the relay within one request
 ANSWER_SECONDS = 3700        # a whole reply; the relay gives up a little sooner
-STREAM_SECONDS = 30          # silence within a stream; it beats every 9 s
+STREAM_SECONDS = 30          # silence within a stream; heartbeats come every 9 s
 POLL_SECONDS = 40            # a held poll; the relay answers within 25 s
 GATHER_SECONDS = 0.005       # between two requests with items, other than first ones and ends
 HEARTBEAT_SECONDS = 5        # a provider with jobs is heard of this often
-CANCEL_SECONDS = 5           # for telling the relay that an answer is not wanted
-FIRST_PAUSE_SECONDS = 0.25   # before a second try; doubles each time, with jitter
+CANCEL_SECONDS = 5           # for a cancel or a logout
+FIRST_PAUSE_SECONDS = 0.25   # before the second try; doubles each time, with jitter
 LONGEST_PAUSE_SECONDS = 8.0
-LONGEST_RETRY_AFTER_SECONDS = 60   # what the relay may ask us to wait by ourselves
+LONGEST_RETRY_AFTER_SECONDS = 60   # a longer wait is left to the caller
 MAX_UNSENT_BYTES = 8 << 20   # of one answer, kept while the relay is out of reach
 MAX_BATCH_BYTES = 1 << 20    # of items in one request to the relay
 MAX_ITEM_BYTES = 20 << 20    # one item; the relay takes no more
@@ -142,7 +142,8 @@ class NeuroengineError(Exception):
         super().__init__(message)
         self.errorcode, self.message, self.name = errorcode, message, name
         self.retry_after, self.retry, self.said = retry_after, retry, message
-        self.row, self.names = row or name, {}     # what advise() goes by
+        self.row = row or name                 # of ADVICE
+        self.names: Dict[str, Any] = {}        # what advise() was given
 
     def __str__(self) -> str:
         return self.message
@@ -245,8 +246,8 @@ def relay_url(address, port=443):
 
 
 def parse_answer(status, headers, body, kind=dict):
-    """The JSON that the relay answered, a dict or what `kind` says. Raises
-    NeuroengineError for an error of the relay, and for all that no relay answers."""
+    """The JSON that the relay answered: a dict, or what `kind` says. Raises
+    NeuroengineError for an error, and for what is not the answer of a relay."""
     try:
         answer = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -263,7 +264,7 @@ def parse_answer(status, headers, body, kind=dict):
 
 
 def errorcode_of(answer):
-    """The errorcode in an answer; 0 if there is none, NO_CONNECTION if it is no number."""
+    """The errorcode in an answer: 0 if there is none, NO_CONNECTION if it is not a number."""
     try:
         return int(answer.get("errorcode") or 0)
     except (TypeError, ValueError, OverflowError):
@@ -435,14 +436,19 @@ class Connection:
         if self.aborted:
             raise ConnectionAbortedError("cancelled")
         self._sock.settimeout(timeout)
-        for start in range(0, len(data), PIECE_BYTES):     # the timeout is for each
-            self._sock.sendall(data[start:start + PIECE_BYTES])
+        refused = False
+        try:
+            for start in range(0, len(data), PIECE_BYTES):     # the timeout is for each
+                self._sock.sendall(data[start:start + PIECE_BYTES])
+        except ConnectionError:
+            refused = True         # its answer, if there is one, says why
         response = http.client.HTTPResponse(Incoming(self._sock, timeout), method=method)
         try:
             response.begin()
         except BaseException:
             response.close()
             raise
+        response.will_close = response.will_close or refused
         return response
 
     def abort(self):
@@ -538,32 +544,20 @@ class Transport:
 
         started, if given, is called with the Connection, which has an abort().
         """
-        secure, host, prefix, proxy, proxy_headers = self.where()
         data = b""
         if body is not None:
             data = encode(body)
             headers["Content-Type"] = "application/json"
         if key:
             headers["Authorization"] = "Bearer " + clean_key(key)
-        if proxy and not secure:
-            prefix = "http://%s%s" % (host, prefix)
-            headers.update(proxy_headers)
         if data or method not in ("GET", "HEAD"):
             headers["Content-Length"] = len(data)
-        headers.setdefault("User-Agent", "neuroengine/" + __version__)
-        for name, value in headers.items():
-            if not re.match(r"[\t -~]*\Z", str(value)):
-                raise NeuroengineError(10, "The header %s cannot hold %r." % (name, value),
-                                       "invalid_request")
-        head = "".join("%s: %s\r\n" % (name.replace("_", "-"), value)
-                       for name, value in headers.items())
-        data = ("%s %s%s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (
-            method, prefix, path, host, head)).encode("ascii") + data
+        data = self._head(method, path, headers) + data    # sent in one write if small
         while True:
             connection = self._kept()
             used = connection is not None
             if not used:
-                connection = self._new(secure, host, proxy, proxy_headers)
+                connection = self._new()
             if started is not None:
                 started(connection)
             try:
@@ -590,6 +584,22 @@ class Transport:
             raise no_connection(self.base, error) from error
         return parse_answer(response.status, response.headers, data, kind)
 
+    def _head(self, method, path, headers):
+        """The head of a request, as bytes."""
+        secure, host, prefix, proxy, proxy_headers = self.where()
+        if proxy and not secure:
+            prefix = "http://%s%s" % (host, prefix)
+            headers.update(proxy_headers)
+        headers.setdefault("User-Agent", "neuroengine/" + __version__)
+        for name, value in headers.items():
+            if not re.match(r"[\t -~]*\Z", str(value)):
+                raise NeuroengineError(10, "The header %s cannot hold %r." % (name, value),
+                                       "invalid_request")
+        return ("%s %s%s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (
+            method, prefix, path, host, "".join(
+                "%s: %s\r\n" % (name.replace("_", "-"), value)
+                for name, value in headers.items()))).encode("ascii")
+
     def where(self):
         """(secure, host, prefix of paths, proxy or None, the proxy's headers)."""
         if self._where is None:
@@ -614,24 +624,12 @@ class Transport:
             raise NeuroengineError(NO_CONNECTION, "%r is not an address of a relay: write "
                                    "http://HOST:PORT or https://HOST." % self.base,
                                    "bad_address") from None
-        proxy = None
-        if not re.match(r"(localhost|127\..*|::1)\Z", url.hostname) \
-                and not urllib.request.proxy_bypass(url.netloc):
-            proxy = urllib.request.getproxies().get(url.scheme)
-        headers = {}
-        if proxy:
-            proxy = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-            if proxy.username:
-                import base64
-                login = "%s:%s" % (urllib.parse.unquote(proxy.username),
-                                   urllib.parse.unquote(proxy.password or ""))
-                headers["Proxy-Authorization"] = "Basic " + base64.b64encode(
-                    login.encode("utf-8")).decode("ascii")
-            proxy = proxy.netloc.rpartition("@")[2]
+        proxy, headers = proxy_of(url)
         return secure, host, url.path.rstrip("/"), proxy, headers
 
-    def _new(self, secure, host, proxy, proxy_headers):
+    def _new(self):
         """A new Connection, not yet connected."""
+        secure, host, _, proxy, proxy_headers = self.where()
         if not secure:
             return Connection(http.client.HTTPConnection(proxy or host))
         opener = http.client.HTTPSConnection(proxy or host, context=self.context())
@@ -675,12 +673,31 @@ class RelayTransport(Transport):
                 if isinstance(models, list) and models and "neuroengine" not in [
                         model.get("owned_by") for model in models if isinstance(model, dict)]:
                     return NeuroengineError(NO_CONNECTION, (
-                        "At %s is no relay, but an LLM server. Share it with: "
+                        "%s is an LLM server, not a relay. Share it with: "
                         "neuroengine.py share NAME --relay URL --upstream %s"
                         % (self.base, self.base)), "llm_server")
             except NeuroengineError:
                 pass
         return error
+
+
+def proxy_of(url):
+    """(host and port of the proxy for a split URL, the headers it wants); or (None, {}).
+    Loopback is never reached through a proxy."""
+    if re.match(r"(localhost|127\..*|::1)\Z", url.hostname) \
+            or urllib.request.proxy_bypass(url.netloc):
+        return None, {}
+    proxy, headers = urllib.request.getproxies().get(url.scheme), {}
+    if not proxy:
+        return None, {}
+    proxy = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
+    if proxy.username:
+        import base64
+        login = "%s:%s" % (urllib.parse.unquote(proxy.username),
+                           urllib.parse.unquote(proxy.password or ""))
+        headers["Proxy-Authorization"] = "Basic " + base64.b64encode(
+            login.encode("utf-8")).decode("ascii")
+    return proxy.netloc.rpartition("@")[2], headers
 
 
 def encode(body):
@@ -697,7 +714,7 @@ def encode(body):
 
 
 def clean_key(key):
-    """A key without the white space around it. Raises NeuroengineError if it is no key."""
+    """A key without surrounding white space. Raises NeuroengineError if it cannot be one."""
     key = str(key).strip()
     if not re.match(r"[!-~]+\Z", key):
         raise NeuroengineError(30, "Invalid key: a key is one line of letters, digits and "
@@ -908,7 +925,7 @@ class Neuroengine:
         self.verify_ssl = verify_ssl
         self._transport = RelayTransport(relay_url(server_address, server_port), verify_ssl)
         # streamkey -> (prompt, items received, or None once it ended)
-        self._cursors = collections.OrderedDict()
+        self._cursors: Dict[str, Any] = {}
 
     def request(self, prompt: Prompt, temperature: float = 1.0, top_p: float = 0.9,
                 top_k: int = 40, repetition_penalty: float = 1.2, max_new_len: int = 128,
@@ -967,7 +984,8 @@ class Neuroengine:
     async def astream(self, prompt: Prompt, **params: Any) -> AsyncIterator[str]:
         """stream() for asyncio. If the task is cancelled, so is the prompt."""
         import asyncio                         # 30 ms, and few use it
-        loop, texts, call = asyncio.get_running_loop(), asyncio.Queue(), Call()
+        loop, call = asyncio.get_running_loop(), Call()
+        texts: "asyncio.Queue[Optional[str]]" = asyncio.Queue()
 
         def pump():
             for text in self.stream(prompt, _call=call, **params):
@@ -985,7 +1003,7 @@ class Neuroengine:
             pumping.cancel()
             await asyncio.wait([pumping])
             if not pumping.cancelled():
-                pumping.exception()            # was raised above, or nobody waits for it
+                pumping.exception()            # raised above, or the caller has left
 
     def map(self, prompts: Iterable[Prompt], *, at_once: int = 8,
             **params: Any) -> Iterator[Reply]:
@@ -1059,7 +1077,7 @@ class Neuroengine:
         done = answer.get("done") or answer["reply"] == ""
         self._cursors[streamkey] = prompt, None if done else answer.get("at", 0)
         while len(self._cursors) > REMEMBERED_STREAMS:
-            self._cursors.popitem(last=False)
+            del self._cursors[next(iter(self._cursors))]
         return Reply(answer["reply"], stats=answer.get("stats"))
 
     def _events(self, prompt, params):
@@ -1179,8 +1197,8 @@ def fresh_items(record, at):
 
 
 async def in_thread(function, cancel):
-    """What function() returns or raises, in a thread of its own. If the task is cancelled,
-    call cancel(), which must end the function soon."""
+    """Run function() in a new thread and await what it returns or raises. If the task is
+    cancelled, call cancel(), which must end the function soon."""
     import asyncio
     loop = asyncio.get_running_loop()
     done = loop.create_future()
@@ -4462,7 +4480,7 @@ def run_keys(options):
         service.call("DELETE", "/keys/" + urllib.parse.quote(options.revoke, safe=""))
         print("Revoked %s." % printable(options.revoke))
     if options.drain:
-        service.change("is paused now, for good until --resume", paused=True)
+        service.change("is paused now, until --resume", paused=True)
         wait_until_drained(service)
         print("Nothing waits or runs any more: its providers can be stopped now.")
     if not options.revoke and not options.drain and all(value is None for value in (
@@ -4506,7 +4524,7 @@ def wait_until_drained(service):
                 said = left
             time.sleep(DRAIN_LOOK_SECONDS)
     except KeyboardInterrupt:
-        print("It stays paused; what it has goes on.")
+        print("It stays paused; running answers go on.")
         raise
 
 
@@ -4865,7 +4883,7 @@ def run(argv):
         if not options.command:
             return 2
         if options.ca:
-            tls_context(options.ca)            # a wrong file is told before anything is done
+            tls_context(options.ca)            # report a wrong file before doing anything
         return COMMANDS[options.command](options) or 0
     except Usage as why:
         print("%s: %s" % (program_name(), printable(why)), file=sys.stderr)

@@ -3,9 +3,9 @@
 
     python3 server-example.py [NAME [KEY]]
 
-The key is shown once, by `python3 neuroengine.py register NAME`. The environment
-variables NEUROENGINE_SERVICE and NEUROENGINE_KEY say the same as the arguments;
-NEUROENGINE_SERVER, a host name or a URL, names the relay.
+`python3 neuroengine.py register NAME` prints the key. The environment variables
+NEUROENGINE_SERVICE and NEUROENGINE_KEY can take the place of the arguments.
+NEUROENGINE_SERVER, a host name or a URL, is the relay.
 """
 
 import os
@@ -19,7 +19,7 @@ service_key = "SERVICE-KEY"            # your service's key
 
 def answer(request):
     print("Asked:", request["message"], flush=True)
-    yield "This is the LLM. You said: "    # here you ask yours; each text that you
+    yield "This is the LLM. You said: "    # ask your LLM here; each text that you
     yield request["message"]               # yield is sent at once
 
 

@@ -3,7 +3,7 @@
 
     python3 streaming-example.py [NAME]
 
-NAME is the service to ask. NEUROENGINE_SERVER, a host name or a URL, names the relay.
+NAME is the service to ask. NEUROENGINE_SERVER, a host name or a URL, is the relay.
 """
 
 import secrets
@@ -14,11 +14,13 @@ from neuroengine import Neuroengine
 service_name = sys.argv[1] if len(sys.argv) > 1 else "Neuroengine-Large"
 api = Neuroengine(service_name=service_name)
 
-streamkey = secrets.token_hex(16)      # a new one for each prompt
+streamkey = secrets.token_hex(16)      # a new random one for each prompt
 while True:
     text = api.request("Write a poem", streamkey=streamkey, gettokens=5,
                        max_new_len=1000)
     if text == "":                     # the poem has ended
         break
+    if text.errorcode:                 # what went wrong, in words
+        sys.exit(text)
     print(text, end="", flush=True)
 print()
