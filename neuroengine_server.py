@@ -1,41 +1,44 @@
 #!/usr/bin/env python3
-"""neuroengine relay: where people meet an LLM that somebody shares from home.
+"""neuroengine relay: the meeting point for people who share an LLM from home.
 
-A provider beside the LLM dials out to this relay and holds a long poll here.
+A provider next to the LLM dials out to this relay and holds a long poll here.
 A client sends a prompt for a service, the name under which the LLM is shared.
-The relay queues it, hands it to a provider, and streams the answer back while
-it is being made. It hosts no LLM, and neither stores nor logs a prompt or reply.
+The relay queues it, hands it to a provider, and streams the answer back as it
+is generated. It hosts no LLM, and it neither stores nor logs prompts or answers.
 
     python3 neuroengine_server.py --demo        # a working chat on this machine
     python3 neuroengine_server.py --port 8000   # a relay behind a TLS proxy
     python3 neuroengine_server.py --port 443 --cert fullchain.pem --key privkey.pem
     python3 neuroengine_server.py doctor        # what is wrong? --help: more commands
 
-    GET  /, /{service}                     the page (chat.html beside this file)
-    POST /{service}                        native API: a prompt, or a command
-    GET  /api/models                       the directory of services
-    POST /api/services                     register a service, get its key
-    GET, PATCH, DELETE /api/services/{name}            manage it with that key
-    GET, POST /api/services/{name}/keys; DELETE .../keys/{id}      guests' access keys
-    POST /provider/{service}/login, poll, reply, logout      for the provider
-    GET  /v1/models; POST /v1/chat/completions, /v1/completions, /v1/embeddings
-                                           for OpenAI clients; also without /v1,
-                                           and below /{service}/v1
-    GET  /healthz, /metrics                for whoever looks after the relay
+How to read this file. It has two halves. The spine comes first and takes half an
+hour from top to bottom: what a job is, who waits for what, how a prompt gets in
+and how items get out. The machinery follows: HTTP, TLS, JSON, the OpenAI and
+Anthropic APIs, operators, page, storage, serving, command line. Its sections can
+be read in any order. Searching for "####" lists all sections, and ROUTES, at the
+end of the spine, lists all paths.
 
-README.md holds the tables of fields, errors and limits. What this does not
-protect against: the relay and the provider read what passes through them.
+Data flows one way. In: Connection -> Exchange -> handler -> Admission -> Broker ->
+Lease -> provider. Out: push -> Broker -> Outlet -> Connection.
 
-Read from top to bottom: Limits, Errors, Records, Broker (who gets which job;
-knows nothing of HTTP), Store, HTTP, Serving, Demo, Command line.
+The tables of fields, errors and limits are in docs/. What this does not protect
+against: the relay and the provider read what passes through them.
 """
+
+import sys
+
+if sys.version_info < (3, 8):    # Python 2 shows this line, as its syntax error
+    raise SystemExit("neuroengine needs Python 3.8 or newer: try python3.") from None
 
 import argparse
 import base64
 import bisect
 import contextlib
+import difflib
 import errno
+import fnmatch
 import functools
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -45,18 +48,18 @@ import itertools
 import json
 import math
 import os
+import queue
 import re
 import secrets
 import select
+import selectors
 import shutil
 import signal
 import socket
 import socketserver
 import sqlite3
 import ssl
-import struct
 import subprocess
-import sys
 import threading
 import time
 import urllib.parse
@@ -64,6 +67,7 @@ from collections import Counter
 from collections import OrderedDict
 from collections import defaultdict
 from collections import deque
+from collections import namedtuple
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 
@@ -71,49 +75,56 @@ __version__ = "1.0.0"
 __all__ = ["Broker", "Limits", "Relay", "RelayError", "Store", "main"]
 
 ##############################################################################
-# Limits: every bound and every length of time, each a command-line option
+# Limits: every bound and every timeout, each a command-line option
 ##############################################################################
 
 MIB = 1 << 20
+DAY_SECONDS = 86400
 
-LIMITS = (  # (name, default, what it bounds)
-    ("max_connections", 2500, "connections in all (about 30 KB each, with TLS 75 KB)"),
-    ("max_connections_per_address", 200, "connections of one address, save loopback"),
-    ("max_polls", 1000, "of them, held by providers' polls"),
-    ("max_waiting", 1400, "of them, held by prompts on their way; the rest is for control"),
-    ("max_head_bytes", 16384, "request line and headers of one request"),
-    ("max_request_bytes", 20 * MIB, "body of one request (the figure Ollama uses)"),
-    ("max_reply_bytes", 8 * MIB, "reply of one job"),
-    ("max_held_bytes", 256 * MIB, "all prompts and replies held in memory"),
-    ("max_queue", 1000, "jobs waiting for one service"),
-    ("max_queue_per_caller", 100, "jobs of one caller waiting for one service"),
-    ("max_services", 10000, "registered services"),
-    ("max_registrations_per_hour", 20, "services registered by one address, save loopback"),
-    ("max_wrong_keys_per_minute", 30, "wrong keys from one address; a right one still works"),
-    ("max_changes_per_minute", 120,
-     "logins, and changes of services and keys, from one address, save loopback"),
-    ("max_prompts_per_minute", 300, "prompts of one caller, save loopback"),
-    ("max_anonymous_per_day", 500,
-     "prompts of an address without an access key, for one service, save loopback"),
-    ("max_sessions", 100, "logged-in providers of one service"),
-    ("max_workers", 1024, "jobs that one session may run at once"),
-    ("handshake_seconds", 10, "a TLS handshake, in all"),
-    ("head_seconds", 10, "a request's headers, in all; a new connection's first byte"),
-    ("body_seconds", 20, "a request's body, plus a second for each 16 KiB"),
-    ("idle_seconds", 60, "a kept-alive connection waits for the next request"),
-    ("write_seconds", 30, "one write to a peer that reads slowly"),
-    ("poll_seconds", 25, "an idle provider's poll is held"),
-    ("busy_poll_seconds", 5, "the poll of a provider with running jobs is held"),
-    ("lease_seconds", 15, "silence after which a provider's jobs are taken back"),
-    ("handover_seconds", 5, "time to confirm a job that was handed out"),
-    ("close_seconds", 0.5, "time for a provider whose poll broke to poll again"),
-    ("offline_seconds", 15, "queued jobs wait when the last provider has left"),
-    ("grace_seconds", 30, "a job waits for a client that went away"),
-    ("keep_seconds", 300, "a finished stream stays readable"),
-    ("wait_seconds", 18, "a polled read without a token (old clients give up at 20)"),
-    ("heartbeat_seconds", 9, "silence within a streamed answer"),
-    ("job_seconds", 3600, "one job, from prompt to the end of its reply"),
-    ("drain_seconds", 30, "running jobs may finish after SIGTERM"),
+LIMITS = (  # (name, default, group in --help, what it bounds)
+    ("max_connections", 2500, "capacity",
+     "connections in all (about 20 KB each while idle, with TLS 70 KB)"),
+    ("max_held_bytes", 256 * MIB, "capacity", "prompts and answers held in memory"),
+    ("max_request_bytes", 20 * MIB, "capacity", "body of one request"),
+    ("max_reply_bytes", 8 * MIB, "capacity", "answer to one prompt"),
+    ("max_queue", 1000, "capacity", "prompts waiting for one service"),
+    ("max_services", 10000, "capacity", "registered services"),
+    ("lease_seconds", 15, "capacity", "silence after which a provider loses its jobs"),
+    ("grace_seconds", 30, "capacity", "time for a client that went away to come back"),
+    ("keep_seconds", 300, "capacity", "a finished stream stays readable"),
+    ("job_seconds", 3600, "capacity", "one job, from prompt to the end of its answer"),
+    ("drain_seconds", 30, "capacity", "running jobs may finish after SIGTERM"),
+    ("max_connections_per_address", 200, "callers",
+     "connections per address (loopback exempt)"),
+    ("max_queue_per_caller", 100, "callers", "prompts of one caller waiting for one service"),
+    ("max_prompts_per_minute", 300, "callers", "prompts per caller (loopback exempt)"),
+    ("max_anonymous_per_day", 500, "callers",
+     "prompts per address and service without an access key (loopback exempt)"),
+    ("max_registrations_per_hour", 20, "callers",
+     "services registered per address (loopback exempt)"),
+    ("max_polls", 1000, "more", "connections that hold providers' polls"),
+    ("max_waiting", 1400, "more",
+     "connections that wait for an answer; the rest are reserved for control requests"),
+    ("max_head_bytes", 16384, "more", "request line and headers of one request"),
+    ("max_wrong_keys_per_minute", 30, "more",
+     "wrong keys per address; a right key still works"),
+    ("max_changes_per_minute", 120, "more",
+     "logins and changes of services and keys per address (loopback exempt)"),
+    ("max_access_keys", 50000, "more", "access keys of all services together"),
+    ("max_sessions", 100, "more", "logged-in providers of one service"),
+    ("max_workers", 1024, "more", "jobs that one provider may run at once"),
+    ("handshake_seconds", 10, "more", "a TLS handshake"),
+    ("head_seconds", 10, "more", "a request's headers, from the first byte to the last"),
+    ("body_seconds", 20, "more", "a request's body, plus a second for each 16 KiB"),
+    ("idle_seconds", 60, "more", "a kept-alive connection waits for the next request"),
+    ("write_seconds", 30, "more", "one write to a peer that reads slowly"),
+    ("poll_seconds", 25, "more", "the relay holds an idle provider's poll"),
+    ("busy_poll_seconds", 5, "more", "the relay holds the poll of a provider with jobs"),
+    ("handover_seconds", 5, "more", "time for a provider to confirm a job it was given"),
+    ("close_seconds", 0.5, "more", "time for a provider whose poll broke to poll again"),
+    ("offline_seconds", 15, "more", "prompts wait after the last provider has left"),
+    ("wait_seconds", 18, "more", "a polled read without a token (old clients give up at 20)"),
+    ("heartbeat_seconds", 9, "more", "silence within a streamed answer"),
 )
 
 
@@ -121,88 +132,21 @@ class Limits:
     """The values of LIMITS as attributes; Limits(grace_seconds=5) changes one."""
 
     def __init__(self, **changes):
-        values = {name: default for name, default, _ in LIMITS}
+        values = {name: default for name, default, _, _ in LIMITS}
         unknown = set(changes) - set(values)
         if unknown:
             raise TypeError("unknown limits: " + ", ".join(sorted(unknown)))
         self.__dict__.update(values, **changes)
 
 
-MAX_SESSIONS_PER_JOB = 3     # a job goes to no more sessions than this
-MAX_LAST_WORDS = 2048        # ended jobs that a session's poll may still name
-MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
-MAX_FIELDS = 64              # headers of one request; browsers send about 20
-BODY_BYTES_PER_SECOND = 16384
-SOON_SECONDS = 0.25          # an answer within it is sent by the thread that brings it
-LINGER_SECONDS = 2           # for a peer to take our last words
-QUEUE_NEWS_SECONDS = 2       # how often a waiting stream hears of its place
-JUST_GONE_SECONDS = 60       # a provider that left so lately may be back at once
-LATE_HEAD_SECONDS = 60       # /v1: a status line must come; then spaces keep it open
-SAVE_SECONDS = 0.5           # counters reach the disk this often
-EARLIEST_TIME = 1767225600   # 2026: a clock that is behind it is wrong
-RENEWAL_SECONDS = 14 * 86400     # of a certificate: certbot renews a month ahead
-OTHER_DESCRIPTORS = 64       # open files that are no connections
-MIN_FREE_MIB = 50            # of the disk with the data
-RELOAD_SECONDS = 2           # between looks at the data file: Python's standard library
-                             # has no way to wait for another process's write
-STACK_BYTES = 256 * 1024     # of a connection's thread
-TOTAL_TEXT = {"operator": 100, "comment": 500}   # characters of a service's texts
-MAX_DEPTH = 100              # of nested JSON
-MAX_BRACKETS = 200000        # objects and lists in one body: each takes 60 to 300 bytes
-MAX_SEPARATORS = 1000000     # quotes or commas in one body: parsing holds up all others
-MAX_DIGITS = 4000            # of a whole number, in Pythons of before 2022: they take a
-                             # time quadratic in it; later ones have such a limit themselves
-MAX_SMALL_BODY_BYTES = 1 << 18   # of what is neither a prompt nor a reply
-MAX_ID_CHARACTERS = 64       # of a job's id, as a provider may name it
-MAX_HANDOVER_BYTES = 1 << 22     # of prompts in one response, if there is more than one
-MAX_ITEMS_A_RECORD = 4096    # of a streamed answer
-MAX_MADE_AT_ONCE = 32        # answers, or pieces of them, made before they are sent: 256
-                             # at once lengthen the worst gap of a stream by 4 ms
-MAX_PATHS_KNOWN = 250        # that need not be taken apart again, of 8 KiB at the most
-SHARE = 10                   # one address has no more of the polls and the waiting than
-                             # the tenth part
-JOB_BYTES = 4096             # what a job takes beside its texts
-ITEM_BYTES = 64              # what an item takes beside its text
-MAX_KEYS = 1000              # access keys of one service
-KEY_LIMITS = {               # what an access key may be limited to; None: not at all
-    "requests_per_day": (int, 0, 10**9), "tokens_per_day": (int, 0, 10**12),
-    "concurrency": (int, 1, 10**4), "max_new_len": (int, 1, 10**7),
-    "expires": (float, 0, 10**11)}
-LENGTH_FIELDS = {"max_new_len", "max_tokens", "max_completion_tokens", "n_predict",
-                 "max_length", "num_predict"}    # all that some upstream understands
-DAY_SECONDS = 86400          # quotas begin anew at midnight UTC
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-RESERVED_NAMES = frozenset("""
-    v1 api provider healthz metrics models chat completions embeddings responses
-    messages images audio files admin login logout register services keys static
-    assets favicon.ico robots.txt index.html chat.html sitemap.xml manifest.json
-    .well-known""".split())
-
-SAMPLING = {  # field: (type, lowest, highest); what the native API checks
-    "temperature": (float, 0, 100),
-    "top_p": (float, 0, 1),
-    "top_k": (int, -1, 10**6),
-    "min_p": (float, 0, 1),
-    "repetition_penalty": (float, 0, 100),
-    "max_new_len": (int, 1, 10**7),
-    "seed": (int, -2**63, 2**64 - 1),
-    "gettokens": (int, 1, 10**5),
-    "at": (int, 0, 10**9),
-}
-OPENAI_SAMPLING = {
-    "temperature": SAMPLING["temperature"],
-    "top_p": SAMPLING["top_p"],
-    "max_tokens": SAMPLING["max_new_len"],
-    "max_completion_tokens": SAMPLING["max_new_len"],
-    "seed": SAMPLING["seed"],
-}
-
 ##############################################################################
-# Errors: one table for every face of the relay
+# Errors: what can go wrong, for every API
 ##############################################################################
 
-ERRORS = {  # name: (errorcode, HTTP status, OpenAI type, OpenAI code, retry helps)
+ErrorKind = namedtuple("ErrorKind", "errorcode status type code retry")
+
+# retry: whether trying again can help. type and code: as OpenAI's clients know them.
+ERRORS = {name: ErrorKind(*row) for name, row in {
     "internal_error": (1, 500, "server_error", "internal_error", True),
     "invalid_request": (10, 400, "invalid_request_error", "invalid_value", False),
     "invalid_json": (11, 400, "invalid_request_error", "invalid_json", False),
@@ -211,20 +155,18 @@ ERRORS = {  # name: (errorcode, HTTP status, OpenAI type, OpenAI code, retry hel
         13, 400, "invalid_request_error", "context_length_exceeded", False),
     "bad_http": (14, 400, "invalid_request_error", "bad_http", False),
     "not_found": (15, 404, "invalid_request_error", "unknown_url", False),
-    "method_not_allowed": (
-        16, 405, "invalid_request_error", "method_not_allowed", False),
+    "method_not_allowed": (16, 405, "invalid_request_error", "method_not_allowed", False),
     "length_required": (17, 411, "invalid_request_error", "length_required", False),
-    "request_too_large": (
-        18, 413, "invalid_request_error", "request_too_large", False),
+    "request_too_large": (18, 413, "invalid_request_error", "request_too_large", False),
     "unsupported_encoding": (
         19, 415, "invalid_request_error", "unsupported_encoding", False),
     "head_too_large": (20, 431, "invalid_request_error", "head_too_large", False),
     "request_timeout": (21, 408, "invalid_request_error", "request_timeout", True),
     "invalid_key": (30, 401, "invalid_request_error", "invalid_api_key", False),
     "forbidden": (31, 403, "permission_error", "service_forbidden", False),
-    "quota_exceeded": (34, 429, "insufficient_quota", "insufficient_quota", False),
     "name_taken": (32, 409, "invalid_request_error", "name_taken", False),
     "key_reused": (33, 422, "invalid_request_error", "key_reused", False),
+    "quota_exceeded": (34, 429, "insufficient_quota", "insufficient_quota", False),
     "invitation_needed": (35, 403, "permission_error", "invitation_needed", False),
     "service_unknown": (40, 404, "invalid_request_error", "model_not_found", False),
     "service_offline": (41, 503, "server_error", "provider_offline", True),
@@ -233,8 +175,8 @@ ERRORS = {  # name: (errorcode, HTTP status, OpenAI type, OpenAI code, retry hel
     "relay_busy": (44, 503, "server_error", "relay_busy", True),
     "shutting_down": (45, 503, "server_error", "shutting_down", True),
     "still_waiting": (46, 202, "server_error", "still_waiting", True),
-    "service_paused": (48, 503, "server_error", "provider_paused", True),
     "stream_unknown": (47, 404, "invalid_request_error", "stream_unknown", False),
+    "service_paused": (48, 503, "server_error", "provider_paused", True),
     "provider_error": (50, 502, "server_error", "provider_error", False),
     "provider_lost": (51, 502, "server_error", "provider_disconnected", True),
     "provider_timeout": (52, 504, "server_error", "provider_timeout", False),
@@ -242,156 +184,108 @@ ERRORS = {  # name: (errorcode, HTTP status, OpenAI type, OpenAI code, retry hel
     "cancelled": (54, 409, "invalid_request_error", "cancelled", False),
     "unsupported": (55, 400, "invalid_request_error", "unsupported_parameter", False),
     "session_unknown": (60, 404, "invalid_request_error", "session_unknown", False),
-}
-# What a provider may say of a job it could not answer; all else is provider_error.
-PROVIDER_ERRORS = frozenset(
-    ("provider_error", "invalid_request", "context_length_exceeded",
-     "provider_timeout", "unsupported"))
+}.items()}
+# The names that a provider may give for a job; any other becomes provider_error.
+PROVIDER_ERRORS = frozenset(("provider_error", "invalid_request", "unsupported",
+                             "context_length_exceeded", "provider_timeout"))
 
 
 class RelayError(Exception):
-    """What went wrong, in words for whoever asked.
+    """What went wrong, in words for the person who asked.
 
-    name: a row of ERRORS. param: the field at fault. retry_after: seconds. retry:
-    whether a client may sit that out by itself, if not as the row says. limit: how many
-    requests are allowed, where that is what was passed.
+    name: a row of ERRORS. param: the field at fault. retry_after: seconds. retry: whether
+    trying again can help, if it differs from the row. allow: the methods that a path has.
+    limit: how many requests are allowed, where a rate limit was passed. status, type, code:
+    those of an upstream LLM server, which its client gets unchanged.
     """
 
-    def __init__(self, name, words, *, param=None, retry_after=None, allow=None,
-                 retry=None, limit=None):
+    def __init__(self, name, words, *, param=None, retry_after=None, allow=None, retry=None,
+                 limit=None, status=None, type=None, code=None):
         super().__init__(words)
-        self.name, self.words, self.param = name, words, param
-        self.retry_after, self.allow, self.limit = retry_after, allow, limit
-        self.retry = ERRORS[name][4] if retry is None else retry
+        kind = ERRORS[name]
+        self.name, self.words, self.param, self.allow = name, words, param, allow
+        self.retry_after, self.limit = retry_after, limit
+        self.errorcode, self.status = kind.errorcode, status or kind.status
+        self.type, self.code = type or kind.type, code or kind.code
+        self.retry = kind.retry if retry is None else retry
 
     def native(self):
-        """The error as the native, the operator's and the provider's API say it."""
-        return {"reply": self.words, "errorcode": ERRORS[self.name][0],
-                "error": self.name}
-
-    def openai(self):
-        """The error as OpenAI clients expect it."""
-        _, _, kind, code, _ = ERRORS[self.name]
-        words = self.words
-        if code == "context_length_exceeded":      # LangChain looks for it in the words
-            words += " (%s)" % code
-        return {"error": {"message": words, "type": kind, "param": self.param, "code": code}}
+        """The error as the native, the operators' and the provider API report it."""
+        return {"reply": self.words, "errorcode": self.errorcode, "error": self.name,
+                "retry": self.retry}
 
 
 class PeerGone(Exception):
-    """The other end of a connection went away: normal, nobody to tell."""
+    """The other end of a connection went away: normal, and nobody to tell."""
 
 
 ##############################################################################
 # Records
 ##############################################################################
 
+JOB_BYTES = 4096             # what a job takes besides its payload and items
+ITEM_BYTES = 64              # what an item takes besides its text
+MAX_ENDED_LEASES = 2048      # pairs that a session ended and its polls may still name
+
+KEY_LIMITS = ("requests_per_day", "tokens_per_day", "concurrency", "max_new_len", "expires")
+
 
 class Service:
     """A name under which an LLM is shared, and who waits and works for it."""
 
-    SETTINGS = ("operator", "comment", "private", "paused", "anonymous_per_day")
+    SETTINGS = ("operator", "comment", "private", "paused", "anonymous_per_day",
+                "suggestions")
     COLUMNS = ("name", "key_digest", "operator", "comment", "created", "numreq",
-               "last_seen", "private", "paused", "anonymous_per_day")
+               "last_seen", "private", "paused", "anonymous_per_day", "suggestions",
+               "connected")
 
-    def __init__(self, name, key_digest, operator="", comment="", created=0,
-                 numreq=0, last_seen=None, private=False, paused=False,
-                 anonymous_per_day=None):
+    def __init__(self, name, key_digest, operator="", comment="", created=0, numreq=0,
+                 last_seen=None, private=False, paused=False, anonymous_per_day=None,
+                 suggestions="[]", connected=0):
         self.name, self.key_digest = name, key_digest
         self.operator, self.comment, self.created = operator, comment, created
         self.numreq, self.last_seen = numreq, last_seen   # last_seen: wall clock
         self.private, self.paused = bool(private), bool(paused)
         self.anonymous_per_day = anonymous_per_day    # None: as the relay's limit says
+        self.suggestions = suggestions    # prompts to try, as the JSON of a list
+        self.connected = connected    # sessions, as the data file knows
         self.stored = False           # whether it is in the data file
         self.keys = {}                # digest -> AccessKey, those of its guests
         self.sessions = {}            # id -> Session, those that are connected
         self.idle = OrderedDict()     # sessions with a parked poll and a free worker
-        self.queue = Queue()          # of jobs that wait
+        self.queue = Queue()          # jobs that wait
         self.job_seconds = None       # measured, as a moving average
         self.tokens_per_second = None
-        self.context_length = None    # as a provider told
+        self.features = Features()    # as its last provider declared
         self.expected_until = 0.0     # its provider may be back before: let prompts wait
 
+    def continues(self, but=None):
+        """Whether some connected provider, other than session `but`, can go on with an
+        answer that another began."""
+        return any(session.features.continues for session in self.sessions.values()
+                   if session is not but)
 
-class Queue:
-    """The jobs that wait for one service, in the order in which they will be taken."""
 
-    def __init__(self):
-        self._returned = deque()      # those a provider did not finish go first
-        self._own = deque()           # then the operator's own
-        self._turns = OrderedDict()   # then caller -> deque of jobs, taking turns
-        self.size = 0                 # of all together
+class Features:
+    """What a provider declared at login."""
 
-    def __iter__(self):
-        for queue in (self._returned, self._own, *self._turns.values()):
-            yield from queue
+    def __init__(self, continues=False, embeddings=False, context_length=None, apis=(),
+                 vision=None, tools=None):
+        self.continues = continues        # goes on with an answer that another began
+        self.embeddings = embeddings
+        self.context_length = context_length          # in tokens; None: unknown
+        self.apis = frozenset(apis)       # those it passes through, see the opaque path
+        self.vision, self.tools = vision, tools       # None: unknown
 
-    def count(self, caller, own):
-        """How many jobs of one caller, or of the operator, wait."""
-        return len(self._own if own else self._turns.get(caller, ()))
-
-    def add(self, job):
-        """Put a job where it belongs."""
-        self.size += 1
-        if job.returned:
-            self._returned.appendleft(job)
-        elif job.own:
-            self._own.append(job)
-        else:
-            self._turns.setdefault(job.caller, deque()).append(job)
-
-    def remove(self, job):
-        """Take out this very job."""
-        self.size -= 1
-        if job.returned:
-            self._returned.remove(job)
-        elif job.own:
-            self._own.remove(job)
-        else:
-            queue = self._turns[job.caller]
-            queue.remove(job)
-            if not queue:
-                del self._turns[job.caller]
-
-    def take(self, session):
-        """Take out the job that this session should have next; None if there is none."""
-        for job in self._returned:
-            if session.may_take(job):
-                break
-        else:
-            if self._own:
-                job = self._own[0]
-            elif self._turns:
-                caller = next(iter(self._turns))
-                job = self._turns[caller][0]
-                self._turns.move_to_end(caller)       # the next caller's turn
-            else:
-                return None
-        self.remove(job)
-        return job
-
-    def position(self, job):
-        """How many jobs will be taken up to and including this one."""
-        if job.returned:
-            return self._returned.index(job) + 1
-        ahead = len(self._returned)
-        if job.own:
-            return ahead + self._own.index(job) + 1
-        ahead += len(self._own)
-        turn = self._turns[job.caller].index(job)
-        before = True                                 # callers whose turn is sooner
-        for caller, queue in self._turns.items():
-            if caller == job.caller:
-                before = False
-            else:
-                ahead += min(len(queue), turn + before)
-        return ahead + turn + 1
+    def has(self, api):
+        """Whether it passes an API through."""
+        return api in self.apis or api == "embeddings" and self.embeddings
 
 
 class AccessKey:
-    """A guest's right to use a service: what it is limited to, and what it has used."""
+    """A guest's right to use a service: its limits, and what it has used."""
 
-    COLUMNS = ("id", "digest", "label", "created") + tuple(KEY_LIMITS) + (
+    COLUMNS = ("id", "digest", "label", "created") + KEY_LIMITS + (
         "day", "requests", "tokens", "last_used")
 
     def __init__(self, *values):
@@ -400,22 +294,11 @@ class AccessKey:
         self.running = 0
         self.written = None           # what the data file knows of its use
 
-    def cap(self, request, usual):
-        """Limit the length that a request may ask for; `usual`: the field for it."""
-        if self.max_new_len is None:
-            return
-        request.setdefault(usual, self.max_new_len)
-        for field in LENGTH_FIELDS & set(request):
-            asked = request[field]
-            request[field] = (min(asked, self.max_new_len)
-                              if type(asked) in (int, float) and asked > 0
-                              else self.max_new_len)
-
     def shown(self, now):
-        """What its operator is told of it; the key itself is known to the guest alone."""
+        """What its operator may see. Only the guest knows the key itself."""
         today = self.day == now // DAY_SECONDS
         return dict({name: getattr(self, name) for name in (
-            "id", "label", "created", "last_used") + tuple(KEY_LIMITS)},
+            "id", "label", "created", "last_used") + KEY_LIMITS},
             requests_today=self.requests if today else 0,
             tokens_today=self.tokens if today else 0, running=self.running)
 
@@ -423,32 +306,41 @@ class AccessKey:
 class Session:
     """One logged-in provider."""
 
-    def __init__(self, service, workers, continues, embeddings, lock):
+    def __init__(self, service, workers, features, lock):
         self.id = secrets.token_hex(16)
-        self.service, self.workers = service, workers
-        self.continues, self.embeddings = continues, embeddings   # what it can do
-        self.jobs = {}                # id -> Job, those it has a lease of
-        self.cancelling = {}          # (id, attempt) that still occupy a worker there,
-                                      # and when it was last told so
-        self.last_words = OrderedDict()    # (id, attempt) that it has ended of late
-        self.outbox = []              # jobs to hand over with the next response
-        self.cancels = {}             # (id, attempt) to tell it of in the next response
-        self.unconfirmed = OrderedDict()   # id -> Job: handed over, not heard of
-        self.arrived = threading.Condition(lock)   # outbox, cancels, or a reason to go
-        self.poll = None              # token of the newest poll
-        self.parked = False
+        self.service, self.workers, self.features = service, workers, features
+        self.leases = {}              # (job id, attempt) -> Lease; each takes up a worker
+        self.outbox = OrderedDict()   # leases that its next response must mention
+        self.ended = OrderedDict()    # pairs that it ended recently, newest last
+        self.arrived = threading.Condition(lock)   # its poll waits for: the outbox has
+                                      # something, a newer poll has come, the session ended
+        self.poll = None              # the newest Poll
+        self.parked = False           # whether that poll waits
         self.deadline = 0.0           # when silence becomes loss
-        self.watching_handover = False
+        self.checks_handover = False  # whether a timer looks for unconfirmed leases
         self.closed = False
 
     def free(self):
         """How many more jobs it can run now."""
-        return self.workers - len(self.jobs) - len(self.cancelling)
+        return self.workers - len(self.leases)
+
+    def jobs(self):
+        """The jobs it works on, oldest lease first."""
+        return [lease.job for lease in self.leases.values() if lease.state != "cancelled"]
 
     def may_take(self, job):
-        """Whether a job that another session gave back can go to this one."""
-        return (self.continues or not job.seen) and (
+        """Whether it can answer this job: it has the API that the job needs, and can go on
+        where another session began."""
+        if job.needs is not None and not self.features.has(job.needs):
+            return False
+        return not job.returned or (self.features.continues or not job.seen) and (
             job.avoid is not self or len(self.service.sessions) == 1)
+
+    def remember_ended(self, pair):
+        """Note that the provider itself ended this lease: a poll may still name it."""
+        self.ended[pair] = True
+        if len(self.ended) > MAX_ENDED_LEASES:
+            self.ended.popitem(last=False)
 
 
 class Poll:
@@ -458,118 +350,340 @@ class Poll:
 
 
 def unique_ids():
-    """Yield names that nothing else has had or will have, in this process or another.
-    Not secret: a system call for each would cost more than all else about them."""
+    """Yield names that no other object has had or will have, in any process. They are not
+    secret: a system call for each would cost more than the rest of a job's record."""
     prefix = secrets.token_hex(8)
     return map((prefix + "%08x").__mod__, itertools.count())
 
 
 JOB_IDS = unique_ids()
+JOB_NUMBERS = itertools.count()
 
 
 class Job:
-    """One prompt on its way, and what has come of it."""
+    """One prompt on its way, and the items that came back.
 
-    # What a job begins with; what most never change takes no time to set.
+    An item is a str, a piece of text; or bytes, the JSON of an object, for what text cannot
+    say (see docs/). Objects stay encoded because parsed ones take up to 18 times the memory.
+    """
+
+    MOVES = {  # the only ways a job changes its state
+        "queued": ("leased", "failed", "cancelled"),
+        "leased": ("queued", "done", "failed", "cancelled"),
+        "done": (), "failed": (), "cancelled": (),
+    }
+
+    # Class attributes: what a job begins with, and most jobs never change.
     state = "queued"
-    name = fingerprint = twin = None
-    grace, own, wait = 0.0, False, False
+    identity = None               # how other requests find this job
+    grace, by_operator, wait = 0.0, False, False
     returned = False              # a provider had it: it goes before all others
-    seen = 0                      # items of which some client has been told
-    place = 0                     # items given to a client that does not count
-    attempt = deaths = 0
-    avoid = session = None
-    access = None                 # the AccessKey that it counts for
+    seen = 0                      # items that some client has been sent
+    delivered = 0                 # items given to a client that does not count
+    attempt = deaths = 0          # leases so far; providers that died on it
+    lease = avoid = None          # its Lease; the Session that gave it back
+    access = None                 # the AccessKey it counts for
+    cost = 1                      # how many prompts it counts as
+    urgent = False                # it goes first, as the operator's prompts do
+    needs = None                  # the API that its provider must pass through; None: text
     left_at = None                # when the last reader left
     error, error_told = None, False
-    timer = False                 # whether _check_job_locked is going to be called
+    checked = False               # whether a timer will look at it
     leased_at = first_at = ended_at = None
+    encoded = None                # (encoder's name, bytes): the whole answer, made once
 
     def __init__(self, service, caller, payload, now, holder=None):
-        self.id = next(JOB_IDS)
+        self.id, self.number = next(JOB_IDS), next(JOB_NUMBERS)
         self.service, self.caller, self.payload = service, caller, payload
-        self.holder = holder or caller             # whose memory it takes
+        self.holder = holder or caller             # the address whose memory it takes
         self.items, self.size = [], 0
         self.readers = []
-        self.created = self.heard_at = now         # heard_at: its provider named it, or it
-                                                   # was handed over
+        self.created = now
+
+    def move(self, state):
+        """Change the state, in one of the ways that MOVES has."""
+        if state not in self.MOVES[self.state]:
+            raise AssertionError("job %s cannot go from %s to %s" % (
+                self.id, self.state, state))
+        self.state = state
+
+    def readable(self):
+        """Whether its items may be shown: not while it may be generated anew."""
+        return self.state != "queued" or self.seen > 0
+
+
+class Identity:
+    """What makes a second request mean the same job.
+
+    kind "stream": a stream key, with which a client reads on. kind "repeat": an
+    Idempotency-Key. kind "body": an equal body of the same caller, which finds only a job
+    that its client left. fingerprint: of the prompt, which must be the same each time.
+    """
+
+    __slots__ = ("kind", "key", "fingerprint")
+
+    def __init__(self, kind, service, *name, fingerprint=None):
+        self.kind, self.key = kind, (kind, service) + name
+        self.fingerprint = fingerprint
+
+    @property
+    def named(self):
+        """Whether the client chose the name, and so may come back for the answer."""
+        return self.kind != "body"
 
 
 class Reader:
-    """One client's hold on a job: it waits there, and has read up to `at`."""
+    """One client's hold on a job: it has read up to `cursor`."""
 
-    __slots__ = ("job", "at", "start", "news", "wanted", "attached", "gone", "deliver",
-                 "behind")
+    __slots__ = ("job", "cursor", "start", "news", "wanted", "offer", "behind", "attached",
+                 "gone")
 
-    def __init__(self, job, at, news):
-        self.job, self.at, self.start = job, at, at
-        self.news = news              # what its thread waits for: items, the end, or to go
-        self.wanted = math.inf        # how many items there must be to wake it
+    def __init__(self, job, cursor):
+        self.job, self.cursor, self.start = job, cursor, cursor
+        self.news = None              # the condition its thread waits for, made when it does
+        self.wanted = math.inf        # how many items there must be to tell it
+        self.offer = None             # called, without the lock, by a thread that brought
+                                      # items; None: the reader's own thread is woken
+        self.behind = False           # there is work that its own thread must do
         self.attached, self.gone = True, False
-        self.deliver = None           # called by whoever brought items, for him to write;
-                                      # None: its own thread does, which waits for news
-        self.behind = False           # he could not: there is work for its own thread
+
+
+##############################################################################
+# Queue: whose turn it is
+##############################################################################
+
+
+class Queue:
+    """The jobs that wait for one service, in the order in which they will be taken."""
+
+    def __init__(self):
+        self._returned = []           # jobs that a provider gave back go first, by number
+        self._first = deque()         # then those of the operator, and urgent ones
+        self._turns = OrderedDict()   # then caller -> deque of jobs; callers take turns
+        self.size = 0                 # of all together
+
+    def __iter__(self):
+        for jobs in (self._returned, self._first, *self._turns.values()):
+            yield from jobs
+
+    def count(self, caller, by_operator):
+        """How many jobs of one caller, or of the operator, wait."""
+        return len(self._first if by_operator else self._turns.get(caller, ()))
+
+    def add(self, job):
+        """Put a job where it belongs."""
+        self.size += 1
+        if job.returned:
+            numbers = [other.number for other in self._returned]
+            self._returned.insert(bisect.bisect(numbers, job.number), job)
+        else:
+            self._line_of(job).append(job)
+
+    def _line_of(self, job):
+        """The deque of a job that no provider has had."""
+        if job.by_operator or job.urgent:
+            return self._first
+        return self._turns.setdefault(job.caller, deque())
+
+    def remove(self, job):
+        """Take out this very job."""
+        self.size -= 1
+        if job.returned:
+            self._returned.remove(job)
+            return
+        line = self._line_of(job)
+        line.remove(job)
+        if not line and line is not self._first:
+            del self._turns[job.caller]
+
+    def take(self, session):
+        """Take out the job that this session should have next; None if there is none. A
+        caller whose next job this session cannot answer is passed over."""
+        lines = itertools.chain(
+            self._returned, itertools.islice(self._first, 1),
+            (line[0] for line in self._turns.values()))
+        job = next(filter(session.may_take, lines), None)
+        if job is not None:
+            if job.caller in self._turns and not job.returned and job is (
+                    self._turns[job.caller][0]):
+                self._turns.move_to_end(job.caller)   # the next caller's turn
+            self.remove(job)
+        return job
+
+    def position(self, job):
+        """How many jobs will be taken up to and including this one."""
+        if job.returned:
+            return self._returned.index(job) + 1
+        ahead = len(self._returned)
+        if job.by_operator or job.urgent:
+            return ahead + self._first.index(job) + 1
+        ahead += len(self._first)
+        turn = self._turns[job.caller].index(job)
+        earlier = True                                # callers whose turn is sooner
+        for caller, jobs in self._turns.items():
+            if caller == job.caller:
+                earlier = False
+            else:
+                ahead += min(len(jobs), turn + earlier)
+        return ahead + turn + 1
+
+
+##############################################################################
+# Lease: one job in one session's hands
+##############################################################################
+
+
+class Lease:
+    """A provider's right to work on a job, named by (job id, attempt).
+
+    It takes up a worker of its session until it has ended. Its state says what the two
+    sides know of each other:
+
+    offered     goes out with the session's next response
+    handed_out  a response carried it; the provider has not named it yet
+    confirmed   the provider named it in a poll, or pushed items for it
+    cancelled   the provider must stop, and has not said that it did
+    ended       over
+    """
+
+    MOVES = {
+        "offered": ("handed_out", "confirmed", "ended"),
+        "handed_out": ("offered", "confirmed", "cancelled", "ended"),
+        "confirmed": ("confirmed", "offered", "handed_out", "cancelled", "ended"),
+        "cancelled": ("cancelled", "ended"),
+        "ended": (),
+    }
+    MENTIONED = ("offered", "cancelled")     # the next response has to say so
+
+    __slots__ = ("session", "job", "pair", "state", "since")
+
+    def __init__(self, session, job, pair, state, now):
+        """job: None for a pair that a provider names and that is not its own."""
+        self.session, self.job, self.pair = session, job, pair
+        self.state, self.since = state, now
+        session.leases[pair] = self
+        if state in self.MENTIONED:
+            session.outbox[self] = True
+
+    def move(self, state, now):
+        """Change the state, in one of the ways that MOVES has."""
+        if state not in self.MOVES[self.state]:
+            raise AssertionError("lease %s cannot go from %s to %s" % (
+                self.pair, self.state, state))
+        self.state, self.since = state, now
+        if state in self.MENTIONED:
+            self.session.outbox[self] = True
+        else:
+            self.session.outbox.pop(self, None)
+        if state == "ended":
+            del self.session.leases[self.pair]
+
+    def stop(self, now):
+        """The provider must not go on: tell it, unless it never heard of this lease."""
+        self.move("ended" if self.state == "offered" else "cancelled", now)
+
+
+##############################################################################
+# Timers: what happens when
+##############################################################################
+
+
+class Timers:
+    """A heap of calls and their instants on the injected clock. Its user holds the lock."""
+
+    def __init__(self, clock, lock):
+        self._clock, self._heap = clock, []
+        self._numbers = itertools.count()          # equal instants keep their order
+        # The upkeep thread waits for it; call_later notifies when it must look earlier.
+        self._earlier = threading.Condition(lock)
+
+    def __len__(self):
+        return len(self._heap)
+
+    def call_later(self, delay, action, *arguments):
+        """Call action(*arguments) in `delay` seconds. The action must look at the facts
+        again: nothing cancels a timer."""
+        due = self._clock() + delay
+        if not self._heap or due < self._heap[0][0]:
+            self._earlier.notify()
+        heapq.heappush(self._heap, (due, next(self._numbers), action, arguments))
+
+    def run_due(self):
+        """Call what is due; return the seconds until the next, None if there is none."""
+        while self._heap:
+            delay = self._heap[0][0] - self._clock()
+            if delay > 0:
+                return delay
+            _, _, action, arguments = heapq.heappop(self._heap)
+            action(*arguments)
+        return None
+
+    def wait(self, delay):
+        """Block for `delay` seconds, or until something is due earlier."""
+        self._earlier.wait(delay)
+
+    def wake(self):
+        """Let the waiting thread look again."""
+        self._earlier.notify_all()
+
+
+##############################################################################
+# Admission: memory, queue bounds, rate limits, quotas, reserved room
+##############################################################################
+
+RESERVED = 10                # a tenth of each bound is reserved, see Room and Admission
+SHARE = 10                   # an address above a tenth gives way to others
+WIDE_SHARE = 4               # an IPv6 /48 may have four times what a /64 may
+JUST_GONE_SECONDS = 60       # a provider that left this recently may be back soon
+
+
+@functools.lru_cache(maxsize=10000)
+def is_loopback(address):
+    """Whether a canonical address is this machine's own."""
+    return ipaddress.ip_address(address.partition("/")[0]).is_loopback
+
+
+@functools.lru_cache(maxsize=10000)
+def groups_of(address):
+    """Whom to charge for what an address does: tuples (group, factor of the limit). An IPv6
+    /64 is one household; a /48 has 65,536 of them, so it is limited, too."""
+    if "/" not in address:
+        return ((address, 1),)
+    wide = ipaddress.ip_network(address).supernet(new_prefix=48)
+    return ((address, 1), (str(wide), WIDE_SHARE))
 
 
 class Rates:
-    """So many of something in a time, for each who asks: the generic cell rate algorithm
-    (GCRA), one instant for each. What is not used up may be caught up at once."""
+    """Per-caller rate limiter: the generic cell rate algorithm (GCRA), which keeps one
+    instant per caller. An unused allowance may be caught up at once. Thread-safe."""
 
-    MOST = 10000     # remembered at once; strangers could fill the memory otherwise
+    MOST = 10000     # callers remembered; strangers could fill the memory otherwise
 
     def __init__(self, clock=time.monotonic):
         self._clock = clock
-        self._due = OrderedDict()          # who -> when all that it took is paid off
+        self._due = OrderedDict()          # caller -> when all that it took is paid off
         self._lock = threading.Lock()
 
-    def take(self, who, most, seconds, what, name="rate_limited"):
-        """Count one. Raises RelayError, of that name, if it is one too many."""
+    def take(self, caller, most, seconds, what, name="rate_limited"):
+        """Count one `what` of `most` in `seconds`. Raises RelayError, of that name, if it
+        is one too many."""
         with self._lock:
             now, pause = self._clock(), seconds / most
-            due = max(now, self._due.pop(who, now))
+            due = max(now, self._due.pop(caller, now))
             late = due + pause - now - seconds
-            late = late if late > 0.001 else 0        # what is due now may come out as 1e-12
-            self._due[who] = due if late else due + pause
+            late = late if late > 0.001 else 0        # rounding may leave 1e-12
+            self._due[caller] = due if late else due + pause
             if len(self._due) > self.MOST:
                 self._due.popitem(last=False)
         if late:
-            raise RelayError(name, "Too many %s: %d in %s are allowed, and you may send "
-                             "the next in %s." % (what, most, in_words(seconds),
-                                                  in_words(late)),
-                             retry_after=late, limit=most)
+            raise RelayError(name, "Too many %s: %d in %s are allowed. Try again in %s." % (
+                what, most, in_words(seconds), in_words(late)),
+                retry_after=late, limit=most)
 
-
-class Shares:
-    """What is taken at this moment of something that there is only so much of, in all and
-    by each address, of which none has more than its share. This machine may have all."""
-
-    def __init__(self, what, most, each):
-        self.what, self.most, self.each = what, most, each
-        self.taken, self._by = 0, {}
-        self._lock = threading.Lock()
-
-    def take(self, address, count=1, always=False):
-        """Take so many; address None: nobody's. Raises RelayError if there are not so
-        many left, unless it is to be had always."""
-        with self._lock:
-            mine = self._by.get(address, 0) + count
-            share = mine <= self.each or address is None or is_loopback(address)
-            if always or share and self.taken + count <= self.most:
-                self.taken += count
-                self._by[address] = mine
-                return
-        raise RelayError("relay_busy" if share else "rate_limited",
-                         "This relay has no more %s to give %s: try again in a few seconds."
-                         % (self.what, "just now" if share else "your address"),
-                         retry_after=5)
-
-    def give(self, address, count=1):
-        """Give them back."""
-        with self._lock:
-            self.taken -= count
-            self._by[address] -= count
-            if not self._by[address]:
-                del self._by[address]
+    def take_by_address(self, address, most, seconds, what):
+        """The same for an address and the network it belongs to."""
+        for group, factor in groups_of(address):
+            self.take(group, most * factor, seconds, what)
 
 
 def in_words(seconds):
@@ -580,89 +694,374 @@ def in_words(seconds):
     return "%d s" % math.ceil(seconds)
 
 
-class Histogram:
-    """How many of some lengths of time were how long."""
+class Slot:
+    """A part of a Room that somebody has taken, until it is released."""
 
-    BOUNDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)   # seconds
+    __slots__ = ("room", "address", "count", "give_way")
+
+    def __init__(self, room, address, count, give_way):
+        self.room, self.address, self.count = room, address, count
+        self.give_way = give_way      # called when others need the slot; None: never
+
+    def release(self):
+        """Give it back. Safe to call twice, and after it was taken away."""
+        self.room.release(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.room.release(self)
+
+
+class Room:
+    """A bounded resource (connections, polls, waiting prompts, bytes), shared by addresses.
+
+    While there is room, an address may take what it likes (unless `hard` bounds it). When
+    there is none, the address that has most, above its share, loses its newest slot to one
+    that is below. A tenth is reserved for those that say so. Loopback is exempt from shares.
+    Thread-safe.
+    """
+
+    def __init__(self, what, most, hard=math.inf):
+        self.what, self.most, self.hard = what, most, hard
+        self.share = max(1, most // SHARE)
+        self.taken = 0
+        self._by = defaultdict(int)        # group -> how much
+        self._slots = {}                   # address -> {Slot: True}, oldest first
+        self._released = threading.Condition()     # notified when there is more room
+
+    def take(self, address, count=1, *, give_way=None, reserved=False, always=False,
+             wait=0.0):
+        """Take a Slot of `count`. address: whose it is, None for nobody's. reserved: it may
+        use the reserved tenth. always: never refused. Raises RelayError if there is no
+        room, after blocking up to `wait` seconds for it."""
+        groups, lost = self._groups(address), None
+        with self._released:
+            if not always and any(self._by.get(group, 0) + count > self.hard * factor
+                                  for group, factor in groups):
+                raise self._none_left("rate_limited", "your address")
+            most = self.most if reserved or not groups else (
+                self.most - self.most // RESERVED)
+            if not always and self.taken + count > most:
+                lost = self._largest_above_share(count, groups)
+                if lost is not None:
+                    self._release(lost)
+                elif not self._released.wait_for(lambda: self.taken + count <= most, wait):
+                    raise self._none_left("relay_busy", "now")
+            slot = Slot(self, address, count, give_way)
+            self.taken += count
+            for group, _ in groups:
+                self._by[group] += count
+            self._slots.setdefault(address, {})[slot] = True
+        if lost is not None:
+            lost.give_way()
+        return slot
+
+    def _groups(self, address):
+        """Whom to charge; nobody for what belongs to this machine."""
+        return () if address is None or is_loopback(address) else groups_of(address)
+
+    def _none_left(self, name, whom):
+        return RelayError(name, "This relay has no more %s for %s. Try again in a few "
+                          "seconds." % (self.what, whom), retry_after=5)
+
+    def _largest_above_share(self, count, groups):
+        """The newest slot, at least of that size, of the address that has most."""
+        mine = max((self._by.get(group, 0) / factor for group, factor in groups), default=0)
+        if mine + count > self.share:
+            return None
+        for group in sorted(self._by, key=self._by.get, reverse=True)[:SHARE]:
+            if self._by[group] <= self.share:
+                return None
+            for slot in reversed(list(self._slots.get(group, ()))):
+                if slot.give_way is not None and slot.count >= count:
+                    return slot
+        return None
+
+    def release(self, slot):
+        """Take a slot back; nothing happens if that was done already."""
+        with self._released:
+            self._release(slot)
+
+    def _release(self, slot):
+        slots = self._slots.get(slot.address, {})
+        if slots.pop(slot, None) is None:
+            return
+        if not slots:
+            del self._slots[slot.address]
+        self.taken -= slot.count
+        self._released.notify()
+        for group, _ in self._groups(slot.address):
+            self._by[group] -= slot.count
+            if not self._by[group]:
+                del self._by[group]
+
+
+class Memory:
+    """The bytes that jobs hold, in all and by holder. Its user holds the lock."""
+
+    def __init__(self, most):
+        self.most, self.held = most, 0
+        self._by = defaultdict(int)        # holder -> bytes
+        self._jobs = defaultdict(dict)     # holder -> {Job: True}, in order of arrival
+        self._kept = defaultdict(dict)     # holder -> {Job: True}: ended, oldest first
+
+    def hold(self, job, size):
+        """Count bytes that a job takes from now on, or, below zero, no longer."""
+        job.size += size
+        self.held += size
+        self._by[job.holder] += size
+        self._jobs[job.holder][job] = True
+
+    def keep(self, job):
+        """An ended job stays readable; it is the first to be forgotten."""
+        self._kept[job.holder][job] = True
+
+    def forget(self, job):
+        """A job holds nothing any more."""
+        self.hold(job, -job.size)
+        for jobs in (self._jobs, self._kept):
+            jobs[job.holder].pop(job, None)
+            if not jobs[job.holder]:
+                del jobs[job.holder]
+        if not self._by[job.holder]:
+            del self._by[job.holder]
+
+    def held_by(self, holder):
+        """The bytes of one holder."""
+        return self._by.get(holder, 0)
+
+    def victim(self, size, holder):
+        """The job that must go so that `holder` can have `size` bytes more.
+
+        Whoever holds most loses first: ended streams, the oldest before others; then, if it
+        holds twice what this holder would have, its largest job. None: nothing may go.
+        """
+        largest = max(self._by, key=self._by.get)
+        if self._kept.get(largest):
+            return next(iter(self._kept[largest]))
+        if self._by[largest] >= 2 * (self.held_by(holder) + size):
+            job = max(self._jobs[largest], key=lambda job: job.size)
+            if job.size > JOB_BYTES:
+                return job
+        if self._kept:
+            return next(iter(self._kept[max(self._kept, key=self._by.get)]))
+        return None
+
+    def lacks(self, size):
+        """Whether there is no room for so many bytes more."""
+        return self.held + size > self.most
+
+
+class Admission:
+    """Whether a prompt is accepted. Its user, the Broker, holds the lock."""
+
+    def __init__(self, limits, clock, wall):
+        self._limits, self._clock, self._wall = limits, clock, wall
+        self._rates, self._daily = Rates(clock), Rates(clock)
+        self.memory = Memory(limits.max_held_bytes)
+
+    def check(self, job, rated):
+        """Raise RelayError if the service, the queue, or a limit of the caller does not
+        allow this prompt. rated: prompts of this caller are limited in number."""
+        service = job.service
+        if service.paused and not job.by_operator:
+            raise RelayError("service_paused", "%s is paused by its operator. Try again "
+                             "later." % service.name, retry_after=60, retry=False)
+        if job.access is not None:
+            self._check_quota(job.access, job.cost)
+        if not (service.sessions or job.wait or self._clock() < service.expected_until):
+            raise self.offline(service)
+        self._check_queue(job)
+        size = JOB_BYTES + len(job.payload)
+        if self.memory.held_by(job.holder) + size > self.memory.most // 4:
+            raise RelayError("rate_limited", "Your prompts and their answers take a quarter "
+                             "of the relay's memory. Wait until some are answered.",
+                             retry_after=10)
+        self._check_rates(job, rated)
+
+    def _check_queue(self, job):
+        service, limits = job.service, self._limits
+        mine = service.queue.count(job.caller, job.by_operator)
+        most = limits.max_queue
+        if job.by_operator or job.access is not None:
+            most += most // RESERVED           # strangers cannot fill it all
+        if service.queue.size >= most:
+            raise RelayError("queue_full", "%d prompts wait for %s already. Try again "
+                             "later." % (service.queue.size, service.name),
+                             retry_after=self.retry_after(service))
+        if mine >= limits.max_queue_per_caller:
+            raise RelayError("rate_limited", "You have %d prompts waiting for %s. Wait until "
+                             "some are answered." % (mine, service.name),
+                             retry_after=self.retry_after(service),
+                             limit=limits.max_queue_per_caller)
+
+    def _check_rates(self, job, rated):
+        service = job.service
+        if rated and not job.by_operator:
+            for _ in range(job.cost):
+                self._rates.take(job.caller, self._limits.max_prompts_per_minute, 60,
+                                 "prompts")
+        if job.access is None and not job.by_operator and (
+                rated or service.anonymous_per_day):
+            for _ in range(job.cost):
+                self._daily.take(
+                    (service.name, job.caller),
+                    service.anonymous_per_day or self._limits.max_anonymous_per_day,
+                    DAY_SECONDS, "prompts without an access key", "quota_exceeded")
+
+    def _check_quota(self, access, cost):
+        now = self._wall()
+        if access.day != now // DAY_SECONDS:
+            access.day, access.requests, access.tokens = now // DAY_SECONDS, 0, 0
+        left = DAY_SECONDS - now % DAY_SECONDS
+        for used, limit, what in (
+                (access.requests + cost - 1, access.requests_per_day, "requests"),
+                (access.tokens, access.tokens_per_day, "tokens")):
+            if limit is not None and used >= limit:
+                raise RelayError("quota_exceeded", "The %d %s per day of this access key "
+                                 "are used up. They are renewed at midnight UTC, in %d "
+                                 "minutes." % (limit, what, left // 60 + 1),
+                                 retry_after=left)
+        if access.concurrency is not None and access.running >= access.concurrency:
+            raise RelayError("rate_limited", "This access key allows %d prompts at once. "
+                             "Wait for an answer." % access.concurrency, retry_after=2,
+                             limit=access.concurrency)
+
+    def charge(self, job):
+        """Count an accepted job."""
+        self.memory.hold(job, JOB_BYTES + len(job.payload))
+        access = job.access
+        if access is not None:
+            access.requests += job.cost
+            access.running += 1
+            access.last_used = self._wall()
+
+    def eta(self, service, position):
+        """Seconds until the job at that queue position is answered; None: unknown."""
+        workers = sum(session.workers for session in service.sessions.values())
+        if service.job_seconds is None or not workers:
+            return None
+        return round(service.job_seconds * position / workers, 1)
+
+    def retry_after(self, service):
+        """After how many seconds a full queue may have room again."""
+        eta = self.eta(service, service.queue.size)
+        return 10 if eta is None else min(max(math.ceil(eta), 1), 120)
+
+    def offline(self, service):
+        """The error of a service without a provider."""
+        # A provider that has just left may be restarting. Whether to wait for any other is
+        # a person's decision: OpenAI's clients would wait Retry-After out twice, silently.
+        just_gone = service.last_seen is not None and \
+            self._wall() - service.last_seen < JUST_GONE_SECONDS
+        since = "" if service.last_seen is None else " since %s UTC" % time.strftime(
+            "%Y-%m-%d %H:%M", time.gmtime(service.last_seen))
+        return RelayError("service_offline", "No provider of %s is connected%s. Try again "
+                          "later, or send \"wait\": true to queue." % (service.name, since),
+                          retry_after=5 if just_gone else 30, retry=just_gone)
+
+    def memory_full(self):
+        """The error when no more bytes can be held."""
+        return RelayError("relay_busy", "The relay's memory is full. Try again later.",
+                          retry_after=10)
+
+
+def check_expiry(access, now):
+    """Raise RelayError if an access key has expired, whatever it is used for."""
+    if access.expires is not None and now >= access.expires:
+        raise RelayError("invalid_key", "This access key expired on %s. Ask the operator "
+                         "for a new one." % time.strftime(
+                             "%Y-%m-%d", time.gmtime(access.expires)))
+
+
+##############################################################################
+# Broker: matches jobs with polls, and carries items to readers
+##############################################################################
+
+MAX_SESSIONS_PER_JOB = 3     # a job goes to at most this many sessions
+MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
+MAX_HANDOVER_BYTES = 1 << 22     # prompts in one response, if there is more than one
+
+
+class OfferLock:
+    """The broker's lock. Whoever releases it then makes the offers that were gathered under
+    it: so items go out in the thread that brought them, and never under the lock."""
 
     def __init__(self):
-        self.counts, self.sum = [0] * (len(self.BOUNDS) + 1), 0.0
+        self.lock = threading.Lock()
+        self.offers = []
 
-    def observe(self, seconds):
-        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
-        self.sum += seconds
+    def __enter__(self):
+        self.lock.acquire()
 
-    def lines(self, name):
-        """It in the text format of Prometheus: each bucket counts those before it, too."""
-        totals = list(itertools.accumulate(self.counts))
-        return ["# TYPE %s histogram" % name] + [
-            '%s_bucket{le="%s"} %d' % (name, bound, total)
-            for bound, total in zip(self.BOUNDS + ("+Inf",), totals)] + [
-            "%s_sum %.3f" % (name, self.sum), "%s_count %d" % (name, totals[-1])]
-
-
-MOVES = {  # the only ways a job changes its state
-    "queued": ("leased", "failed", "cancelled"),
-    "leased": ("queued", "done", "failed", "cancelled"),
-    "done": (), "failed": (), "cancelled": (),
-}
-
-##############################################################################
-# Broker: matches jobs with polls and carries items back. Knows nothing of HTTP.
-##############################################################################
+    def __exit__(self, *_):
+        offers, self.offers = self.offers, []
+        self.lock.release()
+        for offer in offers:
+            offer()
 
 
 class Broker:
     """All services, sessions and jobs, in memory.
 
-    Clients: submit or open, then read until the job has ended, then leave.
-    Providers: login, then poll and reply, then logout. Whoever sees a connection
-    break says hangup (a client's) or lost (a provider's). One thread runs upkeep.
+    A client submits a prompt or opens a stream, reads until the job has ended, and leaves.
+    A provider logs in, polls and pushes, and logs out. Whoever sees a connection break
+    calls hang_up (a client's) or poll_lost (a provider's). One thread runs upkeep.
+    Methods named _locked need the lock; all others take it.
     """
 
     def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
         self.limits = limits or Limits()
         self._clock, self._wall = clock, wall
-        # Guards everything below, every Job and every Session. Each condition is
-        # built on it: waiting on one lets go of it, waking takes it back.
-        self._lock = threading.Lock()
+        # Guards everything below, and every record. Each condition is built on it.
+        self._lock = OfferLock()
         self._services = {}           # lower-case name -> Service
         self._sessions = {}           # id -> Session, lost ones until their deadline
         self._jobs = {}               # id -> Job, all that are not forgotten
-        self._named = {}              # (service, name) -> Job, to be found again
-        self._twins = {}              # twin -> Job of it, the one last submitted or left
-        self._kept = OrderedDict()    # id -> Job, ended ones that stay readable
-        self._held = 0                # bytes of all jobs
-        self._held_by = defaultdict(int)      # holder -> bytes of its jobs
-        self._to_deliver = []         # the deliver of each reader for whom items came
-        self._timers = []             # heap of (deadline, number, method, argument)
-        self._numbers = itertools.count()
-        self._timer_set = threading.Condition(self._lock)   # upkeep must look again
-        self._rates, self._daily = Rates(clock), Rates(clock)     # of prompts
+        self._identified = {}         # Identity.key -> Job
+        self._timers = Timers(clock, self._lock.lock)
+        self._admission = Admission(self.limits, clock, wall)
+        self._memory = self._admission.memory
         self._changed = {}            # name -> Service whose counters are not saved
         self.counters_changed = threading.Event()
         self.draining = self.closed = False
-        self.counts = {"jobs": 0, "done": 0, "failed": 0, "cancelled": 0,
-                       "requeued": 0, "tokens": 0}
+        self._touched = 0             # counts changes of services and sessions
+        self.counts = {"jobs": 0, "done": 0, "failed": 0, "cancelled": 0, "requeued": 0,
+                       "tokens": 0}
         self.histograms = {name: Histogram() for name in (
             "queue_seconds", "first_token_seconds", "answer_seconds")}
+
+    def now(self):
+        """The instant, on the clock of every time in a Job."""
+        return self._clock()
+
+    def version(self):
+        """A number that changes when the directory does."""
+        return self._touched + sum(self.counts.values())
+
+    def touch(self):
+        """A setting of a service has changed."""
+        self._touched += 1
 
     # -- services --
 
     def add(self, service, returning=False):
         """Make a registered service known. Raises RelayError if the name is taken.
 
-        returning: it was in the data file, so its provider is on its way.
+        returning: it was in the data file, so its provider will probably be back soon.
         """
         with self._lock:
             if returning:
                 service.expected_until = self._clock() + self.limits.offline_seconds
             if service.name.lower() in self._services:
-                raise RelayError("name_taken",
-                                 "The name %r is taken: choose another." % service.name)
+                raise RelayError("name_taken", "The name %r is taken. Choose another."
+                                 % service.name)
             if len(self._services) >= self.limits.max_services and not returning:
-                raise RelayError("relay_busy", "This relay holds no more services.")
+                raise RelayError("relay_busy", "This relay has no room for more services.")
             self._services[service.name.lower()] = service
+            self._touched += 1
 
     def remove(self, service):
         """Forget a service: its jobs fail, its sessions end."""
@@ -673,54 +1072,27 @@ class Broker:
             self._fail_waiting_locked(service, RelayError(
                 "service_unknown", "The service %s was deleted." % service.name))
             self._changed.pop(service.name, None)
+            self._touched += 1
 
     def services(self):
         """All services, as they are at this moment."""
         with self._lock:
             return list(self._services.values())
 
-    def close_sessions(self, service):
-        """End every session of a service, as when its key was changed."""
-        with self._lock:
-            self._end_sessions_locked(service)
-
     def find(self, name):
         """Return the Service of that name, in any case. Raises RelayError."""
         service = self._services.get(name.lower())
         if service is None:
-            if not NAME.match(name) or name.lower() in RESERVED_NAMES:
+            if not is_name(name):
                 raise RelayError("invalid_name", invalid_name_words(name), param="model")
-            raise RelayError("service_unknown", "There is no service %s here. GET "
-                             "/api/models lists those there are." % name, param="model")
+            raise RelayError("service_unknown", "There is no service %s here." % name,
+                             param="model")
         return service
 
-    def knows_key(self, hashed):
-        """Whether some service has an access key of that hash."""
+    def close_sessions(self, service):
+        """End every session of a service, as when its key has changed."""
         with self._lock:
-            return any(hashed in service.keys for service in self._services.values())
-
-    def models(self):
-        """What `getmodels` answers: one dict for each service, by name."""
-        with self._lock:
-            return [self._model_locked(self._services[name])
-                    for name in sorted(self._services)]
-
-    def model(self, service):
-        """The entry of one service in models()."""
-        with self._lock:
-            return self._model_locked(service)
-
-    def totals(self):
-        """Counters, gauges and histograms for /metrics."""
-        with self._lock:
-            services = self._services.values()
-            return dict(self.counts), dict(
-                held_bytes=self._held, held_jobs=len(self._jobs), timers=len(self._timers),
-                services=len(self._services),
-                sessions=sum(len(s.sessions) for s in services),
-                queued=sum(s.queue.size for s in services),
-                running=sum(len(s.jobs) for s in self._sessions.values())
-            ), self.histograms
+            self._end_sessions_locked(service)
 
     def take_changed(self):
         """Return the services whose counters changed since the last call."""
@@ -729,164 +1101,153 @@ class Broker:
             self.counters_changed.clear()
             return list(changed.values())
 
+    def totals(self):
+        """Counters, gauges and histograms for /metrics."""
+        with self._lock:
+            services = self._services.values()
+            return dict(self.counts), {
+                "held_bytes": self._memory.held, "held_jobs": len(self._jobs),
+                "timers": len(self._timers), "services": len(services),
+                "sessions": sum(len(service.sessions) for service in services),
+                "queued": sum(service.queue.size for service in services),
+                "running": sum(len(session.jobs()) for session in self._sessions.values()),
+            }, self.histograms
+
     # -- clients, in the order a job lives --
 
-    def condition(self):
-        """What a client's thread is woken by. To make one is a twentieth of what a prompt
-        costs, so a connection keeps its own."""
-        return threading.Condition(self._lock)
-
-    def submit(self, service, payload, *, caller="", name=None, fingerprint=None,
-               twin=None, at=None, own=False, wait=False, grace=None, access=None,
-               rated=False, holder=None, news=None):
+    def submit(self, service, payload, *, caller="", identity=None, at=None, rated=False,
+               by_operator=False, wait=False, grace=None, access=None, holder=None, cost=1,
+               urgent=False, needs=None):
         """Accept a prompt, or find the job it already is, and return a Reader of it.
 
-        payload: the request as JSON text, for the provider. name: what the job can be
-        found by again (a stream key, or an Idempotency-Key with its caller), provided
-        the fingerprint is the same. twin: what an identical prompt of this caller
-        would have; a job that its client left is found by it. at: where to read from.
-        own: the operator's, goes first. wait: queue even if no provider is connected.
+        payload: the request as JSON bytes, for the provider. identity: how the job is found
+        again. at: the item offset to read from. rated: the caller's prompts are limited in
+        number. by_operator: it goes first. wait: queue even if no provider is connected.
         grace: seconds to live without a reader, instead of the limit. access: the
-        AccessKey it counts for. rated: bounded in number, as a stranger's. holder: whose
-        memory it takes, the caller's if not said. news: the condition of who will read.
-        Does not block.
+        AccessKey it counts for. holder: whose memory it takes, the caller's by default.
+        cost: how many prompts it counts as. urgent: it goes first. needs: the API that its
+        provider must pass through. Raises RelayError. Does not block.
         """
         with self._lock:
-            job = self._named.get((service, name)) if name else self._twins.get(twin)
-            if job is not None and (name or job.left_at is not None):
-                if name and fingerprint is not None and job.fingerprint != fingerprint:
-                    raise RelayError("key_reused", "This key already names another "
-                                     "prompt: use a new random one for each prompt.")
-                return self._attach_locked(job, at, news)
+            job = self._find_job_locked(identity)
+            if job is not None:
+                return self._attach_locked(job, at)
             if at:
                 raise self._stream_unknown()
+            if self.draining:
+                raise self._shutting_down()
             job = Job(service, caller, payload, self._clock(), holder)
-            job.own, job.wait, job.access = own, wait, access
-            self._admit_locked(job, rated)
-            job.name, job.fingerprint, job.twin = name, fingerprint, twin
+            job.by_operator, job.wait, job.access = by_operator, wait, access
+            job.cost, job.urgent, job.needs = cost, urgent, needs
             job.grace = self.limits.grace_seconds if grace is None else grace
-            if access is not None:
-                access.requests += 1
-                access.running += 1
-                access.last_used = self._wall()
+            self._admission.check(job, rated)
+            if not self._make_room_locked(JOB_BYTES + len(payload), job.holder):
+                raise self._admission.memory_full()
+            self._admission.charge(job)
             self._jobs[job.id] = job
-            if name:
-                self._named[service, name] = job
-            elif twin is not None:
-                self._twins[twin] = job
+            if identity is not None:
+                job.identity = identity
+                self._identified[identity.key] = job
             self.counts["jobs"] += 1
             service.numreq += 1
             self._count_locked(service)
-            reader = self._attach_locked(job, at, news)
+            reader = self._attach_locked(job, at)
             self._enqueue_locked(job)
             return reader
 
-    def has_twin(self, twin):
-        """Whether there is a job that an identical prompt might be given: to be asked before
-        submit, for then it matters who has hung up."""
-        return twin in self._twins
+    def is_known(self, identity):
+        """Whether a job has this identity. Ask before submit: if so, it matters which
+        clients have hung up by now."""
+        return identity.key in self._identified
 
-    def open(self, service, name, at=None, news=None):
+    def open(self, identity, at=None):
         """Return a Reader of a job that was submitted before. Raises RelayError."""
         with self._lock:
-            job = self._named.get((service, name))
+            job = self._find_job_locked(identity)
             if job is None:
                 raise self._stream_unknown()
-            return self._attach_locked(job, at, news)
+            return self._attach_locked(job, at)
 
     def read(self, reader, want=1, timeout=0.0, most=None):
         """Wait for items and return (items, ended).
 
-        Waits up to timeout seconds until `want` items are there that this reader has
-        not had, or the job has ended, or the reader is gone. Returns at most `most`
-        of them; ended tells that none will follow those returned. With want None it
-        waits for the end, and returns no items before.
+        Blocks up to timeout seconds until there are `want` items that this reader has not
+        had, or the job has ended, or its client has gone. Returns at most `most` of them;
+        ended: none will follow those returned. With want None it waits for the end, and
+        returns nothing before.
         """
         job = reader.job
         with self._lock:
-            target = math.inf if want is None else reader.at + want
-            if timeout > 0:
-                deadline = time.monotonic() + timeout
-                while not (len(job.items) >= target
-                           and (job.seen or job.state != "queued")
-                           or job.ended_at is not None or reader.gone):
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        break
-                    # Whoever brings items wakes us only when there are so many.
-                    reader.wanted = target
-                    reader.news.wait(left)
-                reader.wanted = math.inf
-            if job.ended_at is None and (want is None or job.state == "queued"
-                                         and not job.seen):
-                return [], False      # what nobody saw may yet be made anew
-            items = job.items[reader.at:None if most is None else reader.at + most]
-            if items:
-                reader.at += len(items)
-                job.seen = max(job.seen, reader.at)
-            return items, job.ended_at is not None and reader.at >= len(job.items)
+            target = reader.wanted = math.inf if want is None else reader.cursor + want
+            self._wait_locked(reader, timeout, lambda: job.ended_at is not None or (
+                len(job.items) >= target and job.readable()))
+            reader.wanted = math.inf
+            if job.ended_at is None and (want is None or not job.readable()):
+                return [], False
+            return self._take_items_locked(reader, most)
 
-    def wait(self, reader, timeout):
-        """Wait, at most so long, for what is the reader's own thread's to do: items come
-        that nobody delivers, the job has ended, or the client has gone."""
-        job = reader.job
+    def take(self, reader, most):
+        """Return (items, ended) at once, for a reader with an offer: see read."""
         with self._lock:
-            deadline = time.monotonic() + timeout
-            while not (reader.behind or reader.gone or job.ended_at is not None or (
-                    reader.deliver is None and len(job.items) > reader.at
-                    and (job.seen or job.state != "queued"))):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                if reader.deliver is None:
-                    reader.wanted = reader.at + 1
-                reader.news.wait(left)
+            if reader.job.ended_at is None and not reader.job.items:
+                return [], False
+            if reader.job.state == "queued" and not reader.job.seen:
+                return [], False
+            return self._take_items_locked(reader, most)
 
-    def deliver_by(self, reader, deliver, whole=False):
-        """From now on call deliver() when items for this reader have come, or, if it wants
-        the whole, when a provider said that this is the end, in the thread that brought it.
-        It returns a function that sends them, or None. What it must not do itself, it
-        leaves by leave_to_own."""
+    def offer_to(self, reader, offer, wanted):
+        """From now on call offer() when the job has `wanted` items or has ended, in the
+        thread that brought them. It must not block. Call it once yourself, for what came
+        before. With None for offer, the reader's own thread is woken instead."""
         with self._lock:
-            reader.deliver = deliver
-            reader.wanted = math.inf if whole else 0
-            reader.behind = (len(reader.job.items) > reader.at    # they came before
-                             or reader.job.ended_at is not None)
+            reader.offer, reader.wanted = offer, wanted
 
     def leave_to_own(self, reader):
-        """Let the reader's own thread look after what could not be delivered."""
+        """There is work for the reader's own thread: wake it."""
         with self._lock:
             reader.behind = True
-            reader.news.notify()
+            self._wake_locked(reader)
 
-    def place(self, job):
-        """Where a queued job stands: position, waiting, eta_s; None if not queued."""
+    def wait(self, reader, timeout):
+        """Block the reader's own thread until there is work for it (see leave_to_own), it
+        has left, or its client has gone; at most for timeout seconds."""
+        with self._lock:
+            self._wait_locked(reader, timeout,
+                              lambda: reader.behind or not reader.attached)
+            reader.behind = False
+
+    def queue_position(self, job):
+        """Where a queued job stands: position, waiting, eta_s; None if it is not queued."""
         with self._lock:
             if job.state != "queued":
                 return None
-            service = job.service
-            position = service.queue.position(job)
-            return {"position": position, "waiting": service.queue.size,
-                    "eta_s": self._eta_locked(service, position)}
+            position = job.service.queue.position(job)
+            return {"position": position, "waiting": job.service.queue.size,
+                    "eta_s": self._admission.eta(job.service, position)}
+
+    def eta(self, service):
+        """Seconds until a prompt submitted now would be answered; None: unknown."""
+        with self._lock:
+            return self._admission.eta(service, service.queue.size + 1)
 
     def advance(self, reader):
         """What was read is about to be written: a client that does not count gets what
-        follows next. Before the write, for it may ask again at once; leave takes it
-        back if the write failed."""
+        follows it next time. To be called before the write, since the client may ask again
+        at once; leave takes it back if the write failed."""
         with self._lock:
-            reader.job.place = max(reader.job.place, reader.at)
+            reader.job.delivered = max(reader.job.delivered, reader.cursor)
 
     def leave(self, reader, delivered=False):
-        """The reader goes. delivered: the client has what was read, as far as we know."""
+        """The reader goes. delivered: its client has what was read, as far as we know."""
         with self._lock:
             self._leave_locked(reader, delivered)
 
-    def hangup(self, reader):
-        """The reader's client has hung up: wake whoever waits for it."""
+    def hang_up(self, reader):
+        """The reader's client has hung up: wake the thread that waits for it."""
         with self._lock:
             reader.gone = True
             self._leave_locked(reader, False)
-            reader.news.notify()
+            self._wake_locked(reader)
 
     def cancel(self, job, error=None):
         """Stop a job, whatever it is doing; nothing happens if it has ended."""
@@ -895,33 +1256,32 @@ class Broker:
 
     # -- providers --
 
-    def login(self, service, workers=1, continues=False, embeddings=False,
-              context_length=None):
-        """Open a session for a provider that runs up to `workers` jobs; its id."""
+    def login(self, service, workers=1, **features):
+        """Open a session for a provider that runs up to `workers` jobs; return its id.
+        features: those of Features."""
         with self._lock:
             if self.draining:
                 raise self._shutting_down()
             if len(service.sessions) >= self.limits.max_sessions:
                 raise RelayError("relay_busy", "Too many providers of %s are logged in."
                                  % service.name, retry_after=60)
-            session = Session(service, workers, continues, embeddings, self._lock)
-            service.context_length = context_length or service.context_length
+            session = Session(service, workers, Features(**features), self._lock.lock)
+            service.features = session.features
             self._sessions[session.id] = session
             self._connect_locked(session)
             self._heard_locked(session)
-            self._later_locked(self.limits.lease_seconds, self._silent_locked, session)
+            self._timers.call_later(self.limits.lease_seconds, self._silent_locked, session)
             return session.id
 
     def poll(self, service, session_id, token, running, timeout=None):
-        """Wait for work; return (jobs, cancelled).
+        """Wait for work; return (offers, cancels).
 
-        jobs: tuples (Job, attempt, position of its next item, text so far or None).
-        cancelled: tuples (job id, attempt). running: the same, of what the provider has
-        in hand. A job it was given and does not name is handed out again; one it names and
-        no longer has a right to is cancelled.
-        token: a new Poll; if its connection breaks, call lost with it.
-        Blocks up to timeout seconds (limits.poll_seconds), less if jobs are running, so
-        that a silent provider is noticed within its lease.
+        offers: tuples (Job, attempt, offset of its next item, text so far or None).
+        cancels: pairs (job id, attempt). running: the pairs that the provider has in hand.
+        A job it was given and does not name is offered again; one that it names and has no
+        right to is cancelled. token: a new Poll; if its connection breaks, call poll_lost
+        with it. Blocks up to timeout seconds (by default limits.poll_seconds, or
+        busy_poll_seconds while jobs run, so that silence is noticed within the lease).
         """
         with self._lock:
             session = self._session_locked(service, session_id)
@@ -929,14 +1289,10 @@ class Broker:
             session.arrived.notify_all()        # an older poll of this session ends
             if session.id not in service.sessions:
                 self._connect_locked(session)
-            self._confirm_locked(session, set(running))
+            self._confirm_locked(session, running)
             self._fill_locked(session)
-            hold = (self.limits.busy_poll_seconds if session.jobs
-                    else self.limits.poll_seconds)
-            if session.unconfirmed:             # one may have to be handed out again
-                hold = min(hold, self.limits.handover_seconds / 2)
-            hold = hold if timeout is None else min(hold, timeout)
-            self._heard_locked(session, 0 if session.jobs else hold)
+            hold = self._poll_hold(session, timeout)
+            self._heard_locked(session, 0 if session.leases else hold)
             try:
                 self._park_locked(session, token, hold)
             finally:
@@ -951,12 +1307,12 @@ class Broker:
                                    self._clock() + self.limits.lease_seconds)
             return self._hand_over_locked(session)
 
-    def reply(self, service, session_id, entries):
-        """Take items for many jobs; return (refused, jobs, cancelled), as poll does.
+    def push(self, service, session_id, entries):
+        """Take items for many jobs; return (refused, offers, cancels), the last two as poll.
 
-        Each entry is a dict: job, attempt, at (position of its first item), items,
-        and done or error at the end. A repeat is dropped; refused lists gaps, with the
-        position wanted, and jobs that are not, or no longer, this session's.
+        Each entry is a dict: job, attempt, at (offset of its first item), items, and done
+        or error (a RelayError) at the end. A repeat is dropped. refused lists gaps, with
+        the offset wanted, and leases that are not, or no longer, this session's.
         """
         with self._lock:
             session = self._session_locked(service, session_id)
@@ -967,58 +1323,45 @@ class Broker:
                 if refusal:
                     refused.append(refusal)
             self._fill_locked(session)
-            answer = (refused,) + self._hand_over_locked(session)
-            delivers, self._to_deliver = self._to_deliver, []
-        # Some are made before the first is sent, so that a peer of many is woken once, and not
-        # for each: a twelfth of the processor time of a prompt.
-        for start in range(0, len(delivers), MAX_MADE_AT_ONCE):
-            for send in [deliver() for deliver in delivers[start:start + MAX_MADE_AT_ONCE]]:
-                if send is not None:
-                    send()
-        return answer
-
-    def now(self):
-        """The instant, on the clock of every time in a Job."""
-        return self._clock()
+            return (refused,) + self._hand_over_locked(session)
 
     def logout(self, service, session_id):
         """End a session; its unfinished jobs go back to the front of the queue."""
         with self._lock:
             self._end_session_locked(self._session_locked(service, session_id))
 
-    def lost(self, session_id, token):
+    def poll_lost(self, session_id, token):
         """The connection of the session's poll of that token has closed."""
         with self._lock:
-            token.lost = True                         # also if it has yet to begin
+            token.lost = True                         # even if the poll has not begun
             session = self._sessions.get(session_id)
-            if session is not None and session.poll is token and not session.closed:
-                session.arrived.notify_all()
-                session.service.idle.pop(session, None)
-                session.parked = False
-                session.deadline = min(session.deadline,
-                                       self._clock() + self.limits.lease_seconds)
-                for job in session.unconfirmed.values():
-                    job.heard_at = -math.inf          # to be handed out again at once
-                self._later_locked(self.limits.close_seconds, self._broken_locked,
-                                   (session, token))
+            if session is None or session.poll is not token or session.closed:
+                return
+            session.arrived.notify_all()
+            session.service.idle.pop(session, None)
+            session.parked = False
+            session.deadline = min(session.deadline,
+                                   self._clock() + self.limits.lease_seconds)
+            for lease in session.leases.values():
+                if lease.state == "handed_out":
+                    lease.since = -math.inf           # to be offered again at once
+            self._timers.call_later(self.limits.close_seconds, self._broken_locked, session,
+                                    token)
 
     # -- time --
 
     def upkeep(self):
-        """Do what is due at the next deadline, waiting for it; False once closed."""
+        """Run the next timers, waiting for them; return False once closed."""
         with self._lock:
-            while not self.closed:
-                delay = self._timers[0][0] - self._clock() if self._timers else None
-                if delay is not None and delay <= 0:
-                    self._expire_locked()
-                    return True
-                self._timer_set.wait(delay)
-            return False
+            delay = self._timers.run_due()
+            if not self.closed:
+                self._timers.wait(delay)
+            return not self.closed
 
     def expire(self):
-        """Do whatever is due now. Does not block."""
+        """Run the timers that are due. Does not block."""
         with self._lock:
-            self._expire_locked()
+            self._timers.run_due()
 
     def drain(self):
         """Take no new jobs and fail those that wait; running ones go on."""
@@ -1032,7 +1375,7 @@ class Broker:
     def idle(self):
         """Whether no job is in a provider's hands."""
         with self._lock:
-            return not any(session.jobs for session in self._sessions.values())
+            return not any(session.jobs() for session in self._sessions.values())
 
     def close(self):
         """Wake every waiter; what is unfinished ends with an error."""
@@ -1043,220 +1386,232 @@ class Broker:
                     self._end_locked(job, "failed", self._shutting_down())
             for session in self._sessions.values():
                 session.arrived.notify_all()
-            self._timer_set.notify_all()
+            self._timers.wake()
 
-    # -- below here the lock is held --
+    # -- errors --
 
     def _stream_unknown(self):
-        return RelayError("stream_unknown", "No stream of that key is here: it ended "
-                          "more than %d s ago, or the relay was restarted. Send the "
-                          "prompt again with a new key." % self.limits.keep_seconds)
+        return RelayError("stream_unknown", "There is no stream of that key: it ended more "
+                          "than %d s ago, or the relay was restarted. Send the prompt again "
+                          "with a new key." % self.limits.keep_seconds)
 
     def _session_unknown(self):
         return RelayError("session_unknown", "This session has ended: log in again.")
 
     def _shutting_down(self):
-        return RelayError("shutting_down", "The relay is restarting: try again in a "
-                          "few seconds.", retry_after=3)
+        return RelayError("shutting_down", "The relay is restarting. Try again in a few "
+                          "seconds.", retry_after=3)
 
-    def _session_locked(self, service, session_id):
-        session = self._sessions.get(session_id)
-        if session is None or session.service is not service:
-            raise self._session_unknown()
-        return session
+    def _lost_midway(self, service):
+        return RelayError("provider_lost", "The provider of %s went away in the middle of "
+                          "this answer. Ask again." % service.name)
 
-    def _model_locked(self, service):
-        eta = self._eta_locked(service, service.queue.size + 1)
-        model = {"name": service.name, "numreq": service.numreq,
-                 "private": service.private, "paused": service.paused,
-                 "connected": bool(service.sessions), "comment": service.comment,
-                 "operator": service.operator, "queuelen": service.queue.size,
-                 "workers": sum(s.workers for s in service.sessions.values()),
-                 "running": sum(len(s.jobs) for s in service.sessions.values()),
-                 "created": int(service.created)}
-        if service.last_seen is not None and not service.sessions:
-            model["last_seen"] = int(service.last_seen)
-        if service.sessions and eta is not None:
-            model["eta_s"] = 0 if service.idle else eta
-        if service.context_length:
-            model["context_length"] = service.context_length
-        if service.anonymous_per_day is not None:
-            model["anonymous_per_day"] = service.anonymous_per_day
-        if service.tokens_per_second:
-            model["tokens_per_s"] = round(service.tokens_per_second, 1)
-        return model
+    # -- jobs and their readers; a job is in its service's queue while it is "queued" --
 
-    def _count_locked(self, service):
-        if not self._changed:
-            self.counters_changed.set()
-        self._changed[service.name] = service
+    def _find_job_locked(self, identity):
+        """Return the job that a request of this identity means, or None."""
+        job = self._identified.get(identity.key) if identity is not None else None
+        if job is None or not identity.named and job.left_at is None:
+            return None
+        if identity.fingerprint is not None and (
+                job.identity.fingerprint != identity.fingerprint):
+            raise RelayError("key_reused", "This key already names another prompt: use a "
+                             "new random one for each prompt.")
+        return job
 
-    def _admit_locked(self, job, rated):
-        """Make room for a prompt. Raises RelayError if it cannot be accepted."""
-        service, caller, own, access = job.service, job.caller, job.own, job.access
-        if self.draining:
-            raise self._shutting_down()
-        if service.paused and not own:
-            raise RelayError("service_paused", "%s is paused by its operator: try again "
-                             "later." % service.name, retry_after=60, retry=False)
-        if access is not None:
-            self._check_quota_locked(access)
-        if not (service.sessions or job.wait or self._clock() < service.expected_until):
-            raise self._offline(service)
-        mine = service.queue.count(caller, own)
-        if service.queue.size >= self.limits.max_queue:
-            raise RelayError("queue_full", "%d prompts wait for %s already: try again "
-                             "later." % (service.queue.size, service.name),
-                             retry_after=self._retry_after_locked(service))
-        if mine >= self.limits.max_queue_per_caller:
-            raise RelayError("rate_limited", "You have %d prompts waiting for %s: let "
-                             "some be answered first." % (mine, service.name),
-                             retry_after=self._retry_after_locked(service),
-                             limit=self.limits.max_queue_per_caller)
-        size = JOB_BYTES + len(job.payload)
-        if self._held_by.get(job.holder, 0) + size > self.limits.max_held_bytes // 4:
-            raise RelayError("rate_limited", "Your prompts and their answers take a quarter "
-                             "of the relay's memory: let some be answered first.",
-                             retry_after=10)
-        if not self._make_room_locked(size, job.holder):
-            raise self._memory_full()
-        if rated and not own:
-            self._rates.take(caller, self.limits.max_prompts_per_minute, 60, "prompts")
-        if access is None and not own and (rated or service.anonymous_per_day):
-            self._daily.take(
-                (service.name, caller),
-                service.anonymous_per_day or self.limits.max_anonymous_per_day,
-                DAY_SECONDS, "prompts without an access key", "quota_exceeded")
-        self._hold_locked(job, size)
-
-    def _memory_full(self):
-        return RelayError("relay_busy", "The relay's memory is full: try again later.",
-                          retry_after=10)
-
-    def _make_room_locked(self, size, holder):
-        """Whether so many bytes more can be held, if need be at the cost of the streams
-        that ended longest ago, then of the largest prompts of whoever holds most, if that
-        is twice what this holder would have."""
-        most = self.limits.max_held_bytes - size
-        while self._held > most and self._kept:
-            self._forget_locked(next(iter(self._kept.values())))
-        while self._held > most:
-            largest = max(self._held_by, key=self._held_by.get)
-            job = max((job for job in self._jobs.values() if job.holder == largest),
-                      key=lambda job: job.size)
-            if job.size <= JOB_BYTES or self._held_by[largest] < 2 * (
-                    self._held_by.get(holder, 0) + size):
-                return False
-            self._cancel_locked(job, self._memory_full())
-            if job.id in self._jobs:
-                self._drop_locked(job)
-        return True
-
-    def _drop_locked(self, job):
-        """Hold no more of a job than its error, which somebody has still to read."""
-        # Also if it had ended well. First the error: _make_whole takes the items without
-        # the lock, and looks for it then.
-        job.error = job.error or self._memory_full()
-        self._hold_locked(job, JOB_BYTES - job.size)
-        job.payload, job.items = b"", []
-
-    def _check_quota_locked(self, access):
-        now = self._wall()
-        if access.expires is not None and now >= access.expires:
-            raise RelayError("invalid_key", "This access key expired on %s." %
-                             time.strftime("%Y-%m-%d", time.gmtime(access.expires)))
-        if access.day != now // DAY_SECONDS:
-            access.day, access.requests, access.tokens = now // DAY_SECONDS, 0, 0
-        left = DAY_SECONDS - now % DAY_SECONDS
-        for used, limit, what in (
-                (access.requests, access.requests_per_day, "requests"),
-                (access.tokens, access.tokens_per_day, "tokens")):
-            if limit is not None and used >= limit:
-                raise RelayError("quota_exceeded", "The %d %s a day of this access key "
-                                 "are used up; they are renewed at midnight UTC, in %d "
-                                 "minutes." % (limit, what, left // 60 + 1),
-                                 retry_after=left)
-        if access.concurrency is not None and access.running >= access.concurrency:
-            raise RelayError("rate_limited", "This access key allows %d prompts at once: "
-                             "wait for an answer." % access.concurrency, retry_after=2,
-                             limit=access.concurrency)
-
-    def _hold_locked(self, job, size):
-        """Count bytes that a job takes from now on, or, below zero, no more."""
-        job.size += size
-        self._held += size
-        self._held_by[job.holder] += size
-
-    def _retry_after_locked(self, service):
-        eta = self._eta_locked(service, service.queue.size)
-        return 10 if eta is None else min(max(math.ceil(eta), 1), 120)
-
-    def _offline(self, service):
-        # One that has just gone may be starting again. Waiting for any other is for a
-        # person to decide: OpenAI's clients would sit Retry-After out twice, in silence.
-        just_gone = service.last_seen is not None and \
-            self._wall() - service.last_seen < JUST_GONE_SECONDS
-        since = "" if service.last_seen is None else " since %s UTC" % time.strftime(
-            "%Y-%m-%d %H:%M", time.gmtime(service.last_seen))
-        return RelayError("service_offline", "No provider of %s is connected%s. Try "
-                          "again later, or send \"wait\": true to queue." % (
-                              service.name, since),
-                          retry_after=5 if just_gone else 30, retry=just_gone)
-
-    def _attach_locked(self, job, at, news):
+    def _attach_locked(self, job, at):
+        """Return a new Reader of the job, from that item offset."""
         job.left_at = None
-        reader = Reader(job, job.place if at is None else min(at, len(job.items)),
-                        news or self.condition())
+        reader = Reader(job, job.delivered if at is None else min(at, len(job.items)))
         job.readers.append(reader)
         return reader
 
+    def _wait_locked(self, reader, timeout, is_true):
+        """Block until is_true(), or the reader's client has gone, or the timeout."""
+        if timeout <= 0 or reader.gone or is_true():
+            return
+        deadline = self._clock() + timeout
+        # What this thread waits for: see _wake_locked, which notifies it.
+        reader.news = reader.news or threading.Condition(self._lock.lock)
+        while not (reader.gone or is_true()):
+            left = deadline - self._clock()
+            if left <= 0:
+                return
+            reader.news.wait(left)
+
+    def _wake_locked(self, reader):
+        """Wake the reader's own thread, if it waits."""
+        if reader.news is not None:
+            reader.news.notify()
+
+    def _take_items_locked(self, reader, most):
+        """Return (items that the reader has not had, whether none will follow)."""
+        job, cursor = reader.job, reader.cursor
+        items = job.items[cursor:None if most is None else cursor + most]
+        reader.cursor += len(items)
+        job.seen = max(job.seen, reader.cursor)
+        return items, job.ended_at is not None and reader.cursor >= len(job.items)
+
+    def _tell_readers_locked(self, job):
+        """Items came, or the job has ended: offer them to the readers that want them."""
+        for reader in job.readers:
+            if job.ended_at is not None or len(job.items) >= reader.wanted:
+                if reader.offer is not None:
+                    self._lock.offers.append(reader.offer)
+                else:
+                    self._wake_locked(reader)
+
     def _leave_locked(self, reader, delivered):
+        """Detach a reader; decide what becomes of a job that has none left."""
         if not reader.attached:
             return
-        reader.attached = False
+        reader.attached, reader.offer = False, None
+        self._wake_locked(reader)
         job = reader.job
         job.readers.remove(reader)
-        if not delivered and job.place == reader.at:
-            job.place = reader.start
+        if not delivered and job.delivered == reader.cursor:
+            job.delivered = reader.start
         if job.readers:
             return
-        if job.ended_at is not None and job.name is None and delivered:
+        named = job.identity is not None and job.identity.named
+        if job.ended_at is not None and delivered and not named:
             self._forget_locked(job)
         elif job.ended_at is None and job.grace <= 0:
-            self._cancel_locked(job, None)
+            self._cancel_locked(job)
         elif job.id in self._jobs:
             job.left_at = self._clock()
-            if job.twin is not None:
-                self._twins[job.twin] = job
+            if job.identity is not None:
+                self._identified[job.identity.key] = job
             self._check_later_locked(job)
 
-    def _move_locked(self, job, state):
-        if state not in MOVES[job.state]:
-            raise AssertionError("job %s cannot go from %s to %s" % (
-                job.id, job.state, state))
-        job.state = state
-
-    # A job is in its service's queue exactly while it is "queued".
-
     def _enqueue_locked(self, job):
+        """Queue a job, and give it to a provider that waits."""
         service = job.service
         service.queue.add(job)
         if service.idle:
             self._dispatch_locked(service)
         elif not service.sessions:
-            self._later_locked(self.limits.offline_seconds, self._deserted_locked, service)
+            self._timers.call_later(self.limits.offline_seconds, self._deserted_locked,
+                                    service)
 
-    def _eta_locked(self, service, position):
-        workers = sum(s.workers for s in service.sessions.values())
-        if service.job_seconds is None or not workers:
-            return None
-        return round(service.job_seconds * position / workers, 1)
+    def _end_locked(self, job, state, error=None):
+        """End a job: state is "done", "failed" or "cancelled"."""
+        if job.state == "queued":
+            job.service.queue.remove(job)
+        job.move(state)
+        job.ended_at, job.error = self._clock(), error
+        self.counts[state] += 1
+        if job.lease is not None and job.lease.state != "cancelled":
+            job.lease.move("ended", job.ended_at)
+        job.lease = None
+        if job.access is not None:
+            job.access.running -= 1
+            job.access.tokens += count_tokens(job.items)
+            self._count_locked(job.service)
+        if state == "done":
+            self._measure_locked(job)
+        self._tell_readers_locked(job)
+        identity = job.identity
+        if identity is not None and identity.kind == "repeat" and state != "done":
+            # A failure is not the answer to an Idempotency-Key: asking again tries again.
+            # A stream key names this one stream, whatever became of it.
+            self._disown_locked(job)
+        if job.identity is not None and job.identity.named:
+            self._memory.keep(job)
+            self._check_later_locked(job)
+        elif not job.readers and (state != "done" or job.identity is None):
+            self._forget_locked(job)
+
+    def _disown_locked(self, job):
+        """The job is not found by its identity any more."""
+        if job.identity is not None and self._identified.get(job.identity.key) is job:
+            del self._identified[job.identity.key]
+        job.identity = None
+
+    def _measure_locked(self, job):
+        """Note how long a job took, for estimates and /metrics."""
+        queued, first, answered = self.histograms.values()
+        queued.observe(job.leased_at - job.created)
+        first.observe((job.first_at or job.ended_at) - job.created)
+        answered.observe(job.ended_at - job.created)
+        service = job.service
+        service.job_seconds = moving_average(service.job_seconds,
+                                             job.ended_at - job.leased_at)
+        if len(job.items) > 8 and job.ended_at - job.first_at > 0.05:
+            service.tokens_per_second = moving_average(
+                service.tokens_per_second,
+                (len(job.items) - 1) / (job.ended_at - job.first_at))
+
+    def _cancel_locked(self, job, error=None):
+        """End a job early: its provider is told to stop. Nothing happens if it has ended."""
+        if job.ended_at is not None:
+            return
+        error = error or RelayError("cancelled", "This request was cancelled.")
+        lease = job.lease
+        if lease is not None:
+            lease.stop(self._clock())
+            lease.session.arrived.notify()
+        self._end_locked(job, "cancelled" if error.name == "cancelled" else "failed", error)
+        if lease is not None:
+            self._idle_locked(lease.session)
+            self._dispatch_locked(lease.session.service)
+
+    def _forget_locked(self, job):
+        """Let go of an ended job."""
+        if self._jobs.pop(job.id, None) is not None:
+            self._memory.forget(job)
+            self._disown_locked(job)
 
     def _fail_waiting_locked(self, service, error):
+        """End all jobs that wait for a service."""
         for job in list(service.queue):
             self._end_locked(job, "failed", error)
 
-    # Leases.
+    def _count_locked(self, service):
+        """The service's counters changed, and are to be saved."""
+        if not self._changed:
+            self.counters_changed.set()
+        self._changed[service.name] = service
+        self._touched += 1
+
+    # -- memory --
+
+    def _make_room_locked(self, size, holder):
+        """Return whether so many bytes more can be held, if need be after others gave way."""
+        while self._memory.lacks(size):
+            job = self._memory.victim(size, holder) if self._jobs else None
+            if job is None:
+                return False
+            if job.ended_at is None:
+                self._cancel_locked(job, self._admission.memory_full())
+            if job.id in self._jobs and not job.readers:
+                self._forget_locked(job)
+            elif job.id in self._jobs:
+                self._empty_locked(job)
+        return True
+
+    def _empty_locked(self, job):
+        """Hold no more of a job than its error, which a client has still to read."""
+        job.error = job.error or self._admission.memory_full()
+        job.payload, job.items, job.encoded = b"", [], None
+        self._hold_locked(job, JOB_BYTES - job.size)
+
+    def _hold_locked(self, job, size):
+        """Count bytes that a job takes from now on, or, below zero, no longer."""
+        if job.id in self._jobs:
+            self._memory.hold(job, size)
+
+    def keep_encoded(self, job, encoder, data):
+        """Keep a whole answer as it is sent, so that other readers of the job share it.
+        Returns the bytes to send."""
+        with self._lock:
+            if job.id in self._jobs and job.encoded is None and self._make_room_locked(
+                    len(data), job.holder) and job.items:
+                self._hold_locked(job, len(data))
+                job.encoded = encoder, data
+        return data
+
+    # -- leases --
 
     def _dispatch_locked(self, service):
         """Give waiting jobs to sessions with a parked poll, which take turns."""
@@ -1272,24 +1627,9 @@ class Broker:
             self._idle_locked(session)
             session.arrived.notify()
 
-    def _park_locked(self, session, token, timeout):
-        """Wait until this poll has something to tell, or a newer one has come."""
-        deadline = time.monotonic() + timeout
-        while not (session.outbox or session.cancels or session.closed
-                   or self.closed or session.poll is not token or token.lost):
-            if self.draining and not session.jobs:
-                raise self._shutting_down()
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return
-            session.parked = True
-            self._idle_locked(session)
-            session.arrived.wait(left)
-
     def _fill_locked(self, session):
-        """Lease it jobs for its free workers, to go with the response being made."""
-        connected = session.id in session.service.sessions
-        room = MAX_HANDOVER_BYTES
+        """Lease jobs to a session's free workers, for the response being made."""
+        room, connected = MAX_HANDOVER_BYTES, session.id in session.service.sessions
         while connected and session.free() > 0 and not self.draining and room > 0:
             job = session.service.queue.take(session)
             if job is None:
@@ -1299,389 +1639,3285 @@ class Broker:
         self._idle_locked(session)
 
     def _idle_locked(self, session):
+        """Keep the service's list of idle sessions right."""
         if session.parked and session.free() > 0 and not session.closed:
             session.service.idle.setdefault(session)
         else:
             session.service.idle.pop(session, None)
 
     def _lease_locked(self, job, session):
-        self._move_locked(job, "leased")
-        if job.items and not job.seen:                # this one starts afresh
+        """Give a job from the queue to a session."""
+        job.move("leased")
+        if job.items and not job.seen:                # this one begins anew
+            job.items.clear()
             self._hold_locked(job, JOB_BYTES + len(job.payload) - job.size)
             job.first_at = None
-            job.items.clear()
         job.attempt += 1
-        job.session = session
+        job.lease = Lease(session, job, (job.id, job.attempt), "offered", self._clock())
         if job.leased_at is None:
             job.leased_at = self._clock()
-        session.jobs[job.id] = job
-        session.outbox.append(job)
+
+    def _poll_hold(self, session, timeout):
+        """How long a poll of this session is held, in seconds."""
+        limits = self.limits
+        hold = limits.busy_poll_seconds if session.jobs() else limits.poll_seconds
+        if any(lease.state == "handed_out" for lease in session.leases.values()):
+            hold = min(hold, limits.handover_seconds / 2)     # it may have to be repeated
+        return hold if timeout is None else min(hold, timeout)
+
+    def _park_locked(self, session, token, timeout):
+        """Block until this poll has something to say, or a newer one has come."""
+        deadline = self._clock() + timeout
+        while not (session.outbox or session.closed or self.closed
+                   or session.poll is not token or token.lost):
+            if self.draining and not session.jobs():
+                raise self._shutting_down()
+            left = deadline - self._clock()
+            if left <= 0:
+                return
+            session.parked = True
+            self._idle_locked(session)
+            session.arrived.wait(left)
 
     def _hand_over_locked(self, session):
-        jobs, session.outbox = session.outbox, []
-        cancels, session.cancels = list(session.cancels), {}
-        for job in jobs:
-            self._await_word_locked(session, job)
-        return [(job, job.attempt, len(job.items), self._text_locked(job))
-                for job in jobs], cancels
-
-    def _await_word_locked(self, session, job):
-        """The provider must be heard of this job soon, or another gets it."""
-        job.heard_at = self._clock()
-        session.unconfirmed[job.id] = job
-        if not session.watching_handover:
-            session.watching_handover = True
-            self._later_locked(self.limits.handover_seconds, self._unconfirmed_locked,
-                               session)
-
-    def _text_locked(self, job):
-        """The text so far of a job that goes on with another provider, else None."""
-        if not job.items:
-            return None
-        return "".join(item for item in job.items if type(item) is str)
+        """Empty the outbox into a response: (offers, cancels), as poll returns them."""
+        offers, cancels, now = [], [], self._clock()
+        for lease in list(session.outbox):
+            if lease.state == "offered":
+                job = lease.job
+                offers.append((job, job.attempt, len(job.items),
+                               text_of(job.items) if job.items else None))
+                lease.move("handed_out", now)
+            else:
+                cancels.append(lease.pair)
+                lease.since = now
+        session.outbox.clear()
+        if offers:
+            self._check_handover_later_locked(session, self.limits.handover_seconds)
+        return offers, cancels
 
     def _confirm_locked(self, session, running):
         """Compare what the provider has in hand with what we think it has."""
-        now = self._clock()
-        for job_id, attempt in running:
-            job = session.jobs.get(job_id)
-            if job is not None and job.attempt == attempt:
-                job.heard_at = now
-                session.unconfirmed.pop(job_id, None)
-                if job in session.outbox:
-                    session.outbox.remove(job)
-            elif (job_id, attempt) in session.last_words:
-                pass                       # the reply that ended it overtook this poll
-            elif not self._reclaim_locked(session, job_id, attempt):
+        now, running = self._clock(), set(running)
+        for pair in running:
+            lease = session.leases.get(pair) or self._continue_locked(session, pair)
+            if lease is not None and lease.state != "cancelled":
+                lease.move("confirmed", now)
+            elif lease is not None:
                 # Say it again only if the response that said it may have been lost.
-                told = session.cancelling.setdefault((job_id, attempt), -math.inf)
-                if now - told >= self.limits.handover_seconds / 2:
-                    self._tell_cancelled_locked(session, (job_id, attempt))
-        for pair in set(session.cancelling) - running - set(session.cancels):
-            del session.cancelling[pair]
-        for job in list(session.jobs.values()):
-            # What was handed over just now, or is being answered just now, may have
-            # crossed this poll on its way.
-            if (job.id, job.attempt) in running or job in session.outbox \
-                    or now - job.heard_at < self.limits.handover_seconds / 5:
-                continue
-            if not job.items or session.continues:
-                session.unconfirmed.pop(job.id, None)
-                session.outbox.append(job)            # it never got there
-            elif job.id not in session.unconfirmed:
-                # It was begun there, and would be begun again behind what we have.
-                self._await_word_locked(session, job)
+                if now - lease.since >= self.limits.handover_seconds / 2:
+                    lease.move("cancelled", now)
+            elif pair not in session.ended:           # else its last push overtook this poll
+                Lease(session, None, pair, "cancelled", now)
+        for lease in list(session.leases.values()):
+            if lease.pair not in running and lease not in session.outbox:
+                self._missing_locked(session, lease, now)
 
-    def _tell_cancelled_locked(self, session, pair):
-        session.cancelling[pair] = self._clock()
-        session.cancels[pair] = True
-        session.arrived.notify()
+    def _missing_locked(self, session, lease, now):
+        """A poll does not name this lease, which was mentioned in an earlier response."""
+        if lease.state == "cancelled":
+            lease.move("ended", now)                  # the provider has stopped
+        elif now - lease.since < self.limits.handover_seconds / 5:
+            pass                                      # it may have crossed this poll
+        elif not lease.job.items or session.features.continues:
+            lease.move("offered", now)                # it never got there
+        elif lease.state == "confirmed":
+            # It was begun there, and would be begun again behind the items we have.
+            lease.move("handed_out", now)
+            self._check_handover_later_locked(session, self.limits.handover_seconds)
 
-    def _reclaim_locked(self, session, job_id, attempt, at=0):
-        """Give a job back that was taken when its provider seemed to be gone, if it can
-        go on from item `at`; the job, or None."""
-        job = self._jobs.get(job_id)
-        if (job is None or job.state != "queued" or job.attempt != attempt
+    def _continue_locked(self, session, pair, at=0):
+        """Give a job back to a provider that seemed to be gone, if it waits and the provider
+        can go on from item offset `at`. Return the Lease, or None."""
+        job = self._jobs.get(pair[0])
+        if (job is None or job.state != "queued" or job.attempt != pair[1]
                 or job.service is not session.service or at > len(job.items)):
             return None
         job.service.queue.remove(job)
-        self._move_locked(job, "leased")
-        job.deaths, job.heard_at = max(0, job.deaths - 1), self._clock()
-        job.session, session.jobs[job_id] = session, job
-        return job
+        job.move("leased")
+        job.deaths = max(0, job.deaths - 1)
+        job.lease = Lease(session, job, pair, "handed_out", self._clock())
+        return job.lease
 
     def _push_locked(self, session, entry):
-        """Add one entry's items to its job; a refusal as a dict, or None."""
-        job_id, attempt, at = entry["job"], entry["attempt"], entry["at"]
-        # Or the first word of a provider that seemed to be gone, before its next poll.
-        job = session.jobs.get(job_id) or self._reclaim_locked(session, job_id, attempt, at)
-        ending = entry.get("done") or entry.get("error")
+        """Add one entry's items to its job; return a refusal as a dict, or None."""
+        now, pair, at = self._clock(), (entry["job"], entry["attempt"]), entry["at"]
+        # This may be the first word of a provider that seemed to be gone.
+        lease = session.leases.get(pair) or self._continue_locked(session, pair, at)
+        error = entry.get("error")
+        ending = entry.get("done") or error
         if ending:
-            session.last_words[job_id, attempt] = True
-            if len(session.last_words) > MAX_LAST_WORDS:
-                session.last_words.popitem(last=False)
-        if job is None or job.attempt != attempt:
-            if ending:
-                session.cancelling.pop((job_id, attempt), None)
-            return {"job": job_id, "error": "fenced"}
-        job.heard_at = self._clock()
-        session.unconfirmed.pop(job_id, None)
-        have, items = len(job.items), entry.get("items", ())
+            session.remember_ended(pair)
+        if lease is None or lease.state == "cancelled":
+            if ending and lease is not None:
+                lease.move("ended", now)
+            return {"job": pair[0], "error": "fenced"}
+        lease.move("confirmed", now)
+        job, items = lease.job, entry.get("items", ())
+        have = len(job.items)
+        if entry.get("raw") and job.needs is None:
+            error = ending = RelayError("provider_error", "The provider answered a prompt "
+                                        "for text with something else.")
+            items = ()
         if at > have:
-            return {"job": job_id, "error": "gap", "at": have}
+            return {"job": pair[0], "error": "gap", "at": have}
         if at < have:
-            items = items[have - at:]      # we have the others already
-        if items:
-            size = size_of(items)
-            error = None
-            if job.size + size > self.limits.max_reply_bytes + len(job.payload):
-                error = RelayError("reply_too_large", "The reply is larger than %d bytes."
-                                   % self.limits.max_reply_bytes)
-            elif not self._make_room_locked(size, job.holder):
-                error = self._memory_full()
-            if error is not None:
-                self._cancel_locked(job, error)
-                return {"job": job_id, "error": "fenced"}
-            self._hold_locked(job, size)
-            self.counts["tokens"] += len(items)
-            if not have:
-                job.first_at = job.heard_at
-            job.items.extend(items)
-        for reader in job.readers:
-            if ending or len(job.items) >= reader.wanted:
-                if reader.deliver is not None:
-                    self._to_deliver.append(reader.deliver)
-                elif not ending:           # else _end_locked does it
-                    reader.wanted = math.inf
-                    reader.news.notify()
-        if entry.get("error"):
-            self._end_locked(job, "failed", entry["error"])
-        elif ending:
-            self._end_locked(job, "done")
+            items = items[have - at:]                 # the others are here already
+        if items and not self._append_locked(job, items, now):
+            return {"job": pair[0], "error": "fenced"}
+        if ending:
+            self._end_locked(job, "failed" if error else "done", error)
+        elif items:
+            self._tell_readers_locked(job)
         return None
 
-    def _end_locked(self, job, state, error=None):
-        if job.state == "queued":
-            job.service.queue.remove(job)
-        self._move_locked(job, state)
-        job.ended_at, job.error = self._clock(), error
-        self.counts[state] += 1
-        session = job.session
-        if session is not None:
-            session.jobs.pop(job.id, None)
-            session.unconfirmed.pop(job.id, None)
-        if job.access is not None:
-            job.access.running -= 1
-            job.access.tokens += len(job.items)
-            self._count_locked(job.service)
-        if state == "done":
-            self._measure_locked(job)
-        for reader in job.readers:
-            if reader.deliver is None or not reader.wanted:    # else it waits elsewhere
-                reader.news.notify()
-        if state != "done" and type(job.name) is tuple:
-            # What failed, or was cancelled since its client stayed away for too long, is
-            # not the answer to an Idempotency-Key: asking again may try again. A stream
-            # key names this one stream, whatever became of it.
-            self._named.pop((job.service, job.name), None)
-            job.name = None
-        if job.name is not None:
-            self._kept[job.id] = job
-            self._check_later_locked(job)
-        elif not job.readers and (state != "done" or job.twin is None):
-            self._forget_locked(job)
-
-    def _measure_locked(self, job):
-        queued, first, answered = self.histograms.values()
-        queued.observe(job.leased_at - job.created)
-        first.observe((job.first_at or job.ended_at) - job.created)
-        answered.observe(job.ended_at - job.created)
-        service, took = job.service, job.ended_at - job.leased_at
-        old = service.job_seconds
-        service.job_seconds = took if old is None else 0.8 * old + 0.2 * took
-        if len(job.items) > 8 and job.ended_at - job.first_at > 0.05:
-            rate = (len(job.items) - 1) / (job.ended_at - job.first_at)
-            old = service.tokens_per_second
-            service.tokens_per_second = rate if old is None else 0.8 * old + 0.2 * rate
-
-    def _cancel_locked(self, job, error):
+    def _append_locked(self, job, items, now):
+        """Add items to a job; return False if there is no room, which ends the job."""
+        size = size_of(items)
+        if job.size + size > self.limits.max_reply_bytes + JOB_BYTES + len(job.payload):
+            self._cancel_locked(job, RelayError(
+                "reply_too_large", "The answer is larger than %d bytes."
+                % self.limits.max_reply_bytes))
+        elif not self._make_room_locked(size, job.holder):
+            self._cancel_locked(job, self._admission.memory_full())
         if job.ended_at is not None:
-            return
-        session = job.session if job.state == "leased" else None
-        if session is not None:
-            if job in session.outbox:
-                session.outbox.remove(job)            # it never got there
-            else:
-                self._tell_cancelled_locked(session, (job.id, job.attempt))
-        error = error or RelayError("cancelled", "This request was cancelled.")
-        self._end_locked(job, "failed" if error.name != "cancelled" else "cancelled",
-                         error)
-        if session is not None:
-            self._idle_locked(session)
-            self._dispatch_locked(session.service)
+            return False
+        self._hold_locked(job, size)
+        self.counts["tokens"] += len(items)
+        if not job.items:
+            job.first_at = now
+        job.items.extend(items)
+        return True
 
-    def _forget_locked(self, job):
-        if self._jobs.pop(job.id, None) is None:
-            return
-        self._hold_locked(job, -job.size)
-        if not self._held_by[job.holder]:
-            del self._held_by[job.holder]
-        self._kept.pop(job.id, None)
-        if job.name is not None:
-            self._named.pop((job.service, job.name), None)
-        if self._twins.get(job.twin) is job:
-            del self._twins[job.twin]
+    def _release_locked(self, lease, died):
+        """Take a job from its session: back to the queue, or to its end."""
+        job, session = lease.job, lease.session
+        if lease.state == "offered":                  # it never got there
+            job.attempt, died = job.attempt - 1, False
+        lease.move("ended", self._clock())
+        job.lease = None
+        job.deaths += died
+        service = session.service
+        if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
+            self._end_locked(job, "failed", RelayError(
+                "provider_lost", "%d providers of %s went away while they worked on this "
+                "prompt." % (job.attempt, service.name), retry=False))
+        elif job.seen and not (only_text(job.items) and service.continues(but=session)):
+            # What is not text, such as half a tool call, cannot be handed on.
+            self._end_locked(job, "failed", self._lost_midway(service))
+        elif self.draining:
+            self._end_locked(job, "failed", self._shutting_down())
+        else:
+            job.move("queued")
+            self.counts["requeued"] += 1
+            job.avoid, job.returned = session, True
+            self._enqueue_locked(job)
 
-    # Sessions that come and go.
+    # -- sessions that come and go --
+
+    def _session_locked(self, service, session_id):
+        """Return a session of this service. Raises RelayError."""
+        session = self._sessions.get(session_id)
+        if session is None or session.service is not service:
+            raise self._session_unknown()
+        return session
 
     def _connect_locked(self, session):
+        """The provider is connected: it gets jobs, and the directory says so."""
         session.service.sessions[session.id] = session
         session.service.last_seen = self._wall()
         self._count_locked(session.service)
 
     def _disconnect_locked(self, session):
-        """Not connected any more: no new jobs, and the directory says so."""
+        """The provider is not connected any more: no new jobs."""
         service = session.service
         service.idle.pop(session, None)
         if service.sessions.pop(session.id, None) is None:
             return
         service.last_seen = self._wall()
         self._count_locked(service)
-        if service.queue.size and not any(s.continues for s in service.sessions.values()):
-            self._later_locked(self.limits.offline_seconds, self._deserted_locked, service)
-        self._dispatch_locked(service)     # what this one should have had, others may
+        if service.queue.size and not service.continues():
+            self._timers.call_later(self.limits.offline_seconds, self._deserted_locked,
+                                    service)
+        self._dispatch_locked(service)     # others may take what this one had to avoid
 
     def _heard_locked(self, session, hold=0.0):
+        """The provider spoke: its silence counts from now, or from the end of its poll."""
         session.deadline = self._clock() + hold + self.limits.lease_seconds
 
-    def _release_locked(self, job, died):
-        """Take a job from its session: back to the queue, or to its end."""
-        session, service = job.session, job.service
-        session.jobs.pop(job.id, None)
-        session.unconfirmed.pop(job.id, None)
-        if job in session.outbox:                     # it was never handed out
-            session.outbox.remove(job)
-            job.attempt, died = job.attempt - 1, False
-        job.session = None
-        job.deaths += died
-        if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
-            error = RelayError("provider_lost", "%d providers of %s went away while "
-                               "they worked on this prompt." % (job.attempt, service.name))
-        elif job.seen and not (
-                # What is not text, a tool call half made, cannot be handed on.
-                all(type(item) is str for item in job.items)
-                and any(s.continues for s in service.sessions.values()
-                        if s is not session)):
-            error = self._lost_amid(service)
-        elif self.draining:
-            error = self._shutting_down()
-        else:
-            self._move_locked(job, "queued")
-            self.counts["requeued"] += 1
-            job.avoid = session
-            job.returned = True
-            self._enqueue_locked(job)
-            return
-        self._end_locked(job, "failed", error)
-
     def _end_sessions_locked(self, service):
+        """End all sessions of a service."""
         for session in [s for s in self._sessions.values() if s.service is service]:
             self._end_session_locked(session)
 
     def _end_session_locked(self, session, died=False):
+        """End a session; its jobs go back to the queue, the oldest to the front."""
         self._sessions.pop(session.id, None)
         session.closed = True
         self._disconnect_locked(session)
-        for job in reversed(list(session.jobs.values())):   # the oldest ends up first
-            self._release_locked(job, died)
+        for job in session.jobs():
+            self._release_locked(job.lease, died)
         session.arrived.notify_all()
 
-    # Timers: each of these looks at the facts again, for they may have changed.
-
-    def _later_locked(self, delay, method, argument):
-        deadline = self._clock() + delay
-        if not self._timers or deadline < self._timers[0][0]:
-            self._timer_set.notify()
-        heapq.heappush(self._timers, (deadline, next(self._numbers), method, argument))
-
-    def _expire_locked(self):
-        while self._timers and self._timers[0][0] <= self._clock():
-            _, _, method, argument = heapq.heappop(self._timers)
-            method(argument)
+    # -- timers: each looks at the facts again, for they may have changed --
 
     def _check_later_locked(self, job):
-        if not job.timer:
-            job.timer = True
+        """Make sure that a timer looks after a job without a reader."""
+        if not job.checked:
+            job.checked = True
             self._check_job_locked(job)
 
     def _check_job_locked(self, job):
         """Cancel a job that nobody came back for; forget one kept long enough."""
-        job.timer = False
+        job.checked = False
         if job.id not in self._jobs:
             return
         now = self._clock()
         if job.ended_at is not None:
-            since = max(job.ended_at, job.left_at or 0)
-            due = since + (self.limits.keep_seconds if job.name else job.grace)
+            named = job.identity is not None and job.identity.named
+            due = max(job.ended_at, job.left_at or 0) + (
+                self.limits.keep_seconds if named else job.grace)
         elif job.left_at is not None:
             due = job.left_at + job.grace
         else:
             return
         if due > now or job.readers:
-            job.timer = True
-            self._later_locked(max(due - now, 1), self._check_job_locked, job)
+            job.checked = True
+            self._timers.call_later(max(due - now, 1), self._check_job_locked, job)
         elif job.ended_at is not None:
             self._forget_locked(job)
         else:
-            self._cancel_locked(job, None)
+            self._cancel_locked(job)
 
     def _silent_locked(self, session):
-        """Once per session and lease: is its provider still heard of?"""
+        """Once per session and lease: has its provider spoken?"""
         if session.closed:
             return
         left = session.deadline - self._clock()
         if left > 0:
-            self._later_locked(left, self._silent_locked, session)
+            self._timers.call_later(left, self._silent_locked, session)
         else:
             self._end_session_locked(session, died=True)
 
-    def _broken_locked(self, argument):
-        """Some time after a poll's connection broke: did the provider poll again?"""
-        session, token = argument
+    def _broken_locked(self, session, token):
+        """Some time after a poll's connection broke: has the provider polled again?"""
         if session.closed or session.poll is not token:
             return
         self._disconnect_locked(session)
-        # What a client has seen the start of waits out the lease: a provider that
-        # only lost its connection comes back, and goes on where it was.
-        for job in reversed(list(session.jobs.values())):
+        # Where a client has seen the beginning, wait for the lease: a provider that only
+        # lost its connection comes back, and goes on where it was.
+        for job in session.jobs():
             if not job.seen:
-                self._release_locked(job, died=True)
+                self._release_locked(job.lease, died=True)
+
+    def _check_handover_later_locked(self, session, delay):
+        """Make sure that a timer looks for leases that are not confirmed."""
+        if not session.checks_handover:
+            session.checks_handover = True
+            self._timers.call_later(delay, self._unconfirmed_locked, session)
 
     def _unconfirmed_locked(self, session):
-        """Were the jobs handed over some time ago heard of since?"""
-        session.watching_handover = False
-        now = self._clock()
-        while session.unconfirmed and not session.closed:
-            job = next(iter(session.unconfirmed.values()))
-            left = job.heard_at + self.limits.handover_seconds - now
-            if left > 0:
-                session.watching_handover = True
-                self._later_locked(left, self._unconfirmed_locked, session)
-                return
-            self._release_locked(job, died=False)
+        """Take back the leases that were handed out some time ago and never confirmed."""
+        session.checks_handover = False
+        if session.closed:
+            return
+        now, left = self._clock(), math.inf
+        for lease in list(session.leases.values()):
+            if lease.state == "handed_out":
+                due = lease.since + self.limits.handover_seconds
+                if due <= now:
+                    self._release_locked(lease, died=False)
+                else:
+                    left = min(left, due - now)
+        if left < math.inf:
+            self._check_handover_later_locked(session, left)
 
     def _deserted_locked(self, service):
-        """Some time after the last provider left, or the last that can go on with an
-        answer that another began: did one come back?"""
-        if any(s.continues for s in service.sessions.values()):
+        """Some time after the last provider left, or the last that can go on with a begun
+        answer: has one come back?"""
+        if service.continues():
             return
         for job in list(service.queue):
             if job.seen:
-                self._end_locked(job, "failed", self._lost_amid(service))
+                self._end_locked(job, "failed", self._lost_midway(service))
             elif not service.sessions and not job.wait:
-                self._end_locked(job, "failed", self._offline(service))
+                self._end_locked(job, "failed", self._admission.offline(service))
 
-    def _lost_amid(self, service):
-        return RelayError("provider_lost", "The provider of %s went away in the middle of "
-                          "this answer. Ask again." % service.name)
+
+def moving_average(old, new):
+    """The average in which each new value counts a fifth."""
+    return new if old is None else 0.8 * old + 0.2 * new
+
+
+def text_of(items):
+    """The text of an answer, or of a part of it."""
+    return "".join([item for item in items if type(item) is str])
+
+
+def only_text(items):
+    """Whether an answer so far is nothing but text."""
+    return all(type(item) is str for item in items)
 
 
 def size_of(items):
-    """Roughly the bytes that these items hold."""
-    text = "".join(map(str, items))
-    return ITEM_BYTES * len(items) + len(text) * (1 if text.isascii() else 4)
+    """Roughly the bytes of memory that these items take."""
+    size = ITEM_BYTES * len(items)
+    for item in items:
+        size += len(item) * (1 if item.isascii() or isinstance(item, bytes) else 4)
+    return size
+
+
+def usage_of(items):
+    """The provider's own count of tokens, a dict that comes near the end; or None."""
+    for item in items[:-4:-1]:
+        if type(item) is bytes and b'"usage"' in item:
+            usage = json.loads(item).get("usage")
+            if isinstance(usage, dict):
+                return usage
+    return None
+
+
+def count_tokens(items):
+    """How many tokens an answer has: as the provider counted, else one for each text."""
+    count = (usage_of(items) or {}).get("completion_tokens")
+    if type(count) is int and 0 <= count < 10**9:
+        return count
+    return sum(type(item) is str for item in items)
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+RESERVED_NAMES = frozenset("""
+    v1 api provider healthz metrics models chat completions embeddings responses messages
+    rerank tokenize detokenize props slots lora-adapters images audio files admin login
+    logout register services keys static assets favicon.ico robots.txt index.html chat.html
+    neuroengine.py sitemap.xml manifest.json .well-known""".split())
+
+
+def is_name(name):
+    """Whether a new service can have this name."""
+    return bool(NAME.match(name)) and name.lower() not in RESERVED_NAMES
 
 
 def invalid_name_words(name):
     """Say why a service cannot have this name."""
     if name.lower() in RESERVED_NAMES:
-        return "%s is one of the relay's own words, so no service has it." % name
-    return ("A service name is 1 to 64 of letters, digits, '.', '_' and '-', and begins "
-            "with a letter or digit.")
+        return "The relay uses the name %s itself. Choose another." % name
+    return ("A service name has 1 to 64 characters: letters, digits, '.', '_' and '-'. It "
+            "begins with a letter or digit.")
 
 
 ##############################################################################
-# Store: what survives a restart. Services, hashes of keys, counters; no prompts.
+# Exchange: one request and its one response
+##############################################################################
+
+REQUEST_IDS = unique_ids()
+JSON = "application/json"
+FORWARDED = frozenset(("x-forwarded-for", "forwarded", "x-real-ip"))
+MAX_SMALL_BODY_BYTES = 1 << 18   # of requests that are neither a prompt nor a push
+
+
+class Exchange:
+    """One request and its response. It runs in a thread of its own until it has ended."""
+
+    def __init__(self, relay, connection):
+        self.relay, self.connection = relay, connection
+        self.broker, self.limits = relay.broker, relay.limits
+        self.id = next(REQUEST_IDS)
+        self.head = None                   # of the request, once it was read
+        self.api = "native"                # whose form errors take, see ERROR_FORMS
+        self.address = connection.address  # whose limits count; a proxy's client's
+        self.local = False                 # whether the request comes from this machine
+        self.trusted = False               # whether it came with the service's key
+        self.keep_alive, self.body_read = False, True
+        self.started = False               # whether a part of the response was made
+        self.slot = None                   # of the Room for waiting prompts
+        self.fingerprint = None            # the SHA-256 of the body
+        self.began = self.broker.now()
+
+    def run(self):
+        """Read the request and answer it; return whether the connection may be used again.
+        Raises PeerGone. Blocks for as long as the answer takes."""
+        try:
+            self.head = head = read_head(self.connection, self.limits)
+            self.body_read = head.length == 0
+            self.keep_alive = head.keep_alive and not self.relay.stopping
+            self.began = self.broker.now()
+            with self.relay.charge_proxied(self):
+                self._dispatch(head)
+        except (PeerGone, socket.timeout, ConnectionError):
+            raise PeerGone()
+        except Exception as error:
+            if self.head is None:          # all we have to go by are the bytes
+                self.api = guess_api(self.connection.last_head)
+            self.fail(self.explain(error))
+        finally:
+            self.release_slot()
+        return self.keep_alive and self.body_read
+
+    def _dispatch(self, head):
+        """Find the handler and call it. Raises RelayError."""
+        self.relay.check_host(head.fields.get("host", ""), head.fields.get("origin"))
+        self.local = self.connection.near and FORWARDED.isdisjoint(head.fields)
+        route, arguments = find_route(head.path)
+        if self.relay.tls and self.connection.tls is None and route is not CHALLENGE:
+            return redirect_to_https(self)
+        if route is None:
+            self.api = guess_api(self.connection.last_head)
+            raise RelayError("not_found", "There is no %s here." %
+                             printable("/" + "/".join(head.path)))
+        self.api = route.api
+        self.relay.count("requests", route.api)
+        method = "GET" if head.method == "HEAD" else head.method
+        if method == "OPTIONS":
+            return answer_options(self, route)
+        handler = route.handlers.get(method)
+        if handler is None:
+            raise RelayError("method_not_allowed", "There is no %s here, only %s." % (
+                printable(method, 20), route.allow), allow=route.allow)
+        if route.api == "operator":
+            self._check_manager(method)
+        globals()[handler](self, *arguments)
+
+    def _check_manager(self, method):
+        """Raise RelayError if this may not manage services now."""
+        if self.head.fields.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            raise RelayError("forbidden", "A page of another site may not do this.")
+        if method != "GET":
+            self.charge_change()
+
+    def charge_change(self):
+        """Count a login, or a change of a service or key, for this address."""
+        if not self.local:
+            self.relay.changes.take_by_address(
+                self.address, self.limits.max_changes_per_minute, 60, "logins and changes")
+
+    # -- the request --
+
+    def read_object(self, most=None):
+        """Return the request's body, a JSON object, as a dict. most: bytes, if less than the
+        limit. Raises RelayError."""
+        coding = self.head.fields.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            raise RelayError("unsupported_encoding", "Send the body without a "
+                             "Content-Encoding.")
+        with self.relay.bytes_under_way(self) as count:
+            body = read_body(self.connection, self.head, self.limits, most, count)
+            self.body_read = True
+            self.fingerprint = hashlib.sha256(body).digest()
+            return parse_json(body)
+
+    def is_operator(self, service):
+        """Whether this request came with the service's key. No key is nobody's."""
+        return bool(self.head.key_digest) and hmac.compare_digest(
+            self.head.key_digest, service.key_digest)
+
+    def authorized(self, name):
+        """Return the service of that name, if this request came with its key."""
+        service = self.broker.find(name)
+        if not self.is_operator(service):
+            raise self._wrong_key("This needs the service key of %s, as \"Authorization: "
+                                  "Bearer KEY\"." % service.name)
+        self.trusted = True
+        return service
+
+    def read_authorized(self, name, most=MAX_SMALL_BODY_BYTES):
+        """Return (service, body), for a request that must come with the service key, and
+        still must after its body has come: the service may have been deleted meanwhile, and
+        its name registered by another."""
+        service = self.authorized(name)
+        body = self.read_object(most)
+        self.still_authorized(service)
+        return service, body
+
+    def still_authorized(self, service):
+        """Raise RelayError if this request's key is not that of the service any more."""
+        if self.broker.find(service.name) is not service or not self.is_operator(service):
+            raise RelayError("invalid_key", "This service was deleted, or its key was "
+                             "changed, while the request was on its way.")
+
+    def _wrong_key(self, words):
+        """The error for a wrong key, or the one for too many of them."""
+        if self.head.key_digest:
+            self.charge_guess("wrong keys")
+        return RelayError("invalid_key", words)
+
+    def charge_guess(self, what):
+        """Count a wrong key, or a stream key that names nothing, for this address."""
+        self.relay.wrong_keys.take_by_address(
+            self.address, self.limits.max_wrong_keys_per_minute, 60, what)
+
+    def access(self, service):
+        """Return (whether this is the operator, the client's AccessKey or None).
+
+        Raises RelayError if the service is private and the client has no key for it. An
+        open service ignores unknown keys: OpenAI's clients always send one.
+        """
+        if self.is_operator(service):
+            return True, None
+        # By its digest: whoever guesses keys learns nothing from the time this takes.
+        access = service.keys.get(self.head.key_digest)
+        if access is not None:
+            check_expiry(access, time.time())
+        elif service.private and self.relay.registry.knows_key(self.head.key_digest):
+            raise RelayError("forbidden", "This access key is for another service than %s."
+                             % service.name)
+        elif service.private:
+            raise self._wrong_key("%s is private: ask its operator for an access key, and "
+                                  "send it as \"Authorization: Bearer KEY\"."
+                                  % service.name)
+        return False, access
+
+    def caller(self, access=None):
+        """Who this client is, for turns and limits: its access key, else its address."""
+        return "key " + access.id if access is not None else self.address
+
+    def take_slot(self, reserved):
+        """Take one of the slots for waiting prompts, until this one is answered. reserved:
+        for operators and key holders."""
+        self.slot = self.relay.waiting.take(self.address, reserved=reserved,
+                                            give_way=self.connection.abort)
+
+    def release_slot(self):
+        """Give the slot back; nothing happens if that was done already."""
+        if self.slot is not None:
+            self.slot.release()
+
+    # -- the response --
+
+    def respond(self, status, body, kind=JSON, **more):
+        """Send one whole response: see response."""
+        self.send_whole(*self.response(status, body, kind, **more))
+
+    def send_whole(self, head, body):
+        """Send a whole response."""
+        # A client that has the whole answer may disconnect, and ask the same again at once.
+        self.connection.when_gone(None)
+        if len(body) <= MAX_SMALL_BODY_BYTES:
+            return self.connection.send(head + body)
+        self.connection.send(head)         # two writes, but no copy
+        self.connection.send(body)
+
+    def response(self, status, body, kind=JSON, error=None, more=b"", **headers):
+        """Return (head, body) of a whole response as bytes. body: bytes, or a value to be
+        sent as JSON. more: encoded header lines. headers: names with "_" for "-"."""
+        self.started = True
+        if not isinstance(body, bytes):
+            body = to_json(body)
+        if error is not None:
+            headers.update(error_headers(error, self.api))
+        if status != 204:
+            more += b"Content-Length: %d\r\n" % len(body)
+        head = self.head_bytes(status, kind, headers, more) + b"\r\n"
+        if self.head is not None and self.head.method == "HEAD":
+            body = b""
+        return head, body
+
+    def chunked_head(self, kind, more=b"", **headers):
+        """Return the head of a response whose length is not known yet."""
+        self.started = True
+        if self.head.version == 0:
+            self.keep_alive = False        # its end is the connection's
+        else:
+            more += b"Transfer-Encoding: chunked\r\n"
+        return self.head_bytes(200, kind, headers, more) + b"\r\n"
+
+    def framed(self, data, last=False):
+        """Return a piece of such a body as it is sent."""
+        if self.head.version == 0:
+            return data
+        if data:                           # an empty chunk would be the last
+            data = b"%x\r\n%s\r\n" % (len(data), data)
+        return data + b"0\r\n\r\n" if last else data
+
+    def head_bytes(self, status, kind, headers, more=b""):
+        """Return a response's head without its end. Raises ValueError rather than send what
+        would not be one line."""
+        head = common_head(status, kind, self.api, self.keep_alive,
+                           "cache_control" in headers)
+        for name, value in headers.items():
+            if not HEADER_VALUE.match(value):
+                raise ValueError("ill-formed header %s: %r" % (name, value))
+            head += ("%s: %s\r\n" % (name.replace("_", "-"), value)).encode("ascii")
+        return b"%s%s%sX-Request-Id: %s\r\n" % (
+            head, more, self.relay.date(), self.id.encode("ascii"))
+
+    def explain(self, error):
+        """Return the RelayError for whatever went wrong; a fault of ours is logged."""
+        if isinstance(error, RelayError):
+            return error
+        if isinstance(error, sqlite3.Error):
+            log("cannot_save", error=str(error))
+            return RelayError("relay_busy", "The relay cannot write its data now. Try again "
+                              "later.", retry_after=30)
+        log("internal_error", request=self.id, error=printable(repr(error)), traceback=True)
+        return RelayError("internal_error", "An internal error of the relay, logged as %s."
+                          % self.id)
+
+    def error_response(self, error):
+        """Return (head, body) of the response for an error, in the form of the API in use."""
+        self.relay.count("errors", error.name)
+        if self.head is None or not self.body_read:
+            self.keep_alive = False        # where the next request begins is unknown
+        return self.response(error.status, ERROR_FORMS[self.api](error), error=error)
+
+    def fail(self, error):
+        """Answer with an error. Raises PeerGone if a part of the response was sent."""
+        self.release_slot()
+        if self.started:
+            raise PeerGone()               # too late for a status: cut it short
+        self.send_whole(*self.error_response(error))
+
+
+ERROR_FORMS = {                            # whose API: how it reports a RelayError
+    "native": RelayError.native, "operator": RelayError.native,
+    "provider": RelayError.native, "page": RelayError.native,
+    "openai": lambda error: openai_error(error),
+    "anthropic": lambda error: anthropic_error(error),
+}
+
+
+##############################################################################
+# Outlet: moves one answer to its connection, whoever brought the items
+##############################################################################
+
+MAX_ITEMS_PER_PIECE = 4096   # of a streamed answer
+PUSHED_BYTES = 1 << 16       # a larger piece counts as memory, and is the own thread's work
+WHOLE_WAIT_SECONDS = 0.25    # see WholeOutlet.run
+QUEUE_NEWS_SECONDS = 2       # how often a queued stream hears of its queue position
+LATE_HEAD_SECONDS = 60       # then a whole answer begins before it is there
+
+
+class Outlet:
+    """Moves the bytes of one answer to its connection.
+
+    Two kinds of threads come here. Those that bring items call offer, which never blocks:
+    half the processor time of a token, since no thread has to be woken for it. The
+    exchange's own thread calls answer, and does what is left: the rest of a full socket,
+    large pieces, heartbeats, queue news. Only the one that holds the turn reads and sends.
+    """
+
+    def __init__(self, exchange, reader, encoder):
+        self.exchange, self.reader, self.encoder = exchange, reader, encoder
+        self.job, self.connection = reader.job, exchange.connection
+        self.broker, self.limits = exchange.broker, exchange.limits
+        self.complete = False              # the last byte was given to the connection
+        self._turn = threading.Lock()
+
+    def answer(self):
+        """Serve the exchange from its own thread, until the answer is complete. Raises
+        PeerGone, or RelayError before the response has begun."""
+        if self.exchange.slot is not None:
+            self.exchange.slot.give_way = self._give_way
+        self.connection.when_gone(functools.partial(self.broker.hang_up, self.reader))
+        try:
+            self.run()
+        except RelayError:                 # the response is an error, and arrives
+            self.complete = True
+            raise
+        finally:
+            self.broker.offer_to(self.reader, None, math.inf)
+            with self._turn:               # no other thread is sending now, or will
+                self.broker.leave(self.reader, self.complete and not self.connection.unsent)
+
+    def _give_way(self):
+        """The slot is needed for others."""
+        self.broker.cancel(self.job, RelayError(
+            "rate_limited", "Your address has more prompts under way than its share, and "
+            "others need the room. Try again in a few seconds.", retry_after=5))
+
+    def offer(self):
+        """Send what has come, in the thread that brought it. Never blocks, never raises."""
+        if not self._turn.acquire(False):
+            return self.broker.leave_to_own(self.reader)
+        try:
+            if self.complete or self.reader.gone:
+                return
+            if not self.connection.unsent and self.size() <= PUSHED_BYTES:
+                self.move(self.connection.send_now)
+            if self.connection.unsent or not self.complete and self.is_behind():
+                self.broker.leave_to_own(self.reader)
+            elif self.complete:            # the client has it all: free its slot at once
+                self.broker.leave(self.reader, True)
+                self.exchange.release_slot()
+        except Exception as error:         # never the fault of the thread that came here
+            if not isinstance(error, PeerGone):
+                self.exchange.explain(error)
+            self.broker.hang_up(self.reader)
+        finally:
+            self._turn.release()
+
+    def work(self):
+        """Do what is left, in the exchange's own thread. Blocks for as long as the client
+        takes to read. Raises PeerGone."""
+        with self._turn:
+            self.connection.flush()
+            if self.complete:
+                return
+            with self.room(self.size()):
+                self.move(self.connection.send)
+
+    def room(self, size):
+        """Take memory for a copy of an answer, before it is made. Blocks until there is
+        some. Returns a context manager that gives it back."""
+        if size <= PUSHED_BYTES:
+            return contextlib.nullcontext()
+        room = self.exchange.relay.bytes
+        return room.take(self.exchange.address, min(size, room.most // 2), reserved=True,
+                         give_way=self.connection.abort, wait=self.limits.write_seconds)
+
+    def size(self):
+        """Roughly the bytes that wait for this reader."""
+        return size_of(self.job.items[self.reader.cursor:])
+
+    def is_behind(self):
+        """Whether items wait that a thread with an offer has left."""
+        return len(self.job.items) > self.reader.cursor
+
+    def check_age(self):
+        """Cancel a job that takes too long."""
+        if self.broker.now() - self.job.created > self.limits.job_seconds:
+            self.broker.cancel(self.job, RelayError(
+                "provider_timeout", "This answer took longer than %d s."
+                % self.limits.job_seconds))
+
+
+class WholeOutlet(Outlet):
+    """Sends an answer as one response, when it has ended."""
+
+    late = False                           # the response has begun without the answer
+
+    def run(self):
+        self.broker.offer_to(self.reader, self.offer, math.inf)
+        self.offer()
+        # While others bring the answer, this thread waits for the next request already: so
+        # it is woken once per prompt, not twice (a fifth of a prompt's processor time).
+        if not (self.complete or self.reader.behind or self.encoder.large) and (
+                self.exchange.keep_alive):
+            self.connection.wait_for_more(WHOLE_WAIT_SECONDS)
+        while not self.complete or self.connection.unsent:
+            self.broker.wait(self.reader, self._patience())
+            if self.reader.gone:
+                raise PeerGone()
+            if self.job.ended_at is not None or self.complete:
+                self.work()
+            elif self.encoder.begins_late and self._is_late():
+                self._stay_open()
+            self.check_age()
+
+    def is_behind(self):
+        return self.job.ended_at is not None
+
+    def size(self):
+        encoded = self.job.encoded
+        if encoded is not None and encoded[0] == self.encoder.name:
+            return 0                       # shared with another reader, and counted there
+        return size_of(self.job.items)
+
+    def move(self, send):
+        if self.job.ended_at is None:
+            return
+        error = self.job.error
+        if self.late:
+            body = to_json(ERROR_FORMS[self.exchange.api](error)) if error else (
+                self.encoder.whole(self.job))
+            parts = (self.exchange.framed(body, last=True),)
+        else:
+            parts = self._response(error)
+            if len(parts[1]) <= MAX_SMALL_BODY_BYTES:
+                parts = (b"".join(parts),)             # else the body is shared
+            elif send == self.connection.send_now:
+                return
+        # A client that has the whole answer may disconnect, and ask the same again at once.
+        self.connection.when_gone(None)
+        for part in parts:
+            send(part)
+        self.reader.cursor = len(self.job.items)
+        self.complete = True
+
+    def _response(self, error):
+        """Return (head, body) of the response; a fault of ours is told, too."""
+        try:
+            if error is not None:
+                return self.exchange.error_response(error)
+            return self.exchange.response(200, self._body(), self.encoder.kind,
+                                          more=self.encoder.headers(self.exchange, self.job))
+        except Exception as fault:
+            return self.exchange.error_response(self.exchange.explain(fault))
+
+    def _body(self):
+        """The whole answer as bytes, made once for all readers of the job."""
+        encoder, job = self.encoder, self.job
+        encoded = job.encoded
+        if encoded is not None and encoded[0] == encoder.name:
+            return encoded[1]
+        body = encoder.whole(job)
+        if len(body) > MAX_SMALL_BODY_BYTES:
+            self.broker.keep_encoded(job, encoder.name, body)
+        return body
+
+    def _patience(self):
+        """Seconds until the own thread must act without an answer."""
+        if self.encoder.begins_late and not self.late:
+            return min(self.limits.heartbeat_seconds, max(
+                0.01, self.exchange.began + LATE_HEAD_SECONDS - self.broker.now()))
+        return self.limits.heartbeat_seconds
+
+    def _is_late(self):
+        return self.late or self.broker.now() - self.exchange.began >= LATE_HEAD_SECONDS
+
+    def _stay_open(self):
+        """Keep the connection open with spaces, which may stand before JSON. An error can
+        then only be told in the body."""
+        with self._turn:
+            if self.job.ended_at is None:
+                head = b"" if self.late else self.exchange.chunked_head(self.encoder.kind)
+                self.late = True
+                self.connection.send(head + self.exchange.framed(b" "))
+
+
+class StreamOutlet(Outlet):
+    """Sends an answer item by item, as it is generated."""
+
+    queue_position = None                  # as last told
+
+    def run(self):
+        self.wrote_at = self.broker.now()
+        self.broker.offer_to(self.reader, self.offer, 0)
+        self.offer()
+        while not self.complete or self.connection.unsent:
+            self.broker.wait(self.reader, self._patience())
+            if self.reader.gone:
+                raise PeerGone()
+            self.work()
+            self.check_age()
+
+    def _patience(self):
+        """Seconds until the own thread must act without an item."""
+        silence = self.wrote_at + self.limits.heartbeat_seconds - self.broker.now()
+        if self.job.state == "queued":
+            silence = min(silence, QUEUE_NEWS_SECONDS)
+        return max(0.01, silence)
+
+    def move(self, send):
+        items, ended = self.broker.take(self.reader, MAX_ITEMS_PER_PIECE)
+        if ended:
+            self.connection.when_gone(None)
+        if ended and not items and not self.exchange.started and self.job.error is not None:
+            data = b"".join(self.exchange.error_response(self.job.error))
+        else:
+            data = self._piece(items, ended, news=send == self.connection.send)
+        if data:
+            self.wrote_at = self.broker.now()
+            send(data)
+        self.complete = ended
+
+    def _piece(self, items, ended, news):
+        """The next bytes of the response; b"" if there is nothing to say."""
+        body = b""
+        if items:
+            body = self.encoder.items(items, self.reader.cursor - len(items))
+        elif news and not ended:
+            body = self._news()
+        if ended:
+            body += self.encoder.end(self.job)
+        if not body and not ended:
+            return b""
+        head = b""
+        if not self.exchange.started:
+            head = self.exchange.chunked_head(
+                self.encoder.kind, self.encoder.headers(self.exchange, self.job),
+                x_accel_buffering="no", cache_control="no-cache")
+        return head + self.exchange.framed(body, last=ended)
+
+    def _news(self):
+        """What to say while there are no items: the queue position, or a heartbeat."""
+        position = self.broker.queue_position(self.job)
+        if position != self.queue_position:
+            self.queue_position = position
+            return self.encoder.queue(position)
+        silence = self.broker.now() - self.wrote_at
+        return self.encoder.beat() if silence >= self.limits.heartbeat_seconds - 0.05 else b""
+
+
+##############################################################################
+# Native API: encoders and handlers
+##############################################################################
+
+NOT_FOR_PROVIDERS = frozenset(("key", "gettokens", "at", "stream", "wait", "command",
+                               "api", "opaque", "reply_so_far"))
+SHORT_KEY = 16               # a shorter stream key is for the caller that began the stream
+
+
+class NativeWhole:
+    """Encodes an answer as one JSON object."""
+
+    name, kind, begins_late, large = "native", JSON, False, False
+
+    def headers(self, exchange, job):
+        return b""
+
+    def whole(self, job):
+        return to_json({"reply": text_of(job.items), "errorcode": 0, "stats": stats_of(job)})
+
+
+class NativeStream:
+    """Encodes an answer as NDJSON. Without its last record, done or an error, it is cut."""
+
+    kind = "application/x-ndjson"
+
+    def headers(self, exchange, job):
+        return b""
+
+    def items(self, items, at):
+        texts = b",".join([item if type(item) is bytes else dumps(item) for item in items])
+        return b'{"at":%d,"items":[%s]}\n' % (at, texts)
+
+    def queue(self, position):
+        return dumps({"queue": position}) + b"\n"
+
+    def beat(self):
+        return b"{}\n"
+
+    def end(self, job):
+        if job.error is not None:
+            return dumps(job.error.native()) + b"\n"
+        return dumps({"done": True, "stats": stats_of(job)}) + b"\n"
+
+
+def stats_of(job):
+    """What an answer took, for its client: milliseconds, tokens, and their rate."""
+    end = job.created if job.ended_at is None else job.ended_at
+    leased = end if job.leased_at is None else job.leased_at
+    first = end if job.first_at is None else job.first_at
+    stats = {"id": job.id, "queue_ms": round(1000 * (leased - job.created), 1),
+             "first_token_ms": round(1000 * (first - job.created), 1),
+             "total_ms": round(1000 * (end - job.created), 1),
+             "tokens": count_tokens(job.items)}
+    usage = usage_of(job.items)
+    if usage is not None:
+        stats["usage"] = usage
+    if end - first > 0.001 and stats["tokens"] > 1:
+        stats["tokens_per_s"] = round((stats["tokens"] - 1) / (end - first), 1)
+    return stats
+
+
+def send_models(exchange):
+    """GET /api/models: the directory"""
+    exchange.relay.directory.send(exchange)
+
+
+def post_native(exchange, name=None):
+    """POST /{service}: a prompt, or a command"""
+    request = exchange.read_object()
+    command = request.get("command")
+    if command == "getmodels":
+        return send_models(exchange)
+    if name is None:
+        raise RelayError("invalid_request", "Send prompts to /{service}.")
+    service = exchange.broker.find(name)
+    check_fields(request, NATIVE_FIELDS)
+    by_operator, access = exchange.access(service)
+    if command == "cancel":
+        return cancel_native(exchange, service, request, access)
+    if command is not None:
+        raise RelayError("invalid_request", "There is no command %s. The commands are "
+                         "getmodels and cancel." % printable(command, 40), param="command")
+    # What is submitted is cleared: it may be large, and the wait long.
+    stream, key, at = request.get("stream"), request.get("key"), request.get("at")
+    wanted = request.get("gettokens", 20)
+    exchange.take_slot(reserved=by_operator or access is not None)
+    reader = submit_native(exchange, service, request, by_operator, access)
+    if stream:
+        StreamOutlet(exchange, reader, NativeStream()).answer()
+    elif key:
+        PollOutlet(exchange, reader, wanted, counts=at is not None).answer()
+    else:
+        WholeOutlet(exchange, reader, NativeWhole()).answer()
+
+
+def cancel_native(exchange, service, request, access):
+    """{"command": "cancel", "key": ...}: stop a stream"""
+    identity = stream_identity(exchange, service, request.get("key") or "", access)
+    reader = open_stream(exchange, identity, 0)
+    exchange.broker.cancel(reader.job)
+    exchange.broker.leave(reader, True)
+    exchange.respond(200, {"reply": "", "errorcode": 0})
+
+
+def stream_identity(exchange, service, key, access, fingerprint=None):
+    """The identity of a stream key."""
+    name = (key,) if len(key) >= SHORT_KEY else (key, exchange.caller(access))
+    return Identity("stream", service, *name, fingerprint=fingerprint)
+
+
+def open_stream(exchange, identity, at):
+    """Return a Reader of a stream that began before. Guesses are counted."""
+    try:
+        return exchange.broker.open(identity, at)
+    except RelayError as error:
+        if error.name == "stream_unknown":
+            exchange.charge_guess("unknown stream keys")
+        raise
+
+
+def submit_native(exchange, service, request, by_operator, access):
+    """Submit a native prompt, or find the job it already is; return a Reader."""
+    key, at, caller = request.get("key"), request.get("at"), exchange.caller(access)
+    prompt = request.get("message", request.get("messages"))
+    if prompt is None and key:
+        return open_stream(exchange, stream_identity(exchange, service, key, access), at)
+    if prompt is None:
+        raise RelayError("invalid_request", "message is missing: the prompt, a text.",
+                         param="message")
+    repeat = exchange.head.fields.get("idempotency-key")
+    if key:
+        identity = stream_identity(exchange, service, key, access,
+                                   hashlib.sha256(to_json(prompt)).digest())
+    elif repeat:
+        identity, at = repeat_identity(exchange, service, caller, repeat), 0
+    else:
+        identity = Identity("body", service, caller, exchange.fingerprint)
+        if exchange.broker.is_known(identity):
+            exchange.relay.hang_ups.look()
+    cap_length(request, access, "max_new_len")
+    wait = request.get("wait", False)
+    payload = to_json({field: value for field, value in request.items()
+                       if field not in NOT_FOR_PROVIDERS})
+    request.clear()
+    return exchange.broker.submit(
+        service, payload, caller=caller, identity=identity, at=at, wait=wait,
+        by_operator=by_operator, access=access, rated=not exchange.local,
+        holder=exchange.address)
+
+
+def repeat_identity(exchange, service, caller, repeat):
+    """The identity of an Idempotency-Key, for this caller and body."""
+    return Identity("repeat", service, caller, repeat[:512],
+                    fingerprint=exchange.fingerprint)
+
+
+class PollOutlet(Outlet):
+    """Answers a polled read: the next `wanted` tokens, as far as they are there a second
+    after the first. All in the exchange's own thread."""
+
+    def __init__(self, exchange, reader, wanted, counts):
+        super().__init__(exchange, reader, None)
+        self.wanted, self.counts = wanted, counts      # counts: it names an offset itself
+
+    def run(self):
+        texts, ended = self._read()
+        answer = {"reply": "".join(texts), "errorcode": 0, "at": self.reader.cursor}
+        job = self.job
+        if not texts and not ended:
+            self.check_age()
+            raise RelayError("still_waiting", "No token yet: ask again with the same key.",
+                             retry_after=0)
+        if texts:
+            self.broker.advance(self.reader)
+        elif job.error is not None and (self.counts or not job.error_told):
+            job.error_told = True          # a client that does not count would loop
+            raise job.error
+        else:
+            answer.update(done=True, stats=stats_of(job))
+        with self.room(size_of(texts)):
+            self.exchange.respond(200, answer)
+        self.complete = True
+
+    def _read(self):
+        """Return (texts, whether the answer has ended)."""
+        texts, ended, deadline = [], False, self.broker.now() + self.limits.wait_seconds
+        while len(texts) < self.wanted and not ended:
+            left = deadline - self.broker.now()
+            if left <= 0:
+                break
+            # Until there is a first token, one is enough to wake up for.
+            want = self.wanted - len(texts) if texts else 1
+            items, ended = self.broker.read(self.reader, want, left,
+                                            self.wanted - len(texts))
+            if self.reader.gone:
+                raise PeerGone()
+            found = [item for item in items if type(item) is str and item]
+            if found and not texts:
+                deadline = min(deadline, self.broker.now() + 1)
+            texts += found
+        return texts, ended
+
+
+##############################################################################
+# Provider protocol: each request carries the service key
+##############################################################################
+
+MAX_ENTRIES = 8192           # of one push
+MAX_ID_CHARACTERS = 64       # of a job's id, as a provider may name it
+
+
+def post_login(exchange, name):
+    """POST login: {workers, continues, ...} -> {session}"""
+    exchange.charge_change()
+    service, request = exchange.read_authorized(name)
+    check_fields(request, LOGIN_FIELDS)
+    if request.get("workers", 1) > exchange.limits.max_workers:
+        raise RelayError("invalid_request", "workers must be at most %d."
+                         % exchange.limits.max_workers, param="workers")
+    session = exchange.broker.login(service, **{
+        field: request[field] for field in LOGIN_FIELDS if field in request})
+    log("login", service=service.name, address=exchange.address, session=session[:8])
+    exchange.respond(200, {"session": session, "name": service.name, "errorcode": 0,
+                           "lease_s": exchange.limits.lease_seconds,
+                           "poll_s": exchange.limits.poll_seconds})
+
+
+def post_poll(exchange, name):
+    """POST poll: {session, running: [[job, attempt]]} -> {jobs, cancel}"""
+    service, request = exchange.read_authorized(name)
+    check_fields(request, POLL_FIELDS)
+    session, running = session_of(request), request.get("running") or []
+    try:
+        running = [(job, attempt) for job, attempt in running]
+        if not all(is_lease(job, attempt) for job, attempt in running):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise RelayError("invalid_request", "running must be a list of [job, attempt].",
+                         param="running") from None
+    if len(running) > 4 * exchange.limits.max_workers:
+        raise RelayError("invalid_request", "running has more than %d jobs."
+                         % (4 * exchange.limits.max_workers), param="running")
+    token, broker = Poll(), exchange.broker
+    lost = functools.partial(broker.poll_lost, session, token)
+    exchange.connection.on_close = lost    # if this connection closes, so has the poll
+    exchange.connection.when_gone(lost)
+    with exchange.relay.polls.take(exchange.address, reserved=not service.sessions,
+                                   give_way=functools.partial(broker.poll_lost, session,
+                                                              token)):
+        offers, cancels = broker.poll(service, session, token, running)
+    send_work(exchange, offers, cancels)
+
+
+def post_reply(exchange, name):
+    """POST reply: {session, replies: [entry]} -> {refused, jobs, cancel}"""
+    service, request = exchange.read_authorized(name, exchange.limits.max_request_bytes)
+    session, entries = session_of(request), request.get("replies", [])
+    if not isinstance(entries, list) or len(entries) > MAX_ENTRIES:
+        raise RelayError("invalid_request", "replies must be a list of at most %d entries."
+                         % MAX_ENTRIES, param="replies")
+    for entry in entries:
+        check_entry(entry)
+    refused, offers, cancels = exchange.broker.push(service, session, entries)
+    send_work(exchange, offers, cancels, refused)
+
+
+def post_logout(exchange, name):
+    """POST logout: {session}; its unfinished jobs go to others"""
+    service, request = exchange.read_authorized(name)
+    session = session_of(request)
+    exchange.broker.logout(service, session)
+    log("logout", service=service.name, address=exchange.address, session=session[:8])
+    exchange.respond(200, {"errorcode": 0})
+
+
+def session_of(request):
+    """Return the session that a provider's request names. Raises RelayError."""
+    session = request.get("session")
+    if not isinstance(session, str):
+        raise RelayError("invalid_request", "session must be the text that login answered.",
+                         param="session")
+    return session
+
+
+def is_lease(job, attempt, at=0):
+    """Whether this can be a job's id, the number of an attempt, and an item offset."""
+    return (type(job) is str and len(job) <= MAX_ID_CHARACTERS
+            and type(attempt) is type(at) is int and 0 <= attempt | at < 2**31)
+
+
+def check_entry(entry):
+    """Check one entry of a push, and encode its items. A mistake of the provider's program
+    becomes an error of that one job, so that its client learns of it."""
+    if type(entry) is not dict or not is_lease(
+            entry.get("job"), entry.setdefault("attempt", 0), entry.setdefault("at", 0)):
+        raise RelayError("invalid_request", "Each entry of replies must have job, attempt, "
+                         "at and items.", param="replies")
+    items = entry.setdefault("items", [])
+    if not is_plain(items):
+        try:
+            if type(items) is not list:
+                raise ValueError
+            entry["items"] = list(map(encoded_item, items))
+            entry["raw"] = any(type(item) is Raw for item in entry["items"])
+        except (TypeError, ValueError):
+            entry["items"] = []
+            entry["error"] = {"message": "its reply is not text"}
+    if entry.get("error"):
+        entry["error"] = provider_error(entry["error"])
+
+
+def is_plain(items):
+    """Whether this is a list of texts in ASCII, as most are: it needs no closer look."""
+    try:
+        return type(items) is list and "".join(items).isascii()
+    except TypeError:
+        return False
+
+
+def provider_error(error):
+    """Return the RelayError for what a provider says of a job."""
+    error = error if isinstance(error, dict) else {"message": error}
+    name = error.get("error")
+    if not isinstance(name, str) or name not in PROVIDER_ERRORS:
+        name = "provider_error"
+    words = printable(error.get("message", "no reason given"), 500).rstrip(".")
+    upstream = clean_upstream_error(error)
+    if not upstream:
+        words = "The provider could not answer: %s." % words
+    return RelayError(name, words, **upstream)
+
+
+def send_work(exchange, offers, cancels, refused=None):
+    """The response to poll and reply. The prompts are JSON already."""
+    parts = []
+    for job, attempt, at, text in offers:
+        request = job.payload
+        if text is not None:
+            request = request[:-1] + b',"reply_so_far":%s}' % to_json(text)
+        parts.append(b'{"job":"%s","attempt":%d,"at":%d,"request":%s}' % (
+            job.id.encode("ascii"), attempt, at, request))
+    body = b'{"errorcode":0,"jobs":[%s],"cancel":%s' % (b",".join(parts), dumps(cancels))
+    if refused is not None:
+        body += b',"refused":%s' % dumps(refused)
+    # What was admitted is never refused on its way out: so not send_whole, which may.
+    exchange.connection.send(b"".join(exchange.response(200, body + b"}")))
+
+
+##############################################################################
+# Routes: what is done at which path
+##############################################################################
+
+
+class Route:
+    """The handlers of one path, by method, and whose API it belongs to."""
+
+    def __init__(self, api, **handlers):
+        self.api, self.handlers = api, handlers
+        self.allow = ", ".join(handlers)
+
+
+CHALLENGE = Route("page", GET="send_challenge")
+
+ROUTES = {  # "*" stands for one segment: a service's name, a key's id
+    "/": Route("page", GET="send_page", POST="post_native"),
+    "/*": Route("page", GET="send_page", POST="post_native"),
+    "/neuroengine.py": Route("page", GET="send_client"),
+    "/.well-known/acme-challenge/*": CHALLENGE,
+    "/healthz": Route("page", GET="send_health"),
+    "/metrics": Route("page", GET="send_metrics"),
+
+    "/api/models": Route("native", GET="send_models"),
+    "/api/services": Route("operator", GET="send_models", POST="register"),
+    "/api/services/*": Route("operator", GET="send_service", PATCH="change_service",
+                             DELETE="delete_service"),
+    "/api/services/*/keys": Route("operator", GET="send_keys", POST="add_key"),
+    "/api/services/*/keys/*": Route("operator", DELETE="revoke_key"),
+
+    "/provider/*/login": Route("provider", POST="post_login"),
+    "/provider/*/poll": Route("provider", POST="post_poll"),
+    "/provider/*/reply": Route("provider", POST="post_reply"),
+    "/provider/*/logout": Route("provider", POST="post_logout"),
+}
+API_ROUTES = {  # below /v1, below /{service}/v1, and without either
+    "/models": Route("openai", GET="send_openai_models"),
+    "/models/*": Route("openai", GET="send_openai_model"),
+    "/chat/completions": Route("openai", POST="post_chat"),
+    "/completions": Route("openai", POST="post_completions"),
+    "/embeddings": Route("openai", POST="post_embeddings"),
+    "/responses": Route("openai", POST="post_responses"),
+    "/rerank": Route("openai", POST="post_rerank"),
+    "/tokenize": Route("openai", POST="post_tokenize"),
+    "/detokenize": Route("openai", POST="post_detokenize"),
+    "/messages": Route("anthropic", POST="post_messages"),
+    "/messages/count_tokens": Route("anthropic", POST="post_count_tokens"),
+}
+ROUTES.update({base + path: route for base in ("", "/v1", "/*/v1")
+               for path, route in API_ROUTES.items()})
+# /v1/models/{id} of a model whose id has slashes, as in "meta-llama/Llama-3".
+MODEL_BASES = (("v1", "models"), ("models",))
+
+
+def find_route(path):
+    """Return (Route, arguments) for the segments of a path; (None, ()) if there is none."""
+    for base in MODEL_BASES:
+        if path[:len(base)] == base and len(path) > len(base) + 1:
+            path = base + ("/".join(path[len(base):]),)
+    if "*" in path or len(path) > 6:
+        return None, ()
+    route = ROUTES.get("/" + "/".join(path))
+    if route is not None:
+        return route, ()
+    for count in (1, 2):
+        for places in itertools.combinations(range(len(path)), count):
+            pattern = "/" + "/".join("*" if place in places else segment
+                                     for place, segment in enumerate(path))
+            if pattern in ROUTES:
+                return ROUTES[pattern], tuple(path[place] for place in places)
+    return None, ()
+
+
+##############################################################################
+# The reader may stop here. What follows is machinery, in sections of any order.
+##############################################################################
+
+
+##############################################################################
+# HTTP reader: the bytes of a request, after RFC 9112, strictly
+#
+# The spine gets a Head and a body, or a RelayError. Without this section's refusals, two
+# programs between client and relay could disagree where a request ends, and a request
+# could be smuggled past a proxy.
+##############################################################################
+
+MAX_FIELDS = 64              # headers of one request; browsers send about 20
+BODY_BYTES_PER_SECOND = 16384
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(r"(" + TOKEN + r") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
+# Control characters, a bare CR or LF, white space before the colon and folded lines do not
+# match: each of them has been used to smuggle requests past proxies.
+FIELD = re.compile(r"(" + TOKEN + r"):([\t\x20-\x7e\x80-\xff]*)\r\n")
+FIELDS = re.compile(r"(?:" + FIELD.pattern + r")*\Z")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,256})?\Z")
+HOST = re.compile(r"[A-Za-z0-9.:_\[\]-]*\Z")
+SINGLE = frozenset(("host", "content-length", "transfer-encoding", "authorization",
+                    "content-type", "content-encoding", "expect", "idempotency-key"))
+
+
+class Head:
+    """The request line and headers of one request."""
+
+    __slots__ = ("method", "target", "path", "version", "fields", "length", "keep_alive",
+                 "key_digest")             # of the key in the headers; "" without one
+
+
+def parse_head(data):
+    """Parse a request's head: the bytes up to the CRLF before the blank line.
+
+    Returns a Head, whose length is the body's in bytes, None if it is chunked. Raises
+    RelayError for what RFC 9112 forbids, and for what two readers could understand
+    differently.
+    """
+    text = data.decode("latin-1")
+    match = REQUEST_LINE.match(text)
+    if not match:
+        raise RelayError("bad_http", "That is not an HTTP/1.1 request line.")
+    head = Head()
+    head.method, head.target, version = match.groups()
+    if not FIELDS.match(text, match.end()):
+        raise RelayError("bad_http", "A header of this request is malformed.")
+    found = FIELD.findall(text, match.end())
+    if len(found) > MAX_FIELDS:
+        raise RelayError("bad_http", "This request has too many headers.")
+    head.version, head.fields = int(version), {}
+    fields = head.fields
+    for name, value in found:
+        name, value = name.lower(), value.strip(" \t")
+        if name not in fields:
+            fields[name] = value
+        elif name in SINGLE:
+            raise RelayError("bad_http", "This request has the header %s twice." % name)
+        else:
+            fields[name] += ", " + value
+    if head.version and "host" not in fields or not HOST.match(fields.get("host", "")):
+        raise RelayError("bad_http", "A request must have one valid Host header.")
+    head.path = path_of(head.method, head.target)
+    key = key_of(fields)
+    head.key_digest = digest(key) if key else ""
+    head.length = length_of(head)
+    options = fields.get("connection", "").lower().split(",")
+    head.keep_alive = bool(head.version) and "close" not in map(str.strip, options)
+    return head
+
+
+def path_of(method, target):
+    """Return the decoded path as a tuple of segments; empty ones do not count."""
+    if method == "CONNECT":
+        raise RelayError("method_not_allowed", "This relay is not a proxy.",
+                         allow="GET, POST")
+    if target == "*" and method == "OPTIONS":
+        return ()
+    if target[0] != "/":
+        _, found, rest = target.partition("://")     # the absolute form
+        if not found:
+            raise RelayError("bad_http", "The request's target is not a path.")
+        target = "/" + rest.partition("/")[2]
+    path = target.partition("?")[0]
+    if "%" in path:
+        path = urllib.parse.unquote(path)
+    return tuple(filter(None, path.split("/")))
+
+
+def key_of(fields):
+    """Return the key that a request came with, in any of the usual headers, or None."""
+    scheme, _, key = fields.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return fields.get("api-key") or fields.get("x-api-key")
+
+
+def length_of(head):
+    """Return the length of the body in bytes, None if it is chunked."""
+    length = head.fields.get("content-length")
+    coding = head.fields.get("transfer-encoding")
+    if coding is not None:
+        if length is not None or not head.version or coding.lower() != "chunked":
+            raise RelayError("bad_http", "This request's length is ambiguous: send either "
+                             "Content-Length or Transfer-Encoding: chunked.")
+        return None
+    if length is None:
+        if head.method in ("POST", "PUT", "PATCH"):
+            raise RelayError("length_required", "Send the body's Content-Length.")
+        return 0
+    if not (1 <= len(length) <= 15 and length.isascii() and length.isdigit()):
+        raise RelayError("bad_http", "The Content-Length is not a number.")
+    return int(length)
+
+
+def read_head(connection, limits):
+    """Return the Head of the next request, of which some bytes have come.
+
+    Raises PeerGone if the connection closes, RelayError if the head is malformed, too
+    large, or not complete by the connection's deadline for it.
+    """
+    deadline, found, skipped = connection.head_deadline(), -1, False
+    while found < 0:
+        buffer = connection.buffer
+        if buffer[:2] == b"\r\n" and not skipped:
+            skipped = True                 # RFC 9112, 2.2: one empty line is ignored
+            buffer = connection.buffer = buffer[2:]
+        elif buffer[:2] == b"\r\n" or buffer[:1] == b"\x16":
+            connection.last_head = buffer[:256]
+            raise RelayError("bad_http", "That is not an HTTP/1.1 request line." if
+                             buffer[:1] == b"\r" else "This port speaks plain HTTP, not TLS.")
+        found = buffer.find(b"\r\n\r\n")
+        if found > limits.max_head_bytes or found < 0 and len(buffer) > limits.max_head_bytes:
+            connection.last_head = buffer[:256]
+            raise RelayError("head_too_large", "The headers are larger than %d bytes."
+                             % limits.max_head_bytes)
+        if found < 0:
+            try:
+                connection.receive(deadline)
+            except socket.timeout:
+                if not connection.buffer.strip():
+                    raise PeerGone() from None
+                connection.last_head = connection.buffer[:256]
+                raise RelayError("request_timeout", "The headers did not come within %g s."
+                                 % limits.head_seconds) from None
+    connection.last_head = connection.buffer[:found + 2]
+    connection.buffer = connection.buffer[found + 4:]
+    return parse_head(connection.last_head)
+
+
+def read_body(connection, head, limits, most=None, count=None):
+    """Return a request's body as bytes. most: its bound in bytes, if below the limit.
+    count: called with the number of bytes before they are kept. Raises RelayError,
+    PeerGone."""
+    most = min(most or math.inf, limits.max_request_bytes)
+    if head.length is not None and head.length > most:
+        raise too_large(most)
+    if head.fields.get("expect"):
+        if head.fields["expect"].lower() != "100-continue":
+            raise RelayError("bad_http", "This relay does not know that Expect.")
+        if head.version:
+            connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+    reader = BodyReader(connection, time.monotonic() + limits.body_seconds, count)
+    try:
+        if head.length is not None:
+            return reader.take(head.length)
+        return reader.take_chunked(most)
+    except socket.timeout:
+        raise RelayError("request_timeout", "The body came too slowly.") from None
+
+
+def too_large(most):
+    return RelayError("request_too_large", "The request is larger than %d bytes." % most)
+
+
+class BodyReader:
+    """Takes the bytes of one body off a connection."""
+
+    def __init__(self, connection, deadline, count):
+        self._connection, self._deadline = connection, deadline
+        self._count = count or (lambda size: None)
+
+    def take(self, length):
+        """Return exactly `length` bytes. Each 16 KiB that come give a second more."""
+        connection, parts, missing = self._connection, [], length
+        while missing:
+            if not connection.buffer:
+                connection.receive(self._deadline)
+            part = connection.buffer[:missing]
+            connection.buffer = connection.buffer[missing:]
+            if len(part) < length:         # it did not come at once
+                self._count(len(part))
+            parts.append(part)
+            missing -= len(part)
+            self._deadline += len(part) / BODY_BYTES_PER_SECOND
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def take_chunked(self, most):
+        """Return a chunked body (RFC 9112, 7.1)."""
+        parts, total = [], 0
+        while True:
+            match = CHUNK_LINE.match(self._take_line())
+            if not match:
+                raise RelayError("bad_http", "The chunked body is malformed.")
+            size = int(match[1], 16)
+            total += size
+            if total > most or len(parts) > 4096 + total // 64:      # many tiny ones
+                raise too_large(most)
+            if size == 0:
+                if self._take_line():
+                    raise RelayError("bad_http", "Trailers are not accepted.")
+                return b"".join(parts)
+            parts.append(self.take(size))
+            if self.take(2) != b"\r\n":
+                raise RelayError("bad_http", "The chunked body is malformed.")
+
+    def _take_line(self):
+        connection = self._connection
+        while b"\r\n" not in connection.buffer:
+            if len(connection.buffer) > 512:
+                raise RelayError("bad_http", "A chunk's first line is too long.")
+            connection.receive(self._deadline)
+        line, _, connection.buffer = connection.buffer.partition(b"\r\n")
+        return line
+
+
+##############################################################################
+# Connection: bytes in order, TLS, keep-alive, deadlines
+#
+# The spine writes to a Connection and hears from it that its peer has gone. Between two
+# requests a connection waits in the Lobby and has no thread.
+##############################################################################
+
+LINGER_SECONDS = 2           # for a peer to read our last words
+SHORT_WAIT_SECONDS = 0.25    # a thread waits for the next request; then the Lobby does
+KEPT_THREADS = 64            # idle threads that wait for work
+MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)    # Windows has none
+
+
+class Tls:
+    """The server's side of TLS as a codec: bytes in, bytes out, no socket. So one thread can
+    send while another waits for the peer; an SSLSocket is for one thread at a time."""
+
+    RECORD_BYTES = 16384                   # the most that a record holds (RFC 8446, 5.1)
+
+    def __init__(self, context):
+        self._lock = threading.Lock()
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+
+    def shake_hands(self, data):
+        """Take the peer's bytes; return (whether the handshake is done, bytes for it)."""
+        self._incoming.write(data)
+        try:
+            self._tls.do_handshake()
+            return True, self._outgoing.read()
+        except ssl.SSLWantReadError:
+            return False, self._outgoing.read()
+
+    def decrypt(self, data):
+        """Take the peer's bytes; return what they say, b"" if no record is complete."""
+        parts = []
+        with self._lock:
+            self._incoming.write(data)
+            try:
+                while not parts or self._incoming.pending:
+                    parts.append(self._tls.read(self.RECORD_BYTES))
+                    if not parts[-1]:      # close_notify
+                        break
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                raise PeerGone() from None
+            # A peer that only makes us answer on TLS's own level is an attacker.
+            if parts == [b""] or self._outgoing.pending > self.RECORD_BYTES:
+                raise PeerGone()
+        return b"".join(parts)
+
+    def encrypt(self, data):
+        """Return the bytes that carry this to the peer, after those encrypted before."""
+        parts = []
+        with self._lock:
+            try:
+                for start in range(0, len(data), self.RECORD_BYTES):
+                    self._tls.write(data[start:start + self.RECORD_BYTES])
+                    parts.append(self._outgoing.read())
+            except ssl.SSLError:           # the peer has sent nonsense since
+                raise PeerGone() from None
+        return b"".join(parts)
+
+    def farewell(self):
+        """Return the last bytes for the peer: an alert, or close_notify."""
+        with self._lock:
+            with contextlib.suppress(ssl.SSLError):
+                self._tls.unwrap()
+            return self._outgoing.read()
+
+
+class Connection:
+    """Bytes in and out of one socket, each wait under a deadline.
+
+    One thread reads and one writes at a time; they need not be the same. The socket never
+    blocks; where a method may wait, its docstring says so.
+    """
+
+    def __init__(self, sock, limits, tls_context=None):
+        """tls_context: an ssl.SSLContext, if the peer is to speak TLS."""
+        self.sock, self._limits = sock, limits
+        sock.setblocking(False)
+        self.tls = Tls(tls_context) if tls_context else None
+        self.secured = self.tls is None    # whether the handshake, if any, is done
+        self.buffer = b""                  # what has come and was not read
+        self.unsent = b""                  # what send_now could not send
+        self.last_head = b""               # as it came, even if it was malformed
+        self.address, self.near, self.proxied = "", False, False
+        self.slot = None                   # of the Room for connections
+        self.idle_until = time.monotonic() + limits.head_seconds    # for the first byte
+        self.began = None                  # when the first byte of the next request came
+        self.on_gone = self.on_close = None
+        self.gone = False                  # the peer has hung up
+
+    def fileno(self):
+        return self.sock.fileno()
+
+    # -- waiting --
+
+    def _wait(self, event, deadline):
+        """Block until the socket is ready. Raises socket.timeout at the deadline."""
+        left = deadline - time.monotonic()
+        if left <= 0 or not is_ready(self.sock, event, left):
+            raise socket.timeout()
+
+    def _receive_some(self, deadline):
+        """Return what comes, as it comes. Raises PeerGone, socket.timeout."""
+        while True:
+            try:
+                # With TLS less, because OpenSSL keeps the memory that it once used.
+                data = self.sock.recv(65536 if self.tls is None else 16384)
+            except (BlockingIOError, InterruptedError):
+                self._wait(selectors.EVENT_READ, deadline)
+                continue
+            except OSError:                # reset, unreachable
+                data = b""
+            if not data:
+                raise PeerGone()
+            return data
+
+    def receive(self, deadline):
+        """Add what comes next to the buffer. Blocks until the deadline, an instant of
+        time.monotonic. Raises PeerGone, socket.timeout."""
+        data = self._receive_some(deadline)
+        if self.tls is not None:
+            data = self.tls.decrypt(data)
+            while not data:                # a part of a record, or TLS's own business
+                data = self.tls.decrypt(self._receive_some(deadline))
+        self.buffer = self.buffer + data if self.buffer else data
+        if self.began is None:
+            self.began = time.monotonic()
+
+    def wait_for_more(self, seconds):
+        """Block until more bytes are in the buffer; return whether they are. Raises
+        PeerGone."""
+        deadline = time.monotonic() + seconds
+        try:
+            # The next request is hardly ever there: ask first, in place of a failed recv.
+            self._wait(selectors.EVENT_READ, deadline)
+            self.receive(deadline)
+            return True
+        except socket.timeout:
+            return False
+
+    def has_request(self, seconds):
+        """Block until the next request begins; return whether it has. Raises PeerGone."""
+        self.began = time.monotonic() if self.buffer else None
+        return bool(self.buffer) or self.wait_for_more(seconds)
+
+    def take_in(self):
+        """Read what is there, without blocking; return whether a request has begun, or a
+        handshake. Raises PeerGone."""
+        if not self.secured:
+            if self.has_hung_up():
+                raise PeerGone()
+            return True
+        try:
+            self.receive(0.0)
+        except socket.timeout:
+            pass
+        return bool(self.buffer)
+
+    def head_deadline(self):
+        """The instant by which the head of the request that has begun must be complete."""
+        if self.idle_until is not None:    # the first request: counted from accept
+            return self.idle_until
+        return (self.began or time.monotonic()) + self._limits.head_seconds
+
+    def park_until(self):
+        """The instant until which the next request must have begun."""
+        return self.idle_until or time.monotonic() + self._limits.idle_seconds
+
+    # -- TLS --
+
+    def shake_hands(self, seconds):
+        """Do the TLS handshake, if there is one to do. Blocks at most that long. Raises
+        PeerGone.
+
+        A peer that does not begin with a TLS record is taken to speak plain HTTP: tls is
+        None then, and it can be told where to go.
+        """
+        if self.secured:
+            return
+        deadline = time.monotonic() + seconds
+        try:
+            data = self._receive_some(deadline)
+            self.secured = True
+            if data[:1] != b"\x16":        # handshake (RFC 8446, 5.1)
+                self.buffer, self.tls = data, None
+                return
+            done = False
+            while not done:
+                done, answer = self.tls.shake_hands(data)
+                self._send_all(answer)
+                if not done:
+                    data = self._receive_some(deadline)
+            self.buffer = self.tls.decrypt(b"")      # what came with its last record
+            self.idle_until = time.monotonic() + self._limits.head_seconds
+        except OSError:                    # too late, or no TLS that we speak
+            self.say_goodbye()
+            raise PeerGone() from None
+
+    # -- sending --
+
+    def send(self, data):
+        """Send all of data. Blocks at most write_seconds for each 64 KiB. Raises
+        PeerGone."""
+        try:
+            if len(data) <= 65536:
+                return self._send_all(self.tls.encrypt(data) if self.tls else data)
+            view = memoryview(data)
+            for start in range(0, len(data), 65536):
+                part = view[start:start + 65536]
+                self._send_all(self.tls.encrypt(part) if self.tls else part)
+        except (OSError, ValueError):
+            raise PeerGone() from None
+
+    def _send_all(self, data):
+        deadline = None
+        while data:
+            try:
+                sent = self.sock.send(data)
+                if sent == len(data):
+                    return
+                data = memoryview(data)[sent:]
+            except (BlockingIOError, InterruptedError):
+                deadline = deadline or time.monotonic() + self._limits.write_seconds
+                self._wait(selectors.EVENT_WRITE, deadline)
+
+    def send_now(self, data):
+        """Send what the kernel takes at this moment; flush sends the rest. Never blocks.
+        Nothing else may be sent while there is something unsent."""
+        if self.tls is not None:
+            data = self.tls.encrypt(data)
+        try:
+            sent = self.sock.send(data)
+        except OSError:                    # full; or broken, as the next write will see
+            sent = 0
+        self.unsent = data[sent:]
+
+    def flush(self):
+        """Send what send_now could not. Blocks at most write_seconds. Raises PeerGone."""
+        try:
+            if self.unsent:
+                self._send_all(self.unsent)
+                self.unsent = b""
+        except (OSError, ValueError):
+            raise PeerGone() from None
+
+    # -- the end --
+
+    def when_gone(self, callback):
+        """Call callback(), in some thread, as soon as the peer has hung up; None: nothing.
+        A later call replaces an earlier one."""
+        self.on_gone = callback            # both store before loading, so neither misses it
+        if self.gone and callback is not None:
+            callback()
+
+    def hang_up(self):
+        """The peer has hung up: tell the one who asked to know."""
+        self.gone = True
+        on_gone = self.on_gone
+        if on_gone is not None:
+            on_gone()
+
+    def has_hung_up(self):
+        """Whether the peer has closed, as far as the next byte shows: for systems that do
+        not report it."""
+        try:
+            flags = socket.MSG_PEEK | MSG_DONTWAIT
+            return not self.sock.recv(1, flags)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except (OSError, ValueError):
+            return True
+
+    def abort(self):
+        """Break the connection: every thread that waits for it gets PeerGone."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def say_goodbye(self):
+        """Say that this is the end; without it, TLS takes it for a cut."""
+        with contextlib.suppress(OSError):
+            if self.tls is not None:
+                self.sock.send(self.tls.farewell())
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def linger(self):
+        """Let the peer read our last words before the connection is reset. Blocks at most
+        LINGER_SECONDS.
+
+        Closing with its bytes unread would make the kernel send RST, which destroys the
+        response at the peer. nginx does the same (lingering_close).
+        """
+        deadline = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError, PeerGone):
+            for _ in range(512):           # at most 32 MiB
+                self._receive_some(deadline)
+
+    def close(self):
+        """Close the socket, give the slot back, and tell the one who waits for it."""
+        with contextlib.suppress(OSError):
+            self.sock.close()
+        if self.on_close is not None:
+            self.on_close()
+        if self.slot is not None:
+            self.slot.release()
+
+
+def is_ready(sock, event, seconds):
+    """Block until a socket can be read (EVENT_READ) or written; whether it can."""
+    if not hasattr(select, "poll"):        # Windows
+        sockets = ([sock], [], []) if event == selectors.EVENT_READ else ([], [sock], [])
+        return any(select.select(*sockets, seconds))
+    poll = select.poll()
+    poll.register(sock, select.POLLIN if event == selectors.EVENT_READ else select.POLLOUT)
+    return bool(poll.poll(math.ceil(seconds * 1000)))
+
+
+class HangUps:
+    """One thread that sees connections hang up while their own threads wait elsewhere."""
+
+    ASK_SECONDS = 0.25       # how often connections are asked where the system cannot tell
+
+    def __init__(self):
+        self._connections = {}             # file descriptor -> Connection
+        self._lock = threading.Lock()      # while held, a descriptor means one Connection
+        # Linux reports a hang-up behind bytes that nobody has read yet, and nothing else.
+        # Other systems are asked for each connection with an answer on its way.
+        self._epoll = select.epoll() if hasattr(select, "EPOLLRDHUP") else None
+
+    @contextlib.contextmanager
+    def watching(self, connection):
+        """Call connection.hang_up(), in some thread, when its peer hangs up."""
+        descriptor = connection.fileno()
+        with self._lock:
+            if self._epoll is not None:
+                self._epoll.register(descriptor, select.EPOLLRDHUP | select.EPOLLET)
+            self._connections[descriptor] = connection
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._connections[descriptor]
+                if self._epoll is not None:
+                    self._epoll.unregister(descriptor)
+
+    def look(self):
+        """Report the hang-ups that the kernel knows of at this moment.
+
+        Also called before a prompt is compared with those that a client has left: it may
+        have hung up a moment before it asked again.
+        """
+        with self._lock:
+            if self._epoll is None:
+                gone = self._ask()
+            else:
+                gone = [self._connections[fd] for fd, _ in self._epoll.poll(0)]
+        for connection in gone:
+            connection.hang_up()
+
+    def _ask(self):
+        return [connection for connection in self._connections.values()
+                if connection.on_gone is not None and not connection.gone
+                and connection.has_hung_up()]
+
+    def run(self):
+        """Report hang-ups until the process ends; for a thread of its own."""
+        while True:
+            if self._epoll is None:        # macOS, Windows
+                time.sleep(self.ASK_SECONDS)
+            else:
+                select.select([self._epoll], [], [])
+            self.look()
+
+
+class Lobby:
+    """Connections between two requests. They need no threads: one watches them all, and
+    hands each back when its next request begins. So 10,000 of them may close at once."""
+
+    def __init__(self, serve):
+        """serve(connection): called when its next request has begun; it must not block."""
+        self._serve = serve
+        self._selector = selectors.DefaultSelector()
+        # Windows' select takes 512 sockets: there each connection keeps its thread.
+        self.holds = not isinstance(self._selector, selectors.SelectSelector)
+        self._arriving = deque()           # (Connection, deadline); None: close the oldest
+        self._parked = OrderedDict()       # Connection -> deadline; for the own thread only
+        self._wake_up, woken = socket.socketpair()
+        self._wake_up.setblocking(False)
+        woken.setblocking(False)
+        self._woken = woken
+        self._selector.register(woken, selectors.EVENT_READ)
+
+    def park(self, connection, deadline):
+        """Watch a connection until its next request begins, or close it at the deadline."""
+        self._arriving.append((connection, deadline))
+        self._wake()
+
+    def close_oldest(self):
+        """Make room: close the connection that has been here longest."""
+        self._arriving.append(None)
+        self._wake()
+
+    def _wake(self):
+        with contextlib.suppress(OSError):     # full: it will wake up anyhow
+            self._wake_up.send(b"x")
+
+    def run(self):
+        """Watch until the process ends; for a thread of its own."""
+        while True:
+            for key, _ in self._selector.select(1 if self._parked else None):
+                if key.fileobj is self._woken:
+                    with contextlib.suppress(OSError):
+                        self._woken.recv(4096)
+                else:
+                    self._hand_back(key.fileobj)
+            while self._arriving:
+                self._arrive(self._arriving.popleft())
+            now = time.monotonic()
+            for connection in [c for c, due in self._parked.items() if due <= now]:
+                self._remove(connection)
+                connection.say_goodbye()
+                connection.close()
+
+    def _arrive(self, arrival):
+        if arrival is not None:
+            connection, self._parked[arrival[0]] = arrival
+            self._selector.register(connection, selectors.EVENT_READ)
+        elif self._parked:
+            connection = next(iter(self._parked))
+            self._remove(connection)
+            connection.close()
+
+    def _remove(self, connection):
+        del self._parked[connection]
+        self._selector.unregister(connection)
+
+    def _hand_back(self, connection):
+        try:
+            if not connection.take_in():
+                return
+            self._remove(connection)
+            self._serve(connection)
+        except PeerGone:
+            self._remove(connection)
+            connection.close()
+
+
+class Threads:
+    """Runs calls in threads of their own, and uses a few idle threads again."""
+
+    def __init__(self):
+        self._calls = queue.SimpleQueue()
+        self._idle = 0                     # threads that wait for a call
+        self._lock = threading.Lock()      # guards _idle
+
+    def run(self, call):
+        """Run call() in a thread. Raises RuntimeError if the system has no more threads."""
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+                return self._calls.put(call)
+        threading.Thread(target=self._work, args=(call,), daemon=True).start()
+
+    def _work(self, call):
+        while True:
+            call()
+            call = None                    # it holds a connection
+            with self._lock:
+                if self._idle >= KEPT_THREADS:
+                    return
+                self._idle += 1
+            call = self._calls.get()
+
+
+##############################################################################
+# JSON: parsing within bounds, and one schema for the fields of requests
+#
+# The spine gets dicts whose known fields have been checked. Without the bounds, one body
+# could stop all threads for seconds, or overflow the stack of one.
+##############################################################################
+
+MAX_DEPTH = 100              # of nested JSON
+MAX_BRACKETS = 200000        # objects and lists in one body: each takes 60 to 300 bytes
+MAX_COMMAS = 250000          # parsing so many numbers takes 50 ms, in which all others wait
+MAX_QUOTES = 1000000         # the same for texts
+MAX_DIGITS = 4000            # of a whole number, for Pythons of before 2022, which take a
+                             # time quadratic in it; later ones have such a limit themselves
+LENGTH_FIELDS = ("max_new_len", "max_tokens", "max_completion_tokens", "max_output_tokens",
+                 "n_predict", "num_predict", "max_length", "max_new_tokens",
+                 "max_tokens_to_sample")
+ALIKE = bytes.maketrans(b"{}", b"[]")
+NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+# Pure ASCII, for what is read line by line: the text of others cannot break a line.
+encode_ascii = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+encode_utf8 = json.JSONEncoder(separators=(",", ":"), check_circular=False,
+                               ensure_ascii=False).encode
+
+
+def dumps(value):
+    """JSON as bytes of ASCII, for a line or an event of a stream."""
+    return encode_ascii(value).encode("ascii")
+
+
+def to_json(value):
+    """JSON as bytes of UTF-8, for a whole body: escapes would make it up to six times as
+    large. Half a surrogate pair has no UTF-8, so such a text is escaped."""
+    try:
+        return encode_utf8(value).encode("utf-8")
+    except UnicodeEncodeError:
+        return dumps(value)
+
+
+def too_deep(body, most=MAX_DEPTH):
+    """Whether JSON is nested deeper than that, without parsing it.
+
+    The parser recurses in C: 3,000 levels overflow a thread's stack on Python 3.13.
+    """
+    if body.count(b"[") + body.count(b"{") <= most:
+        return False
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    between_texts = b"".join(body.split(b'"')[::2])
+    brackets = between_texts.translate(ALIKE, NOT_BRACKETS)
+    for _ in range(most):
+        if not brackets:
+            return False
+        brackets = brackets.replace(b"[]", b"")      # the innermost level
+    return bool(brackets)
+
+
+def refuse_constant(name):
+    raise ValueError(name + " is not JSON")
+
+
+def finite(text):
+    if math.isinf(float(text)):            # it could not be written as JSON again
+        raise ValueError(text[:20] + " is too large")
+    return float(text)
+
+
+def short_int(text):
+    return int(text) if len(text) <= MAX_DIGITS else refuse_constant("So long a number")
+
+
+decode_json = json.JSONDecoder(
+    parse_constant=refuse_constant, parse_float=finite,
+    parse_int=int if hasattr(sys, "set_int_max_str_digits") else short_int).decode
+
+
+def parse_json(body):
+    """Return the JSON object that body is. Raises RelayError."""
+    if len(body) > MAX_BRACKETS:
+        for what, count, most in (
+                ("objects and lists", body.count(b"{") + body.count(b"["), MAX_BRACKETS),
+                ("commas", body.count(b","), MAX_COMMAS + body.count(b'"')),
+                ("quotes", body.count(b'"'), MAX_QUOTES)):
+            if count > most:
+                raise RelayError("invalid_json", "The body has more than %d %s."
+                                 % (most, what))
+    if too_deep(body):
+        raise RelayError("invalid_json", "The body is nested deeper than %d levels."
+                         % MAX_DEPTH)
+    try:
+        value = decode_json(body.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RelayError("invalid_json", "The body is not JSON: %s." % printable(error))
+    if type(value) is not dict:
+        raise RelayError("invalid_json", "The body is not a JSON object: {...}.")
+    return value
+
+
+def printable(value, most=200):
+    """Text of others, made fit for one line of ours: ASCII without control characters."""
+    text = str(value)
+    text = text if len(text) <= most else text[:most] + "..."
+    return text.encode("ascii", "backslashreplace").decode("ascii").translate(
+        {code: "?" for code in [*range(32), 127]})
+
+
+class Kind:
+    """What a field may be. accept(value) returns the value to keep, or raises ValueError or
+    TypeError; words complete "FIELD must be ..." in errors and in docs/."""
+
+    def __init__(self, words, accept):
+        self.words, self.accept = words, accept
+
+
+def number(low, high, whole=False):
+    """A number; whole: without a fraction, and 5.0 becomes 5."""
+    def accept(value):
+        if type(value) not in (int, float) or not low <= value <= high or (
+                whole and value != int(value)):
+            raise ValueError
+        return int(value) if whole else value
+    return Kind("a %s from %s to %s" % ("whole number" if whole else "number", low, high),
+                accept)
+
+
+def whole_number(low, high):
+    return number(low, high, whole=True)
+
+
+def flag():
+    def accept(value):
+        if type(value) is not bool:
+            raise ValueError
+        return value
+    return Kind("true or false", accept)
+
+
+def text(most=None, line=False):
+    """A text; line: without line breaks and control characters."""
+    def accept(value):
+        if type(value) is not str or most and len(value) > most or (
+                line and not value.isprintable()):
+            raise ValueError
+        return value
+    words = "one line of text" if line else "a text"
+    return Kind(words + (" of at most %d characters" % most if most else ""), accept)
+
+
+def of_type(kind, words):
+    def accept(value):
+        if type(value) is not kind:
+            raise ValueError
+        return value
+    return Kind(words, accept)
+
+
+def texts(most, length):
+    """A list of short lines."""
+    def accept(value):
+        if type(value) is not list or len(value) > most:
+            raise ValueError
+        return [text(length, line=True).accept(item) for item in value]
+    return Kind("a list of at most %d lines of at most %d characters" % (most, length),
+                accept)
+
+
+def messages():
+    def accept(value):
+        if type(value) is not list or not value:
+            raise ValueError
+        for message in value:
+            if type(message) is not dict or type(message.get("role")) is not str or \
+                    type(message.get("content")) not in (str, list, type(None)):
+                raise ValueError
+        return value
+    return Kind('a list, not empty, of {"role", "content"}, where content is a text or a '
+                "list of parts", accept)
+
+
+def raw_flag():
+    def accept(value):
+        if str(value).lower() not in ("true", "false", "", "0", "1", "none"):
+            raise ValueError
+        return value
+    return Kind("true or false", accept)
+
+
+def no_limit_or_length():
+    """-1 means "no limit" to llama.cpp and LM Studio; check_fields then drops the field."""
+    length = whole_number(1, 10**7)
+    return Kind(length.words, lambda value: None if value == -1 else length.accept(value))
+
+
+SAMPLING_FIELDS = {
+    "temperature": number(0, 100),
+    "top_p": number(0, 1),
+    "seed": whole_number(-2**63, 2**64 - 1),
+}
+NATIVE_FIELDS = dict(
+    SAMPLING_FIELDS,
+    message=text(),
+    messages=messages(),
+    top_k=whole_number(-1, 10**6),
+    min_p=number(0, 1),
+    repetition_penalty=number(0, 100),
+    max_new_len=whole_number(1, 10**7),
+    raw=raw_flag(),
+    n=whole_number(1, 1),
+    best_of=whole_number(1, 1),
+    key=text(512),
+    gettokens=whole_number(1, 10**5),
+    at=whole_number(0, 10**9),
+    stream=flag(),
+    wait=flag())
+OPENAI_FIELDS = dict(
+    SAMPLING_FIELDS,
+    max_tokens=no_limit_or_length(),
+    max_completion_tokens=no_limit_or_length(),
+    n=whole_number(1, 128),
+    best_of=whole_number(1, 128),
+    stream=flag(),
+    stream_options=of_type(dict, "an object"),
+    wait=flag())
+LOGIN_FIELDS = {
+    "workers": whole_number(1, 10**6),
+    "continues": flag(),
+    "embeddings": flag(),
+    "context_length": whole_number(1, 10**9),
+    "apis": texts(20, 40),
+    "vision": flag(),
+    "tools": flag(),
+}
+POLL_FIELDS = {"running": of_type(list, "a list of [job, attempt]")}
+SERVICE_FIELDS = {
+    "operator": text(100, line=True),
+    "comment": text(500, line=True),
+    "suggestions": texts(4, 200),
+}
+CHANGE_FIELDS = dict(
+    SERVICE_FIELDS,
+    private=flag(),
+    paused=flag(),
+    new_key=flag(),
+    anonymous_per_day=whole_number(1, 10**9))
+KEY_FIELDS = {
+    "label": text(100, line=True),
+    "requests_per_day": whole_number(0, 10**9),
+    "tokens_per_day": whole_number(0, 10**12),
+    "concurrency": whole_number(1, 10**4),
+    "max_new_len": whole_number(1, 10**7),
+    "expires": number(0, 10**11),
+}
+ITEM_FIELDS = {              # of an item that is an object
+    "reasoning": text(),
+    "finish_reason": text(),
+    "usage": of_type(dict, "an object"),
+    "delta": of_type(dict, "an object"),
+}
+
+
+def check_fields(request, fields):
+    """Check the fields of a request that a schema has, and drop those that are null. Raises
+    RelayError."""
+    for name in fields.keys() & request.keys():
+        value = request[name]
+        try:
+            value = None if value is None else fields[name].accept(value)
+        except (TypeError, ValueError, OverflowError):
+            raise RelayError("invalid_request", "%s must be %s." % (
+                name, fields[name].words), param=name) from None
+        if value is None:
+            del request[name]
+        else:
+            request[name] = value
+
+
+def cap_length(request, access, usual):
+    """Limit the answer's length to what an access key allows, whichever field asks for it.
+    usual: the field to set if there is none; None: there is no such field."""
+    most = access.max_new_len if access is not None else None
+    if most is None:
+        return
+    for holder in (request, request.get("options")):   # Ollama's are in options
+        for field in LENGTH_FIELDS if type(holder) is dict else ():
+            if field in holder:
+                asked = holder[field]
+                holder[field] = (min(asked, most) if type(asked) in (int, float)
+                                 and asked > 0 else most)
+    if usual is not None:
+        request.setdefault(usual, most)
+
+
+class Raw(bytes):
+    """An item of an opaque answer: a whole JSON body, or one SSE event, as the upstream sent
+    it. The relay writes it out and never parses it."""
+
+
+def encoded_item(item):
+    """Return a provider's item as a Job keeps it: str, the bytes of a JSON object, or Raw.
+    Raises ValueError or TypeError if it can be no piece of an answer."""
+    if type(item) is str:
+        # Half a surrogate pair is no text.
+        return item if item.isascii() else item.encode("utf-8", "replace").decode("utf-8")
+    if type(item) is not dict:
+        raise ValueError
+    for name in ("result", "event"):
+        if type(item.get(name)) is str:
+            return Raw(item[name].encode("utf-8", "replace"))
+    if type(item.get("result") or {}) is not dict:
+        raise ValueError
+    check_calls(item.get("tool_calls"))
+    for name, kind in ITEM_FIELDS.items():
+        if item.get(name) is not None:
+            kind.accept(item[name])
+    return dumps(item)
+
+
+def check_calls(calls):
+    """Raise ValueError if these cannot be the tool calls of an item."""
+    for call in of_type(list, "").accept(calls) if calls is not None else ():
+        function = call.get("function") or {} if type(call) is dict else None
+        if type(function) is not dict or any(
+                type(part or "") is not str for part in (
+                    call.get("id"), call.get("type"), function.get("name"),
+                    function.get("arguments"))):
+            raise ValueError
+
+
+##############################################################################
+# Responses: heads, errors and logs, in the words of each API
+##############################################################################
+
+HEADER_VALUE = re.compile(r"[\x20-\x7e]*\Z")
+OPENAI_PATH = re.compile(rb"[A-Z]+ \S*/(?:v1/|chat/completions|completions|embeddings|"
+                         rb"models\b|responses|rerank|tokenize|detokenize)")
+ANTHROPIC_PATH = re.compile(rb"[A-Z]+ \S*/v1/messages\b")
+STATUS_LINES = {status.value: ("HTTP/1.1 %d %s\r\n" % (status, status.phrase)).encode()
+                for status in http.HTTPStatus}
+STATUS_LINES[529] = b"HTTP/1.1 529 Overloaded\r\n"           # Anthropic's
+SECURITY_HEADERS = (
+    b"Server: neuroengine\r\nX-Content-Type-Options: nosniff\r\n"
+    b"Referrer-Policy: no-referrer\r\n")
+CORS_HEADERS = (
+    b"Access-Control-Allow-Origin: *\r\n"
+    b"Access-Control-Expose-Headers: x-request-id, retry-after, x-should-retry, "
+    b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, "
+    b"x-ratelimit-reset-requests, "
+    b"x-neuroengine-queue-ms, x-neuroengine-overhead-ms\r\n")
+HEADER_LIST = re.compile(r"[A-Za-z0-9,_ -]{0,2000}\Z")
+ANTHROPIC_TYPES = {          # of an error, by its status
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+    404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error", 529: "overloaded_error"}
+UPSTREAM_STATUSES = frozenset((400, 404, 409, 413, 415, 422, 429, 502, 503, 504, 529))
+
+
+@functools.lru_cache(maxsize=100)
+def common_head(status, kind, api, keep_alive, cached):
+    """What most responses begin with."""
+    line = STATUS_LINES.get(status) or b"HTTP/1.1 %d Error\r\n" % status
+    lines = [line, SECURITY_HEADERS]
+    if status != 204:
+        lines.append(b"Content-Type: %s\r\n" % kind.encode("ascii"))
+    if not cached:
+        lines.append(b"Cache-Control: no-store\r\n")
+    if api in ("openai", "anthropic"):
+        lines.append(CORS_HEADERS)
+    if not keep_alive:
+        lines.append(b"Connection: close\r\n")
+    return b"".join(lines)
+
+
+def guess_api(head):
+    """Whose API a request belongs to that has no route, by the bytes of its head."""
+    if ANTHROPIC_PATH.match(head):
+        return "anthropic"
+    return "openai" if OPENAI_PATH.match(head) else "native"
+
+
+def openai_error(error):
+    """A RelayError as OpenAI's clients expect it."""
+    words = error.words
+    if error.code == "context_length_exceeded":    # LangChain looks for it in the words
+        words += " (%s)" % error.code
+    return {"error": {"message": words, "type": error.type, "param": error.param,
+                      "code": error.code}}
+
+
+def anthropic_error(error):
+    """A RelayError as Anthropic's clients expect it."""
+    kind = error.type if error.type in ANTHROPIC_TYPES.values() else ""
+    return {"type": "error", "error": {
+        "type": ANTHROPIC_TYPES.get(error.status, kind or "api_error"),
+        "message": error.words}}
+
+
+def error_headers(error, api):
+    """The response headers that go with an error."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry_after"] = str(math.ceil(error.retry_after))
+    if error.allow is not None:
+        headers["allow"] = error.allow
+    if error.status == 401:
+        headers["www_authenticate"] = "Bearer"
+    if api in ("openai", "anthropic"):
+        # Their clients repeat 408, 409, 429 and all from 500 by themselves.
+        if not error.retry:
+            headers["x_should_retry"] = "false"
+        if error.limit is not None:
+            headers.update(
+                x_ratelimit_limit_requests=str(error.limit),
+                x_ratelimit_remaining_requests="0",
+                x_ratelimit_reset_requests="%ds" % math.ceil(error.retry_after))
+    return headers
+
+
+def clean_upstream_error(error):
+    """What a provider passes on of its upstream's error, as arguments of RelayError."""
+    passed = {}
+    if type(error.get("status")) is int and error["status"] in UPSTREAM_STATUSES:
+        passed["status"] = error["status"]
+        passed["retry"] = error["status"] in (429, 503, 529)
+    for name in ("type", "code", "param"):
+        if type(error.get(name)) is str:
+            passed[name] = printable(error[name], 100)
+    after = error.get("retry_after")
+    if type(after) in (int, float) and 0 <= after <= DAY_SECONDS:
+        passed["retry_after"] = after
+    return passed
+
+
+def answer_options(exchange, route):
+    """OPTIONS: which methods there are, and what another site's page may send."""
+    if route.api not in ("openai", "anthropic"):
+        return exchange.respond(204, b"", allow=route.allow)
+    asked = exchange.head.fields.get("access-control-request-headers", "")
+    exchange.respond(204, b"", access_control_allow_methods="GET, POST, OPTIONS",
+                     access_control_allow_headers=(
+                         asked if HEADER_LIST.match(asked) and asked else "*"),
+                     access_control_max_age="86400")
+
+
+def redirect_to_https(exchange):
+    """Answer a request in plain HTTP to a relay with TLS. A key sent so was seen."""
+    head, port = exchange.head, exchange.relay.server_port
+    name = re.sub(r":\d*\Z", "", head.fields.get("host", ""))
+    if head.method not in ("GET", "HEAD") or not name or head.target[0] != "/":
+        raise RelayError("forbidden", "This is not https: use https, at port %d." % port)
+    exchange.respond(301, b"", "text/plain",
+                     location="https://%s:%d%s" % (name, port, head.target))
+
+
+LOG = {"format": "text"}     # or "json"
+
+
+def log(event, **fields):
+    """Write one line to standard error: when, what, and the fields as JSON. Never a prompt,
+    an answer or a key. traceback=True adds that of the exception being handled."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    trace = ""
+    if fields.pop("traceback", False):
+        import traceback                   # rarely needed: kept out of the start-up
+        trace = traceback.format_exc()
+    if LOG["format"] == "json":
+        fields.update({"traceback": trace} if trace else ())
+        line = json.dumps(dict(time=now, event=event, **fields)) + "\n"
+    else:
+        line = "%s %s %s\n" % (now, event, " ".join(
+            "%s=%s" % (name, json.dumps(value)) for name, value in fields.items())) + trace
+    with contextlib.suppress(OSError, ValueError, AttributeError):   # None: no stderr
+        sys.stderr.write(line)
+        sys.stderr.flush()
+
+
+##############################################################################
+# OpenAI and Anthropic APIs: the same path as the native API, with other encoders
+#
+# Two paths. Text that the relay understands, so that any provider can answer it, goes as
+# items. Everything else is opaque: request and answer pass through as they are, to a
+# provider that declared the API at login.
+##############################################################################
+
+FOR_RELAY = ("model", "stream", "stream_options", "wait")
+PASSED_HEADERS = ("anthropic-version", "anthropic-beta")
+
+Api = namedtuple("Api", "path usual_length prompt urgent")
+APIS = {  # name: (path, field for the answer's length, field of the prompt, goes first)
+    "chat": Api("/v1/chat/completions", "max_tokens", "messages", False),
+    "completions": Api("/v1/completions", "max_tokens", "prompt", False),
+    "embeddings": Api("/v1/embeddings", None, "input", False),
+    "responses": Api("/v1/responses", "max_output_tokens", "input", False),
+    "messages": Api("/v1/messages", "max_tokens", "messages", False),
+    "count_tokens": Api("/v1/messages/count_tokens", None, "messages", True),
+    "rerank": Api("/v1/rerank", None, "documents", False),
+    "tokenize": Api("/tokenize", None, None, True),
+    "detokenize": Api("/detokenize", None, None, True),
+}
+MAX_COST = 128               # prompts in one request
+
+
+def post_chat(exchange, name=None):
+    """POST /v1/chat/completions"""
+    answer_api(exchange, "chat", name)
+
+
+def post_completions(exchange, name=None):
+    """POST /v1/completions"""
+    answer_api(exchange, "completions", name)
+
+
+def post_embeddings(exchange, name=None):
+    """POST /v1/embeddings"""
+    answer_api(exchange, "embeddings", name)
+
+
+def post_responses(exchange, name=None):
+    """POST /v1/responses"""
+    answer_api(exchange, "responses", name)
+
+
+def post_rerank(exchange, name=None):
+    """POST /v1/rerank"""
+    answer_api(exchange, "rerank", name)
+
+
+def post_tokenize(exchange, name=None):
+    """POST /tokenize"""
+    answer_api(exchange, "tokenize", name)
+
+
+def post_detokenize(exchange, name=None):
+    """POST /detokenize"""
+    answer_api(exchange, "detokenize", name)
+
+
+def post_messages(exchange, name=None):
+    """POST /v1/messages"""
+    answer_api(exchange, "messages", name)
+
+
+def post_count_tokens(exchange, name=None):
+    """POST /v1/messages/count_tokens"""
+    answer_api(exchange, "count_tokens", name)
+
+
+def answer_api(exchange, api, name):
+    """Answer a request of one of APIS. name: the service, if the path has it."""
+    request = exchange.read_object()
+    model = request.get("model") if name is None else name
+    if not isinstance(model, str):
+        raise RelayError("invalid_request", "model is missing: the name of a service.",
+                         param="model")
+    service = find_model(exchange, model)
+    by_operator, access = exchange.access(service)
+    check_fields(request, OPENAI_FIELDS)
+    opaque = is_opaque(api, request)
+    check_api(api, service, request, opaque)
+    cap_length(request, access, APIS[api].usual_length)
+    exchange.take_slot(reserved=by_operator or access is not None)
+    stream, options = request.get("stream"), request.get("stream_options") or {}
+    reader = submit_api(exchange, api, service, request, by_operator, access, opaque)
+    if opaque:
+        encoder = OpaqueStream(api, service) if stream else OpaqueWhole(api)
+    elif api == "embeddings":
+        encoder, stream = EmbeddingsWhole(service), False
+    else:
+        encoder = TextEncoder(api, service.name, reader.job, options, stream,
+                              exchange.head.fields.get("x-neuroengine-queue") == "1")
+    (StreamOutlet if stream else WholeOutlet)(exchange, reader, encoder).answer()
+
+
+def find_model(exchange, name):
+    """Return the service that a client calls its model. Raises RelayError: what no service
+    can be called, as "llama3:8b", is unknown, too."""
+    try:
+        return exchange.broker.find(name)
+    except RelayError:
+        raise RelayError("service_unknown", "There is no model %s here. GET /v1/models "
+                         "lists the models." % printable(name), param="model") from None
+
+
+def is_opaque(api, request):
+    """Whether a request needs more than text items can say."""
+    if api not in ("chat", "completions"):
+        return api != "embeddings"
+    prompt = request.get("prompt")
+    if api == "completions" and isinstance(prompt, list) and len(prompt) == 1 \
+            and isinstance(prompt[0], str):
+        prompt = request["prompt"] = prompt[0]
+    logprobs = request.get("logprobs")
+    return bool(request.get("n", 1) > 1 or request.get("best_of", 1) > 1
+                or logprobs or logprobs == 0 and logprobs is not False
+                or request.get("echo") or api == "completions" and isinstance(prompt, list))
+
+
+def check_api(api, service, request, opaque):
+    """Raise RelayError if the request has no prompt, or no provider of the service can
+    answer it."""
+    field = APIS[api].prompt
+    if not opaque and api == "chat":
+        check_fields(request, {"messages": NATIVE_FIELDS["messages"]})
+    elif not opaque and api == "completions":
+        check_fields(request, {"prompt": NATIVE_FIELDS["message"]})
+    if field is not None and request.get(field) is None and not (
+            api == "responses" and request.get("prompt")):
+        raise RelayError("invalid_request", "%s is missing." % field, param=field)
+    sessions = list(service.sessions.values())
+    needs = api if opaque or api == "embeddings" else None
+    if needs and sessions and not any(session.features.has(needs) for session in sessions):
+        what = APIS[api].path
+        if opaque and api in ("chat", "completions"):
+            what += " with n, best_of, logprobs, echo, or a prompt that is a list"
+        raise RelayError("not_found", "The provider of %s has no %s." % (service.name, what))
+    if cost_of(request) > MAX_COST:
+        raise RelayError("invalid_request", "One request may have at most %d prompts."
+                         % MAX_COST, param=field)
+
+
+def cost_of(request):
+    """How many prompts a request counts as."""
+    prompt = request.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(
+        prompt[0], int) else 1
+    return prompts * max(request.get("n", 1), request.get("best_of", 1))
+
+
+def submit_api(exchange, api, service, request, by_operator, access, opaque):
+    """Submit a request of one of APIS; return a Reader. Empties the request: it may be
+    large, and the wait long."""
+    repeat = exchange.head.fields.get("idempotency-key")
+    caller, cost, wait = exchange.caller(access), cost_of(request), request.pop("wait", False)
+    if opaque:
+        job = {"api": api, "opaque": True, "stream": bool(request.get("stream")),
+               "headers": {name: exchange.head.fields[name] for name in PASSED_HEADERS
+                           if name in exchange.head.fields},
+               "body": request}
+        payload = to_json(job)
+    else:
+        payload = to_json(dict({field: value for field, value in request.items()
+                                if field not in FOR_RELAY and field != "reply_so_far"},
+                               api=api))
+    request.clear()
+    return exchange.broker.submit(
+        service, payload, caller=caller, by_operator=by_operator, access=access,
+        rated=not exchange.local, holder=exchange.address, wait=wait, at=0,
+        grace=None if repeat else 0.0, cost=cost, urgent=APIS[api].urgent,
+        identity=repeat_identity(exchange, service, caller, repeat) if repeat else None,
+        needs=api if opaque or api == "embeddings" else None)
+
+
+def time_headers(exchange, job):
+    """The headers that tell how long the prompt queued, and what the relay added."""
+    now = exchange.broker.now()
+    queued = (job.leased_at or now) - job.created
+    added = job.created - exchange.began + (now - (job.ended_at or now))
+    return b"X-Neuroengine-Queue-Ms: %d\r\nX-Neuroengine-Overhead-Ms: %.1f\r\n" % (
+        1000 * queued, max(0, 1000 * added))       # below 0: a repeat of an older prompt
+
+
+class TextEncoder:
+    """Encodes text items as OpenAI's chat completions or completions, whole or streamed."""
+
+    begins_late, large = True, False
+
+    def __init__(self, api, model, job, options, stream, tells_queue):
+        self.chat, self.model, self.job = api == "chat", model, job
+        self.name = "openai " + api
+        self.kind = "text/event-stream" if stream else JSON
+        self.include_usage = options.get("include_usage")
+        self.tells_queue = tells_queue or options.get("include_queue")
+        self.finish_reason = self.usage = None
+        self.begun, self.tokens, self.calls = False, 0, False
+        what = "chat.completion" if self.chat else "text_completion"
+        if stream and self.chat:
+            what += ".chunk"
+        # Around each piece of text stands the same: a fifth of a streamed token's cost.
+        self.base = b'{"id":"%s-%s","object":"%s","created":%d,"model":"%s","choices":[' % (
+            b"chatcmpl" if self.chat else b"cmpl", job.id[:24].encode("ascii"),
+            what.encode("ascii"), time.time(), model.encode("ascii"))
+        self.before, self.after = self._chunk({"content": ""}).split(b'""')
+
+    def headers(self, exchange, job):
+        return time_headers(exchange, job)
+
+    # -- whole --
+
+    def whole(self, job):
+        """The answer as one object."""
+        message = Message()
+        for item in job.items:
+            if type(item) is str:
+                message.texts.append(item)
+            else:
+                item = json.loads(item)
+                self._note(item)
+                message.add(item)
+        self.tokens = len(message.texts)
+        said = "".join(message.texts)
+        choice = {"index": 0}
+        if self.chat:
+            choice["message"] = message.whole(said)
+        else:
+            choice["text"] = said
+        choice["logprobs"] = None
+        choice["finish_reason"] = self.finish_reason or (
+            "tool_calls" if message.calls else "stop")
+        return b'%s%s],"usage":%s}' % (self.base, to_json(choice), to_json(self._usage()))
+
+    # -- streamed --
+
+    def items(self, items, at):
+        """The events for some items; texts that came together go as one."""
+        parts, texts = [], []
+        if not self.begun and self.chat:
+            parts.append(self._chunk({"role": "assistant", "content": ""}))
+        self.begun = True
+
+        def flush():
+            if texts:
+                self.tokens += len(texts)
+                parts.append(self.before + dumps("".join(texts)) + self.after)
+                texts.clear()
+
+        for item in items:
+            if type(item) is str:
+                texts.append(item)
+                continue
+            flush()
+            item = json.loads(item)
+            self._note(item)
+            if item.get("reasoning"):
+                parts.append(self._chunk({"reasoning_content": item["reasoning"]}))
+            if item.get("tool_calls"):
+                parts.append(self._chunk({"tool_calls": item["tool_calls"]}))
+            if item.get("delta"):
+                parts.append(self._chunk(item["delta"]))
+        flush()
+        return b"".join(parts) or b": \n\n"
+
+    def queue(self, position):
+        if position is None:
+            return b": waiting\n\n"
+        if self.tells_queue:
+            return self._chunk({}, more=b',"queue":' + dumps(position))
+        return b": queue %d/%d\n\n" % (position["position"], position["waiting"])
+
+    def beat(self):
+        return b": waiting\n\n"
+
+    def end(self, job):
+        """The last events."""
+        if job.error is not None:
+            return b"data: " + dumps(openai_error(job.error)) + b"\n\n"
+        parts = [] if self.begun or not self.chat else [self.items((), 0)]
+        parts.append(self._chunk({}, self.finish_reason or (
+            "tool_calls" if self.calls else "stop")))
+        if self.include_usage:
+            parts.append(b'data: %s],"usage":%s}\n\n' % (self.base, dumps(self._usage())))
+        return b"".join(parts) + b"data: [DONE]\n\n"
+
+    def _chunk(self, delta, finish_reason=None, more=b""):
+        """One event."""
+        if self.chat:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        else:
+            choice = {"index": 0, "text": delta.get("content", ""), "logprobs": None,
+                      "finish_reason": finish_reason}
+        return b"data: %s%s]%s}\n\n" % (self.base, dumps(choice), more)
+
+    def _note(self, item):
+        self.finish_reason = item.get("finish_reason") or self.finish_reason
+        self.usage = item.get("usage") or self.usage
+        self.calls = self.calls or bool(item.get("tool_calls"))
+
+    def _usage(self):
+        """The upstream's own count; else items, and four bytes of prompt to a token."""
+        if isinstance(self.usage, dict):
+            return self.usage
+        prompt = len(self.job.payload) // 4
+        return {"prompt_tokens": prompt, "completion_tokens": self.tokens,
+                "total_tokens": prompt + self.tokens}
+
+
+class Message:
+    """The whole message of a chat, gathered from items."""
+
+    def __init__(self):
+        self.texts, self.reasoning, self.calls, self.more = [], [], [], {}
+
+    def add(self, item):
+        """Add an item that is an object."""
+        self.reasoning.append(item.get("reasoning") or "")
+        for delta in item.get("tool_calls") or ():
+            self._merge_call(delta)
+        for name, value in (item.get("delta") or {}).items():
+            old = self.more.get(name)
+            both_texts = isinstance(old, str) and isinstance(value, str)
+            both_lists = isinstance(old, list) and isinstance(value, list)
+            self.more[name] = old + value if both_texts or both_lists else value
+
+    def _merge_call(self, delta):
+        """Add one delta of a tool call to the whole calls gathered so far."""
+        index = delta.get("index")
+        if not isinstance(index, int) or not 0 <= index <= len(self.calls):
+            index = len(self.calls)
+        if index == len(self.calls):
+            self.calls.append({"id": "", "type": "function",
+                               "function": {"name": "", "arguments": ""}})
+        call, function = self.calls[index], delta.get("function") or {}
+        call["id"] = delta.get("id") or call["id"]
+        call["type"] = delta.get("type") or call["type"]
+        for field in ("name", "arguments"):
+            call["function"][field] += function.get(field) or ""
+
+    def whole(self, said):
+        """The message as one object."""
+        message = {"role": "assistant", "content": said}
+        if any(self.reasoning):
+            message["reasoning_content"] = "".join(self.reasoning)
+        if self.calls:
+            message["tool_calls"] = self.calls
+            message["content"] = said or None
+        message.update(self.more)
+        return message
+
+
+class EmbeddingsWhole:
+    """Passes on the one object, or JSON text, that answers /v1/embeddings."""
+
+    name, kind, begins_late, large = "embeddings", JSON, True, True
+
+    def __init__(self, service):
+        self._model = service.name
+
+    def headers(self, exchange, job):
+        return time_headers(exchange, job)
+
+    def whole(self, job):
+        for item in job.items:
+            if type(item) is Raw:
+                return bytes(item)
+            result = json.loads(item).get("result") if type(item) is bytes else None
+            if result:
+                return to_json(dict(result, model=self._model))
+        raise RelayError("provider_error", "The provider answered without embeddings.")
+
+
+class OpaqueWhole:
+    """Passes on a whole answer as it is."""
+
+    kind, begins_late, large = JSON, True, True
+
+    def __init__(self, api):
+        self.name = "opaque " + api
+
+    def headers(self, exchange, job):
+        return time_headers(exchange, job)
+
+    def whole(self, job):
+        for item in job.items:
+            if type(item) is Raw:
+                return bytes(item)
+        raise RelayError("provider_error", "The provider's answer was empty.")
+
+
+class OpaqueStream:
+    """Passes on the events of a streamed answer as they are."""
+
+    kind = "text/event-stream"
+
+    def __init__(self, api, service):
+        self._api, self._service = api, service
+
+    def headers(self, exchange, job):
+        return time_headers(exchange, job)
+
+    def items(self, items, at):
+        return b"".join([item + b"\n\n" for item in items if type(item) is Raw])
+
+    def queue(self, position):
+        if position is None:
+            return b": waiting\n\n"
+        return b": queue %d/%d\n\n" % (position["position"], position["waiting"])
+
+    def beat(self):
+        return b": waiting\n\n"
+
+    def end(self, job):
+        if job.error is None:
+            return b""
+        if self._api == "messages":
+            return b"event: error\ndata: %s\n\n" % dumps(anthropic_error(job.error))
+        if self._api == "responses":
+            return b"event: error\ndata: %s\n\n" % dumps({
+                "type": "error", "code": job.error.code, "message": job.error.words,
+                "param": job.error.param, "sequence_number": len(job.items)})
+        return b"data: %s\n\n" % dumps(openai_error(job.error))
+
+
+def send_openai_models(exchange, name=None):
+    """GET /v1/models: the services that answer now, or with ?all=1 all of them"""
+    directory = exchange.relay.directory
+    if name is not None:
+        models = [directory.entry(find_model(exchange, name))]
+    elif "all=1" in exchange.head.target.partition("?")[2].split("&"):
+        models = directory.entries()
+    else:
+        models = [entry for entry in directory.entries() if entry["connected"]]
+    exchange.respond(200, {"object": "list", "data": list(map(openai_model, models))})
+
+
+def send_openai_model(exchange, name, _=None):
+    """GET /v1/models/{id}; at a service's own base, whatever the id"""
+    entry = exchange.relay.directory.entry(find_model(exchange, name))
+    exchange.respond(200, openai_model(entry))
+
+
+def openai_model(entry):
+    """A directory entry as OpenAI's clients expect it."""
+    model = {"id": entry["name"], "object": "model", "created": entry["created"],
+             "owned_by": "neuroengine"}
+    if entry.get("context_length"):
+        model["context_length"] = model["max_model_len"] = entry["context_length"]
+    for field in ("vision", "tools", "apis"):
+        if entry.get(field) is not None:
+            model[field] = entry[field]
+    if not entry["connected"]:
+        model["status"] = "offline"
+    return model
+
+
+##############################################################################
+# Operators: register a service, and manage it with its key
+#
+# These handlers check and answer; what is stored, and in which order it comes into force,
+# is the Registry's.
+##############################################################################
+
+REPEAT_SECONDS = 600         # a registration may be repeated with its Idempotency-Key
+MAX_KEYS = 1000              # access keys of one service
+
+
+def register(exchange):
+    """POST /api/services: {name, operator, comment, suggestions, invitation} -> {name, key}"""
+    exchange.charge_change()
+    request, registry = exchange.read_object(MAX_SMALL_BODY_BYTES), exchange.relay.registry
+    repeat = exchange.head.fields.get("idempotency-key")
+    name = request.get("name")
+    if not isinstance(name, str) or not is_name(name):
+        raise RelayError("invalid_name", invalid_name_words(str(name)), param="name")
+    check_fields(request, SERVICE_FIELDS)
+    key = new_key()
+    if repeat:
+        key = registry.repeatable_key(exchange.caller(), repeat, exchange.fingerprint)
+        if registry.is_registered(name, key):
+            return exchange.respond(201, {"name": name, "key": key, "errorcode": 0})
+    if registry.registration == "closed":
+        raise RelayError("forbidden", "Registration is closed here. Ask the people who run "
+                         "this relay.")
+    invitation = None
+    if registry.registration == "invited":
+        invitation = digest(str(request.get("invitation"))[:200])
+    if not exchange.local:
+        exchange.relay.registrations.take_by_address(
+            exchange.address, exchange.limits.max_registrations_per_hour, 3600,
+            "registrations")
+    registry.register(Service(name, digest(key), created=time.time(),
+                              **stored_fields(request, SERVICE_FIELDS)), invitation)
+    log("registered", service=name, address=exchange.address)
+    exchange.respond(201, {"name": name, "key": key, "errorcode": 0})
+
+
+def stored_fields(request, fields):
+    """The fields of a request that are columns of a service."""
+    columns = {field: request[field] for field in fields if field in request}
+    if "suggestions" in columns:
+        columns["suggestions"] = dumps(columns["suggestions"]).decode("ascii")
+    return columns
+
+
+def send_service(exchange, name):
+    """GET /api/services/{name}"""
+    service = exchange.authorized(name)
+    exchange.respond(200, exchange.relay.directory.entry(service))
+
+
+def change_service(exchange, name):
+    """PATCH /api/services/{name}: the fields of CHANGE_FIELDS"""
+    service, request = exchange.read_authorized(name)
+    reset = {"anonymous_per_day": None} if "anonymous_per_day" in request else {}
+    check_fields(request, CHANGE_FIELDS)
+    changes, answer = dict(reset, **stored_fields(request, CHANGE_FIELDS)), {}
+    if changes.pop("new_key", False):
+        answer["key"] = new_key()
+        changes["key_digest"] = digest(answer["key"])
+    with exchange.relay.registry.changing:
+        exchange.still_authorized(service)
+        exchange.relay.registry.change(service, **changes)
+    if answer:
+        log("new_key", service=service.name, address=exchange.address)
+    exchange.respond(200, dict(exchange.relay.directory.entry(service), errorcode=0,
+                               **answer))
+
+
+def send_keys(exchange, name):
+    """GET /api/services/{name}/keys: the access keys, with their use so far"""
+    service = exchange.authorized(name)
+    exchange.respond(200, {"errorcode": 0, "keys": [
+        key.shown(time.time()) for key in list(service.keys.values())]})
+
+
+def add_key(exchange, name):
+    """POST /api/services/{name}/keys: {label, limits} -> {id, key}"""
+    service, request = exchange.read_authorized(name)
+    check_fields(request, KEY_FIELDS)
+    key = new_key()
+    access = AccessKey(secrets.token_hex(8), digest(key), request.get("label", ""),
+                       time.time(), *[request.get(limit) for limit in KEY_LIMITS],
+                       *(0, 0, 0, None))
+    with exchange.relay.registry.changing:
+        exchange.still_authorized(service)
+        exchange.relay.registry.add_key(service, access)
+    log("key_added", service=service.name, key_id=access.id)
+    exchange.respond(201, dict(access.shown(time.time()), key=key, errorcode=0))
+
+
+def revoke_key(exchange, name, key_id):
+    """DELETE /api/services/{name}/keys/{id}: in force at once, whatever the disk does"""
+    service = exchange.authorized(name)
+    saved = exchange.relay.registry.revoke_key(service, key_id)
+    log("key_revoked", service=service.name, key_id=key_id)
+    if not saved:
+        raise RelayError("relay_busy", "The access key is revoked, but the relay cannot "
+                         "write that to its disk now. It will try again; until then a crash "
+                         "of the relay would undo it.", retry_after=30)
+    exchange.respond(200, {"errorcode": 0})
+
+
+def delete_service(exchange, name):
+    """DELETE /api/services/{name}"""
+    service = exchange.authorized(name)
+    with exchange.relay.registry.changing:
+        exchange.still_authorized(service)
+        exchange.relay.registry.delete(service)
+    log("deleted", service=service.name, address=exchange.address)
+    exchange.respond(200, {"name": service.name, "errorcode": 0})
+
+
+##############################################################################
+# Page, directory, metrics
+#
+# What people and programs see of the relay without a prompt. All of it is sent from
+# memory, so that no number of visitors makes prompts wait.
+##############################################################################
+
+DIRECTORY_SECONDS = 1.0      # the directory is built at most this often
+
+
+class Directory:
+    """All services as the page and clients see them: /api/models."""
+
+    def __init__(self, broker):
+        self._broker = broker
+        self._lock = threading.Lock()      # held while it is built, by one thread
+        self._built_at = -math.inf
+        self._version, self._took = -1, 0.0
+        self._entries, self._body, self._zipped, self._etag = [], b"[]", b"", '""'
+
+    def entry(self, service):
+        """One service, as it is at this moment."""
+        sessions = list(service.sessions.values())
+        features = service.features
+        entry = {
+            "name": service.name, "numreq": service.numreq, "private": service.private,
+            "paused": service.paused, "connected": bool(sessions),
+            "comment": service.comment, "operator": service.operator,
+            "queuelen": service.queue.size, "created": int(service.created),
+            "workers": sum(session.workers for session in sessions),
+            "running": sum(len(session.leases) for session in sessions)}
+        if service.last_seen is not None and not sessions:
+            entry["last_seen"] = int(service.last_seen)
+        eta = self._broker.eta(service) if sessions and service.job_seconds else None
+        if eta is not None:
+            entry["eta_s"] = 0 if service.idle else eta
+        if service.tokens_per_second:
+            entry["tokens_per_s"] = round(service.tokens_per_second, 1)
+        if service.suggestions != "[]":
+            entry["suggestions"] = json.loads(service.suggestions)
+        if features.apis:
+            entry["apis"] = sorted(features.apis)
+        for name, value in (("context_length", features.context_length),
+                            ("anonymous_per_day", service.anonymous_per_day),
+                            ("vision", features.vision), ("tools", features.tools)):
+            if value is not None:
+                entry[name] = value
+        return entry
+
+    def entries(self):
+        """All entries by name, at most DIRECTORY_SECONDS old."""
+        self._refresh()
+        return self._entries
+
+    def _refresh(self):
+        with self._lock:
+            now, version = self._broker.now(), self._broker.version()
+            # While it changes all the time, building it takes a twentieth of the processor.
+            age = DIRECTORY_SECONDS if version == self._version else min(
+                DIRECTORY_SECONDS, 20 * self._took)
+            if now - self._built_at < age:
+                return
+            entries = []
+            services = sorted(self._broker.services(), key=lambda s: s.name.lower())
+            for number, service in enumerate(services):
+                entries.append(self.entry(service))
+                if number % 500 == 499:
+                    time.sleep(0)          # let other threads run
+            self._entries = entries
+            self._body = b"[" + b",".join(map(dumps, entries)) + b"]"
+            self._zipped = gzip.compress(self._body, 1)
+            self._etag = '"%s"' % hashlib.sha256(self._body).hexdigest()[:20]
+            self._built_at, self._version = self._broker.now(), version
+            self._took = self._built_at - now
+
+    def send(self, exchange):
+        """Answer with all entries."""
+        self._refresh()
+        send_cached(exchange, self._body, self._zipped, self._etag, JSON)
+
+
+def send_cached(exchange, body, zipped, etag, kind, **headers):
+    """Answer with bytes held in memory: 304 if the client has them, gzip if it takes it."""
+    headers.update(etag=etag, cache_control="no-cache", vary="Accept-Encoding")
+    seen = exchange.head.fields.get("if-none-match", "")
+    if exchange.head.method in ("GET", "HEAD") and etag in seen.split(", "):
+        return exchange.respond(304, b"", kind, **headers)
+    codings = exchange.head.fields.get("accept-encoding", "").lower()
+    if re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?(?:\s|,|$))", codings):
+        return exchange.respond(200, zipped, kind, content_encoding="gzip", **headers)
+    exchange.respond(200, body, kind, **headers)
+
+
+class Page:
+    """A file that is served from memory."""
+
+    def __init__(self, body, kind):
+        self.body, self.kind = body, kind
+        self.zipped = gzip.compress(body, 9)
+        self.etag = '"%s"' % hashlib.sha256(body).hexdigest()[:20]
+        self.policy = content_security_policy(body)
+
+    def send(self, exchange):
+        send_cached(exchange, self.body, self.zipped, self.etag, self.kind,
+                    content_security_policy=self.policy)
+
+
+def content_security_policy(page):
+    """The policy under which only the page's own script and style run: their hashes."""
+    def hashes(tag):
+        found = re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S)
+        return " ".join("'sha256-%s'" % base64.b64encode(hashlib.sha256(code).digest()).decode()
+                        for code in found) or "'none'"
+    return ("default-src 'none'; script-src %s; style-src %s; connect-src 'self'; "
+            "img-src data: blob:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'" % (hashes(b"script"), hashes(b"style")))
+
+
+def send_page(exchange, name=None):
+    """GET / and GET /{service}"""
+    if name is not None and not is_name(name):
+        raise RelayError("not_found", "There is no /%s here." % printable(name))
+    if exchange.relay.page_file is None:
+        raise RelayError("not_found", "This relay has no chat.html next to its program, so "
+                         "it has no page. Its API works: GET /api/models.")
+    exchange.relay.page_file.send(exchange)
+
+
+def send_client(exchange):
+    """GET /neuroengine.py: the client file that matches this relay"""
+    if exchange.relay.client_file is None:
+        raise RelayError("not_found", "This relay has no neuroengine.py next to its program. "
+                         "Get it where you got neuroengine_server.py.")
+    exchange.relay.client_file.send(exchange)
+
+
+def send_challenge(exchange, token):
+    """GET /.well-known/acme-challenge/{token}: what certbot put into --acme-webroot"""
+    webroot = exchange.relay.webroot
+    if webroot and re.match(r"[A-Za-z0-9_-]{1,256}\Z", token):
+        path = os.path.join(webroot, ".well-known", "acme-challenge", token)
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            return exchange.respond(200, file.read(65536), "text/plain")
+    raise RelayError("not_found", "There is no such challenge here.")
+
+
+def send_health(exchange):
+    """GET /healthz"""
+    if exchange.broker.draining:
+        raise RelayError("shutting_down", "The relay is shutting down.")
+    exchange.respond(200, {"status": "ok", "version": __version__})
+
+
+def send_metrics(exchange):
+    """GET /metrics, in the text format of Prometheus"""
+    if not exchange.local:
+        raise RelayError("forbidden", "Metrics are for this machine only.")
+    relay = exchange.relay
+    counters, gauges, histograms = exchange.broker.totals()
+    for name in ("connections", "polls", "waiting", "bytes"):
+        gauges[name] = getattr(relay, name).taken
+    lines = []
+    for kind, values in (("gauge", gauges), ("counter", counters)):
+        for name, value in sorted(values.items()):
+            name += "_total" if kind == "counter" else ""
+            lines += ["# TYPE neuroengine_%s %s" % (name, kind),
+                      "neuroengine_%s %d" % (name, value)]
+    counted = sorted(relay.counted().items())
+    for what in sorted({what for (what, _), _ in counted}):
+        lines.append("# TYPE neuroengine_%s_total counter" % what)
+        lines += ['neuroengine_%s_total{kind="%s"} %d' % (what, label, count)
+                  for (name, label), count in counted if name == what]
+    for name, histogram in sorted(histograms.items()):
+        lines += histogram.lines("neuroengine_" + name)
+    exchange.respond(200, ("\n".join(lines) + "\n").encode("ascii"),
+                     "text/plain; version=0.0.4")
+
+
+class Histogram:
+    """Histogram of durations."""
+
+    BOUNDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)   # seconds
+
+    def __init__(self):
+        self.counts, self.sum = [0] * (len(self.BOUNDS) + 1), 0.0
+
+    def observe(self, seconds):
+        """Count one duration."""
+        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.sum += seconds
+
+    def lines(self, name):
+        """Its lines for Prometheus, where each bucket includes those before it."""
+        totals = list(itertools.accumulate(self.counts))
+        return ["# TYPE %s histogram" % name] + [
+            '%s_bucket{le="%s"} %d' % (name, bound, total)
+            for bound, total in zip(self.BOUNDS + ("+Inf",), totals)] + [
+            "%s_sum %.3f" % (name, self.sum), "%s_count %d" % (name, totals[-1])]
+
+
+##############################################################################
+# Store: what survives a restart. Services, hashes of keys, counters; no prompts
 ##############################################################################
 
 MIGRATIONS = (   # user_version counts those that the file has been through
@@ -1699,6 +4935,8 @@ MIGRATIONS = (   # user_version counts those that the file has been through
     ("ALTER TABLE services ADD COLUMN anonymous_per_day INTEGER",
      """CREATE TABLE invitations (
             digest TEXT PRIMARY KEY, uses INTEGER NOT NULL, created REAL NOT NULL)"""),
+    ("ALTER TABLE services ADD COLUMN suggestions TEXT NOT NULL DEFAULT '[]'",
+     "ALTER TABLE services ADD COLUMN connected INTEGER NOT NULL DEFAULT 0"),
 )
 
 
@@ -1710,7 +4948,8 @@ class Store:
     """The services in an SQLite file (write-ahead log), or in memory: ":memory:"."""
 
     def __init__(self, path, existing=False):
-        """existing: neither make the file nor migrate it, as a relay may be using it."""
+        """existing: neither create the file nor migrate it: a relay may be using it. Raises
+        StoreError."""
         self._lock = threading.Lock()      # one connection, one statement at a time
         try:
             if path != ":memory:":         # private from its first moment on
@@ -1719,7 +4958,7 @@ class Store:
                                        check_same_thread=False)
             self.version = self._value("PRAGMA user_version")
             if self.version > len(MIGRATIONS):
-                raise StoreError("The data file %s is of a newer neuroengine: use that "
+                raise StoreError("The data file %s belongs to a newer neuroengine. Use that "
                                  "version, or name another file with --data." % path)
             damage = self._value("PRAGMA quick_check")
             if damage != "ok":
@@ -1729,14 +4968,15 @@ class Store:
             self._db.execute("PRAGMA foreign_keys=ON")
             if not existing:
                 self._migrate()
-        except sqlite3.OperationalError as error:     # as the two below, but it may pass
-            raise StoreError("The data file %s cannot be used: %s." % (path, error))
+                self._db.execute("UPDATE services SET connected=0")    # after kill -9
+        except sqlite3.OperationalError as error:
+            raise StoreError("The data file %s cannot be used: %s." % (path, error)) from None
         except sqlite3.DatabaseError as error:
-            raise StoreError("The data file %s is damaged, or no data file: %s. Put a "
-                             "backup in its place." % (path, error))
+            raise StoreError("The data file %s is damaged, or not a data file: %s. Put a "
+                             "backup in its place." % (path, error)) from None
         except OSError as error:
-            raise StoreError("The data file %s cannot be used: %s. Another can be named "
-                             "with --data." % (path, error.strerror))
+            raise StoreError("The data file %s cannot be used: %s. Name another with --data."
+                             % (path, error.strerror)) from None
 
     def _value(self, statement):
         return self._db.execute(statement).fetchone()[0]
@@ -1765,35 +5005,40 @@ class Store:
                 raise
 
     def load(self):
-        """Return every Service of the file, with its access keys."""
+        """Return every Service of the file, with its access keys. A key without a service
+        is reported and left alone."""
         with self._lock:
-            services = {row[0]: Service(*row) for row in self._db.execute(
+            services = {row[0].lower(): Service(*row) for row in self._db.execute(
                 "SELECT %s FROM services" % ", ".join(Service.COLUMNS)).fetchall()}
             for row in self._db.execute("SELECT service, %s FROM keys" % ", ".join(
                     AccessKey.COLUMNS)):
-                key = AccessKey(*row[1:])
-                services[row[0]].keys[key.digest] = key
+                key, service = AccessKey(*row[1:]), services.get(row[0].lower())
+                if service is None:
+                    log("orphan_key", service=row[0], key_id=key.id)
+                else:
+                    service.keys[key.digest] = key
         for service in services.values():
             service.stored = True
         return list(services.values())
 
     def changes(self):
-        """A number that changes when another process has written to the file."""
+        """Return a number that changes when another process has written to the file."""
         with self._lock:
             return self._value("PRAGMA data_version")
 
     def add(self, service, invitation=None):
         """Write a new service; it is on the disk when this returns.
 
-        invitation: the hash of one to be used up for it. Raises RelayError if it is
-        unknown or used up."""
+        invitation: the hash of one to be used up for it. Raises RelayError if it is unknown
+        or used up.
+        """
         with self._transaction():
             if invitation is not None and not self._db.execute(
                     "UPDATE invitations SET uses=uses-1 WHERE digest=? AND uses>0",
                     (invitation,)).rowcount:
                 raise RelayError("invitation_needed", "A new service needs an invitation "
-                                 "here, and this is none, or it is used up: ask whoever "
-                                 "runs the relay for one, and give it as \"invitation\".",
+                                 "here, and this one is unknown or used up. Ask the people "
+                                 "who run the relay, and give it as \"invitation\".",
                                  param="invitation")
             self._db.execute(
                 "INSERT INTO services (%s) VALUES (?%s)" % (
@@ -1816,12 +5061,14 @@ class Store:
                 [*columns.values(), service.name, service.created])
 
     def save(self, services):
-        """Write what these services and their keys have counted, in one transaction. And
-        no more than that: the rest may have been changed there, by another process."""
+        """Write what these services and their keys have counted, in one transaction. Nothing
+        else: the rest may have been changed there by another process."""
         with self._transaction():
             self._db.executemany(
-                "UPDATE services SET numreq=?, last_seen=? WHERE name=? AND created=?",
-                [(s.numreq, s.last_seen, s.name, s.created) for s in services])
+                "UPDATE services SET numreq=?, last_seen=?, connected=? "
+                "WHERE name=? AND created=?",
+                [(s.numreq, s.last_seen, len(s.sessions), s.name, s.created)
+                 for s in services])
             used = [(k, (k.day, k.requests, k.tokens, k.last_used))
                     for s in services for k in list(s.keys.values())]
             used = [(key, use) for key, use in used if key.written != use]
@@ -1867,7 +5114,7 @@ class Store:
 
 
 def new_key():
-    """A service key: 256 random bits, with a prefix that scanners recognise."""
+    """Return a new key: 256 random bits, with a prefix that scanners recognise."""
     return "ne_" + secrets.token_urlsafe(32)
 
 
@@ -1877,2155 +5124,222 @@ def digest(key):
 
 
 ##############################################################################
-# HTTP: the reader of requests (RFC 9112, strictly)
+# Registry: what is stored, reloaded, revoked, saved
+#
+# It keeps the Broker's services and the data file the same. Another implementation behind
+# these methods may keep them elsewhere.
 ##############################################################################
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(r"(" + _TOKEN + r") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
-# Control characters, a bare CR or LF, white space before the colon and folded lines
-# all fail to match: each of them has been used to smuggle requests past proxies.
-_FIELD = re.compile(r"(" + _TOKEN + r"):([\t\x20-\x7e\x80-\xff]*)\r\n")
-_FIELDS = re.compile(r"(?:" + _FIELD.pattern + r")*\Z")
-_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization",
-                   "content-type", "content-encoding", "expect", "idempotency-key"))
-_HOST = re.compile(r"[A-Za-z0-9.:_\[\]-]*\Z")
-_LENGTH = re.compile(rb"\r\ncontent-length: ([0-9]{1,15})\r\n", re.I)
-MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)    # Windows has none
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,256})?\Z")
-
-
-class Head:
-    """The request line and headers of one request."""
-
-    __slots__ = ("method", "target", "path", "version", "fields", "length", "keep_alive",
-                 "hashed")                 # of the key that it came with, or ""
-
-
-def parse_head(data):
-    """Parse a request's head, from its first byte to the CRLF before the blank line.
-
-    data: bytes. Returns a Head, whose length is the body's: a number of bytes, or None
-    for a chunked one. Raises RelayError for whatever RFC 9112 does not allow, and for
-    what it allows but two readers could understand differently.
-    """
-    text = data.decode("latin-1")
-    match = _REQUEST_LINE.match(text)
-    if not match:
-        raise RelayError("bad_http", "That is not an HTTP/1.1 request line.")
-    head = Head()
-    head.method, head.target, version = match.groups()
-    if not _FIELDS.match(text, match.end()):
-        raise RelayError("bad_http", "A header of this request is malformed.")
-    found = _FIELD.findall(text, match.end())
-    if len(found) > MAX_FIELDS:
-        raise RelayError("bad_http", "This request has too many headers.")
-    head.version, head.fields = int(version), {}
-    fields = head.fields
-    for name, value in found:
-        name, value = name.lower(), value.strip(" \t")
-        if name not in fields:
-            fields[name] = value
-        elif name in _ONCE:
-            raise RelayError("bad_http", "The header %s stands here twice." % name)
-        else:
-            fields[name] += ", " + value
-    if head.version and "host" not in fields or not _HOST.match(fields.get("host", "")):
-        raise RelayError("bad_http", "A request names the relay in one Host header.")
-    head.path = _path_of(head.target)
-    key = _key_of(fields)
-    head.hashed = digest(key) if key else ""
-    head.length = _length_of(head)
-    options = fields.get("connection", "").lower()
-    head.keep_alive = bool(head.version) and not (
-        options and "close" in [option.strip() for option in options.split(",")])
-    return head
-
-
-@functools.lru_cache(maxsize=MAX_PATHS_KNOWN)
-def _path_of(target):
-    """The decoded path, as a tuple of its segments; empty ones do not count."""
-    if target[0] != "/":
-        if target == "*":
-            return ()
-        _, found, rest = target.partition("://")     # the absolute form
-        if not found:
-            raise RelayError("bad_http", "The request's target is not a path.")
-        target = "/" + rest.partition("/")[2]
-    path = target.partition("?")[0]
-    if "%" in path:
-        path = urllib.parse.unquote(path)
-    return tuple(filter(None, path.split("/")))
-
-
-def _key_of(fields):
-    scheme, _, key = fields.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return key.strip()
-    return fields.get("api-key") or fields.get("x-api-key")
-
-
-def _length_of(head):
-    length, coding = (head.fields.get("content-length"),
-                      head.fields.get("transfer-encoding"))
-    if coding is not None:
-        if length is not None or not head.version or coding.lower() != "chunked":
-            raise RelayError("bad_http", "This request's length is ambiguous: send "
-                             "either Content-Length or Transfer-Encoding: chunked.")
-        return None
-    if length is None:
-        if head.method in ("POST", "PUT", "PATCH"):
-            raise RelayError("length_required", "Send the body's Content-Length.")
-        return 0
-    if not (1 <= len(length) <= 15 and length.isascii() and length.isdigit()):
-        raise RelayError("bad_http", "The Content-Length is not a number.")
-    return int(length)
-
-
-class Tls:
-    """The server's side of TLS as a codec: bytes in, bytes out, no socket. So one thread
-    can send while another waits for what the peer sends: a fifth more requests a second
-    than with an SSLSocket, which is for one thread at a time."""
-
-    RECORD_BYTES = 16384                   # the most that one holds (RFC 8446, 5.1)
-
-    def __init__(self, context):
-        self._lock = threading.Lock()
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-
-    def shake_hands(self, data):
-        """Take the peer's bytes; return (whether hands are shaken, bytes for the peer)."""
-        self._incoming.write(data)
-        try:
-            self._tls.do_handshake()
-            return True, self._outgoing.read()
-        except ssl.SSLWantReadError:
-            return False, self._outgoing.read()
-
-    def decrypt(self, data):
-        """Take the peer's bytes; return what they say, b"" if no record is complete."""
-        parts = []
-        with self._lock:
-            self._incoming.write(data)
-            try:
-                while not parts or self._incoming.pending:
-                    parts.append(self._tls.read(self.RECORD_BYTES))
-                    if not parts[-1]:      # close_notify
-                        break
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLError:
-                raise PeerGone()
-            # Who only makes us answer on TLS's own level, to renegotiate, means no good.
-            if parts == [b""] or self._outgoing.pending > self.RECORD_BYTES:
-                raise PeerGone()
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def encrypt(self, data):
-        """Return the bytes that say this to the peer, after those encrypted before."""
-        parts = []
-        with self._lock:
-            try:
-                for start in range(0, len(data), self.RECORD_BYTES):
-                    self._tls.write(data[start:start + self.RECORD_BYTES])
-                    parts.append(self._outgoing.read())
-            except ssl.SSLError:           # the peer has sent nonsense meanwhile
-                raise PeerGone()
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def farewell(self):
-        """Return the bytes for the peer that there are still: an alert, or close_notify."""
-        with self._lock:
-            with contextlib.suppress(ssl.SSLError):
-                self._tls.unwrap()
-            return self._outgoing.read()
-
-
-class Wire:
-    """Bytes in and out of one connection, each wait under a deadline.
-
-    One thread reads and one writes at a time; they need not be the same.
-    """
-
-    def __init__(self, sock, limits, count=None, tls=None):
-        """count: called with the number of each body's bytes as they come. tls: an
-        ssl.SSLContext, if the peer is to speak TLS."""
-        self.sock, self._limits, self._count = sock, limits, count
-        self.tls = Tls(tls) if tls else None
-        self._counting = False
-        self._buffer = b""
-        self.unsent = b""                  # of send_now
-        self._limited = {}                 # option -> seconds
-        # The kernel's own time limits save a poll() for each call, and with it a time at
-        # which the interpreter lock may go to another thread.
-        self.by_kernel = os.name == "posix"
-        if self.by_kernel:
-            sock.settimeout(None)
-        self.last_head = b""               # as it came, also if it was malformed
-        self._around = None                # the same, without the number of its length
-        self._head = None                  # the same, parsed
-        self.gone = False                  # the peer has hung up, as the Watcher saw
-        self.on_gone = None                # see when_gone; the last write takes it back
-
-    def fileno(self):
-        return self.sock.fileno()
-
-    def shake_hands(self, seconds):
-        """Agree with the peer on TLS, if that is spoken here. Raises PeerGone.
-
-        A peer that does not begin with a TLS record is taken to speak plain HTTP: tls is
-        None then, and it can be told where to go.
-        """
-        if self.tls is None:
-            return
-        deadline = time.monotonic() + seconds
-        try:
-            data = self._receive_some(seconds)
-            if data[:1] != b"\x16":        # handshake (RFC 8446, 5.1)
-                self._buffer, self.tls = data, None
-                return
-            while True:
-                done, answer = self.tls.shake_hands(data)
-                self._send(answer)
-                if done:
-                    break
-                data = self._receive_some(deadline - time.monotonic())
-            self._buffer = self.tls.decrypt(b"")     # what came with the last of it
-        except OSError:                    # too late, or no TLS that we speak
-            self.say_goodbye()
-            raise PeerGone()
-
-    def _receive_some(self, seconds):
-        """Return what comes within so many seconds, as it came. Raises PeerGone."""
-        if seconds <= 0:
-            raise socket.timeout()
-        self._limit(socket.SO_RCVTIMEO, seconds)
-        try:
-            # With TLS less, because OpenSSL keeps the memory that it once used.
-            data = self.sock.recv(65536 if self.tls is None else 16384)
-        except (socket.timeout, BlockingIOError):
-            raise socket.timeout()
-        except OSError:                    # reset, unreachable
-            data = b""
-        if not data:
-            raise PeerGone()
-        return data
-
-    def _receive(self, seconds):
-        """Add what comes within so many seconds to the buffer. Raises PeerGone."""
-        data = self._receive_some(seconds)
-        if self.tls is not None:
-            deadline = time.monotonic() + seconds
-            data = self.tls.decrypt(data)
-            while not data:                # a part of a record, or TLS's own matters
-                data = self.tls.decrypt(self._receive_some(deadline - time.monotonic()))
-        if self._counting:
-            self._count(len(data))
-        self._buffer = self._buffer + data if self._buffer else data
-
-    def _limit(self, option, seconds):
-        """Let each call of that direction take no longer."""
-        if not self.by_kernel:
-            option = None
-        if self._limited.get(option) == seconds:
-            return
-        self._limited[option] = seconds
-        try:
-            if self.by_kernel:
-                return self.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack(
-                    "ll", int(seconds), max(1, int(seconds % 1 * 1e6))))
-        except OSError:                    # a system whose time is longer than its long
-            self.by_kernel = False
-        self.sock.settimeout(seconds)
-
-    def has_more(self):
-        """Whether the peer sent more than was read."""
-        return bool(self._buffer)
-
-    def ahead(self, seconds):
-        """Whether something more comes within so many seconds."""
-        try:
-            self._receive(seconds)
-            return True
-        except socket.timeout:
-            return False
-
-    def wait(self, seconds):
-        """Wait for a request's first bytes. Raises PeerGone if none come."""
-        try:
-            while self._buffer in (b"", b"\r"):
-                # First for as long as Connection.soon: a new limit is a system call.
-                if not self.ahead(SOON_SECONDS):
-                    self._receive(seconds)
-            if self._buffer[:2] == b"\r\n":          # RFC 9112, 2.2: one is forgiven
-                self._buffer = self._buffer[2:]
-                while not self._buffer:
-                    self._receive(seconds)
-        except socket.timeout:
-            raise PeerGone()
-
-    def read_head(self):
-        """Return the Head of the request that has begun.
-
-        Raises PeerGone if the connection closes, RelayError if the head is malformed.
-        """
-        limits, deadline = self._limits, None
-        while True:
-            end = self._buffer.find(b"\r\n\r\n")
-            if 0 <= end <= limits.max_head_bytes:
-                break
-            if len(self._buffer) > limits.max_head_bytes:
-                raise RelayError("head_too_large", "The headers are larger than %d bytes."
-                                 % limits.max_head_bytes)
-            if deadline is None:
-                deadline = time.monotonic() + limits.head_seconds
-            try:
-                self._receive(deadline - time.monotonic())
-            except socket.timeout:
-                raise RelayError("request_timeout", "The headers did not come within "
-                                 "%g s." % limits.head_seconds)
-        data, self._buffer = self._buffer[:end + 2], self._buffer[end + 4:]
-        if self._head is None or data != self.last_head:
-            self.last_head = data
-            self._learn_head(data)
-        return self._head
-
-    def _learn_head(self, data):
-        """Parse a head. One client's are mostly alike but for the body's length, and then
-        that is all there is to learn: parsing a short one is 6 % of a prompt's cost."""
-        length = _LENGTH.search(data)
-        around = length and (data[:length.start(1)], data[length.end(1):])
-        if self._head is None or around is None or around != self._around:
-            self._head, self._around = None, around
-            self._head = parse_head(data)
-        else:
-            self._head.length = int(length[1])
-            self._head.fields["content-length"] = length[1].decode("ascii")
-
-    def read_body(self, head, most=None):
-        """Return a request's body as bytes. Raises RelayError, PeerGone."""
-        length, most = head.length, min(most or math.inf, self._limits.max_request_bytes)
-        if length is not None and length > most:
-            raise self._too_large(most)
-        if head.fields.get("expect"):
-            if head.fields["expect"].lower() != "100-continue":
-                raise RelayError("bad_http", "This relay knows no such Expect.")
-            if head.version:
-                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if length is not None and length <= len(self._buffer):
-            return self._take(length)
-        deadline = time.monotonic() + self._limits.body_seconds
-        self._counting = self._count is not None
-        try:
-            if length is not None:
-                return self._take(length, deadline)
-            return self._read_chunked(most, deadline)
-        except socket.timeout:
-            raise RelayError("request_timeout", "The body came too slowly.")
-        finally:
-            self._counting = False
-
-    def _take(self, length, deadline=0.0):
-        if len(self._buffer) < length:
-            parts, have = [self._buffer], len(self._buffer)
-            while have < length:
-                self._buffer = b""
-                self._receive(deadline + have / BODY_BYTES_PER_SECOND - time.monotonic())
-                parts.append(self._buffer)
-                have += len(self._buffer)
-            self._buffer = b"".join(parts)
-        data, self._buffer = self._buffer[:length], self._buffer[length:]
-        return data
-
-    def _take_line(self, deadline):
-        while True:
-            end = self._buffer.find(b"\r\n")
-            if end >= 0:
-                break
-            if len(self._buffer) > 512:
-                raise RelayError("bad_http", "A chunk's first line is too long.")
-            self._receive(deadline - time.monotonic())
-        line, self._buffer = self._buffer[:end], self._buffer[end + 2:]
-        return line
-
-    def _too_large(self, most):
-        return RelayError("request_too_large", "The request is larger than %d bytes." % most)
-
-    def _read_chunked(self, most, deadline):
-        parts, total = [], 0
-        while True:
-            match = _CHUNK_LINE.match(self._take_line(deadline))
-            if not match:
-                raise RelayError("bad_http", "The chunked body is malformed.")
-            size = int(match[1], 16)
-            total += size
-            if total > most or len(parts) > 4096 + total // 64:      # many tiny ones
-                raise self._too_large(most)
-            if size == 0:
-                if self._take_line(deadline):
-                    raise RelayError("bad_http", "Trailers are not accepted.")
-                return b"".join(parts)
-            parts.append(self._take(size, deadline))
-            deadline += size / BODY_BYTES_PER_SECOND
-            if self._take(2, deadline) != b"\r\n":
-                raise RelayError("bad_http", "The chunked body is malformed.")
-
-    def write(self, data):
-        """Send all of data, at most write_seconds for each 64 KiB. Raises PeerGone."""
-        try:
-            if len(data) <= 65536:
-                return self._send(self.tls.encrypt(data) if self.tls else data)
-            view = memoryview(data)
-            for start in range(0, len(data), 65536):
-                part = view[start:start + 65536]
-                self._send(self.tls.encrypt(part) if self.tls else part)
-        except (OSError, ValueError):
-            raise PeerGone()
-
-    def _send(self, data):
-        """Send this as it is, at most for write_seconds."""
-        deadline = time.monotonic() + self._limits.write_seconds
-        self._limit(socket.SO_SNDTIMEO, self._limits.write_seconds)
-        sent = self.sock.send(data)
-        if sent < len(data):                         # a slow reader
-            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            self.sock.sendall(memoryview(data)[sent:])
-            self.sock.settimeout(None if self.by_kernel else self._limits.write_seconds)
-
-    def send_now(self, data):
-        """Send what the kernel takes at this moment; flush sends the rest."""
-        if self.tls is not None:
-            data = self.tls.encrypt(data)
-        try:
-            sent = self.sock.send(data, MSG_DONTWAIT)
-        except OSError:                    # full, or broken, which the next write will see
-            sent = 0
-        self.unsent = data[sent:]
-
-    def flush(self):
-        """Send what send_now could not; nothing else may be sent before. Raises PeerGone."""
-        unsent, self.unsent = self.unsent, b""
-        try:
-            if unsent:
-                self._send(unsent)
-        except (OSError, ValueError):
-            raise PeerGone()
-
-    def say_goodbye(self):
-        """Say that this is the end: without it, TLS takes it for a cut."""
-        with contextlib.suppress(OSError):
-            if self.tls is not None:
-                self._limit(socket.SO_SNDTIMEO, LINGER_SECONDS)
-                self.sock.send(self.tls.farewell())
-            self.sock.shutdown(socket.SHUT_WR)
-
-    def linger(self):
-        """Let the peer read our last words before the connection is reset.
-
-        Closing with its bytes unread would make the kernel send RST, which destroys
-        the response at the peer. nginx does the same (lingering_close).
-        """
-        try:
-            deadline = time.monotonic() + LINGER_SECONDS
-            for _ in range(512):                     # 32 MiB at the most
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self.sock.settimeout(left)
-                if not self.sock.recv(65536):
-                    break
-        except OSError:
-            pass
-
-    def when_gone(self, on_gone):
-        """Call on_gone(), in some thread, as soon as the peer has hung up, unless on_gone
-        is None again by then."""
-        self.on_gone = on_gone             # each sets its own before it looks at the other's
-        if self.gone:
-            on_gone()
-
-    def hang_up(self):
-        """The peer has hung up: tell whoever asked to know."""
-        self.gone = True
-        on_gone = self.on_gone
-        if on_gone is not None:
-            on_gone()
-
-    def has_hung_up(self):
-        """Whether the peer has closed, as far as can be seen before what it sent is read:
-        for systems that do not tell."""
-        try:
-            if not MSG_DONTWAIT and not select.select([self.sock], [], [], 0)[0]:
-                return False
-            start = self.sock.recv(5, socket.MSG_PEEK | MSG_DONTWAIT)
-        except (BlockingIOError, InterruptedError):
-            return False
-        except (OSError, ValueError):
-            return True
-        if not start or self.tls is None:
-            return not start
-        # A TLS record: an alert (21), or encrypted (23) and of the one size that an alert
-        # has in TLS 1.3 (RFC 8446, 5.2: 2 bytes, 1 of type, 16 of tag): close_notify.
-        return start[0] == 21 or start[0] == 23 and start[3:5] == b"\x00\x13"
-
-
-class Watcher:
-    """One thread that sees connections hang up while their own threads wait elsewhere."""
-
-    def __init__(self):
-        self._wires = {}                   # file descriptor -> Wire
-        self._lock = threading.Lock()      # while it is held, a descriptor means one Wire
-        # Linux tells of a hang-up behind bytes that nobody has read yet, and of nothing
-        # else. Other systems are asked for each connection with an answer on its way.
-        self._epoll = select.epoll() if hasattr(select, "EPOLLRDHUP") else None
-
-    @contextlib.contextmanager
-    def watching(self, wire):
-        """Call wire.hang_up(), in some thread, when the peer hangs up meanwhile."""
-        descriptor = wire.fileno()
-        with self._lock:
-            if self._epoll is not None:
-                self._epoll.register(descriptor, select.EPOLLRDHUP | select.EPOLLET)
-            self._wires[descriptor] = wire
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._wires[descriptor]
-                if self._epoll is not None:
-                    self._epoll.unregister(descriptor)
-
-    def look(self):
-        """Deal with the hang-ups that the kernel knows of at this moment.
-
-        Also called before a prompt is matched with one that a client has left: the
-        client may have hung up a moment before it asked again.
-        """
-        with self._lock:
-            for descriptor, _ in self._ask() if self._epoll is None else self._epoll.poll(0):
-                self._wires[descriptor].hang_up()
-
-    def _ask(self):
-        return [(descriptor, None) for descriptor, wire in self._wires.items()
-                if wire.on_gone is not None and not wire.gone and wire.has_hung_up()]
-
-    def run(self):
-        """Watch for ever; for a thread of its own."""
-        while True:
-            if self._epoll is None:        # macOS, Windows
-                time.sleep(0.25)
-            else:
-                select.select([self._epoll], [], [])
-            self.look()
-
-
-##############################################################################
-# HTTP: requests and responses
-##############################################################################
-
-REQUEST_IDS = unique_ids()
-FORWARDED = {"x-forwarded-for", "forwarded", "x-real-ip"}
-SECURITY_HEADERS = (
-    b"Server: neuroengine\r\nX-Content-Type-Options: nosniff\r\n"
-    b"Referrer-Policy: no-referrer\r\n")
-JSON = "application/json"
-_HEADER_VALUE = re.compile(r"[\x20-\x7e]*\Z")
-_OPENAI_TARGET = re.compile(
-    rb"[A-Z]+ \S*/(?:v1/|chat/completions|completions|embeddings|models\b)")
-STATUS_LINES = {status.value: ("HTTP/1.1 %d %s\r\n" % (status, status.phrase)).encode()
-                for status in http.HTTPStatus}
-FLAGS = {"stream", "wait"}                 # fields that are true or false
-NATIVE_ONLY = ("key", "at", "gettokens", "stream", "wait", "command")
-PROVIDERS_OWN = ("api", "reply_so_far", "n", "best_of")   # not for clients to say
-NOT_PASSED_ON = frozenset(NATIVE_ONLY + PROVIDERS_OWN)
-
-
-_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-
-
-def dumps(value):
-    """JSON as bytes. Pure ASCII: others' text cannot break a line or an encoding."""
-    return _to_json(value).encode("ascii")
-
-
-_ALIKE = bytes.maketrans(b"{}", b"[]")
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-
-
-def too_deep(body, most=MAX_DEPTH):
-    """Whether JSON is nested deeper than that, without parsing it.
-
-    The parser recurses in C: 3,000 levels overflow a thread's stack on Python 3.13.
-    """
-    if body.count(b"[") + body.count(b"{") <= most:
+SAVE_SECONDS = 0.5           # counters reach the disk this often
+RELOAD_SECONDS = 2           # between looks at the data file: Python's standard library
+                             # has no way to wait for another process's write
+
+
+class Registry:
+    """Services and access keys, in force and on the disk."""
+
+    def __init__(self, store, broker, registration="open"):
+        """registration: one of REGISTRATION."""
+        self.registration = registration
+        self._store, self._broker = store, broker
+        # Held while services or keys change, or are compared with the file: whoever has it
+        # sees no half of a change. Taken before the broker's and the store's locks.
+        self.changing = threading.RLock()
+        self._digests = set()              # of all access keys
+        self._revoked = []                 # access keys that are still on the disk
+        self._unsaved = {}                 # name -> Service whose counters are not
+        self._trouble = None               # why they could not be written, as logged
+        self._changes = store.changes()    # before it is loaded
+        self._secret = secrets.token_bytes(32)         # of repeatable_key
+        self._repeats = OrderedDict()      # hash of caller and key -> body's fingerprint
+        for service in store.load():
+            broker.add(service, returning=True)
+            self._digests.update(service.keys)
+
+    def knows_key(self, hashed):
+        """Whether some service has an access key of that digest."""
+        return hashed in self._digests
+
+    # -- registration --
+
+    def repeatable_key(self, caller, repeat, fingerprint):
+        """Return the key for a registration that may be repeated: the same each time while
+        the relay runs, and kept nowhere. Raises RelayError if the body is another one."""
+        name = hmac.new(self._secret, repr((caller, repeat)).encode(), "sha256").digest()
+        if self._repeats.setdefault(name, fingerprint) != fingerprint:
+            raise RelayError("key_reused", "This Idempotency-Key was used with another body.")
+        if len(self._repeats) > 1000:
+            self._repeats.popitem(last=False)
+        return "ne_" + base64.urlsafe_b64encode(hmac.new(
+            self._secret, b"key" + name, "sha256").digest()).decode().rstrip("=")
+
+    def is_registered(self, name, key):
+        """Whether a service was registered a short time ago with this very key."""
+        with contextlib.suppress(RelayError):
+            service = self._broker.find(name)
+            return service.key_digest == digest(key) and (
+                time.time() - service.created < REPEAT_SECONDS)
         return False
-    if b"\\" in body:
-        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    between_texts = b"".join(body.split(b'"')[::2])
-    brackets = between_texts.translate(_ALIKE, _NOT_BRACKETS)
-    for _ in range(most):
-        if not brackets:
-            return False
-        brackets = brackets.replace(b"[]", b"")      # the innermost level
-    return bool(brackets)
 
-
-def _no_constant(name):
-    raise ValueError(name + " is not JSON")
-
-
-def _finite(text):
-    if math.isinf(float(text)):            # it could not be written as JSON again
-        raise ValueError(text[:20] + " is too large")
-    return float(text)
-
-
-def _whole(text):
-    return int(text) if len(text) <= MAX_DIGITS else _no_constant("So long a number")
-
-
-_from_json = json.JSONDecoder(
-    parse_constant=_no_constant, parse_float=_finite,
-    parse_int=int if hasattr(sys, "set_int_max_str_digits") else _whole).raw_decode
-
-
-def parse_json(body):
-    """Return the JSON object that body is. Raises RelayError."""
-    if len(body) > MAX_BRACKETS and (
-            body.count(b"{") + body.count(b"[") > MAX_BRACKETS
-            or body.count(b'"') + body.count(b",") > MAX_SEPARATORS):
-        raise RelayError("invalid_json", "The body has more than %d objects and lists, or "
-                         "%d quotes and commas." % (MAX_BRACKETS, MAX_SEPARATORS))
-    if too_deep(body):
-        raise RelayError("invalid_json", "The body is nested deeper than %d levels."
-                         % MAX_DEPTH)
-    try:
-        text = body.decode("utf-8").strip(" \t\r\n")
-        value, end = _from_json(text)
-        if end < len(text):
-            raise ValueError("more follows at character %d" % end)
-    except (ValueError, RecursionError) as error:
-        raise RelayError("invalid_json", "The body is not JSON: %s." % printable(error))
-    if type(value) is not dict:
-        raise RelayError("invalid_json", "The body is not a JSON object: {...}.")
-    return value
-
-
-def printable(value, most=200):
-    """Someone else's text made fit for one line of ours."""
-    text = str(value)
-    text = text if len(text) <= most else text[:most] + "..."
-    return text.encode("ascii", "backslashreplace").decode("ascii").translate(
-        {code: "?" for code in range(32)})
-
-
-def check_fields(request, fields):
-    """Check the numbers of a request and drop those that are null. Raises RelayError."""
-    for field in fields.keys() & request.keys():
-        (kind, lowest, highest), value = fields[field], request[field]
-        if value is None:
-            del request[field]
-            continue
-        if type(value) not in (int, float):
-            raise RelayError("invalid_request", "%s must be a number." % field,
-                             param=field)
-        if not lowest <= value <= highest:
-            raise RelayError("invalid_request", "%s must be from %s to %s." % (
-                field, lowest, highest), param=field)
-        if kind is int and value != int(value):
-            raise RelayError("invalid_request", "%s must be a whole number." % field,
-                             param=field)
-        if kind is int:
-            request[field] = int(value)
-
-
-def check_messages(messages):
-    """Check that messages is a list of {"role", "content"}. Raises RelayError."""
-    if not isinstance(messages, list) or not messages:
-        raise RelayError("invalid_request", "messages must be a list of "
-                         '{"role", "content"}, and not empty.', param="messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RelayError("invalid_request", "Each message must be an object with a "
-                             "role and a content.", param="messages")
-        if not isinstance(message.get("content"), (str, list, type(None))):
-            raise RelayError("invalid_request", "A message's content must be a text or a "
-                             "list of parts.", param="messages")
-
-
-def text_of(items):
-    """The text of a stream's items, or of some of them."""
-    return "".join(item for item in items if type(item) is str)
-
-
-@functools.lru_cache(maxsize=100)
-def usual_head(status, kind, openai, keep_alive, cached):
-    """What most responses begin with."""
-    lines = [STATUS_LINES[status], SECURITY_HEADERS]
-    if status != 204:
-        lines.append(b"Content-Type: %s\r\n" % kind.encode("ascii"))
-    if not cached:
-        lines.append(b"Cache-Control: no-store\r\n")
-    if openai:
-        lines.append(CORS_HEADERS)
-    if not keep_alive:
-        lines.append(b"Connection: close\r\n")
-    return b"".join(lines)
-
-
-class Connection(socketserver.BaseRequestHandler):
-    """One connection: reads requests and answers them, one after the other.
-
-    Here is what all handlers share. The handlers themselves, in the faces below, are
-    alike: read, check the key, call the Broker, write.
-    """
-
-    # -- the life of a connection --
-
-    def setup(self):
-        self.broker, self.limits = self.server.broker, self.server.limits
-        self.wire = Wire(self.request, self.limits, self._count_body,
-                         self.server.tls and self.server.tls.context)
-        self.body_bytes = 0                # of the body being read, as counted
-        self.patience = self.limits.head_seconds    # with a peer that sends nothing
-        self.news = self.broker.condition()
-        self.turn = threading.Lock()       # of who delivers: see there
-        self.delivering = False            # a response is made, to be sent by _send_made
-        self.peer = self.address = canonical_address(self.client_address[0])
-        self.proxied = self.server.is_proxy(self.client_address[0])
-        self.near = not self.proxied and is_loopback(self.address)
-        self.polled = None                 # (session id, token) of its last poll
-        self.waits = False                 # it has one of the places for prompts
-        self.known = self.asked = None     # a Head, and what it asks for
-
-    def handle(self):
-        try:
-            with self.server.watcher.watching(self.wire):
-                self.wire.shake_hands(self.limits.handshake_seconds)
-                while self._exchange():
-                    pass
-                self.wire.say_goodbye()
-                if self.head is None or not self.body_read:
-                    self.wire.linger()
-        except (PeerGone, OSError):
-            pass                           # normal: they leave when they like
-
-    def finish(self):
-        if self.polled:
-            self.broker.lost(*self.polled)
-
-    def _exchange(self):
-        """Read one request and answer it; whether the connection may be used again."""
-        self.started, self.body_read, self.head = False, True, None
-        self.id = next(REQUEST_IDS)
-        self.openai = False
-        try:
-            self._telling(self._one_request)
-        finally:
-            self.server.active.discard(self)
-        return self.keep_alive and self.body_read
-
-    def _one_request(self):
-        self._wait()
-        self.head = head = self.wire.read_head()
-        self.body_read = head.length == 0
-        self.keep_alive = head.keep_alive and not self.server.stopping
-        self.began = self.broker.now()
-        self.server.active.add(self)
-        if not self.proxied:
-            return self._dispatch(head)
-        # A proxy's connection counts for nobody, so what it asks for does.
-        self.address = self.server.forwarded_for(head, self.peer)
-        with self.taking(self.server.proxied):
-            self._dispatch(head)
-
-    def _telling(self, function, *arguments):
-        """Call it, and tell the peer what went wrong there. Raises PeerGone."""
-        try:
-            function(*arguments)
-        except RelayError as error:
-            if self.head is None:          # malformed: all we have to go by is its path
-                self.openai = bool(_OPENAI_TARGET.match(self.wire.last_head))
-            self._fail(error)
-        except (PeerGone, socket.timeout, ConnectionError):
-            raise PeerGone()
-        except sqlite3.Error as error:
-            log("cannot_save", error=str(error))
-            self._fail(RelayError("relay_busy", "The relay cannot write its data just now: "
-                                  "try again later.", retry_after=30))
-        except Exception as error:         # ours: tell the log all, the peer nothing
-            log("internal_error", request=self.id, error=printable(repr(error)),
-                traceback=True)
-            self._fail(RelayError("internal_error", "The relay made a mistake; it is "
-                                  "logged as %s." % self.id))
-
-    def _wait(self):
-        """Wait for the next request; meanwhile the connection may be closed to make room."""
-        idle = self.server.idle
-        idle[self.request] = True
-        try:
-            self.wire.wait(self.patience)
-        finally:
-            idle.pop(self.request, None)
-        self.patience = self.limits.idle_seconds
-
-    def _fail(self, error):
-        self._waits_no_more()
-        self.server.count("errors", error.name)
-        if self.head is None or not self.body_read:
-            self.keep_alive = False        # where the next request starts is unknown
-        if self.started:
-            raise PeerGone()               # too late for a status: cut it short
-        self.reply(ERRORS[error.name][1],
-                   error.openai() if self.openai else error.native(), error=error)
-
-    def _dispatch(self, head):
-        # One client's are mostly alike, see _learn_head: 2 % of a prompt's processor time.
-        if head is not self.known:
-            self.known = None
-            # Whether this machine asks: nobody who comes through a proxy is, whatever it says.
-            self.local = self.near and FORWARDED.isdisjoint(head.fields)
-            self.asked = self._what_is_asked(head)
-            self.known = head
-        face, handler, arguments = self.asked
-        self.openai = face == "openai"
-        self.server.count("requests", face)
-        if not self.local and (handler == "login" or face == "operator"
-                               and head.method not in ("GET", "HEAD")):
-            self.server.changes.take(self.address, self.limits.max_changes_per_minute, 60,
-                                     "logins and changes")
-        getattr(self, handler)(*arguments)
-
-    def _what_is_asked(self, head):
-        """Return (face, name of the handler, its arguments). Raises RelayError."""
-        self.server.check_host(head.fields.get("host", ""), head.fields.get("origin"))
-        route, arguments = find_route(head.path)
-        if self.server.tls and self.wire.tls is None and route is not CHALLENGE:
-            return "admin", "to_https", ()
-        if route is None:
-            self.openai = "v1" in head.path[:2]
-            raise RelayError("not_found", "There is no %s here." %
-                             printable("/" + "/".join(head.path)))
-        self.openai = route.face == "openai"
-        method = "GET" if head.method == "HEAD" else head.method
-        if method == "OPTIONS" and self.openai:
-            return route.face, "preflight", ()
-        handler = route.handlers.get(method)
-        if handler is None:
-            allowed = ", ".join(route.handlers)
-            if method == "OPTIONS":
-                return "admin", "say_allowed", (allowed,)
-            raise RelayError("method_not_allowed", "%s is not done here; %s is." % (
-                printable(method, 20), allowed), allow=allowed)
-        if route.face == "operator" and head.fields.get(
-                "sec-fetch-site", "none") not in ("same-origin", "none"):
-            raise RelayError("forbidden", "Another site's page may not do this.")
-        return route.face, handler, arguments
-
-    def say_allowed(self, methods):
-        """OPTIONS, but for the OpenAI face"""
-        self.reply(204, b"", allow=methods)
-
-    def to_https(self):
-        """For who speaks plain HTTP there is nothing else; a key sent so was seen."""
-        host, target = self.head.fields.get("host", ""), self.head.target
-        name = re.sub(r":\d*\Z", "", host)
-        if self.head.method not in ("GET", "HEAD") or not name or target[0] != "/":
-            raise RelayError("forbidden", "This is not https: use it, at port %d."
-                             % self.server.server_port)
-        self.reply(301, b"", "text/plain", location="https://%s:%d%s" % (
-            name, self.server.server_port, target))
-
-    # -- what handlers share --
-
-    def read_object(self, most=None, known=False):
-        """The request's body as a dict; it may have `most` bytes. known: an identical body
-        is to be known by self.same."""
-        coding = self.head.fields.get("content-encoding", "identity")
-        if coding.lower() != "identity":
-            raise RelayError("unsupported_encoding", "Send the body without a "
-                             "Content-Encoding.")
-        try:
-            body = self.wire.read_body(self.head, most)
-            self.body_read = True
-            self.same = hashlib.sha256(body).digest() if known else None
-            return parse_json(body)
-        finally:
-            if self.body_bytes:
-                self.server.bytes.give(self.address, self.body_bytes)
-                self.body_bytes = 0
-
-    def _count_body(self, size):
-        """Called with the bytes of a body as they come. Small ones are always taken."""
-        self.server.bytes.take(self.address, size,
-                               self.body_bytes + size <= MAX_SMALL_BODY_BYTES)
-        self.body_bytes += size
-
-    def is_operator(self, service):
-        """Whether this request came with the service's key."""
-        return hmac.compare_digest(self.head.hashed, service.key_digest)
-
-    def authorized(self, name):
-        """The service of that name, if this request came with its key."""
-        service = self.broker.find(name)
-        if not self.is_operator(service):
-            raise self._wrong_key("This needs the service key of %s, as \"Authorization: "
-                                  "Bearer KEY\"." % service.name)
-        return service
-
-    def _wrong_key(self, words):
-        """The error for a key that is not right, or the one for too many of them."""
-        if self.head.hashed:
-            self.server.wrong_keys.take(
-                self.address, self.limits.max_wrong_keys_per_minute, 60, "wrong keys")
-        return RelayError("invalid_key", words)
-
-    def still_authorized(self, service):
-        """Check again after the body, which may take its time: the service may have been
-        deleted meanwhile, and its name be somebody else's."""
-        if self.broker.find(service.name) is not service or not self.is_operator(service):
-            raise RelayError("invalid_key", "This service was deleted meanwhile, or has a new "
-                             "key.")
-
-    def reply(self, status, body, kind=JSON, error=None, more=b"", **headers):
-        """Send one whole response; body is bytes, or a value to be sent as JSON. more:
-        further lines of the head, ready made."""
-        if not isinstance(body, bytes):
-            body = dumps(body)
-        self.wire.on_gone = None           # who has all may hang up, and ask again at once
-        if error is not None:
-            if error.retry_after is not None:
-                headers["retry_after"] = str(math.ceil(error.retry_after))
-            if error.allow is not None:
-                headers["allow"] = error.allow
-            if status == 401:
-                headers["www_authenticate"] = "Bearer"
-            # OpenAI's clients try 408, 409, 429 and all from 500 again, by themselves.
-            if self.openai and not error.retry:
-                headers["x_should_retry"] = "false"
-            if self.openai and error.limit is not None:
-                headers["x_ratelimit_limit_requests"] = str(error.limit)
-                headers["x_ratelimit_remaining_requests"] = "0"
-                headers["x_ratelimit_reset_requests"] = "%ds" % math.ceil(
-                    error.retry_after)
-        head = self.head_bytes(status, kind, headers, more)
-        length = b"" if status == 204 else b"Content-Length: %d\r\n" % len(body)
-        if self.head is not None and self.head.method == "HEAD":
-            body = b""
-        self.send(head + length + b"\r\n", body)
-
-    def send(self, head, body=b""):
-        """Write these bytes; what is large counts as memory until it is gone."""
-        if self.delivering:
-            self.started, self.made = True, head + body
-            return
-        if len(body) <= MAX_SMALL_BODY_BYTES:
-            self.started = True
-            return self.wire.write(head + body if body else head)
-        with self.taking(self.server.bytes, len(body)):
-            self.started = True
-            self.wire.write(head)
-            self.wire.write(body)
-
-    @contextlib.contextmanager
-    def taking(self, shares, count=1):
-        """Have so many of those for a while."""
-        shares.take(self.address, count)
-        try:
-            yield
-        finally:
-            shares.give(self.address, count)
-
-    def head_bytes(self, status, kind, headers, more=b""):
-        """A response's head, without its end; refuses what would not be one line."""
-        head = usual_head(status, kind, self.openai, self.keep_alive,
-                          "cache_control" in headers)
-        for name, value in headers.items():
-            if not _HEADER_VALUE.match(value):
-                raise ValueError("ill-formed header %s: %r" % (name, value))
-            head += ("%s: %s\r\n" % (name.replace("_", "-"), value)).encode("ascii")
-        return b"%s%s%sX-Request-Id: %s\r\n" % (
-            head, more, self.server.date(), self.id.encode("ascii"))
-
-    def begin(self, kind, more=b"", **headers):
-        """Send nothing yet, but make ready for a body whose length is not known."""
-        self.started = True
-        if self.head.version == 0:
-            self.keep_alive = False        # its end is the connection's
-        else:
-            headers["transfer_encoding"] = "chunked"
-        self._pending = self.head_bytes(200, kind, headers, more) + b"\r\n"
-
-    def framed(self, data, last=False):
-        """A piece of that body, as it is sent: behind the head, if that is still to go."""
-        if data and self.head.version:     # an empty chunk would be the last
-            data = b"%x\r\n%s\r\n" % (len(data), data)
-        if last:
-            self.wire.on_gone = None       # as in reply
-            if self.head.version:
-                data += b"0\r\n\r\n"
-        pending, self._pending = self._pending, b""
-        return pending + data if pending else data
-
-    def send_piece(self, data, last=False):
-        """Send a piece of that body, with what is pending, as one write."""
-        self.send(b"", self.framed(data, last))
-
-    def read_items(self, reader, want, timeout, most=None):
-        """broker.read, but notice it when the client hangs up. Raises PeerGone."""
-        items, ended = self.broker.read(reader, want, timeout, most)
-        if reader.gone:
-            raise PeerGone()
-        return items, ended
-
-    def take_place(self):
-        """Have one of the places for prompts, until this one is answered."""
-        self.server.waiting.take(self.address)
-        self.waits = True
-
-    def answer(self, reader, respond, *args):
-        """Call respond(*args, reader), and leave the job; a clean end means that the client
-        has its items."""
-        delivered = False
-        self.wire.when_gone(functools.partial(self.broker.hangup, reader))
-        try:
-            respond(*args, reader)
-            delivered = True
-        except RelayError:                 # the response is an error, and arrives
-            delivered = True
-            raise
-        finally:
-            if reader.attached:            # else _send_made has left it
-                self.broker.leave(reader, delivered)
-            self._waits_no_more()
-
-    def _waits_no_more(self):
-        if self.waits:
-            self.waits = False
-            self.server.waiting.give(self.address)
-
-    def stream_out(self, reader, begin, piece):
-        """Send a streamed answer as it is made, but for its end.
-
-        begin() makes ready for the first piece. piece(kind, value) returns the bytes for
-        ("items", list), ("queue", dict) when the place changes, ("queue", None) when a
-        provider has taken the job, and ("beat", None) in long silences.
-        """
-        job, place, self.quiet, ended = reader.job, None, time.monotonic(), False
-        if self.wire.by_kernel:
-            self.broker.deliver_by(reader, functools.partial(
-                self._deliver, self._make_piece, reader, begin, piece))
-        try:
-            while not ended:
-                self._wait_for_news(reader)
-                with self.turn:            # one at a time: this thread, or who delivers
-                    reader.behind = False
-                    self.wire.flush()
-                    items, ended = self.broker.read(reader, most=MAX_ITEMS_A_RECORD)
-                    event = ("items", items) if items else None
-                    if event is None and not ended:
-                        news = self.broker.place(job)
-                        silence = time.monotonic() - self.quiet
-                        if news != place:
-                            place, event = news, ("queue", news)
-                        elif silence >= self.limits.heartbeat_seconds - 0.05:
-                            event = "beat", None
-                    if event is not None:
-                        if not self.started:
-                            begin()
-                        self.quiet = time.monotonic()
-                        self.send_piece(piece(*event))
-                if not items and not ended:
-                    self._check_age(job)
-        finally:
-            with self.turn:                # nobody is just writing, or will
-                reader.deliver = None
-
-    def _wait_for_news(self, reader):
-        """Wait until there may be something to send. Raises PeerGone."""
-        limit = self.limits.heartbeat_seconds
-        wait = min(QUEUE_NEWS_SECONDS if reader.job.state == "queued" else limit,
-                   max(0.01, self.quiet + limit - time.monotonic()))
-        self.broker.wait(reader, wait)
-        if reader.gone:
-            raise PeerGone()
-
-    def _deliver(self, make, reader, *how):
-        """Make what has come for a reader, in the thread that brought it, so that none has
-        to be woken for it: half the processor time of a token. Never blocks.
-
-        make(reader, *how) returns the bytes, or b"" if there is nothing to send, or it is
-        so large that it counts as memory, for which the reader's own thread has to ask.
-        Returns the function that sends them, or None; until that was called, nobody else
-        makes or sends.
-        """
-        if not self.turn.acquire(False):   # its own thread is at it
-            self.broker.leave_to_own(reader)
-            return None
-        try:
-            data = b""
-            if reader.deliver is not None and not self.wire.unsent:
-                data = make(reader, *how)
-        except Exception as error:
-            data = b""
-            self._not_delivered(reader, error)
-        if data:
-            return functools.partial(self._send_made, reader, data)
-        self.turn.release()
-        return None
-
-    def _send_made(self, reader, data):
-        """Send what the kernel takes of it now; the rest is the reader's own thread's."""
-        try:
-            self.wire.send_now(data)
-            if reader.deliver is None and not self.wire.unsent:    # it was a whole answer
-                self.broker.leave(reader, True)
-                self._waits_no_more()
-        except Exception as error:
-            self._not_delivered(reader, error)
-        finally:
-            self.turn.release()
-        if self.wire.unsent:
-            self.broker.leave_to_own(reader)
-
-    def _not_delivered(self, reader, error):
-        """Treat it as a hang-up: whoever brought the items cannot help it."""
-        if not isinstance(error, PeerGone):
-            log("internal_error", error=printable(repr(error)), traceback=True)
-        self.broker.hangup(reader)
-
-    def _make_piece(self, reader, begin, piece):
-        """The next piece of a streamed answer."""
-        if size_of(reader.job.items[reader.at:]) > MAX_SMALL_BODY_BYTES:
-            self.broker.leave_to_own(reader)
-            return b""
-        items, _ = self.broker.read(reader, most=MAX_ITEMS_A_RECORD)
-        if not items:
-            return b""
-        if not self.started:
-            begin()
-        self.quiet = time.monotonic()
-        return self.framed(piece("items", items))
-
-    def wait_whole(self, reader, timeout):
-        """Wait for the end of a job; its items, or None if it has not ended by then."""
-        items, ended = self.read_items(reader, None, timeout)
-        if not ended:
-            return None
-        if reader.job.error is not None:
-            raise reader.job.error
-        return items
-
-    def soon(self, reader, respond):
-        """Whether an answer came within SOON_SECONDS, and was sent.
-
-        Who brings it calls respond(items), while this thread waits for the next request
-        already, and so is not woken twice: with 64 clients a third more requests a second,
-        with one 11 % less time. Raises PeerGone.
-        """
-        if not self.wire.by_kernel or not self.keep_alive:
-            return False                   # this thread has to close it at once
-        self.broker.deliver_by(reader, functools.partial(
-            self._deliver, self._make_whole, reader, respond), whole=True)
-        try:
-            if not reader.behind and not self.wire.has_more():
-                self.wire.ahead(SOON_SECONDS)
-        finally:
-            with self.turn:                # nobody is just writing, or will
-                reader.deliver = None
-        self.wire.flush()
-        return self.started
-
-    def _make_whole(self, reader, respond):
-        """The whole response, when a job has ended."""
-        job = reader.job
-        if job.size - len(job.payload) > MAX_SMALL_BODY_BYTES:
-            return b""
-        reader.deliver = None              # there is one response
-        items = job.items                  # and then its error: see Broker._drop_locked
-        self.delivering = True
-        try:
-            if job.error is not None:
-                self._fail(job.error)
-            else:
-                self._telling(respond, items)
-            return self.made
-        finally:
-            self.delivering = False
-
-    def _check_age(self, job):
-        if self.broker.now() - job.created > self.limits.job_seconds:
-            self.broker.cancel(job, self._took_too_long())
-
-    def _took_too_long(self):
-        return RelayError("provider_timeout", "This answer took longer than %d s."
-                          % self.limits.job_seconds)
-
-    def access(self, service):
-        """Whether this client is the operator, and the AccessKey it came with, if any.
-
-        Raises RelayError if the service is private and neither is so. An open service
-        takes no notice of keys it does not know: OpenAI clients always send one.
-        """
-        if self.is_operator(service):
-            return True, None
-        hashed = self.head.hashed
-        access = service.keys.get(hashed)      # by its hash: a guess learns nothing
-        if access is None and service.private and self.broker.knows_key(hashed):
-            raise RelayError("forbidden", "This access key is for another service than %s."
-                             % service.name)
-        if access is None and service.private:
-            raise self._wrong_key("%s is private: ask its operator for an access key, and "
-                                  "send it as \"Authorization: Bearer KEY\"."
-                                  % service.name)
-        return False, access
-
-    def caller(self, access=None):
-        """Who this client is, for turns and limits: its access key, else its address."""
-        return "key " + access.id if access is not None else self.address
-
-
-class PageFace:
-    """The page, and what looks after the relay."""
-
-    def page(self, name=None):
-        """GET / and GET /{service}"""
-        if name is not None and (not NAME.match(name) or name.lower() in RESERVED_NAMES):
-            raise RelayError("not_found", "There is no /%s here." % printable(name))
-        if self.server.page is None:
-            raise RelayError("not_found", "This relay has no chat.html beside it, so it "
-                             "has no page. Its API is there: GET /api/models.")
-        self.reply(200, self.server.page, "text/html; charset=utf-8",
-                   cache_control="no-cache", content_security_policy=self.server.csp)
-
-    def challenge(self, token):
-        """GET /.well-known/acme-challenge/{token}: what certbot put into --acme-webroot"""
-        if self.server.webroot and re.match(r"[A-Za-z0-9_-]{1,256}\Z", token):
-            with contextlib.suppress(OSError), open(os.path.join(
-                    self.server.webroot, ".well-known", "acme-challenge", token), "rb") as file:
-                return self.reply(200, file.read(65536), "text/plain")
-        raise RelayError("not_found", "There is no such challenge here.")
-
-    def health(self):
-        """GET /healthz"""
-        if self.broker.draining:
-            raise RelayError("shutting_down", "The relay is shutting down.")
-        self.reply(200, {"status": "ok", "version": __version__})
-
-    def metrics(self):
-        """GET /metrics, in the text format of Prometheus"""
-        if not self.local:
-            raise RelayError("forbidden", "Metrics are for this machine only.")
-        counters, gauges, histograms = self.broker.totals()
-        with self.server.counting:
-            counted = sorted(self.server.counts.items())
-        for name in ("connections", "polls", "waiting", "bytes"):
-            gauges[name] = getattr(self.server, name).taken
-        lines = []
-        for kind, values in (("gauge", gauges), ("counter", counters)):
-            for name, value in sorted(values.items()):
-                name += "_total" if kind == "counter" else ""
-                lines += ["# TYPE neuroengine_%s %s" % (name, kind),
-                          "neuroengine_%s %d" % (name, value)]
-        for what in sorted({what for (what, _), _ in counted}):
-            lines.append("# TYPE neuroengine_%s_total counter" % what)
-            lines += ['neuroengine_%s_total{kind="%s"} %d' % (what, label, count)
-                      for (name, label), count in counted if name == what]
-        for name, histogram in sorted(histograms.items()):
-            lines += histogram.lines("neuroengine_" + name)
-        self.reply(200, ("\n".join(lines) + "\n").encode("ascii"),
-                   "text/plain; version=0.0.4")
-
-
-def receipt(job):
-    """What an answer took, as JSON. Written by hand: the numbers alone would take the
-    encoder as long as all else in a short answer."""
-    end = job.ended_at if job.ended_at is not None else job.created
-    leased = job.leased_at if job.leased_at is not None else end
-    first = job.first_at if job.first_at is not None else end
-    others = [item for item in job.items if type(item) is not str]
-    tokens, rate, usage = len(job.items) - len(others), b"", b""
-    for item in others[-3:]:
-        if isinstance(item.get("usage"), dict):
-            usage = b',"usage":' + dumps(item["usage"])
-            count = item["usage"].get("completion_tokens")
-            if type(count) is int and 0 <= count < 10**9:
-                tokens = count
-    if end - first > 0.001 and len(job.items) - len(others) > 1:
-        rate = b',"tokens_per_s":%.1f' % ((tokens - 1) / (end - first))
-    return (b'{"id":"%s","queue_ms":%.1f,"first_token_ms":%.1f,"total_ms":%.1f,"tokens":%d'
-            b'%s%s}' % (job.id.encode("ascii"), 1000 * (leased - job.created),
-                        1000 * (first - job.created), 1000 * (end - job.created), tokens,
-                        usage, rate))
-
-
-class NativeFace:
-    """The native API: one JSON object in, one out, or a stream of them."""
-
-    def models(self):
-        """GET /api/models"""
-        self.reply(200, self.broker.models())
-
-    def native(self, name=None):
-        """POST /{service}: a prompt, or a command"""
-        request = self.read_object(known=True)
-        command = request.get("command")
-        if command == "getmodels":
-            return self.reply(200, self.broker.models())
-        if name is None:
-            raise RelayError("invalid_request", "Send prompts to /{service}.")
-        service = self.broker.find(name)
-        key, at, wanted = self._check_native(request)
-        own, access = self.access(service)
-        if command == "cancel":
-            reader = self.broker.open(service, key, 0)
-            self.broker.cancel(reader.job)
-            self.broker.leave(reader, True)
-            return self.reply(200, {"reply": "", "errorcode": 0})
-        if command is not None:
-            raise RelayError("invalid_request", "There is no command %s; there are "
-                             "getmodels and cancel." % printable(command, 40),
-                             param="command")
-        stream = request.get("stream")     # what is submitted is cleared
-        self.take_place()
-        reader = self._submit_native(service, request, key, at, own, access)
-        if stream:
-            self.answer(reader, self._stream_native)
-        elif key:
-            self.answer(reader, self._poll_native, wanted, at is not None)
-        else:
-            self.answer(reader, self._whole_native)
-
-    def _check_native(self, request):
-        """Check a native request; return its stream key, place, and tokens wanted."""
-        check_fields(request, SAMPLING)
-        key = request.get("key") or ""
-        if not isinstance(key, str) or len(key) > 512:
-            raise RelayError("invalid_request", "key must be a text of at most 512 "
-                             "characters.", param="key")
-        if "message" in request and not isinstance(request["message"], str):
-            if isinstance(request["message"], list):
-                request["messages"] = request.pop("message")
-            else:
-                raise RelayError("invalid_request", "message must be a text.",
-                                 param="message")
-        if "messages" in request:
-            check_messages(request["messages"])
-        if "raw" in request:
-            if str(request["raw"]).lower() not in ("true", "false", "", "0", "1", "none"):
-                raise RelayError("invalid_request", "raw must be true or false.",
-                                 param="raw")
-        for field in FLAGS & request.keys():
-            if type(request[field]) is not bool:
-                raise RelayError("invalid_request", "%s must be true or false." % field,
-                                 param=field)
-        return key, request.get("at"), request.get("gettokens", 20)
-
-    def _submit_native(self, service, request, key, at, own, access):
-        caller = self.caller(access)
-        prompt = request.get("message", request.get("messages"))
-        if prompt is None:
-            if key and "command" not in request:
-                return self.broker.open(service, key, at, self.news)
-            raise RelayError("invalid_request", "message is missing: the prompt, a text.",
-                             param="message")
-        repeat = self.head.fields.get("idempotency-key")
-        name, fingerprint, twin = key, None, None
-        if not key and repeat:
-            name, fingerprint = ("repeat", caller, repeat[:512]), self.same
-            at = 0
-        elif key:
-            fingerprint = hashlib.sha256(dumps(prompt)).digest()
-        else:
-            twin = (service, caller, self.same)
-            if self.broker.has_twin(twin):
-                self.server.watcher.look()
-        if access is not None:
-            access.cap(request, "max_new_len")
-        wait = request.get("wait", False)
-        payload = dumps({field: value for field, value in request.items()
-                         if field not in NOT_PASSED_ON})
-        request.clear()                    # it may be large, and the wait long
-        return self.broker.submit(
-            service, payload, caller=caller, name=name or None, twin=twin, at=at,
-            fingerprint=fingerprint, own=own, access=access, rated=not self.local,
-            holder=self.address, wait=wait, news=self.news)
-
-    def _whole_native(self, reader):
-        def respond(items):
-            self.reply(200, b'{"reply":%s,"errorcode":0,"stats":%s}' % (
-                dumps(text_of(items)), receipt(reader.job)))
-
-        if not self.soon(reader, respond):
-            items = self.wait_whole(reader, self.limits.job_seconds)
-            if items is None:
-                self.broker.cancel(reader.job, self._took_too_long())
-                raise reader.job.error
-            respond(items)
-
-    def _poll_native(self, wanted, counts, reader):
-        """The next `wanted` tokens: those that are there a second after the first."""
-        job, texts, ended = reader.job, [], False
-        deadline = time.monotonic() + self.limits.wait_seconds
-        while len(texts) < wanted and not ended:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            # Until there is a first token, one is enough to wake up for.
-            want = wanted - len(texts) if texts else 1
-            items, ended = self.read_items(reader, want, left, wanted - len(texts))
-            if not texts and any(type(i) is str and i for i in items):
-                deadline = min(deadline, time.monotonic() + 1)
-            texts += [item for item in items if type(item) is str and item]
-        reply = {"reply": "".join(texts), "errorcode": 0, "at": reader.at}
-        if texts or not ended:
-            if not texts:
-                self._check_age(job)
-                raise RelayError("still_waiting", "No token yet: ask again with the same "
-                                 "key.", retry_after=0)
-            self.broker.advance(reader)
-            return self.reply(200, reply)
-        if job.error is not None and (counts or not job.error_told):
-            job.error_told = True          # a client that does not count would loop
-            raise job.error
-        self.reply(200, b'%s,"done":true,"stats":%s}' % (dumps(reply)[:-1], receipt(job)))
-
-    def _stream_native(self, reader):
-        """NDJSON. A stream without its last record, done or an error, is not complete."""
-        job = reader.job
-        begin = functools.partial(self.begin, "application/x-ndjson", x_accel_buffering="no")
-
-        def piece(kind, value):
-            if kind == "items":
-                return dumps({"at": reader.at - len(value), "items": value}) + b"\n"
-            return dumps({"queue": value} if kind == "queue" else {}) + b"\n"
-
-        self.stream_out(reader, begin, piece)
-        if not self.started:
-            if job.error is not None:
-                raise job.error
-            begin()
-        last = (dumps(job.error.native()) if job.error is not None
-                else b'{"done":true,"stats":%s}' % receipt(job))
-        self.send_piece(last + b"\n", last=True)
-
-
-##############################################################################
-# HTTP: the OpenAI face
-##############################################################################
-
-CORS_HEADERS = (
-    b"Access-Control-Allow-Origin: *\r\n"
-    b"Access-Control-Expose-Headers: x-request-id, retry-after, x-should-retry, "
-    b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, "
-    b"x-ratelimit-reset-requests, "
-    b"x-neuroengine-queue-ms, x-neuroengine-overhead-ms\r\n")
-DROPPED_FIELDS = {"model", "stream", "stream_options", "wait", "reply_so_far"}
-OPENAI_LENGTHS = {"max_tokens", "max_completion_tokens"}
-_HEADER_LIST = re.compile(r"[A-Za-z0-9,_ -]{0,2000}\Z")
-
-
-class OpenAIFace:
-    """What any OpenAI client understands. An item that is a dict stands for what text
-    cannot say: {"reasoning": text}, {"tool_calls": [delta]}, {"finish_reason": text},
-    {"usage": {...}}, and {"result": {...}}, a whole answer passed through."""
-
-    def preflight(self):
-        """OPTIONS: a browser asks what another site's page may send."""
-        asked = self.head.fields.get("access-control-request-headers", "")
-        self.reply(204, b"", access_control_allow_methods="GET, POST, OPTIONS",
-                   access_control_allow_headers=(
-                       asked if _HEADER_LIST.match(asked) and asked else "*"),
-                   access_control_max_age="86400")
-
-    def openai_models(self, name=None):
-        """GET /v1/models: the services that answer now, or with ?all=1 all of them"""
-        models = self.broker.models()
-        if name is not None:
-            models = [self.broker.model(self._model(name))]
-        elif "all=1" not in self.head.target.partition("?")[2].split("&"):
-            models = [model for model in models if model["connected"]]
-        self.reply(200, {"object": "list", "data": [_openai_model(m) for m in models]})
-
-    def openai_model(self, name, _=None):
-        """GET /v1/models/{id}; at a service's own base, whatever the id"""
-        self.reply(200, _openai_model(self.broker.model(self._model(name))))
-
-    def _model(self, name):
-        """The service that a client calls its model. Raises RelayError: what no service
-        can be called, as "llama3:8b", is not there either."""
-        try:
-            return self.broker.find(name)
-        except RelayError:
-            raise RelayError("service_unknown", "There is no model %s here. GET /v1/models "
-                             "lists those there are." % printable(name), param="model")
-
-    def chat(self, name=None):
-        """POST /v1/chat/completions"""
-        self._answer("chat", name)
-
-    def completions(self, name=None):
-        """POST /v1/completions"""
-        self._answer("completions", name)
-
-    def embeddings(self, name=None):
-        """POST /v1/embeddings: passed through to a provider that has it"""
-        self._answer("embeddings", name)
-
-    def not_here(self, name=None):
-        """What OpenAI has and this relay has not"""
-        raise RelayError("not_found", "This relay has /v1/chat/completions, "
-                         "/v1/completions, /v1/embeddings and /v1/models.")
-
-    def _answer(self, api, name):
-        repeat = self.head.fields.get("idempotency-key")
-        request = self.read_object(known=bool(repeat))
-        model = request.get("model") if name is None else name
-        if not isinstance(model, str):
-            raise RelayError("invalid_request", "model is missing: the name of a "
-                             "service.", param="model")
-        service = self._model(model)
-        own, access = self.access(service)
-        self._check_openai(api, service, request)
-        if access is not None and api != "embeddings":
-            access.cap(request, "max_tokens")
-        dropped = {field: request.pop(field) for field in DROPPED_FIELDS & request.keys()}
-        request["api"] = api
-        payload = dumps(request)
-        request.clear()                    # it may be large, and the wait long
-        caller = self.caller(access)
-        self.take_place()
-        reader = self.broker.submit(
-            service, payload, caller=caller, own=own, access=access, rated=not self.local,
-            holder=self.address, wait=dropped.get("wait"), news=self.news, at=0,
-            grace=None if repeat else 0.0, fingerprint=self.same,
-            name=("repeat", caller, repeat[:512]) if repeat else None)
-        if dropped.get("stream") and api != "embeddings":
-            self.answer(reader, self._stream_openai, api, service.name,
-                        dropped.get("stream_options") or {})
-        else:
-            self.answer(reader, self._whole_openai, api, service.name)
-
-    def _check_openai(self, api, service, request):
-        for field in OPENAI_LENGTHS & request.keys():
-            if request[field] == -1:           # "no limit", to llama.cpp and LM Studio
-                del request[field]
-        check_fields(request, OPENAI_SAMPLING)
-        for field in FLAGS & request.keys():
-            if type(request[field] or False) is not bool:
-                raise RelayError("invalid_request", "%s must be true or false." % field,
-                                 param=field)
-        if type(request.get("stream_options") or {}) is not dict:
-            raise RelayError("invalid_request", "stream_options must be an object.",
-                             param="stream_options")
-        if request.get("n") not in (None, 1):
-            raise RelayError("invalid_request", "Only one answer at a time: n must be 1.",
-                             param="n")
-        if api == "chat":
-            check_messages(request.get("messages"))
-        elif api == "completions":
-            prompt = request.get("prompt")
-            if isinstance(prompt, list) and len(prompt) == 1:
-                prompt = request["prompt"] = prompt[0]
-            if not isinstance(prompt, str):
-                raise RelayError("invalid_request", "prompt must be a text.",
-                                 param="prompt")
-        elif service.sessions and not any(
-                session.embeddings for session in list(service.sessions.values())):
-            raise RelayError("not_found", "The provider of %s makes no embeddings."
-                             % service.name)
-
-    def _times(self, job):
-        """The headers that tell how long the prompt queued, and what the relay added."""
-        now = self.broker.now()
-        queued = (job.leased_at or now) - job.created
-        added = job.created - self.began + (now - (job.ended_at or now))
-        return b"X-Neuroengine-Queue-Ms: %d\r\nX-Neuroengine-Overhead-Ms: %.1f\r\n" % (
-            1000 * queued, max(0, 1000 * added))   # below 0: a repeat of an older prompt
-
-    def _whole_openai(self, api, model, reader):
-        answer = _Answer(api, model, reader.job)
-
-        def respond(items):
-            self.reply(200, answer.whole(items), more=self._times(reader.job))
-
-        # Many vectors are large, and may come at once: see _make_whole.
-        if api != "embeddings" and self.soon(reader, respond):
-            return
-        items = self.wait_whole(reader, LATE_HEAD_SECONDS)
-        if items is not None:
-            return respond(items)
-        # It is late: commit to a 200 and keep the connection alive with spaces, which
-        # may stand before JSON. An error can then only be told in the body.
-        self.begin(JSON)
-        try:
-            while items is None:
-                self.send_piece(b" ")
-                items = self.wait_whole(reader, self.limits.heartbeat_seconds)
-                self._check_age(reader.job)
-            body = answer.whole(items)
-        except RelayError as error:
-            body = dumps(error.openai())
-        self.send_piece(body, last=True)
-
-    def _stream_openai(self, api, model, options, reader):
-        answer, job = _Answer(api, model, reader.job, stream=True), reader.job
-        news = options.get("include_queue") or \
-            self.head.fields.get("x-neuroengine-queue") == "1"
-
-        def piece(kind, value):
-            if kind == "items":
-                return answer.pieces(value)
-            if value is None:
-                return b": waiting\n\n"
-            if news:
-                return answer.chunk({}, more=b',"queue":' + dumps(value))
-            return b": queue %d/%d\n\n" % (value["position"], value["waiting"])
-
-        begin = functools.partial(self._begin_sse, job)
-        self.stream_out(reader, begin, piece)
-        if not self.started:
-            if job.error is not None:
-                raise job.error
-            begin()
-        if job.error is not None:
-            last = b"data: " + dumps(job.error.openai()) + b"\n\n"
-        else:
-            last = answer.end(options.get("include_usage")) + b"data: [DONE]\n\n"
-        self.send_piece(last, last=True)
-
-    def _begin_sse(self, job):
-        self.begin("text/event-stream", cache_control="no-cache",
-                   x_accel_buffering="no", more=self._times(job))
-
-
-def _openai_model(model):
-    entry = {"id": model["name"], "object": "model", "created": model["created"],
-             "owned_by": "neuroengine"}
-    if model.get("context_length"):
-        entry["context_length"] = entry["max_model_len"] = model["context_length"]
-    if not model["connected"]:
-        entry["status"] = "offline"
-    return entry
-
-
-class _Answer:
-    """Puts the items of one job into OpenAI's words. As JSON, whose usual parts are written by
-    hand: the encoder would take as long as all else about a short answer."""
-
-    finish_reason = usage = around = None
-    begun, tokens = False, 0
-
-    def __init__(self, api, model, job, stream=False):
-        self.job, self.model, self.chat = job, model, api == "chat"
-        if not self.chat:
-            kind, prefix = b"text_completion", b"cmpl"
-        else:
-            kind, prefix = b"chat.completion" + b".chunk" * stream, b"chatcmpl"
-        self.base = b'{"id":"%s-%s","object":"%s","created":%d,"model":"%s","choices":[' % (
-            prefix, job.id[:24].encode("ascii"), kind, time.time(), model.encode("ascii"))
-
-    def _note(self, item):
-        self.finish_reason = item.get("finish_reason") or self.finish_reason
-        self.usage = item.get("usage") or self.usage
-
-    def _usage(self):
-        """The upstream's own count; else items, and four bytes of prompt to a token."""
-        if isinstance(self.usage, dict):
-            return dumps(self.usage)
-        prompt = len(self.job.payload) // 4
-        return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (
-            prompt, self.tokens, prompt + self.tokens)
-
-    def whole(self, items):
-        """The answer as one object."""
-        texts, reasoning, calls = [], [], []
-        for item in items:
-            if type(item) is str:
-                texts.append(item)
-                continue
-            if item.get("result"):
-                return dumps(dict(item["result"], model=self.model))
-            self._note(item)
-            reasoning.append(item.get("reasoning") or "")
-            for delta in item.get("tool_calls") or ():
-                _merge_call(calls, delta)
-        self.tokens = len(texts)
-        said = dumps("".join(texts))
-        if self.chat:
-            more = b""
-            if any(reasoning):
-                more += b',"reasoning_content":' + dumps("".join(reasoning))
-            if calls:
-                more += b',"tool_calls":' + dumps(calls)
-                said = b"null" if said == b'""' else said
-            said = b'"message":{"role":"assistant","content":%s%s}' % (said, more)
-        else:
-            said = b'"text":' + said
-        reason = dumps(self.finish_reason) if self.finish_reason else (
-            b'"tool_calls"' if calls else b'"stop"')
-        return b'%s{"index":0,%s,"logprobs":null,"finish_reason":%s}],"usage":%s}' % (
-            self.base, said, reason, self._usage())
-
-    def chunk(self, delta, finish_reason=None, more=b""):
-        """One event of a streamed answer, as bytes."""
-        if self.chat:
-            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        else:
-            choice = {"index": 0, "text": delta.get("content", ""), "logprobs": None,
-                      "finish_reason": finish_reason}
-        return b"data: %s%s]%s}\n\n" % (self.base, dumps(choice), more)
-
-    def pieces(self, items):
-        """The events for some items; texts that came together go as one."""
-        parts, texts = [], []
-        if not self.begun and self.chat:
-            self.begun = True
-            parts.append(self.chunk({"role": "assistant", "content": ""}))
-
-        def flush():
-            if texts:
-                # Around each text stands the same: a fifth of a streamed token's cost.
-                if self.around is None:
-                    self.around = self.chunk({"content": ""}).split(b'""')
-                parts.append(dumps("".join(texts)).join(self.around))
-                self.tokens += len(texts)
-                texts.clear()
-
-        for item in items:
-            if type(item) is str:
-                texts.append(item)
-                continue
-            flush()
-            self._note(item)
-            if item.get("reasoning"):
-                parts.append(self.chunk({"reasoning_content": item["reasoning"]}))
-            if item.get("tool_calls"):
-                parts.append(self.chunk({"tool_calls": item["tool_calls"]}))
-        flush()
-        return b"".join(parts) or b": \n\n"
-
-    def end(self, include_usage):
-        """The last events but [DONE]."""
-        parts = [] if self.begun or not self.chat else [self.pieces(())]
-        parts.append(self.chunk({}, self.finish_reason or "stop"))
-        if include_usage:
-            parts.append(b'data: %s],"usage":%s}\n\n' % (self.base, self._usage()))
-        return b"".join(parts)
-
-
-def _merge_call(calls, delta):
-    """Add one delta of a tool call to the whole calls gathered so far."""
-    index = delta.get("index")
-    if not isinstance(index, int) or not 0 <= index <= len(calls):
-        index = len(calls)
-    if index == len(calls):
-        calls.append({"id": "", "type": "function",
-                      "function": {"name": "", "arguments": ""}})
-    call, function = calls[index], delta.get("function") or {}
-    call["id"] = delta.get("id") or call["id"]
-    call["type"] = delta.get("type") or call["type"]
-    for field in ("name", "arguments"):
-        call["function"][field] += function.get(field) or ""
-
-
-##############################################################################
-# HTTP: operators and providers
-##############################################################################
-
-
-class OperatorFace:
-    """Register a service, and manage it with its key."""
-
-    def register(self):
-        """POST /api/services: {name, operator, comment, invitation} -> {name, key}"""
-        request = self.read_object(MAX_SMALL_BODY_BYTES, known=True)
-        repeat = self.head.fields.get("idempotency-key")
-        memory = self.server.registered
-        if repeat and (self.caller(), repeat) in memory:
-            body, answer = memory[self.caller(), repeat]
-            if body != self.same:
-                raise RelayError("key_reused", "This Idempotency-Key was used with "
-                                 "another body.")
-            return self.reply(201, answer)
-        if self.server.registration == "closed":
-            raise RelayError("forbidden", "Registration is closed here: ask whoever runs "
-                             "this relay.")
-        invitation = None
-        if self.server.registration == "invited":
-            invitation = digest(str(request.get("invitation"))[:200])
-        name = request.get("name")
-        if not isinstance(name, str) or not NAME.match(name) \
-                or name.lower() in RESERVED_NAMES:
-            raise RelayError("invalid_name", invalid_name_words(str(name)), param="name")
-        texts = self._texts(request)
-        if not self.local:
-            self.server.registrations.take(
-                self.address, self.limits.max_registrations_per_hour, 3600, "registrations")
-        key = new_key()
-        service = Service(name, digest(key), created=time.time(), **texts)
-        with self.server.changing:
-            self.broker.add(service)
+    def register(self, service, invitation=None):
+        """Add a service; it is on the disk when this returns. Raises RelayError,
+        sqlite3.Error."""
+        with self.changing:
+            self._broker.add(service)
             try:
-                self.server.store.add(service, invitation)
+                self._store.add(service, invitation)
             except BaseException:
-                self.broker.remove(service)
+                self._broker.remove(service)
                 raise
-        log("registered", service=name, address=self.address)
-        answer = {"name": name, "key": key, "errorcode": 0}
-        if repeat:
-            memory[self.caller(), repeat] = self.same, answer
-            if len(memory) > 100:
-                memory.popitem(last=False)
-        self.reply(201, answer)
 
-    def _texts(self, request):
-        texts = {}
-        for field, most in TOTAL_TEXT.items():
-            text = request.get(field)
-            if text is None:
-                continue
-            if not isinstance(text, str) or len(text) > most or not all(
-                    c.isprintable() for c in text):
-                raise RelayError("invalid_request", "%s must be one line of text, at most "
-                                 "%d characters." % (field, most), param=field)
-            texts[field] = text
-        return texts
+    # -- changes: on the disk first, then in force; what fails is not in force --
 
-    def service(self, name):
-        """GET /api/services/{name}"""
-        self.reply(200, self.broker.model(self.authorized(name)))
-
-    def change_service(self, name):
-        """PATCH /api/services/{name}: operator, comment, private, paused,
-        anonymous_per_day, new_key"""
-        service = self.authorized(name)
-        request = self.read_object(MAX_SMALL_BODY_BYTES)
-        answer, changes = {}, self._texts(request)
-        for field in ("private", "paused", "new_key"):
-            if not isinstance(request.get(field, False), bool):
-                raise RelayError("invalid_request", "%s must be true or false." % field,
-                                 param=field)
-            if field in request and field != "new_key":
-                changes[field] = request[field]
-        if "anonymous_per_day" in request:
-            check_fields(request, {"anonymous_per_day": (int, 1, 10**9)})
-            changes["anonymous_per_day"] = request.get("anonymous_per_day")
-        if request.get("new_key"):
-            answer["key"] = new_key()
-            changes["key_digest"] = digest(answer["key"])
-        with self.server.changing:
-            self.still_authorized(service)
+    def change(self, service, **changes):
+        """Change columns of a service. Raises sqlite3.Error."""
+        with self.changing:
             if changes:
-                self.server.store.change(service, **changes)
+                self._store.change(service, **changes)
             for field, value in changes.items():
                 setattr(service, field, value)
-        if answer:
-            self.broker.close_sessions(service)
-            log("new_key", service=service.name, address=self.address)
-        self.reply(200, dict(self.broker.model(service), errorcode=0, **answer))
+            self._broker.touch()
+        if "key_digest" in changes:
+            self._broker.close_sessions(service)
 
-    def keys(self, name):
-        """GET /api/services/{name}/keys: the access keys, with their use so far"""
-        service = self.authorized(name)
-        self.reply(200, {"errorcode": 0, "keys": [
-            key.shown(time.time()) for key in list(service.keys.values())]})
+    def delete(self, service):
+        """Delete a service. Raises sqlite3.Error."""
+        with self.changing:
+            self._store.remove(service)
+            self._broker.remove(service)
+            self._digests.difference_update(service.keys)
 
-    def add_key(self, name):
-        """POST /api/services/{name}/keys: {label, limits} -> {id, key}"""
-        service = self.authorized(name)
-        request = self.read_object(MAX_SMALL_BODY_BYTES)
-        check_fields(request, KEY_LIMITS)
-        label = request.get("label", "")
-        if not isinstance(label, str) or len(label) > 100 or not label.isprintable():
-            raise RelayError("invalid_request", "label must be a short text.",
-                             param="label")
-        key = new_key()
-        access = AccessKey(secrets.token_hex(8), digest(key), label, time.time(),
-                           *[request.get(limit) for limit in KEY_LIMITS],
-                           *(0, 0, 0, None))
-        with self.server.changing:
-            self.still_authorized(service)
+    def add_key(self, service, key):
+        """Add an access key. Raises RelayError, sqlite3.Error."""
+        limits = self._broker.limits
+        with self.changing:
             if len(service.keys) >= MAX_KEYS:
                 raise RelayError("invalid_request", "%s has %d access keys: revoke some."
                                  % (service.name, MAX_KEYS))
-            self.server.store.add_key(service, access)
-            service.keys[access.digest] = access
-        log("key_added", service=service.name, key_id=access.id)
-        self.reply(201, dict(access.shown(time.time()), key=key, errorcode=0))
+            if len(self._digests) >= limits.max_access_keys:
+                raise RelayError("relay_busy", "This relay has no room for more access keys.")
+            self._store.add_key(service, key)
+            service.keys[key.digest] = key
+            self._digests.add(key.digest)
 
-    def revoke_key(self, name, key_id):
-        """DELETE /api/services/{name}/keys/{id}: in force at once, whatever the disk"""
-        service = self.authorized(name)
-        with self.server.changing:
-            access = next((a for a in service.keys.values() if a.id == key_id), None)
-            if access is None:
+    def revoke_key(self, service, key_id):
+        """Revoke an access key: in force when this returns. Return whether it is on the
+        disk, too. Raises RelayError."""
+        with self.changing:
+            key = next((k for k in service.keys.values() if k.id == key_id), None)
+            if key is None:
+                if any(key.id == key_id for key in self._revoked):
+                    self.save()
+                    return not self._revoked
                 raise RelayError("not_found", "%s has no such access key." % service.name)
-            del service.keys[access.digest]
-            log("key_revoked", service=service.name, key_id=key_id)
-            self.server.revoked.append(access)         # off the disk, as soon as it can be
-            self.server.save()
-        self.reply(200, {"errorcode": 0})
+            del service.keys[key.digest]
+            self._digests.discard(key.digest)
+            self._revoked.append(key)
+            self.save()
+            return not self._revoked
 
-    def delete_service(self, name):
-        """DELETE /api/services/{name}"""
-        service = self.authorized(name)
-        with self.server.changing:
-            self.still_authorized(service)
-            self.server.store.remove(service)
-            self.broker.remove(service)
-        log("deleted", service=service.name, address=self.address)
-        self.reply(200, {"name": service.name, "errorcode": 0})
+    # -- counters, and what was revoked while the disk was full --
 
+    def save(self):
+        """Write what counted since the last time. Never raises: a full disk stops no
+        prompt."""
+        with self.changing:
+            self._unsaved.update({s.name: s for s in self._broker.take_changed()})
+            try:
+                while self._revoked:
+                    self._store.remove_key(self._revoked[0])
+                    self._revoked.pop(0)
+                if self._unsaved:
+                    self._store.save(list(self._unsaved.values()))
+                    self._unsaved.clear()
+                self._trouble = None
+            except sqlite3.Error as error:
+                if str(error) != self._trouble:        # once, not at each attempt
+                    self._trouble = str(error)
+                    log("cannot_save", error=str(error))
 
-ITEM_FIELDS = {"reasoning": str, "tool_calls": list, "finish_reason": str, "usage": dict,
-               "result": dict}
+    def keep_saving(self):
+        """Save counters when they change, until the broker closes; for a thread."""
+        while not self._broker.closed:
+            self._broker.counters_changed.wait()
+            time.sleep(SAVE_SECONDS)       # so that a burst is one transaction
+            self.save()
 
+    def keep_reloading(self):
+        """Look for changes by other processes, until the broker closes; for a thread."""
+        while not self._broker.closed:
+            time.sleep(RELOAD_SECONDS)
+            self.reload()
+            if self._revoked or self._unsaved:         # the disk may have room again
+                self.save()
 
-def is_item(item):
-    """Whether this can be a piece of an answer: a text, or a dict of known form."""
-    if type(item) is str:
-        return True
-    if type(item) is not dict or any(
-            type(item[field]) is not kind for field, kind in ITEM_FIELDS.items()
-            if item.get(field) is not None):
-        return False
-    for call in item.get("tool_calls") or ():
-        function = call.get("function") or {} if type(call) is dict else None
-        if type(function) is not dict or any(
-                type(text or "") is not str for text in (
-                    call.get("id"), call.get("type"), function.get("name"),
-                    function.get("arguments"))):
-            return False
-    return True
-
-
-def is_plain(items):
-    """Whether this is a list of texts in ASCII, as most are: so it needs no closer look."""
-    try:
-        return type(items) is list and "".join(items).isascii()
-    except TypeError:
-        return False
-
-
-def is_place(job, attempt, at=0):
-    """Whether this can be a job's id, and the numbers of its attempt and of an item."""
-    return (type(job) is str and len(job) <= MAX_ID_CHARACTERS
-            and type(attempt) is type(at) is int and 0 <= attempt | at < 2**31)
-
-
-class ProviderFace:
-    """The long-poll protocol. Each request carries the service key as bearer token."""
-
-    def login(self, name):
-        """POST login: {workers, continues, embeddings, context_length} -> {session}"""
-        service = self.authorized(name)
-        request = self.read_object(MAX_SMALL_BODY_BYTES)
-        self.still_authorized(service)
-        check_fields(request, {"workers": (int, 1, self.limits.max_workers),
-                               "context_length": (int, 1, 10**9)})
-        session = self.broker.login(
-            service, request.get("workers", 1), bool(request.get("continues")),
-            embeddings=bool(request.get("embeddings")),
-            context_length=request.get("context_length"))
-        log("login", service=service.name, address=self.address, session=session[:8])
-        self.reply(200, {"session": session, "name": service.name, "errorcode": 0,
-                         "lease_s": self.limits.lease_seconds,
-                         "poll_s": self.limits.poll_seconds})
-
-    def poll(self, name):
-        """POST poll: {session, running: [[job, attempt]]} -> {jobs, cancel}"""
-        service = self.authorized(name)
-        request = self.read_object(MAX_SMALL_BODY_BYTES)
-        self.still_authorized(service)
-        session, running = self._session_of(request), request.get("running", [])
+    def reload(self):
+        """Read again what another process changed in the data file. Return words for what
+        has changed. Never raises."""
         try:
-            running = [(job, attempt) for job, attempt in running]
-            if not all(is_place(job, attempt) for job, attempt in running):
-                raise ValueError
-        except (TypeError, ValueError):
-            raise RelayError("invalid_request", "running must be a list of [job, "
-                             "attempt].", param="running") from None
-        if len(running) > 4 * self.limits.max_workers:
-            raise RelayError("invalid_request", "running has more than %d jobs."
-                             % (4 * self.limits.max_workers), param="running")
-        token = Poll()
-        self.polled = session, token       # if this connection closes, so has the poll
-        self.wire.when_gone(functools.partial(self.broker.lost, session, token))
-        with self.taking(self.server.polls):
-            jobs, cancels = self.broker.poll(service, session, token, running)
-        self._send_work(jobs, cancels)
+            with self.changing:
+                changes = None if self._broker.closed else self._store.changes()
+                if changes in (None, self._changes):
+                    return []
+                self._compare({s.name.lower(): s for s in self._store.load()})
+                self._changes = changes
+                return ["services"]
+        except Exception as error:
+            log("cannot_reload", error=repr(error))
+            return []
 
-    def provider_reply(self, name):
-        """POST reply: {session, replies: [entry]} -> {refused, jobs, cancel}"""
-        service = self.authorized(name)
-        request = self.read_object()
-        self.still_authorized(service)
-        session, entries = self._session_of(request), request.get("replies", [])
-        if not isinstance(entries, list):
-            raise RelayError("invalid_request", "replies must be a list.",
-                             param="replies")
-        for entry in entries:
-            self._check_entry(entry)
-        refused, jobs, cancels = self.broker.reply(service, session, entries)
-        self._send_work(jobs, cancels, refused)
+    def _compare(self, there):
+        """Make the services here those of the file, except for what is counted."""
+        for service in self._broker.services():
+            new = there.get(service.name.lower())
+            if new is not None and new.created == service.created:
+                self._compare_one(service, there.pop(service.name.lower()))
+            elif service.stored:
+                self._broker.remove(service)
+                log("deleted", service=service.name)
+        for service in there.values():
+            self._broker.add(service, returning=True)
+            log("registered", service=service.name)
+        self._digests = {hashed for service in self._broker.services()
+                         for hashed in service.keys}
 
-    def logout(self, name):
-        """POST logout: {session}; its unfinished jobs go to others"""
-        service = self.authorized(name)
-        session = self._session_of(self.read_object(MAX_SMALL_BODY_BYTES))
-        self.still_authorized(service)
-        self.broker.logout(service, session)
-        log("logout", service=service.name, address=self.address, session=session[:8])
-        self.reply(200, {"errorcode": 0})
+    def _compare_one(self, service, new):
+        for field in Service.SETTINGS:
+            setattr(service, field, getattr(new, field))
+        if service.key_digest != new.key_digest:
+            service.key_digest = new.key_digest
+            self._broker.close_sessions(service)
+            log("new_key", service=service.name)
+        for hashed in set(service.keys) - set(new.keys):
+            del service.keys[hashed]
+        revoked = {key.id for key in self._revoked}    # there only as the disk is full
+        for hashed, key in new.keys.items():
+            if key.id not in revoked:
+                service.keys.setdefault(hashed, key)
 
-    def _session_of(self, request):
-        session = request.get("session")
-        if not isinstance(session, str):
-            raise RelayError("invalid_request", "session must be the text that login "
-                             "answered.", param="session")
-        return session
-
-    def _check_entry(self, entry):
-        """Check one entry of a reply. What the provider's own program got wrong becomes
-        an error of that one job, so that its client learns of it."""
-        if type(entry) is not dict or not is_place(
-                entry.get("job"), entry.setdefault("attempt", 0), entry.setdefault("at", 0)):
-            raise RelayError("invalid_request", "Each entry of replies must have job, "
-                             "attempt, at and items.", param="replies")
-        items = entry.setdefault("items", [])
-        if not is_plain(items):
-            if not isinstance(items, list) or not all(map(is_item, items)):
-                entry["items"] = []
-                entry["error"] = {"message": "its reply is not text"}
-            else:                          # half a surrogate pair is no text either
-                entry["items"] = [
-                    item if type(item) is dict or item.isascii()
-                    else item.encode("utf-8", "replace").decode("utf-8")
-                    for item in items]
-        error = entry.get("error")
-        if error:
-            error = error if isinstance(error, dict) else {"message": error}
-            name = error.get("error")
-            entry["error"] = RelayError(
-                name if isinstance(name, str) and name in PROVIDER_ERRORS
-                else "provider_error",
-                "The provider could not answer: %s." % printable(
-                    error.get("message", "no reason given"), 500).rstrip("."))
-
-    def _send_work(self, jobs, cancels, refused=None):
-        """The response to poll and reply. The prompts are JSON already."""
-        parts = []
-        for job, attempt, at, text in jobs:
-            request = job.payload
-            if text is not None:
-                request = request[:-1] + b',"reply_so_far":%s}' % dumps(text)
-            parts.append(b'{"job":"%s","attempt":%d,"at":%d,"request":%s}' % (
-                job.id.encode("ascii"), attempt, at, request))
-        body = b'{"errorcode":0,"jobs":[%s],"cancel":%s' % (
-            b",".join(parts), dumps(cancels) if cancels else b"[]")
-        if refused is not None:
-            body += b',"refused":%s' % (dumps(refused) if refused else b"[]")
-        self.reply(200, body + b"}")
-
-
-class Handler(PageFace, NativeFace, OpenAIFace, OperatorFace, ProviderFace, Connection):
-    """A connection with all its faces."""
-
-
-class Route:
-    """What is done at one path: which handler for which method, and in which face."""
-
-    def __init__(self, face, **handlers):
-        self.face, self.handlers = face, handlers
-
-
-CHALLENGE = Route("admin", GET="challenge")
-
-
-def _routes():
-    routes = {
-        (): Route("native", GET="page", POST="native"),
-        ("*",): Route("native", GET="page", POST="native"),
-        (".well-known", "acme-challenge", "*"): CHALLENGE,
-        ("healthz",): Route("admin", GET="health"),
-        ("metrics",): Route("admin", GET="metrics"),
-        ("api", "models"): Route("native", GET="models"),
-        ("api", "services"): Route("operator", GET="models", POST="register"),
-        ("api", "services", "*"): Route("operator", GET="service", PATCH="change_service",
-                                        DELETE="delete_service"),
-        ("api", "services", "*", "keys"): Route("operator", GET="keys", POST="add_key"),
-        ("api", "services", "*", "keys", "*"): Route("operator", DELETE="revoke_key"),
-    }
-    for name, handler in (("login", "login"), ("poll", "poll"),
-                          ("reply", "provider_reply"), ("logout", "logout")):
-        routes["provider", "*", name] = Route("provider", POST=handler)
-    for base in ((), ("v1",), ("*", "v1")):
-        for path, route in (
-                (("models",), Route("openai", GET="openai_models")),
-                (("chat", "completions"), Route("openai", POST="chat")),
-                (("completions",), Route("openai", POST="completions")),
-                (("embeddings",), Route("openai", POST="embeddings")),
-                (("responses",), Route("openai", POST="not_here")),
-                (("messages",), Route("openai", POST="not_here"))):
-            routes[base + path] = route
-        routes[base + ("models", "*")] = Route("openai", GET="openai_model")
-    return routes
-
-
-ROUTES = _routes()    # "*" stands for one segment, a service's name
-
-
-@functools.lru_cache(maxsize=MAX_PATHS_KNOWN)
-def find_route(path):
-    """Return (Route, arguments) for the segments of a path; (None, ()) if none fits."""
-    if path[:2] == ("v1", "models") and len(path) > 3:
-        path = path[:2] + ("/".join(path[2:]),)      # as in "meta-llama/Llama-3"
-    if "*" in path:
-        return None, ()
-    route = ROUTES.get(path)
-    if route is not None:
-        return route, ()
-    if len(path) <= 5:
-        for index, segment in enumerate(path):
-            pattern = path[:index] + ("*",) + path[index + 1:]
-            route = ROUTES.get(pattern)
-            if route is not None:
-                return route, (segment,)
-            if index < len(path) - 1 and ROUTES.get(pattern[:-1] + ("*",)):
-                return ROUTES[pattern[:-1] + ("*",)], (segment, path[-1])
-    return None, ()
+    def close(self):
+        """Save, and close the file."""
+        self.save()
+        with self.changing:
+            self._store.close()
 
 
 ##############################################################################
-# Serving: connections, threads, TLS, signals
+# Relay: accepts connections, and holds what they share
+#
+# It gives each connection that has something to say a thread, and owns the Broker, the
+# Registry and the Rooms that bound them.
 ##############################################################################
 
-
-LOG = {"format": "text"}    # or "json"
-
-
-def log(event, **fields):
-    """One line on standard error: when, what, and the fields as JSON. Never a prompt,
-    a reply or a key."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    trace = ""
-    if fields.pop("traceback", False):
-        import traceback                   # rarely needed: kept out of the start-up
-        trace = traceback.format_exc()
-    if LOG["format"] == "json":
-        fields.update({"traceback": trace} if trace else ())
-        line = json.dumps(dict(time=now, event=event, **fields)) + "\n"
-    else:
-        line = "%s %s %s\n" % (now, event, " ".join(
-            "%s=%s" % (name, json.dumps(value)) for name, value in fields.items())) + trace
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(line)
-        sys.stderr.flush()
+UNCOUNTED_BYTES = 16384      # of a body under way: they always pass
+ACCEPT_PAUSE_SECONDS = 0.05  # after a failed accept, which may fail again at once
 
 
 def ip_of(address):
-    """A peer's IP address; what has none is this machine."""
+    """A peer's IP address; one without any, as on a Unix socket, is this machine."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -4039,12 +5353,6 @@ def canonical_address(address):
     if ip.version == 6 and not ip.is_loopback:
         return str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
     return str(ip)
-
-
-@functools.lru_cache(maxsize=10000)
-def is_loopback(address):
-    """Whether a canonical address is this machine's own."""
-    return ipaddress.ip_address(address.partition("/")[0]).is_loopback
 
 
 @functools.lru_cache(maxsize=100)
@@ -4062,7 +5370,7 @@ def host_name(host):
 
 
 class Relay(ThreadingHTTPServer):
-    """Accepts connections and gives each a thread; holds what they share."""
+    """Accepts connections and serves them in threads."""
 
     daemon_threads = True
     request_queue_size = 1024              # the default, 5, drops bursts of connections
@@ -4074,72 +5382,68 @@ class Relay(ThreadingHTTPServer):
         """tls: a Certificate, or None for plain HTTP. page: the bytes of chat.html.
 
         registration: one of REGISTRATION. proxies: ipaddress networks of proxies whose
-        X-Forwarded-For is believed, that is the address `hops` from its end. names: by
-        which clients may call the relay, if not by all. webroot: a folder with ACME's
+        X-Forwarded-For is believed, namely the address `hops` from its end. names: the
+        names of the relay, if it answers to no other. webroot: a folder with ACME's
         challenges. listener: a socket that listens already, in place of host and port.
-        plain: a second one, on which a relay with TLS answers those challenges, and sends
-        browsers to https.
+        plain: a second one, on which a relay with TLS answers those challenges, and
+        redirects browsers to https.
         """
-        self.proxies, self.hops = proxies, hops
-        self.webroot, self.plain = webroot, plain
         self.limits = limits or Limits()
-        self.store = store or Store(":memory:")
         self.broker = broker or Broker(self.limits)
-        self.watcher = Watcher()
-        self.tls = tls
+        self.registry = Registry(store or Store(":memory:"), self.broker, registration)
+        self.directory = Directory(self.broker)
+        self.tls, self.webroot, self.plain = tls, webroot, plain
+        self.proxies, self.hops = proxies, hops
         self.show(page)
+        self._add_limits()
+        self.hang_ups = HangUps()
+        self.threads, self.lobby = Threads(), Lobby(self._start)
         self.stopping = False
-        self.active = set()                # connections with a request under way
-        self.registration = registration
-        # Held while services or keys change, or are compared with the file: whoever has
-        # it sees no half of a change. Taken before the broker's and the store's locks.
-        self.changing = threading.RLock()
-        self.revoked = []                  # access keys that are still on the disk
-        self._unsaved = {}                 # name -> Service whose counters are not
-        self._trouble = None               # why they could not be written, as logged
-        self._changes = self.store.changes()   # before it is loaded
-        self.registrations, self.wrong_keys, self.changes = Rates(), Rates(), Rates()
-        self.registered = OrderedDict()    # (caller, Idempotency-Key) -> body, answer
-        self.counts = Counter()            # (what, label) -> how many
-        limits, each = self.limits, self.limits.max_connections_per_address
-        self.connections = Shares("connections", limits.max_connections, each)
-        self.proxied = Shares("connections", math.inf, each)     # behind a proxy's
-        self.polls = Shares("polls", limits.max_polls, -(-limits.max_polls // SHARE))
-        self.waiting = Shares("places for prompts", limits.max_waiting,
-                              -(-limits.max_waiting // SHARE))
-        self.bytes = Shares("memory for so much at once", limits.max_held_bytes // 4,
-                            limits.max_held_bytes // 8)   # of bodies and responses
-        self.counting = threading.Lock()   # guards counts
-        self.idle = OrderedDict()          # sockets on which no request has begun
+        self.active = set()                # exchanges under way
+        self._counts, self._counting = Counter(), threading.Lock()
         self._date = (0, b"")
-        self._spare = os.open(os.devnull, os.O_RDONLY)   # see get_request
-        for service in self.store.load():
-            self.broker.add(service, returning=True)
-        if not host and socket.has_dualstack_ipv6():
+        self._spare = os.open(os.devnull, os.O_RDONLY)   # see _accept
+        if ":" in host or not host and socket.has_dualstack_ipv6():
             self.address_family = socket.AF_INET6
-        elif ":" in host:
-            self.address_family = socket.AF_INET6
-        super().__init__((host, port), Handler, bind_and_activate=listener is None)
+        super().__init__((host, port), None, bind_and_activate=listener is None)
         if listener is not None:
             self.socket.close()
             self.socket = listener
             self.server_address = listener.getsockname()
             self.server_port = self.server_address[1]
-        # A page anywhere can make its own name mean 127.0.0.1 (DNS rebinding) and then
-        # call a relay that only this machine can reach: what it is called gives it away.
+        # A page anywhere can make its own name mean 127.0.0.1 (DNS rebinding) and then call
+        # a relay that only this machine can reach: the name it uses gives it away.
         self.names = {name.lower() for name in names}
         if self.names or is_loopback(canonical_address(self.server_address[0])):
             self.names.add("localhost")
 
+    def _add_limits(self):
+        """What is bounded for all connections together, and by address."""
+        limits = self.limits
+        self.registrations, self.wrong_keys, self.changes = Rates(), Rates(), Rates()
+        each = limits.max_connections_per_address
+        self.connections = Room("connections", limits.max_connections, hard=each)
+        self.proxied = Room("connections", 10**9, hard=each)     # behind a proxy's
+        self.polls = Room("polls", limits.max_polls)
+        self.waiting = Room("slots for prompts", limits.max_waiting)
+        self.bytes = Room("memory", limits.max_held_bytes // 4)  # bodies and responses
+
     def show(self, page):
-        """Serve these bytes of chat.html from now on; None for no page."""
-        self.page, self.csp = page, page and content_security_policy(page)
+        """Serve these bytes of chat.html from now on; None for no page. And the client file
+        as it is now."""
+        self.page = page
+        self.page_file = Page(page, "text/html; charset=utf-8") if page else None
+        client = read_beside("neuroengine.py")
+        self.client_file = Page(client, "text/x-python; charset=utf-8") if client else None
 
     def server_bind(self):
-        """Bind, without the look-up of our own name that the base class makes."""
+        """Bind, without the name look-up that the base class makes."""
         if self.address_family == socket.AF_INET6:
             with contextlib.suppress(AttributeError, OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):     # Windows: else two could bind
+            self.allow_reuse_address = False
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -4153,111 +5457,117 @@ class Relay(ThreadingHTTPServer):
             host = "[%s]" % host
         return "%s://%s:%d" % ("https" if self.tls else "http", host, self.server_port)
 
+    # -- connections --
+
     def get_request(self):
-        """Accept a connection. No TLS handshake here: a silent peer would hold up others."""
+        """Accept a connection. No TLS handshake here: a silent peer would delay others."""
         return self._accept(self.socket)
 
     def _accept(self, listener):
-        """Accept a connection; when out of descriptors, turn one away instead.
+        """Accept a connection; when out of file descriptors, turn one away instead.
 
-        Otherwise the listening socket stays readable and the loop spins: measured
-        elsewhere at 350,000 failing accepts a second.
+        Otherwise the listening socket stays readable and the loop spins: measured elsewhere
+        at 350,000 failing accepts a second.
         """
         try:
             sock, address = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self.count("refused_connections", "descriptors")
-                self._close_idle()
+                self.lobby.close_oldest()
                 spare, self._spare = self._spare, None
                 with contextlib.suppress(OSError, TypeError):
                     os.close(spare)
                     listener.accept()[0].close()
                 with contextlib.suppress(OSError):
                     self._spare = os.open(os.devnull, os.O_RDONLY)
-                time.sleep(0.05)
+                time.sleep(ACCEPT_PAUSE_SECONDS)
             raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5),
-                            ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):      # a peer behind a NAT that forgot it
+        # For peers behind a NAT that forgot them, and machines that vanish mid-stream.
+        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
+                            ("TCP_USER_TIMEOUT", 30000)):
+            if hasattr(socket, name):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         return sock, address
 
     def _accept_plain(self):
-        """Accept what comes on the second socket, which is for who asks for plain HTTP."""
+        """Accept what comes on the second socket, which speaks plain HTTP."""
         while not self.stopping:
             try:
                 self.process_request(*self._accept(self.plain))
             except OSError:
-                time.sleep(0.05)           # it may go on failing
+                time.sleep(ACCEPT_PAUSE_SECONDS)
 
     def process_request(self, request, client_address):
-        """Start a thread for a connection, if the limits allow one more."""
+        """Serve a new connection, if the limits allow one more."""
+        proxied = self.is_proxy(client_address[0])
         address = canonical_address(client_address[0])
-        if self.is_proxy(client_address[0]):
-            address = None                 # its clients are counted, not itself
         try:
-            self.connections.take(address)
+            # The connections of a proxy count for its clients, see charge_proxied.
+            slot = self.connections.take(None if proxied else address, reserved=True)
         except RelayError as error:
             if error.name == "relay_busy":
-                self._close_idle()
+                self.lobby.close_oldest()
             return self._refuse(request, error)
-        try:
-            threading.Thread(target=self._serve, args=(request, client_address, address),
-                             daemon=True).start()
-        except RuntimeError:               # no more threads are to be had
-            self.connections.give(address)
-            self._close_idle()
-            self._refuse(request, RelayError("relay_busy", "This relay has no more threads "
-                                             "to give just now.", retry_after=5))
+        connection = Connection(request, self.limits, self.tls and self.tls.context)
+        connection.address, connection.slot, connection.proxied = address, slot, proxied
+        connection.near = not proxied and is_loopback(address)
+        self._start(connection)
 
-    def _serve(self, request, client_address, address):
+    def _start(self, connection):
+        """Serve a connection in a thread."""
         try:
-            self.finish_request(request, client_address)
+            self.threads.run(functools.partial(self._serve, connection))
+        except RuntimeError:               # the system has no more threads
+            connection.close()
+            self.count("refused_connections", "threads")
+            self.lobby.close_oldest()
+
+    def _serve(self, connection):
+        """Answer a connection's requests until it ends, or there is none for a while."""
+        parked = False
+        try:
+            with self.hang_ups.watching(connection):
+                connection.shake_hands(self.limits.handshake_seconds)
+                while True:
+                    parked = not connection.has_request(self._wait_seconds(connection))
+                    if parked or not self._exchange(connection):
+                        break
+        except (PeerGone, OSError):
+            parked = False                 # normal: they leave when they like
         except Exception as error:
+            parked = False
             log("internal_error", error=printable(repr(error)), traceback=True)
+        if parked and self.lobby.holds:
+            self.lobby.park(connection, connection.park_until())
+        else:
+            connection.close()
+
+    def _wait_seconds(self, connection):
+        """How long a thread waits for the next request."""
+        if self.lobby.holds:
+            return SHORT_WAIT_SECONDS
+        return connection.park_until() - time.monotonic()
+
+    def _exchange(self, connection):
+        """Answer one request; return whether another may follow."""
+        exchange = Exchange(self, connection)
+        self.active.add(exchange)
+        try:
+            goes_on = exchange.run()
         finally:
-            try:
-                self.shutdown_request(request)
-            finally:
-                self.connections.give(address)
-
-    def _close_idle(self):
-        """Make room for the next connection: close that on which nobody has begun a
-        request for the longest time."""
-        with contextlib.suppress(KeyError, OSError):
-            self.idle.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
-
-    def is_proxy(self, address):
-        """Whether a peer's address is that of a trusted proxy."""
-        return any(ip_of(address) in network for network in self.proxies)
-
-    def forwarded_for(self, head, peer):
-        """The address that a trusted proxy speaks for: what stands left in
-        X-Forwarded-For is anybody's word, what stands right is the proxy's."""
-        addresses = head.fields.get("x-forwarded-for", "").split(",")
-        if len(addresses) >= self.hops:
-            with contextlib.suppress(ValueError):
-                return canonical_address(str(ipaddress.ip_address(
-                    addresses[-self.hops].strip())))
-        return peer
-
-    def check_host(self, host, origin):
-        """Raise RelayError if a Host header does not call the relay by one of its names,
-        or if a relay for this machine alone is called by a page from elsewhere."""
-        name = host_name(host)
-        if self.names and name and name not in self.names:
-            raise RelayError("forbidden", "This relay is not called %s. If it is, by a "
-                             "proxy: start it with --allow-host %s." % (name, name))
-        if origin and self.names == {"localhost"} and host_name(
-                origin.partition("://")[2] or origin) not in ("", "localhost"):
-            raise RelayError("forbidden", "This relay is for this machine alone, not for "
-                             "pages of %s." % printable(origin, 60))
+            self.active.discard(exchange)
+        connection.idle_until = None
+        if not goes_on:
+            connection.say_goodbye()
+            if exchange.head is None or not exchange.body_read:
+                connection.linger()
+        return goes_on
 
     def _refuse(self, request, error):
-        """Say 503 without reading anything: over TLS there is no way to say it."""
+        """Answer 503 without reading anything; over TLS there is no way to say it."""
         self.count("refused_connections", error.name)
         body = dumps(error.native())
         with contextlib.suppress(OSError, ValueError):
@@ -4271,10 +5581,74 @@ class Relay(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """A connection that broke while it was being accepted: nothing to say."""
 
+    # -- what exchanges ask --
+
+    def is_proxy(self, address):
+        """Whether a peer's address is that of a trusted proxy."""
+        return any(ip_of(address) in network for network in self.proxies)
+
+    @contextlib.contextmanager
+    def charge_proxied(self, exchange):
+        """Charge what comes through a trusted proxy to the address that it speaks for."""
+        if not exchange.connection.proxied:
+            yield
+            return
+        exchange.address = self.forwarded_for(exchange.head, exchange.address)
+        with self.proxied.take(exchange.address):
+            yield
+
+    def forwarded_for(self, head, peer):
+        """The address that a trusted proxy speaks for. Anybody can write the left part of
+        X-Forwarded-For; the proxy adds to its right."""
+        addresses = head.fields.get("x-forwarded-for", "").split(",")
+        if len(addresses) >= self.hops:
+            with contextlib.suppress(ValueError):
+                return canonical_address(str(ipaddress.ip_address(
+                    addresses[-self.hops].strip())))
+        return peer
+
+    def check_host(self, host, origin):
+        """Raise RelayError if a Host header does not call the relay by one of its names, or
+        if a page from elsewhere calls a relay for this machine alone."""
+        if not self.names:
+            return
+        name = host_name(host)
+        if name and name not in self.names:
+            raise RelayError("forbidden", "This relay is not called %s. If a proxy calls it "
+                             "so, start it with --allow-host %s." % (name, name))
+        if origin and self.names == {"localhost"} and host_name(
+                origin.partition("://")[2] or origin) not in ("", "localhost"):
+            raise RelayError("forbidden", "This relay is for this machine alone, not for "
+                             "pages of %s." % printable(origin, 60))
+
+    @contextlib.contextmanager
+    def bytes_under_way(self, exchange):
+        """Count the bytes of a body as memory, from their arrival until it is parsed. Yields
+        count(size), which raises RelayError if there is no room."""
+        slots, total = [], 0
+
+        def count(size):
+            nonlocal total
+            total += size
+            slots.append(self.bytes.take(
+                exchange.address, size, always=total <= UNCOUNTED_BYTES,
+                reserved=exchange.trusted,
+                give_way=exchange.connection.abort))
+        try:
+            yield count
+        finally:
+            for slot in slots:
+                slot.release()
+
     def count(self, what, label):
         """Count one, for /metrics."""
-        with self.counting:
-            self.counts[what, label] += 1
+        with self._counting:
+            self._counts[what, label] += 1
+
+    def counted(self):
+        """What was counted: (what, label) -> number."""
+        with self._counting:
+            return Counter(self._counts)
 
     def date(self):
         """The Date header, made once a second."""
@@ -4283,16 +5657,19 @@ class Relay(ThreadingHTTPServer):
             self._date = now, b"Date: %s\r\n" % formatdate(now, usegmt=True).encode()
         return self._date[1]
 
+    # -- start and stop --
+
     def start(self):
         """Serve in threads of its own; returns at once. stop() ends it."""
-        targets = [self._keep_up, self._save_counters, self._take_care, self.watcher.run,
+        targets = [self._keep_up, self.registry.keep_saving, self.registry.keep_reloading,
+                   self.hang_ups.run, self.lobby.run, self._keep_certificate,
                    functools.partial(self.serve_forever, poll_interval=0.2)]
         if self.plain is not None:
             targets.append(self._accept_plain)
         for target in targets:
-            threading.Thread(target=self._go_on, args=(target,), daemon=True).start()
+            threading.Thread(target=self._keep_running, args=(target,), daemon=True).start()
 
-    def _go_on(self, target):
+    def _keep_running(self, target):
         """Run what runs for as long as the relay does, whatever goes wrong in it."""
         while True:
             try:
@@ -4305,79 +5682,22 @@ class Relay(ThreadingHTTPServer):
         while self.broker.upkeep():
             pass
 
-    def _save_counters(self):
-        while not self.broker.closed:
-            self.broker.counters_changed.wait()
-            time.sleep(SAVE_SECONDS)       # so that a burst is one transaction
-            self.save()
-
-    def save(self):
-        """Write what counted since the last time. A full disk stops no prompt."""
-        with self.changing:
-            self._unsaved.update({s.name: s for s in self.broker.take_changed()})
-            try:
-                while self.revoked:
-                    self.store.remove_key(self.revoked[0])
-                    self.revoked.pop(0)
-                if self._unsaved:
-                    self.store.save(list(self._unsaved.values()))
-                    self._unsaved.clear()
-                self._trouble = None
-            except sqlite3.Error as error:
-                if str(error) != self._trouble:        # once, not at each attempt
-                    self._trouble = str(error)
-                    log("cannot_save", error=str(error))
-
-    def _take_care(self):
-        while not self.broker.closed:
+    def _keep_certificate(self):
+        """Use a renewed certificate; for a thread."""
+        while self.tls and not self.broker.closed:
             time.sleep(RELOAD_SECONDS)
-            self.reload()
-            if self.revoked or self._unsaved:          # the disk may have room again
-                self.save()
+            self.tls.renew()
 
     def reload(self):
-        """Take up what has changed on the disk: the certificate, and what another process
-        wrote into the data file. Never raises."""
-        try:
-            with self.changing:
-                if self.tls:
-                    self.tls.renew()
-                changes = None if self.broker.closed else self.store.changes()
-                if changes not in (None, self._changes):
-                    self._take_up({s.name.lower(): s for s in self.store.load()})
-                    self._changes = changes
-        except Exception as error:
-            log("cannot_reload", error=repr(error))
-
-    def _take_up(self, there):
-        """Make the services here those there, in the file, but for what is counted."""
-        for service in self.broker.services():
-            new = there.get(service.name.lower())
-            if new is not None and new.created == service.created:
-                self._take_up_changes(service, there.pop(service.name.lower()))
-            elif service.stored:
-                self.broker.remove(service)
-                log("deleted", service=service.name)
-        for service in there.values():
-            self.broker.add(service, returning=True)
-            log("registered", service=service.name)
-
-    def _take_up_changes(self, service, new):
-        for field in Service.SETTINGS:
-            setattr(service, field, getattr(new, field))
-        if service.key_digest != new.key_digest:
-            service.key_digest = new.key_digest
-            self.broker.close_sessions(service)
-            log("new_key", service=service.name)
-        for hashed in set(service.keys) - set(new.keys):
-            del service.keys[hashed]
-        revoked = {key.id for key in self.revoked}     # there only as the disk is full
-        for hashed, key in new.keys.items():
-            if key.id not in revoked:
-                service.keys.setdefault(hashed, key)
+        """Read again what may have changed on the disk. Return words for what has."""
+        read = self.registry.reload()
+        if self.tls and self.tls.renew():
+            read.append("certificate")
+        return read
 
     def stop(self, drain_seconds=0.0):
-        """Stop: no new jobs; running ones may finish; then close everything."""
+        """Stop: no new jobs; running ones may finish; then close everything. Blocks up to
+        drain_seconds and a few more."""
         self.stopping = True
         self.broker.drain()
         deadline = time.monotonic() + drain_seconds
@@ -4391,48 +5711,60 @@ class Relay(ThreadingHTTPServer):
         self.server_close()
         if self.plain is not None:
             self.plain.close()
-        self.save()
-        with self.changing:
-            self.store.close()
+        self.registry.close()
         with contextlib.suppress(OSError, TypeError):
             os.close(self._spare)
 
 
-def content_security_policy(page):
-    """The policy under which only the page's own script and style run: their hashes."""
-    def hashes(tag):
-        found = re.findall(rb"<%s[^>]*>(.*?)</%s>" % (tag, tag), page, re.S)
-        return " ".join("'sha256-%s'" % base64.b64encode(hashlib.sha256(text).digest()).decode()
-                        for text in found) or "'none'"
-    return ("default-src 'none'; script-src %s; style-src %s; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'" % (hashes(b"script"), hashes(b"style")))
+def read_beside(name):
+    """The bytes of a file next to this program, or None."""
+    try:
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name),
+                  "rb") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+##############################################################################
+# Certificates: TLS contexts, renewal while the relay runs, self-signed pairs
+##############################################################################
+
+# Without this section the relay speaks plain HTTP only. The connections ask Certificate for
+# the context in use; the command line makes one from --cert and --key; the registry renews it.
+
+RENEWAL_SECONDS = 14 * 86400     # certbot renews a month ahead: later than this is too late
+PARTIAL_CHAIN = 0x80000          # X509_V_FLAG_PARTIAL_CHAIN: trust a leaf without its root
 
 
 def tls_context(cert, key):
-    """The TLS side of a server with that certificate chain and private key."""
+    """Return the server's ssl.SSLContext for the certificate chain and private key in two
+    PEM files. Raises OSError (ssl.SSLError is one) if they cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     context.set_alpn_protocols(["http/1.1"])
-    # A key with a pass phrase is refused: asking on the terminal would hold up all.
+    # Without a password callback, OpenSSL would stop and ask for a pass phrase on the terminal.
     context.load_cert_chain(cert, key, password=lambda: "")
     return context
 
 
 class Certificate:
-    """The certificate and key of a relay, in files that may be renewed while it runs."""
+    """A certificate and its key, in files that may be replaced while the relay runs.
+
+    context: the ssl.SSLContext to use for new connections; read it anew for each.
+    """
 
     def __init__(self, cert, key):
-        """Raises OSError, of which ssl.SSLError is one, if they cannot be used."""
-        self.files, self._seen = (cert, key), None
+        """cert, key: paths of PEM files. Raises OSError if they cannot be used."""
+        self.files = (cert, key)
         self._seen = self._stamp()
-        # Never changed, only replaced as a whole: other threads are using it, and a pair
-        # that does not match would break every later handshake (security advice of ssl).
+        # Replaced as a whole, never changed: loading a new pair into a context in use would
+        # break handshakes in other threads, and all later ones if the pair does not match.
         self.context = tls_context(cert, key)
 
     def _stamp(self):
-        """What is different once the files were written again."""
+        """A value that changes when one of the files is written or replaced."""
         try:
             return [(stat.st_mtime_ns, stat.st_size, stat.st_ino)
                     for stat in map(os.stat, self.files)]
@@ -4440,66 +5772,81 @@ class Certificate:
             return str(error)
 
     def renew(self):
-        """Take the files up if they have changed. What cannot be used leaves the present
-        certificate in service, and is logged, once."""
+        """Load the files again if they have changed; return whether a new pair is in use.
+
+        Never raises: a pair that cannot be used is logged once, and the old one stays.
+        """
         stamp = self._stamp()
-        if stamp != self._seen:
-            self._seen = stamp
-            try:
-                until = certificate_of(*self.files)["notAfter"]    # a trial handshake
-                self.context = tls_context(*self.files)
-                log("certificate_renewed", file=self.files[0], until=until)
-            except (OSError, ValueError) as error:
-                log("certificate_not_renewed", file=self.files[0], error=str(error),
-                    meaning="the one before stays in service")
+        if stamp == self._seen:
+            return False
+        self._seen = stamp
+        try:
+            until = certificate_of(*self.files)["notAfter"]    # includes a trial handshake
+            self.context = tls_context(*self.files)
+        except (OSError, ValueError) as error:
+            log("certificate_not_renewed", file=self.files[0], error=str(error),
+                meaning="the old certificate stays in use")
+            return False
+        log("certificate_renewed", file=self.files[0], until=until)
+        return True
 
 
 def certificate_of(cert, key):
-    """What clients are shown of that pair: a dict with notAfter, subjectAltName and more.
+    """Return a certificate as clients get it: a dict with notAfter, subjectAltName, ...
 
-    Raises OSError, as ssl.SSLCertVerificationError when it is not valid at this time. ssl
-    tells only of a peer's certificate that it has verified: so shake hands, in memory.
+    Raises OSError; as ssl.SSLCertVerificationError if it is not valid at this time.
+    Python's ssl shows only the certificate of a peer that it has verified, hence this
+    handshake in memory.
     """
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    client.check_hostname = False
-    client.verify_flags |= 0x80000         # X509_V_FLAG_PARTIAL_CHAIN: no root is needed
-    client.load_verify_locations(cert)
-    there, here = ssl.MemoryBIO(), ssl.MemoryBIO()
-    client = client.wrap_bio(here, there)
-    server = tls_context(cert, key).wrap_bio(there, here, server_side=True)
-    for side in (client, server, client):  # hello; hello and certificate; verdict
+    client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client_context.check_hostname = False
+    client_context.verify_flags |= PARTIAL_CHAIN
+    client_context.load_verify_locations(cert)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = client_context.wrap_bio(to_client, to_server)
+    server = tls_context(cert, key).wrap_bio(to_server, to_client, server_side=True)
+    for side in (client, server, client):  # ClientHello; certificate; verification
         with contextlib.suppress(ssl.SSLWantReadError):
             side.do_handshake()
     return client.getpeercert()
 
 
 def self_signed(directory, make=True):
-    """Return (cert, key): files of a certificate made here once, by openssl."""
+    """Return the paths (cert, key) of a self-signed certificate in a directory.
+
+    make: create the files with openssl if they do not exist. Raises StoreError.
+    """
     cert = os.path.join(directory, "neuroengine-cert.pem")
     key = os.path.join(directory, "neuroengine-key.pem")
-    if make and not (os.path.exists(cert) and os.path.exists(key)):
-        name = socket.gethostname()[:60] or "localhost"
-        old = os.umask(0o077)
-        try:
-            subprocess.run(
-                ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-                 "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650", "-subj",
-                 "/CN=" + name, "-addext", "subjectAltName=DNS:%s,DNS:localhost,"
-                 "IP:127.0.0.1" % name, "-keyout", key, "-out", cert],
-                check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise StoreError("No certificate was given, and openssl could not make one "
-                             "(%s): use --cert and --key, or --tls off." % error)
-        finally:
-            os.umask(old)
+    if not make or os.path.exists(cert) and os.path.exists(key):
+        return cert, key
+    name = socket.gethostname()[:60] or "localhost"
+    old = os.umask(0o077)
+    try:
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+             "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650", "-subj",
+             "/CN=" + name, "-addext", "subjectAltName=DNS:%s,DNS:localhost,"
+             "IP:127.0.0.1" % name, "-keyout", key, "-out", cert],
+            check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE)
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", b"") or str(error).encode()).splitlines()
+        raise StoreError("No certificate was given, and openssl could not make one (%s). "
+                         "Use --cert and --key, or --tls off." % printable(lines[-1].decode(
+                             "utf-8", "replace")))
+    finally:
+        os.umask(old)
     return cert, key
 
 
 ##############################################################################
-# Demo: a built-in provider, after Joseph Weizenbaum's Eliza (1966)
+# Demo: a provider inside the relay, after Joseph Weizenbaum's Eliza (1966)
 ##############################################################################
 
-ELIZA = (
+# Only --demo uses it. It is also the shortest complete provider to read.
+
+ELIZA = (  # (pattern, answer); {} is the rest of the prompt, as seen from the other side
     (r"\bi need (.*)", "Why do you need {}? Would it really help you to get {}?"),
     (r"\bi am (.*)", "How long have you been {}? How do you feel about being {}?"),
     (r"\bi feel (.*)", "Tell me more about feeling {}. Do you often feel {}?"),
@@ -4512,181 +5859,416 @@ ELIZA = (
     (r"\?", "What do *you* think? And why do you ask?"),
     (r"", "Please go on: what does that suggest to you?"),
 )
-_MIRROR = {"i": "you", "me": "you", "my": "your", "am": "are", "mine": "yours",
-           "you": "I", "your": "my", "are": "am", "myself": "yourself"}
+MIRRORED = {"i": "you", "me": "you", "my": "your", "am": "are", "mine": "yours",
+            "you": "I", "your": "my", "are": "am", "myself": "yourself"}
 
 
 def eliza(prompt):
-    """Yield an answer to a prompt, word by word."""
+    """Return the answer to a prompt, as a list of words with the spaces after them."""
     for pattern, answer in ELIZA:
         match = re.search(pattern, prompt, re.I)
         if match:
             break
     rest = match.group(1).strip(" .!?\n") if match.groups() else ""
-    rest = " ".join(_MIRROR.get(word.lower(), word) for word in rest.split())
+    rest = " ".join(MIRRORED.get(word.lower(), word) for word in rest.split())
     return re.findall(r"\S+\s*|\s+", answer.format(rest, rest))
 
 
-def serve_eliza(broker, service, pause=0.04):
-    """Be a provider of a service, in this process. It shows how one polls and replies."""
-    session = broker.login(service, workers=8)
-    running = {}                           # (job id, attempt) -> set to cancel it
+def prompt_of(request):
+    """Return the text to answer: the prompt of a request, or its last message."""
+    messages = request.get("messages") or [{}]
+    prompt = (request.get("message") or request.get("prompt")
+              or messages[-1].get("content") or "")
+    return prompt if isinstance(prompt, str) else ""
 
-    def answer(job, attempt, at, cancelled):
-        request = json.loads(job.payload)
-        messages = request.get("messages") or [{}]
-        prompt = request.get("message") or request.get("prompt") \
-            or messages[-1].get("content") or ""
-        for at, word in enumerate(eliza(prompt if isinstance(prompt, str) else "")):
-            if cancelled.wait(pause):
-                break
-            push(job, attempt, at=at, items=[word])
-        push(job, attempt, at=at + 1, items=[], done=True)
-        running.pop((job.id, attempt), None)
 
-    def push(job, attempt, **entry):
-        with contextlib.suppress(RelayError):
-            _, jobs, cancels = broker.reply(
-                service, session, [dict(entry, job=job.id, attempt=attempt)])
-            take(jobs, cancels)
+class DemoProvider:
+    """A provider of a service in this process, with a thread for each answer."""
 
-    def take(jobs, cancels):
-        for pair in cancels:
-            if pair in running:
-                running[pair].set()
-        for job, attempt, at, _ in jobs:
-            cancelled = running[job.id, attempt] = threading.Event()
-            threading.Thread(target=answer, args=(job, attempt, at, cancelled),
+    def __init__(self, broker, service, pause=0.04):
+        """pause: seconds between two words."""
+        self._broker, self._service, self._pause = broker, service, pause
+        self._session = broker.login(service, workers=8)
+        self._running = {}            # (job id, attempt) -> Event that cancels it
+
+    def run(self):
+        """Poll until the relay drains."""
+        while not self._broker.draining:
+            with contextlib.suppress(RelayError):
+                self._take(*self._broker.poll(self._service, self._session, Poll(),
+                                              list(self._running)))
+
+    def _take(self, offers, cancels):
+        for lease in cancels:
+            if lease in self._running:
+                self._running[lease].set()
+        for job, attempt, at, _ in offers:
+            cancelled = self._running[job.id, attempt] = threading.Event()
+            threading.Thread(target=self._answer, args=(job, attempt, at, cancelled),
                              daemon=True).start()
 
-    while not broker.draining:
+    def _answer(self, job, attempt, at, cancelled):
+        for word in eliza(prompt_of(json.loads(job.payload))):
+            if cancelled.wait(self._pause):
+                break
+            self._push(job=job.id, attempt=attempt, at=at, items=[word])
+            at += 1
+        self._push(job=job.id, attempt=attempt, at=at, items=[], done=True)
+        self._running.pop((job.id, attempt), None)
+
+    def _push(self, **entry):
         with contextlib.suppress(RelayError):
-            jobs, cancels = broker.poll(service, session, Poll(), list(running))
-            take(jobs, cancels)
+            _, offers, cancels = self._broker.push(self._service, self._session, [entry])
+            self._take(offers, cancels)
 
 
 def start_demo(relay):
-    """Add the service Eliza to a relay, and its provider in a thread."""
+    """Add the service Eliza to a relay, with its provider; returns at once."""
     service = Service("Eliza", "", "neuroengine", "A demo that needs no model",
                       time.time())
     relay.broker.add(service)
-    threading.Thread(target=serve_eliza, args=(relay.broker, service),
-                     daemon=True).start()
+    threading.Thread(target=DemoProvider(relay.broker, service).run, daemon=True).start()
 
 
 ##############################################################################
-# Command line
+# Command line: options, relay process, doctor, commands on the data file
 ##############################################################################
 
+# It starts and ends everything above. Each mistake is answered in one sentence that says
+# what to do. Exit status: 0, 1 for trouble, 2 for a command line that makes no sense.
 
-TAKEN_UP = "a running relay takes that up within %d s" % RELOAD_SECONDS
-
-
-def whole(text):
-    """A number of things, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def seconds(text):
-    """A length of time, for argparse."""
-    number = float(text)
-    if not 0 <= number < 10**9:
-        raise ValueError
-    return number
-
-
-def port_number(text):
-    """A TCP port, for argparse."""
-    number = int(text)
-    if not 0 <= number <= 65535:
-        raise ValueError
-    return number
-
-
+EARLIEST_TIME = 1767225600       # 2026: a clock that shows less is wrong
+OTHER_DESCRIPTORS = 64           # open files that are not connections
+MIN_FREE_MIB = 50                # on the disk with the data file
+STACK_BYTES = 256 * 1024         # of a thread; the system's usual 8 MiB add up
 REGISTRATION = ("open", "invited", "closed")
+DATA_SUFFIXES = ("", "-wal", "-shm")    # of a data file and what SQLite keeps next to it
+LIMIT_GROUPS = {"capacity": "limits of the relay", "callers": "limits per caller",
+                "more": "more limits"}
+
+
+# Values of options. Each function raises ArgumentTypeError with words.
+
+
+def bad_value(words):
+    """Return the error that the parser shows as "--option: words"."""
+    return argparse.ArgumentTypeError(words)
+
+
+def number_of(text, kind):
+    """Return int(text) or float(text), or None if that is not a number."""
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
+def count_option(text):
+    """A number of things, at least 1."""
+    number = number_of(text, int)
+    if number is None or number < 1:
+        raise bad_value("a whole number of at least 1 is needed, not %s" % printable(text, 40))
+    return number
+
+
+def duration_option(text):
+    """A length of time; also for days."""
+    number = number_of(text, float)
+    if number is None or not 0 <= number < 10**9:
+        raise bad_value("a number of at least 0 is needed, not %s" % printable(text, 40))
+    return number
+
+
+def port_option(text):
+    """A TCP port."""
+    number = number_of(text, int)
+    if number is None or not 0 <= number <= 65535:
+        raise bad_value("a port is a number from 0 to 65535, not %s" % printable(text, 40))
+    return number
+
+
+def network_option(text):
+    """An IP address or network."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise bad_value("an address (10.0.0.1) or network (10.0.0.0/8) is needed: %s" % error)
+
+
+def limit_type(name):
+    """The function that reads a limit's value: durations may be 0, numbers may not."""
+    return duration_option if name.endswith(("_seconds", "_days")) else count_option
+
+
+# The parser.
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
                     argparse.RawDescriptionHelpFormatter):
-    """Shows each option's default, and the table of commands as it is."""
+    """Shows each option's default, if it has one, and the table of commands as it is."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, "", []) or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
-def build_parser():
-    """The command line's options."""
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence in place of the whole usage."""
+
+    def error(self, message):
+        """Print one sentence and exit with status 2."""
+        message = re.sub(r"^argument (\S+?): expected one argument", r"\1 needs a value",
+                         message)
+        message = re.sub(r"^argument (\S+?):", r"\1:", message)
+        self.exit(2, "%s: %s\n" % (self.prog, message))
+
+
+class HelpAll(argparse.Action):
+    """The option --help-all."""
+
+    def __call__(self, parser, *_):
+        build_parser(everything=True).print_help()
+        parser.exit()
+
+
+def build_parser(everything=False):
+    """Return the parser. everything: its help shows all limits, not only two groups."""
+    rows = "".join("  %-10s %-11s%s\n" % (name, argument, text)
+                   for name, (_, argument, text) in COMMANDS.items())
+    parser = Parser(
         prog="neuroengine_server.py", formatter_class=HelpFormatter,
         usage="%(prog)s [options] [COMMAND] [ARGUMENT]",
         description="The neuroengine relay: people share a locally hosted LLM through it.\n"
                     "Try it: python3 neuroengine_server.py --demo",
-        epilog="commands, which work on the data file, also while the relay runs:\n"
-               + "".join("  %-10s %-8s%s\n" % (name, argument, text)
-                         for name, (_, argument, text) in COMMANDS.items()))
-    add = parser.add_argument
-    add("command", nargs="?", choices=list(COMMANDS), help=argparse.SUPPRESS)
-    add("argument", nargs="?", default="", help=argparse.SUPPRESS)
-    add("--host", default="", help="address to listen on; empty for all")
-    add("--port", type=port_number, default=8000, help="port to listen on; 0 for any free one")
-    add("--data", default="neuroengine.sqlite3", metavar="FILE",
-        help="where services and counters are kept")
-    add("--cert", metavar="FILE", help="certificate chain in PEM, for TLS")
-    add("--key", metavar="FILE", help="its private key in PEM")
-    add("--tls", choices=("auto", "off"), default="auto",
-        help="auto: with --cert, or self-signed on port 443 and 8443; off: plain HTTP, "
-             "for a relay behind a proxy that does TLS")
-    add("--registration", choices=REGISTRATION, default="open",
-        help="who may register a service: everybody, who has an invitation, nobody")
-    add("--acme-webroot", metavar="DIR",
-        help="certbot's webroot, so that it can renew while the relay runs")
-    add("--acme-port", type=port_number, default=80, metavar="PORT",
-        help="with --acme-webroot and TLS: plain HTTP for certbot, and for browsers, which "
-             "are sent to https")
-    add("--trusted-proxy", type=ipaddress.ip_network, action="append", default=[],
-        metavar="ADDRESS", help="believe X-Forwarded-For of this address or network; may "
-        "be given more than once")
-    add("--trusted-hops", type=whole, default=1, metavar="N",
-        help="how many such proxies, one behind the other")
-    add("--allow-host", action="append", default=[], metavar="NAME",
-        help="answer to this name only, and to localhost; may be given more than once; "
-             "otherwise to any, or, if --host is this machine alone, to localhost")
-    add("--log", choices=("text", "json"), default="text", help="form of the log's lines")
-    add("--demo", action="store_true",
-        help="loopback only, nothing on disk, and a built-in service Eliza")
-    add("--version", action="version", version="neuroengine " + __version__)
-    group = parser.add_argument_group("limits")
-    for name, default, text in LIMITS:
-        group.add_argument("--" + name.replace("_", "-"), default=default, metavar="N",
-                           type=seconds if name.endswith("_seconds") else whole,
-                           help=text)
+        epilog="commands; they work on the data file, also while the relay runs:\n" + rows)
+    parser.add_argument("words", nargs="*", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS,
+                        help="show this, with all limits, and exit")
+    add_network_options(parser)
+    add_other_options(parser)
+    for group, title in LIMIT_GROUPS.items():
+        shown = everything or group != "more"
+        section = parser.add_argument_group(title) if shown else parser
+        for name, default, of_group, text in LIMITS:
+            if of_group == group:
+                section.add_argument(
+                    "--" + name.replace("_", "-"), default=default, metavar="N",
+                    type=limit_type(name), help=text if shown else argparse.SUPPRESS)
     return parser
 
 
+def add_network_options(parser):
+    """Add the options that say where and how the relay listens."""
+    add = parser.add_argument
+    add("--host", default="", help="address to listen on; empty for all")
+    add("--port", type=port_option, default=8000, help="port to listen on; 0 for any free one")
+    add("--tls", choices=("auto", "off"), default="auto",
+        help="auto: with --cert, or self-signed on ports 443 and 8443; off: plain HTTP, "
+             "for a relay behind a proxy that does TLS")
+    add("--cert", metavar="FILE", help="certificate chain in PEM, for TLS")
+    add("--key", metavar="FILE", help="its private key in PEM, if not in the same file")
+    add("--acme-webroot", metavar="DIR",
+        help="certbot's webroot, so that it can renew while the relay runs")
+    add("--acme-port", type=port_option, default=80, metavar="PORT",
+        help="with --acme-webroot and TLS: plain HTTP for certbot; browsers are sent on "
+             "to https")
+    add("--trusted-proxy", type=network_option, action="append", default=[], metavar="ADDRESS",
+        help="believe X-Forwarded-For of this address or network; may be repeated")
+    add("--trusted-hops", type=count_option, default=1, metavar="N",
+        help="number of such proxies in a row")
+    add("--allow-host", action="append", default=[], metavar="NAME",
+        help="answer only to this name and to localhost; may be repeated; otherwise to "
+             "any, or to localhost if --host is a loopback address")
+
+
+def add_other_options(parser):
+    """Add the options on data, registration, log and commands."""
+    add = parser.add_argument
+    add("--data", default="neuroengine.sqlite3", metavar="FILE",
+        help="file for services, hashes of keys, and counters")
+    add("--registration", choices=REGISTRATION, default="open",
+        help="who may register a service: everyone, people with an invitation, nobody")
+    add("--log", choices=("text", "json"), default="text", help="format of log lines")
+    add("--demo", action="store_true",
+        help="loopback only, nothing on disk, and a built-in service Eliza")
+    add("--unused-since", type=duration_option, metavar="DAYS",
+        help="delete: only services without a provider for that many days")
+    add("--yes", action="store_true", help="delete: do not ask for confirmation")
+    add("--version", action="version", version="neuroengine " + __version__)
+
+
 def parse(argv):
-    """The options of a command line. Exits, with words, if they make no sense."""
+    """Return the options of a command line (None: this process's). Exits, with one
+    sentence, if they make no sense."""
     parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    refuse_unknown_options(parser, argv)
     options = parser.parse_intermixed_args(argv)
-    takes = COMMANDS[options.command][1] if options.command else ""
-    if options.argument and not takes or takes.isalpha() and not options.argument:
-        parser.error("%s takes %s" % (options.command, takes or "no argument"))
+    options.command, options.arguments = (options.words or [None])[0], options.words[1:]
+    refuse_wrong_command(parser, options)
     if options.demo:
         options.data, options.host = ":memory:", options.host or "127.0.0.1"
     return options
 
 
-def read_page():
-    """The bytes of chat.html beside this file, or None."""
+def refuse_unknown_options(parser, argv):
+    """Exit if there is an option that does not exist. argparse would complain first about
+    its value, which it takes for a command."""
+    known = [name for action in parser._actions for name in action.option_strings]
+    for word in itertools.takewhile(lambda word: word != "--", map(str, argv)):
+        name = word.partition("=")[0]
+        if not re.match(r"-[^\d.]", word) or any(other.startswith(name) for other in known):
+            continue
+        close = difflib.get_close_matches("--" + name.lstrip("-"), known, 1)
+        parser.error("unknown option %s; %s" % (printable(name, 60), (
+            "did you mean %s?" % close[0]) if close else "see --help and --help-all"))
+
+
+def refuse_wrong_command(parser, options):
+    """Exit if there is no such command, or if it gets what it does not take."""
+    name, given = options.command, len(options.arguments)
+    if name is not None and name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        parser.error("unknown command %s; %s" % (printable(name, 60), (
+            "did you mean --port %s?" % name) if name.isdigit() else (
+            "did you mean %s?" % close[0]) if close else "--help lists them"))
+    takes = COMMANDS[name][1] if name else ""
+    if given > (math.inf if takes.endswith("...") else bool(takes)):
+        parser.error("%s takes %s" % (name, "one argument: " + takes.strip("[]") if takes
+                                      else "no argument"))
+    if takes.isalpha() and not given:
+        parser.error("%s needs an argument: %s %s" % (name, name, takes))
+    if name != "delete" and (options.yes or options.unused_since is not None):
+        parser.error("--unused-since and --yes belong to the command delete")
+    if name == "delete" and not given and options.unused_since is None:
+        parser.error("delete needs a name or pattern, or --unused-since DAYS")
+
+
+# One relay per data file.
+
+
+class DataLock:
+    """A lock on a data file that ends with the process that has it, however it ends.
+
+    Two relays on one file would each allow the full quota, overwrite the other's counters,
+    and send polled streams twice. Commands do not take it: they work beside a relay. It is
+    on a separate file, FILE.lock, as SQLite has its own locks on the data file. The file
+    stays: if it were removed, two relays could each lock an inode of that name.
+    Use it as a context manager, which raises StoreError.
+    """
+
+    WAIT_SECONDS = 1.0           # longer than holder() keeps the lock
+
+    def __init__(self, data):
+        """data: the path of the data file; ":memory:" needs no lock."""
+        self.data = data
+        self._path = None if data == ":memory:" else os.path.realpath(data) + ".lock"
+        self._file = None
+
+    def __enter__(self):
+        try:
+            if self._path is not None:
+                self._take()
+        except OSError as error:
+            raise StoreError("The data file %s cannot be used (%s: %s). Name another file "
+                             "with --data." % (self.data, self._path, error.strerror))
+        return self
+
+    def _take(self):
+        self._file = open_private(self._path, os.O_RDWR)
+        keep_owner(self._path, self.data)
+        deadline = time.monotonic() + self.WAIT_SECONDS
+        while not lock_file(self._file):
+            if time.monotonic() > deadline:
+                self.__exit__()
+                raise StoreError("%s uses the data file %s: stop it, or name another file "
+                                 "with --data." % (self.name(self.holder()), self.data))
+            time.sleep(0.02)
+        with contextlib.suppress(OSError):       # on a full disk it stays unknown
+            os.ftruncate(self._file, 0)
+            os.write(self._file, b"%d\n" % os.getpid())
+
+    def __exit__(self, *_):
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def holder(self):
+        """Return the process id of the relay that has the lock (0: unknown), or None."""
+        try:
+            file = os.open(self._path, os.O_RDWR)
+        except (OSError, TypeError):     # no relay has run, not our file, or no lock at all
+            return None
+        try:
+            if lock_file(file):
+                return None
+            return number_of(os.read(file, 20), int) or 0
+        finally:
+            os.close(file)
+
+    @staticmethod
+    def name(holder):
+        """What to call the process that holder() found."""
+        return "A relay (process %d)" % holder if holder else "Another relay"
+
+
+def lock_file(file):
+    """Lock an open file for this process, without waiting; return whether that worked.
+    The system releases the lock when the file is closed or the process ends."""
     try:
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat.html"),
-                  "rb") as file:
-            return file.read()
-    except OSError:
-        return None
+        import fcntl
+    except ImportError:          # Windows, where a locked byte cannot be read by others
+        import msvcrt
+        os.lseek(file, 1 << 20, os.SEEK_SET)
+        try:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            os.lseek(file, 0, os.SEEK_SET)
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def open_private(path, flags):
+    """Open a file as os.open does; create it, for its owner alone, if it does not exist.
+    A symbolic link is not followed: in a folder of another user it could lead anywhere."""
+    return os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+                   | getattr(os, "O_BINARY", 0), 0o600)
+
+
+def keep_owner(path, data):
+    """Give a new file the owner of the data file, or of its folder: root may run commands
+    for a relay that runs as another user."""
+    model = data if os.path.exists(data) else os.path.dirname(os.path.abspath(data))
+    with contextlib.suppress(AttributeError, OSError):       # Windows has no chown
+        stat = os.stat(model)
+        os.chown(path, stat.st_uid, stat.st_gid, follow_symlinks=False)
+
+
+# The relay that the options describe.
+
+
+def read_page():
+    """Return the bytes of chat.html next to this file, or None."""
+    return read_beside("chat.html")
+
+
+def data_directory(options):
+    """Return the folder of the data file."""
+    return os.path.dirname(os.path.abspath(options.data))
 
 
 def certificate_files(options, make=True):
-    """The files (cert, key) that the options ask for, or None. Raises StoreError."""
+    """Return the files (cert, key) that the options ask for, or None for plain HTTP.
+
+    make: create a self-signed pair if needed. Raises StoreError.
+    """
     if options.tls == "off" and options.cert or options.key and not options.cert:
         raise StoreError("TLS needs --cert and --key together, and no --tls off.")
     if options.cert:
@@ -4697,7 +6279,7 @@ def certificate_files(options, make=True):
 
 
 def choose_tls(options):
-    """The TLS context that the options ask for, or None. Raises StoreError."""
+    """Return the Certificate that the options ask for, or None. Raises StoreError."""
     files = certificate_files(options)
     try:
         return files and Certificate(*files)
@@ -4712,19 +6294,17 @@ def cannot_use(files, error):
     for file in files:
         if not os.access(file, os.R_OK):
             why = file + (" may not be read by this user" if os.path.exists(file)
-                          else " is not there")
+                          else " does not exist")
     return ("The certificate %s with the key %s cannot be used: %s. Both are files in PEM "
-            "form." % (*files, why.replace("_", " ")))
-
-
-def data_directory(options):
-    """Where the data file is, or will be."""
-    return os.path.dirname(os.path.abspath(options.data))
+            "format." % (*files, why.replace("_", " ")))
 
 
 def open_relay(options):
-    """Build the relay that the options describe. Raises StoreError, OSError."""
-    limits = Limits(**{name: getattr(options, name) for name, _, _ in LIMITS})
+    """Return the Relay that the options describe; it listens but does not serve yet.
+
+    The caller has the DataLock. Raises StoreError, or OSError if it cannot listen.
+    """
+    limits = Limits(**{name: getattr(options, name) for name, *_ in LIMITS})
     listeners = inherited_listeners()
     if listeners:
         options.port = listeners[0].getsockname()[1]
@@ -4739,8 +6319,8 @@ def open_relay(options):
 
 
 def inherited_listeners():
-    """The sockets that systemd listens on for us (sd_listen_fds(3)): with them a restart
-    refuses no connection."""
+    """Return the sockets that systemd listens on for this process (sd_listen_fds(3));
+    with them a restart refuses no connection."""
     count = 0
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
         count = int(os.environ.get("LISTEN_FDS", "0"))
@@ -4748,7 +6328,8 @@ def inherited_listeners():
 
 
 def listen_plain(options):
-    """The socket for certbot's challenges; None, with a warning, if it cannot be had."""
+    """Return a listening socket for certbot's challenges; None, with a warning, if the
+    port is not available."""
     try:
         if options.host:
             return socket.create_server((options.host, options.acme_port))
@@ -4756,30 +6337,39 @@ def listen_plain(options):
         return socket.create_server(("", options.acme_port), dualstack_ipv6=dual,
                                     family=socket.AF_INET6 if dual else socket.AF_INET)
     except OSError as error:
-        print("warning: cannot listen on port %d for certbot: %s." % (
-            options.acme_port, error.strerror or error), file=sys.stderr)
+        say("warning: cannot listen on port %d for certbot: %s." % (
+            options.acme_port, error.strerror or error), sys.stderr)
         return None
+
+
+def port_is_taken(error):
+    """Whether an OSError of listening means that another program has the port."""
+    return error.errno == errno.EADDRINUSE or (     # Windows: it has the port exclusively
+        error.errno == errno.EACCES and os.name == "nt")
 
 
 def cannot_listen(options, error):
     """Say why a port cannot be listened on."""
     why = error.strerror or str(error)
-    if error.errno == errno.EADDRINUSE:
-        why = "%s has it" % (who_listens(options.host, options.port) or "another program")
+    if port_is_taken(error):
+        why = "%s uses it" % (who_listens(options.host, options.port) or "another program")
     elif error.errno == errno.EACCES:
-        why = ("ports below 1024 are for root, or for who has CAP_NET_BIND_SERVICE, as "
-               "deploy/neuroengine.service gives it")
+        why = ("ports below 1024 need root or CAP_NET_BIND_SERVICE, which "
+               "deploy/neuroengine.service gives")
     return "Cannot listen on %s port %d: %s. Choose another with --port." % (
         options.host or "any address", options.port, why)
 
 
 def who_listens(host, port):
-    """What the program that listens there calls itself over HTTP, or None."""
+    """Return the name that the program on a port gives over HTTP or HTTPS, or None.
+    Blocks for a few seconds at most."""
+    if host in ("", "0.0.0.0", "::"):
+        host = "localhost"
     any_peer = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     any_peer.check_hostname, any_peer.verify_mode = False, ssl.CERT_NONE
     for wrap in (contextlib.closing, any_peer.wrap_socket):
         with contextlib.suppress(OSError):
-            with wrap(socket.create_connection((host or "localhost", port), 1)) as sock:
+            with wrap(socket.create_connection((host, port), 1)) as sock:
                 sock.sendall(b"HEAD /healthz HTTP/1.0\r\n\r\n")
                 match = re.search(rb"\r\nServer: ([\x21-\x7e]+)", sock.recv(4096), re.I)
                 if match:
@@ -4787,42 +6377,55 @@ def who_listens(host, port):
     return None
 
 
-# What the doctor looks at. Each check returns ("ok", "warning" or "error", words).
+# Doctor: each check returns ("ok", "warning" or "error", a sentence).
 
 
 def check_versions(options):
+    """The versions in use."""
     return "ok", "This is neuroengine %s on Python %s, %s, SQLite %s." % (
         __version__, sys.version.split()[0], ssl.OPENSSL_VERSION, sqlite3.sqlite_version)
 
 
 def check_clock(options):
+    """A wrong clock makes keys and certificates seem expired."""
     words = time.strftime("The clock says %Y-%m-%d %H:%M UTC", time.gmtime())
     if time.time() < EARLIEST_TIME:
-        return "error", words + (", which cannot be: set it (timedatectl set-ntp true), or "
-                                 "certificates and keys seem to expire at wrong times.")
+        return "error", words + (", which is wrong: set it (timedatectl set-ntp true), or "
+                                 "certificates and keys expire at wrong times.")
     return "ok", words + "."
 
 
 def check_port(options):
+    """Whether the relay can listen, or does already."""
     try:
         Relay(options.host, options.port).server_close()
     except OSError as error:
-        words = cannot_listen(options, error)
-        return ("ok", "A relay runs at port %d." % options.port
-                ) if ": neuroengine has it" in words else ("error", words)
+        if not port_is_taken(error) or (
+                who_listens(options.host, options.port) != "neuroengine"):
+            return "error", cannot_listen(options, error)
+        if DataLock(options.data).holder() is None:
+            return "warning", ("A relay runs on port %d, but not with the data file %s." % (
+                options.port, options.data))
+        return "ok", "A relay runs on port %d." % options.port
+    if DataLock(options.data).holder() is not None:
+        return "error", ("The data file is used by a relay on another port: a second relay "
+                         "on it would be refused.")
     return "ok", "Port %d is free." % options.port
 
 
 def check_certificate(options):
+    """Whether clients will accept the certificate, and for how long."""
+    files = None
     try:
         files = certificate_files(options, make=False)
         if files is None:
-            return "ok", "It speaks plain HTTP: for this machine, or behind a proxy."
+            return "ok", "The relay speaks plain HTTP: for this machine, or behind a proxy."
         if not options.cert:
-            return "warning", ("The certificate %s is made here, so clients must be told "
-                               "to trust it. For a real one: certbot certonly --standalone "
-                               "-d YOUR.NAME, then --cert and --key; behind a proxy that "
-                               "does TLS: --tls off." % files[0])
+            return "warning", (
+                "The certificate %s is self-signed: clients need a copy, to trust it. For "
+                "one that all trust, start the relay with --acme-webroot DIR, run certbot "
+                "certonly --webroot -w DIR -d YOUR.NAME, and add --cert and --key; behind a "
+                "proxy that does TLS, use --tls off." % files[0])
         seen = certificate_of(*files)
     except StoreError as error:
         return "error", str(error)
@@ -4831,14 +6434,16 @@ def check_certificate(options):
             files[0], error.verify_message)
     except (OSError, ValueError) as error:
         return "error", cannot_use(files, error)
-    words = "The certificate %s, for %s, is valid until %s" % (files[0], ", ".join(
-        name for _, name in seen.get("subjectAltName", ())) or "no name", seen["notAfter"])
+    names = ", ".join(name for _, name in seen.get("subjectAltName", ())) or "no name"
+    words = "The certificate %s, for %s, is valid until %s" % (
+        files[0], names, seen["notAfter"])
     if ssl.cert_time_to_seconds(seen["notAfter"]) - time.time() < RENEWAL_SECONDS:
-        return "warning", words + ": renew it, and see why that was not done in time."
+        return "warning", words + ": renew it, and see why that did not happen in time."
     return "ok", words + "."
 
 
 def check_descriptors(options):
+    """Whether the system allows as many open files as connections."""
     needed, allowed = options.max_connections + OTHER_DESCRIPTORS, math.inf
     with contextlib.suppress(ImportError):
         import resource                    # not on Windows
@@ -4852,25 +6457,29 @@ def check_descriptors(options):
 
 
 def check_data(options):
+    """Whether the data file can be used, and which relay uses it."""
     directory = data_directory(options)
     if options.demo:
         return "ok", "Nothing is kept on disk."
     if not os.access(directory, os.W_OK | os.X_OK):
-        return "error", ("The directory %s, for the data file, is missing, or may not be "
-                         "written by this user. Another can be named with --data."
-                         % directory)
+        return "error", ("The folder %s, for the data file, does not exist, or this user may "
+                         "not write to it. Name another file with --data." % directory)
     if not os.path.exists(options.data):
         return "ok", "The data file %s will be made at the first start." % options.data
+    holder = DataLock(options.data).holder()
     try:
         with contextlib.closing(Store(options.data, existing=True)) as store:
-            return "ok", "The data file %s is whole%s." % (
-                options.data, ", and will be brought up to date at the next start"
-                if store.version < len(MIGRATIONS) else "")
+            words = "The data file %s is whole" % options.data
+            if store.version < len(MIGRATIONS):
+                words += ", and will be brought up to date at the next start"
     except StoreError as error:
         return "error", str(error)
+    return "ok", words + (
+        "." if holder is None else ". %s uses it." % DataLock.name(holder))
 
 
 def check_disk(options):
+    """Whether the disk has room."""
     directory = data_directory(options)
     free = shutil.disk_usage(directory).free // MIB if os.path.isdir(directory) else 0
     if free < MIN_FREE_MIB and not options.demo:
@@ -4880,182 +6489,395 @@ def check_disk(options):
 
 
 def check_page(options):
+    """Whether the page is there."""
     if read_page() is None:
-        return "warning", "There is no chat.html beside this program, so there is no page."
+        return "warning", "There is no chat.html next to this program, so there is no page."
     return "ok", "The page, chat.html, is there."
 
 
 AT_START = (check_versions, check_clock, check_certificate, check_descriptors, check_disk,
-            check_page)
+            check_page)    # the relay prints what is not ok of these
+
+
+# Commands. Each gets the options and may return an exit status.
+
+
+@contextlib.contextmanager
+def open_data(options):
+    """The Store of an existing data file, for a with statement. Raises StoreError."""
+    with contextlib.closing(Store(options.data, existing=True)) as store:
+        if store.version < len(MIGRATIONS):
+            raise StoreError("The data file %s comes from an older neuroengine. The relay "
+                             "brings it up to date when it starts." % options.data)
+        yield store
+
+
+def soon():
+    """When a running relay does what a command has written."""
+    return "a running relay follows within %d s" % RELOAD_SECONDS
+
+
+def find_stored(store, name):
+    """Return the stored Service of that name, in any case. Raises StoreError."""
+    services = {service.name.lower(): service for service in store.load()}
+    if name.lower() not in services:
+        close = difflib.get_close_matches(name.lower(), services, 1)
+        raise StoreError("There is no service %s%s." % (
+            printable(name, 80), "; did you mean %s?" % services[close[0]].name
+            if close else ""))
+    return services[name.lower()]
+
+
+def is_connected(service, holder):
+    """Whether a stored service has a provider now; holder: that of the data file's lock.
+    Without a running relay, a service that is stored as connected is not."""
+    return holder is not None and service.connected > 0
+
+
+def service_line(service, holder):
+    """Return a line about a stored service; holder: that of the data file's lock."""
+    if is_connected(service, holder):
+        state = "connected"
+    elif service.last_seen is None:
+        state = "never connected"
+    else:
+        state = time.strftime("last seen %Y-%m-%d %H:%M UTC",
+                              time.gmtime(service.last_seen))
+    words = ["private"] * service.private + ["paused"] * service.paused
+    if service.operator:
+        words.append("by " + printable(service.operator))
+    return ("%-24s %6d prompts  %3d keys  %-30s %s" % (
+        service.name, service.numreq, len(service.keys), state, ", ".join(words))).rstrip()
 
 
 def run_doctor(options):
+    """Print the result of each check; the exit status is 1 if there is an error."""
     found = [check(options) for check in (*AT_START, check_data, check_port)]
     for level, words in found:
         print("%-8s %s" % (level, words))
     return int("error" in dict(found))
 
 
-# The other commands. Each gets the Store, and the argument.
+def run_list(options):
+    """Print a line for each service."""
+    holder = DataLock(options.data).holder()
+    with open_data(options) as store:
+        services = sorted(store.load(), key=lambda service: service.name.lower())
+    for service in services:
+        print(service_line(service, holder))
+    if holder is None:
+        say("No relay is running on %s." % options.data, sys.stderr)
 
 
-def find_stored(store, name):
-    """The stored service of that name, in any case. Raises StoreError."""
-    for service in store.load():
-        if service.name.lower() == name.lower():
-            return service
-    raise StoreError("There is no service %s." % name)
-
-
-def run_list(store, _):
-    for service in sorted(store.load(), key=lambda service: service.name.lower()):
-        seen = "never connected" if service.last_seen is None else time.strftime(
-            "last seen %Y-%m-%d %H:%M UTC", time.gmtime(service.last_seen))
-        words = ["private"] * service.private + ["paused"] * service.paused + [
-            "by " + printable(service.operator)] * bool(service.operator)
-        print("%-24s %6d prompts  %3d keys  %-30s %s" % (
-            service.name, service.numreq, len(service.keys), seen,
-            " ".join(words)))
-
-
-def run_reset_key(store, name):
-    service, key = find_stored(store, name), new_key()
-    store.change(service, key_digest=digest(key))
+def run_reset_key(options):
+    """Give a service a new key, and print it."""
+    with open_data(options) as store:
+        service, key = find_stored(store, options.arguments[0]), new_key()
+        store.change(service, key_digest=digest(key))
     print("%s has a new service key, which is not shown again; %s. Providers with the old "
-          "one are logged out.\n%s" % (service.name, TAKEN_UP, key))
+          "one are logged out.\n%s" % (service.name, soon(), key))
 
 
-def run_delete(store, name):
-    service = find_stored(store, name)
-    store.remove(service)
-    print("Deleted %s; %s." % (service.name, TAKEN_UP))
+def run_delete(options):
+    """Delete the services that the patterns and --unused-since select. One exact name
+    needs no confirmation."""
+    holder = DataLock(options.data).holder()
+    with open_data(options) as store:
+        services = select_services(store, options, holder)
+        named = [name.lower() for name in options.arguments]
+        if options.unused_since is not None or named != [services[0].name.lower()]:
+            for service in services:
+                print(service_line(service, holder))
+            confirm(options, "Delete the services above (%d), with their access keys?"
+                    % len(services))
+        for service in services:
+            store.remove(service)
+            print("Deleted %s; %s." % (service.name, soon()))
 
 
-def run_invite(store, uses):
+def select_services(store, options, holder):
+    """Return the stored services that match one of the patterns and are unused for long
+    enough, sorted by name. Raises StoreError if there are none, or if a name is unknown."""
+    for pattern in options.arguments:
+        if not re.search(r"[*?[]", pattern):
+            find_stored(store, pattern)
+    patterns = [pattern.lower() for pattern in options.arguments] or ["*"]
+    found = [service for service in store.load() if any(
+        fnmatch.fnmatchcase(service.name.lower(), pattern) for pattern in patterns)]
+    if options.unused_since is not None:
+        since = time.time() - options.unused_since * DAY_SECONDS
+        found = [service for service in found if not is_connected(service, holder)
+                 and (service.last_seen or service.created) <= since]
+    if not found:
+        raise StoreError("No service matches: nothing was deleted.")
+    return sorted(found, key=lambda service: service.name.lower())
+
+
+def confirm(options, question):
+    """Return if the answer is yes. Raises StoreError otherwise."""
+    if options.yes:
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise StoreError("Nothing was deleted: add --yes to delete these services.")
     try:
-        uses = whole(uses or "1")
-    except ValueError:
+        answer = input(question + " Type yes: ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() != "yes":
+        raise StoreError("Nothing was deleted.")
+
+
+def run_invite(options):
+    """Make an invitation, and print it."""
+    uses = number_of((options.arguments or ["1"])[0], int)
+    if uses is None or uses < 1:
         raise StoreError("USES is a number: how many services may be registered with it.")
     code = new_key()
-    store.invite(digest(code), uses)
+    with open_data(options) as store:
+        store.invite(digest(code), uses)
     print("An invitation to register %d service%s, at a relay that runs with --registration "
           "invited. It is not shown again.\n%s" % (uses, "s" * (uses > 1), code))
 
 
-def run_backup(store, path):
+def run_backup(options):
+    """Copy the data to a new file; also of an older version, before an update."""
+    path = options.arguments[0]
     try:
-        store.backup(path)
+        with contextlib.closing(Store(options.data, existing=True)) as store:
+            store.backup(path)
     except OSError as error:
         raise StoreError("Cannot write %s: %s." % (path, error.strerror))
-    print("Copied to %s. To restore it: stop the relay, copy it over the data file, delete "
-          "the files of the same name with -wal and -shm, and start the relay." % path)
+    print("Copied to %s. To restore it, stop the relay and run: neuroengine_server.py "
+          "restore %s" % (path, path))
+
+
+def run_restore(options):
+    """Put a backup in the place of the data file, which is kept under another name."""
+    source, target = options.arguments[0], options.data
+    with DataLock(target):
+        path = os.path.realpath(target)
+        new = path + ".restoring"
+        try:
+            copy_backup(source, new, target)
+            kept = set_aside(path)
+            os.replace(new, path)
+        except OSError as error:
+            raise StoreError("Cannot restore %s: %s." % (source, error.strerror or error))
+        finally:
+            for suffix in DATA_SUFFIXES:
+                with contextlib.suppress(OSError):
+                    os.remove(new + suffix)
+    print("Restored %s from %s. Keys that were made or revoked after the backup are as they "
+          "were then.%s" % (target, source, kept and " The old data is in %s." % kept))
+
+
+def copy_backup(source, new, target):
+    """Copy a backup to a new file and check it there: opening the original could change it.
+    Raises OSError; StoreError if it cannot serve as a data file."""
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise StoreError("%s is the data file itself: name a backup." % source)
+    for suffix in ("", "-wal"):            # a plain copy of a data file may have its log
+        if suffix and not os.path.exists(source + suffix):
+            break
+        file = open_private(new + suffix, os.O_WRONLY | os.O_TRUNC)
+        with open(file, "wb") as copy, open(source + suffix, "rb") as old:
+            shutil.copyfileobj(old, copy)
+    keep_owner(new, target)
+    try:
+        with contextlib.closing(Store(new, existing=True)) as store:
+            if store.version < 1:
+                raise StoreError("%s is not a neuroengine data file." % source)
+    except StoreError as error:
+        raise StoreError("Nothing was restored. " + str(error).replace(new, source))
+
+
+def set_aside(path):
+    """Rename a data file with its logs; return its new name, or "" if there is none."""
+    if not os.path.exists(path):
+        return ""
+    kept = path + time.strftime(".before-%Y%m%d-%H%M%S")
+    for suffix in DATA_SUFFIXES:            # a log left behind would be read into the new one
+        if os.path.exists(path + suffix):
+            os.replace(path + suffix, kept + suffix)
+    return kept
 
 
 COMMANDS = {   # name: (function, its argument, what it does)
     "list": (run_list, "", "show the services"),
     "reset-key": (run_reset_key, "NAME", "give a service a new key; print it, this once"),
-    "delete": (run_delete, "NAME", "delete a service"),
+    "delete": (run_delete, "PATTERN...", "delete services: a name, or a pattern as 'test-*'"),
     "invite": (run_invite, "[USES]", "print an invitation to register, this once"),
     "backup": (run_backup, "FILE", "copy the data to a new file"),
-    "doctor": (run_doctor, "", "say what is wrong; with all options that the relay has"),
+    "restore": (run_restore, "FILE", "put a backup in place; the relay must be stopped"),
+    "doctor": (run_doctor, "", "say what is wrong; add all options of the relay"),
 }
 
 
 def run_command(options):
-    """Do what the command line asks for, beside running the relay; the exit status."""
-    run = COMMANDS[options.command][0]
-    if run is run_doctor:
-        return run_doctor(options)
+    """Run one of COMMANDS; return the exit status."""
     try:
-        with contextlib.closing(Store(options.data, existing=True)) as store:
-            if store.version < len(MIGRATIONS) and run is not run_backup:
-                raise StoreError("The data file %s is of an older neuroengine: the relay "
-                                 "brings it up to date when it starts." % options.data)
-            run(store, options.argument)
+        status = COMMANDS[options.command][0](options) or 0
+        sys.stdout.flush()
+        return status
     except (StoreError, sqlite3.Error) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+        say(str(error), sys.stderr)
+    except BrokenPipeError:                # `list | head`
+        pass
+    except OSError as error:               # of print: a full disk, say
+        say("Cannot write the output: %s." % (error.strerror or error), sys.stderr)
+    return 1
+
+
+# The process of a relay.
+
+
+def say(words, file=None):
+    """Print a line; one that cannot be written is not worth an exception."""
+    with contextlib.suppress(OSError, ValueError):
+        print(words, file=file, flush=True)
+
+
+def prepare_streams():
+    """Let print never fail for want of a stream, nor for a character that the terminal
+    does not have. pythonw and `2>&-` leave the streams None."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        else:
+            with contextlib.suppress(AttributeError, ValueError, OSError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def raise_descriptor_limit():
-    """Allow as many open files as the system lets us; each connection is one."""
+    """Allow as many open files as the system lets us: each connection is one."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource                    # not on Windows
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def keep_to_one_core():
-    """Run all threads on one core, where the system lets us choose.
-
-    One interpreter lock lets one thread run at a time; on two cores they fight over it.
-    Measured with 64 clients on two cores: 1.7 to 2 times the requests a second, for 0.6
-    to 0.8 of the processor time of each.
-    """
+def pin_to_one_core():
+    """Run all threads on one core, on Linux with a global interpreter lock."""
+    # Only one thread holds the lock; on two cores they compete for it. Measured with 64
+    # clients on two cores: 1.6 times the requests/s.
     if getattr(sys, "_is_gil_enabled", lambda: True)():
-        with contextlib.suppress(AttributeError, OSError):    # Linux has it
+        with contextlib.suppress(AttributeError, OSError):
             os.sched_setaffinity(0, {secrets.choice(sorted(os.sched_getaffinity(0)))})
 
 
-def wake_up_calmly():
-    """Let a thread that is woken not push aside the one that woke it.
-
-    That one has the interpreter lock, so the other could only try for it and wait again.
-    Measured with 64 clients: 5 instead of 20 switches between threads for each prompt,
-    and two thirds of the processor time. The longer interval is for crowds: when 10,000
-    connections end at once, it takes 1.5 instead of 34 s.
-    """
-    sys.setswitchinterval(0.02)
-    with contextlib.suppress(AttributeError, OSError):       # Linux has it
+def use_batch_scheduling():
+    """Let a thread that wakes wait until the running one blocks, on Linux."""
+    # It would find the interpreter lock taken, and wait again. Measured with 64 clients:
+    # 1.2 times the requests/s, and a quarter of the thread switches.
+    with contextlib.suppress(AttributeError, OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def main(argv=None):
-    """Run the relay until a signal ends it, or one of COMMANDS; the exit status."""
-    options = parse(argv)
-    if options.command:
-        return run_command(options)
-    LOG["format"] = options.log
-    raise_descriptor_limit()
-    keep_to_one_core()
-    wake_up_calmly()
-    threading.stack_size(STACK_BYTES)
-    try:
-        relay = open_relay(options)
-    except StoreError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(cannot_listen(options, error), file=sys.stderr)
-        return 1
-    for level, words in [check(options) for check in AT_START]:
-        if level != "ok":
-            print("%s: %s" % (level, words), file=sys.stderr)
-    # The kernel may give a signal to any thread, and then nothing wakes the main one, in
-    # which handlers run. The byte that Python writes to a wake-up socket always does.
-    signals, wake_up = socket.socketpair()
-    wake_up.setblocking(False)
-    signal.set_wakeup_fd(wake_up.fileno())
-    # Windows has none; and who closes a relay's terminal wants it to end.
-    hangup = None if sys.stderr.isatty() else getattr(signal, "SIGHUP", None)
-    for number in filter(None, (signal.SIGTERM, signal.SIGINT, hangup)):
-        signal.signal(number, lambda *_: None)
+class Signals:
+    """The signals that end or reload a relay, for its main thread to wait for.
+
+    The kernel may deliver a signal to any thread, and then nothing wakes the main one, in
+    which Python runs handlers. The byte that Python writes to a wakeup socket always does.
+    """
+
+    def __init__(self, check_seconds=1.0 if os.name == "nt" else None):
+        """check_seconds: how often wait() looks up; on Windows Ctrl-C does not interrupt
+        a receive. Only the main thread may call this (signal.signal)."""
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._receiver.settimeout(check_seconds)
+        signal.set_wakeup_fd(self._sender.fileno())
+        # Windows has no SIGHUP; on a terminal it means that the window was closed.
+        self.hangup = None if sys.stderr.isatty() else getattr(signal, "SIGHUP", None)
+        self._ends = [number for number in (signal.SIGTERM, signal.SIGINT, getattr(
+            signal, "SIGBREAK", None)) if number is not None]
+        for number in self._ends + [self.hangup] * (self.hangup is not None):
+            signal.signal(number, lambda *_: None)
+
+    def wait(self):
+        """Block until a signal arrives; return its number."""
+        while True:
+            with contextlib.suppress(socket.timeout):
+                return self._receiver.recv(1)[0]
+
+    def end_at_once(self):
+        """From now on, a signal ends the process without delay."""
+        for number in self._ends:
+            signal.signal(number, lambda *_: os._exit(1))
+
+
+def reload_files(relay):
+    """Read again what may have changed on disk, and log what has."""
+    again, page = relay.reload(), read_page()
+    if page != relay.page:
+        again.append("page" if page is not None else "page (chat.html is missing)")
+    relay.show(page)                       # it reads the client file, too
+    log("reloaded", read=again)
+
+
+def serve_until_signal(relay, options):
+    """Run a relay until a signal ends it. Its answers under way may finish."""
+    signals = Signals()
     relay.start()
-    print("neuroengine %s listens at %s" % (__version__, relay.url), flush=True)
+    say("neuroengine %s listens at %s" % (__version__, relay.url))
     if options.demo:
         start_demo(relay)
-        print("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url, flush=True)
+        say("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url)
     log("started", version=__version__, url=relay.url)
-    while signals.recv(1)[0] == hangup:
-        relay.reload()
-        relay.show(read_page())
+    while signals.wait() == signals.hangup:
+        reload_files(relay)
     log("stopping", drain_seconds=options.drain_seconds)
-    for number in (signal.SIGTERM, signal.SIGINT):   # a second one ends it at once
-        signal.signal(number, lambda *_: os._exit(1))
+    signals.end_at_once()
     relay.stop(options.drain_seconds)
     log("stopped")
+
+
+def run_relay(options):
+    """Run the relay that the options describe; return the exit status."""
+    LOG["format"] = options.log
+    raise_descriptor_limit()
+    pin_to_one_core()
+    use_batch_scheduling()
+    threading.stack_size(STACK_BYTES)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(DataLock(options.data))
+            relay = open_relay(options)
+        except StoreError as error:
+            say(str(error), sys.stderr)
+            return 1
+        except OSError as error:
+            say(cannot_listen(options, error), sys.stderr)
+            return 1
+        for level, words in [check(options) for check in AT_START]:
+            if level != "ok":
+                say("%s: %s" % (level, words), sys.stderr)
+        serve_until_signal(relay, options)
     return 0
+
+
+def flush_output():
+    """Write what print has buffered. If that fails, discard it: Python would try again at
+    its exit, and show a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv=None):
+    """Run the relay until a signal ends it, or one of COMMANDS; return the exit status."""
+    prepare_streams()
+    try:
+        options = parse(argv)
+        return run_command(options) if options.command else run_relay(options)
+    except BrokenPipeError:                # `--help | head`, before Python 3.12
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        flush_output()
 
 
 if __name__ == "__main__":
