@@ -5351,12 +5351,90 @@ def test_all_public_signatures_have_type_hints():
                 p.name in hints for p in parameters if p.name != "self"), function
 
 
-def test_help_names_every_option_and_its_default():
-    text = neuroengine_server.build_parser().format_help()
-    for name, default, _ in neuroengine_server.LIMITS:
-        assert "--" + name.replace("_", "-") in text
+def test_help_is_short_and_help_all_names_every_limit(capsys):
+    short = neuroengine_server.build_parser().format_help()
+    long = neuroengine_server.build_parser(everything=True).format_help()
+    for name, default, group, _ in neuroengine_server.LIMITS:
+        option = r"--%s N(?s:.)*?\(default:\s+%s\)" % (name.replace("_", "-"), default)
+        assert re.search(option, long), name
+        assert bool(re.search(option, short)) == (group != "more"), name
     for command in neuroengine.COMMANDS:
         assert command in neuroengine.build_parser().format_help()
+    with pytest.raises(SystemExit) as ended:
+        neuroengine_server.main(["--help-all"])
+    assert ended.value.code == 0 and "--handshake-seconds" in capsys.readouterr().out
+
+
+def test_a_limit_that_help_does_not_show_is_an_option_all_the_same():
+    assert neuroengine_server.parse(["--idle-seconds", "7"]).idle_seconds == 7
+
+
+@pytest.mark.parametrize("args, words", [
+    ("--prot 8000", "unknown option --prot; did you mean --port?"),
+    ("-port 8000", "unknown option -port; did you mean --port?"),
+    ("--data x --prot=8000", "unknown option --prot; did you mean --port?"),
+    ("--nothing-like-it", "unknown option --nothing-like-it; see --help and --help-all"),
+    ("doctr", "unknown command doctr; did you mean doctor?"),
+    ("8000", "unknown command 8000; did you mean --port 8000?"),
+    ("--port 99999", "--port: a port is a number from 0 to 65535, not 99999"),
+    ("--port", "--port needs a value"),
+    ("--max-queue -1", "--max-queue: a whole number of at least 1 is needed, not -1"),
+    ("--max-queue many", "--max-queue: a whole number of at least 1 is needed, not many"),
+    ("--grace-seconds nan", "--grace-seconds: a number of at least 0 is needed, not nan"),
+    ("--trusted-proxy here", "--trusted-proxy: an address (10.0.0.1) or network"),
+    ("list x", "list takes no argument"),
+    ("backup a b", "backup takes one argument: FILE"),
+    ("reset-key", "reset-key needs an argument: reset-key NAME"),
+    ("delete", "delete needs a name or pattern, or --unused-since DAYS"),
+    ("list --yes", "--unused-since and --yes belong to the command delete")])
+def test_a_command_line_that_makes_no_sense_is_refused_in_one_sentence(
+        args, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        neuroengine_server.main(args.split())
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and words in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.7"])
+def test_an_old_python_is_refused_in_words(version):
+    python = shutil.which("python" + version)
+    result = python and subprocess.run(
+        [python, "neuroengine_server.py"], cwd=HERE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=SOON)
+    if not result or b"command not found" in result.stdout:
+        pytest.skip("there is no Python " + version)
+    assert b"neuroengine needs Python 3.8 or newer" in result.stdout
+    assert result.returncode == 1 and b"Traceback" not in result.stdout
+
+
+# The data file, its lock, and the commands on it.
+
+
+@pytest.fixture
+def admin(tmp_path, capsys):
+    """Run a command on a data file: (exit status, what it printed)."""
+    def admin(*args):
+        status = neuroengine_server.main([*args, "--data", str(tmp_path / "data.sqlite3")])
+        out, err = capsys.readouterr()
+        return status, out + err
+    return admin
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    """Put services into a data file: name -> days since they were last seen, or None."""
+    def data_file(**services):
+        with contextlib.closing(Store(str(tmp_path / "data.sqlite3"))) as store:
+            for name, days in services.items():
+                store.add(Service(name, "digest of " + name, created=1, last_seen=days
+                                  and time.time() - days * 86400))
+        return tmp_path / "data.sqlite3"
+    return data_file
+
+
+def names_in(path):
+    with contextlib.closing(Store(str(path), existing=True)) as store:
+        return {service.name for service in store.load()}
 
 
 def test_ctrl_c_of_a_provider_hands_its_jobs_back_at_once(start, relay):
@@ -5426,33 +5504,200 @@ neuroengine_server.main(["--demo", "--port", "0"])""")
     assert program.process.wait(SOON) == 0
 
 
-def test_admin_commands_work_on_the_file_while_the_relay_runs(start, tmp_path, capsys):
+def test_admin_commands_work_on_the_file_while_the_relay_runs(start, tmp_path, admin):
     program, relay = start_relay(start, tmp_path, "--registration", "invited")
-
-    def run(*args):
-        status = neuroengine_server.main([*args, "--data", str(tmp_path / "data.sqlite3")])
-        out, err = capsys.readouterr()
-        return status, out + err
-    code = run("invite", "2")[1].split("\n")[-2]
+    code = admin("invite", "2")[1].split("\n")[-2]
     old = {name: ask(relay, "/api/services", {"name": name, "invitation": code})[1]["key"]
            for name in ("One", "Two")}
-    assert re.search(r"^One +0 prompts +0 keys +never connected", run("list")[1], re.M)
-    new = run("reset-key", "one")[1].split("\n")[-2]
-    assert run("delete", "TWO")[0] == 0
+    assert re.search(r"^One +0 prompts +0 keys +never connected", admin("list")[1], re.M)
+    new = admin("reset-key", "one")[1].split("\n")[-2]
+    assert admin("delete", "TWO")[0] == 0
     until(lambda: ask(relay, "/api/services/Two")[0] == 404)
     assert ask(relay, "/api/services/One", Authorization="Bearer " + old["One"])[0] == 401
     assert ask(relay, "/api/services/One", Authorization="Bearer " + new)[0] == 200
     assert ask(relay, "/api/services", {"name": "Two", "invitation": code})[0] == 403
     for args, words in ((["delete", "Two"], "no service Two"), (["invite", "0"], "USES"),
+                        (["reset-key", "On"], "no service On; did you mean One?"),
                         (["backup", "/nosuch/x"], "Cannot write /nosuch/x")):
-        status, text = run(*args)
+        status, text = admin(*args)
         assert status == 1 and words in text
-    for args in (["reset-key"], ["list", "x"], ["nosuch"], ["list", "x", "y"]):
-        with pytest.raises(SystemExit):
-            run(*args)
     status = neuroengine_server.main(["list", "--data", str(tmp_path / "nosuch")])
     assert status == 1 and not (tmp_path / "nosuch").exists()
     assert program.end() == 0 and "Traceback" not in program.output
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_list_tells_connected_from_last_seen(start, tmp_path, admin):
+    program, relay = start_relay(start, tmp_path)
+    hand = Hand(relay)
+    until(lambda: re.search(r"%s .* keys +connected" % hand.name, admin("list")[1]))
+    program.end(signal.SIGKILL)
+    text = admin("list")[1]                # killed without a word, so not connected
+    assert re.search(r"%s .* last seen 20" % hand.name, text)
+    assert "No relay is running" in text
+    program, _ = start_relay(start, tmp_path)        # nor after the next start
+    assert re.search(r"%s .* last seen 20" % hand.name, admin("list")[1])
+
+
+def test_list_shows_private_paused_and_keys(data_file, admin):
+    path = data_file(Quiet=None, Plain=1)
+    with contextlib.closing(Store(str(path), existing=True)) as store:
+        quiet = next(s for s in store.load() if s.name == "Quiet")
+        store.change(quiet, private=1, paused=1, operator="Ann\x1b[2J")
+    text = admin("list")[1]
+    assert re.search(r"^Quiet +0 prompts +0 keys +never connected +"
+                     r"private, paused, by Ann\?\[2J$", text, re.M)
+    assert re.search(r"^Plain .* last seen \S+ \S+ UTC$", text, re.M)
+
+
+def test_delete_takes_patterns_and_asks_first(data_file, admin):
+    path = data_file(**{"test-1": None, "test-2": 1, "Keep": 1})
+    status, text = admin("delete", "TEST-*")       # standard input is no terminal
+    assert status == 1 and "add --yes" in text and "test-1" in text and "Keep" not in text
+    assert len(names_in(path)) == 3
+    assert admin("delete", "TEST-*", "--yes")[0] == 0
+    assert names_in(path) == {"Keep"}
+    assert admin("delete", "x*", "--yes") == (1, "No service matches: nothing was deleted.\n")
+    assert admin("delete", "Keep", "nosuch", "--yes")[0] == 1 and names_in(path) == {"Keep"}
+
+
+@pytest.mark.parametrize("answer, left", [("yes", {"b"}), ("y", {"a", "b"}),
+                                          (EOFError, {"a", "b"})])
+def test_delete_believes_only_a_yes(data_file, admin, monkeypatch, answer, left):
+    def answered(question):
+        if answer is EOFError:
+            raise EOFError
+        return answer
+    path = data_file(a=1, b=1)
+    monkeypatch.setattr("builtins.input", answered)
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda _: True})())
+    assert admin("delete", "[a]")[0] == (left != {"b"}) and names_in(path) == left
+
+
+def test_delete_unused_since_spares_what_was_seen_later(data_file, admin):
+    path = data_file(Old=100, Older=200, Fresh=1, Never=None)
+    assert admin("delete", "--unused-since", "90", "o*", "--yes")[0] == 0
+    assert names_in(path) == {"Fresh", "Never"}
+    assert admin("delete", "--unused-since", "90", "--yes")[0] == 0     # by its creation
+    assert names_in(path) == {"Fresh"}
+
+
+def test_delete_unused_since_spares_a_connected_provider(data_file, admin):
+    path = data_file(Busy=100)
+    with contextlib.closing(sqlite3.connect(str(path))) as db, db:
+        db.execute("UPDATE services SET connected=1")
+    with neuroengine_server.DataLock(str(path)):
+        assert admin("delete", "--unused-since", "9", "--yes")[0] == 1
+    assert admin("delete", "--unused-since", "9", "--yes")[0] == 0 and not names_in(path)
+
+
+def test_a_second_relay_on_one_data_file_is_refused_until_the_first_has_ended(
+        start, tmp_path):
+    first, relay = start_relay(start, tmp_path)
+    second = start("neuroengine_server.py", "--port", 0, "--data",
+                   tmp_path / "data.sqlite3")
+    assert second.process.wait(SOON) == 1
+    second.says(r"^A relay \(process %d\) uses the data file .*: stop it, or name another "
+                r"file with --data\.$" % first.process.pid)
+    first.end(getattr(signal, "SIGKILL", signal.SIGTERM))     # the lock dies with it
+    third, relay = start_relay(start, tmp_path)
+    assert ask(relay, "/healthz")[0] == 200 and third.end() == 0
+
+
+def test_a_data_file_is_one_by_whatever_path_it_is_named(tmp_path):
+    (tmp_path / "sub").mkdir()
+    first = neuroengine_server.DataLock(str(tmp_path / "data"))
+    again = neuroengine_server.DataLock(str(tmp_path / "sub" / ".." / "data"))
+    again.WAIT_SECONDS = 0.1
+    assert first.holder() is None and not list(tmp_path.glob("*.lock"))
+    with first:
+        assert again.holder() == os.getpid()
+        with pytest.raises(neuroengine_server.StoreError):
+            again.__enter__()
+    with again:
+        assert first.holder() == os.getpid()
+    with neuroengine_server.DataLock(":memory:"), neuroengine_server.DataLock(":memory:"):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="needs symbolic links")
+def test_the_lock_follows_no_symbolic_link(tmp_path):
+    (tmp_path / "precious").write_text("x" * 9)
+    (tmp_path / "data.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(neuroengine_server.StoreError):
+        neuroengine_server.DataLock(str(tmp_path / "data")).__enter__()
+    assert (tmp_path / "precious").read_text() == "x" * 9
+
+
+def test_the_lock_of_windows_is_tried_without_waiting(tmp_path, monkeypatch):
+    calls = []
+
+    class Msvcrt:
+        LK_NBLCK = 2
+
+        @staticmethod
+        def locking(file, mode, length):
+            calls.append((os.lseek(file, 0, os.SEEK_CUR), mode, length))
+            if len(calls) == 2:
+                raise PermissionError(13, "locked")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", Msvcrt)
+    lock = neuroengine_server.DataLock(str(tmp_path / "data"))
+    with lock:
+        assert lock.holder() == os.getpid()
+    assert calls == [(1 << 20, 2, 1)] * 2
+
+
+def test_restore_puts_a_backup_in_place_and_keeps_the_old_data(data_file, admin, tmp_path):
+    path, copy = data_file(Old=1), tmp_path / "copy"
+    assert "restore %s" % copy in admin("backup", str(copy))[1]
+    admin("delete", "Old")
+    data_file(New=1)
+    before = copy.read_bytes()
+    status, text = admin("restore", str(copy))
+    assert status == 0 and "revoked" in text and names_in(path) == {"Old"}
+    kept = text.split("The old data is in ")[1].strip()[:-1]
+    assert names_in(kept) == {"New"} and copy.read_bytes() == before
+    assert path.stat().st_mode & 0o777 == (0o600 if os.name != "nt" else 0o666)
+    assert not list(tmp_path.glob("*restoring*"))
+
+
+def test_restore_also_makes_a_data_file_where_there_is_none(data_file, admin, tmp_path):
+    path = data_file(Old=1)
+    admin("backup", str(tmp_path / "copy"))
+    path.unlink()
+    assert admin("restore", str(tmp_path / "copy"))[0] == 0 and names_in(path) == {"Old"}
+
+
+def test_restore_takes_a_plain_copy_with_its_log(data_file, admin, tmp_path):
+    path = data_file(Old=1)
+    with contextlib.closing(Store(str(path))) as store:
+        store.add(Service("Late", "digest"))       # so far in the log only
+        for suffix in ("", "-wal"):
+            shutil.copy(str(path) + suffix, str(tmp_path / "copy") + suffix)
+    admin("delete", "*", "--yes")
+    assert admin("restore", str(tmp_path / "copy"))[0] == 0
+    assert names_in(path) == {"Old", "Late"} and not list(tmp_path.glob("*restoring*"))
+
+
+def test_restore_refuses_what_is_not_a_backup_and_leaves_the_data(data_file, admin, tmp_path):
+    path = data_file(Mine=1)
+    (tmp_path / "text").write_bytes(b"this is no database, not at all" * 100)
+    with contextlib.closing(sqlite3.connect(str(tmp_path / "other"))) as db, db:
+        db.execute("CREATE TABLE songs (name TEXT)")
+    for name, words in (("text", "text is damaged"), ("other", "not a neuroengine data"),
+                        ("nosuch", "No such file"), ("data.sqlite3", "is the data file")):
+        status, text = admin("restore", str(tmp_path / name))
+        assert status == 1 and words in text and "restoring" not in text, text
+        assert names_in(path) == {"Mine"} and not list(tmp_path.glob("*.restoring*"))
+
+
+def test_restore_refuses_while_a_relay_runs(data_file, admin, monkeypatch):
+    path = data_file(Mine=1)
+    monkeypatch.setattr(neuroengine_server.DataLock, "WAIT_SECONDS", 0.1)
+    with neuroengine_server.DataLock(str(path)):
+        status, text = admin("restore", "copy")
+    assert status == 1 and "uses the data file" in text and "stop it" in text
 
 
 def test_commands_leave_an_older_file_as_it_is(tmp_path, capsys):
@@ -5491,16 +5736,20 @@ def certificates(tmp_path_factory):
     return path
 
 
-def test_the_doctor_says_what_is_wrong(tmp_path, capsys, monkeypatch, relay, certificates):
+@pytest.fixture
+def doctor(tmp_path, capsys):
+    """Run the doctor: its exit status, and the words of each line that is not ok."""
     def doctor(*args):
-        """Its exit status and the words of each line that is not ok."""
         args = ["--port", "0", "--data", str(tmp_path / "data.sqlite3"), *map(str, args)]
         status = neuroengine_server.main(["doctor"] + args)
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 8 and all(
             re.match(r"(ok|warning|error) +[A-Z].*\.$", line) for line in lines), lines
         return status, "\n".join(line for line in lines if not line.startswith("ok"))
+    return doctor
 
+
+def test_the_doctor_says_what_is_wrong(tmp_path, doctor, monkeypatch, certificates):
     def pair(cert, key):
         return ["--cert", certificates / cert, "--key", certificates / key]
     assert doctor() == (0, "")
@@ -5509,19 +5758,14 @@ def test_the_doctor_says_what_is_wrong(tmp_path, capsys, monkeypatch, relay, cer
             (pair("soon.pem", "soon.key"), 0, "warning .*relay.example.org.*renew it"),
             (pair("expired.pem", "good.key"), 1, "error .*certificate has expired"),
             (pair("good.pem", "soon.key"), 1, "error .*key values mismatch"),
-            (pair("good.pem", "nosuch"), 1, "error .*nosuch is not there"),
+            (pair("good.pem", "nosuch"), 1, "error .*nosuch does not exist"),
             (["--key", "x"], 1, "error .*--cert and --key together"),
-            (["--port", 8443], 0, "warning .*clients must be told to trust it"),
+            (["--port", 8443], 0, "warning .*is self-signed.*--webroot"),
             (["--max-connections", 10**8], 0, "warning .*LimitNOFILE"),
-            (["--data", "/nosuch/x"], 1, "error .*directory /nosuch,")):
+            (["--data", "/nosuch/x"], 1, "error .*folder /nosuch,")):
         found = doctor(*args)
         assert found[0] == status and re.search(words, found[1]), found
     assert not list(tmp_path.iterdir())          # it looks, and makes nothing
-    # Ports: our own relay, another program, and one that is not for us.
-    assert doctor("--host", "127.0.0.1", "--port", relay.server_address[1]) == (0, "")
-    with serving(type("Other", (FakeLLM,), {"got": [], "script": []})) as url:
-        found = doctor("--host", "127.0.0.1", "--port", url.rsplit(":", 1)[1])
-    assert found[0] == 1 and re.search("error .*BaseHTTP.* has it", found[1]), found
     for name, value, status, words in (
             ("Relay", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")), 1,
              "CAP_NET_BIND_SERVICE"),
@@ -5537,6 +5781,39 @@ def test_the_doctor_says_what_is_wrong(tmp_path, capsys, monkeypatch, relay, cer
     assert status == 1 and "damaged" in words
 
 
+def test_the_doctor_tells_our_relay_from_other_programs_on_the_port(
+        tmp_path, doctor, relay, start, data_file):
+    ours = ["--host", "127.0.0.1", "--port", relay.server_address[1]]
+    found = doctor(*ours)                        # but it has another data file
+    assert found[0] == 0 and "not with the data file" in found[1]
+    with neuroengine_server.DataLock(str(data_file(Mine=1))):
+        assert doctor(*ours) == (0, "")
+        found = doctor()
+        assert found[0] == 1 and "a second relay on it would be refused" in found[1]
+    with serving(type("Other", (FakeLLM,), {"got": [], "script": []})) as url:
+        found = doctor("--host", "127.0.0.1", "--port", url.rsplit(":", 1)[1])
+    assert found[0] == 1 and re.search("error .*BaseHTTP.* uses it", found[1]), found
+
+
+def test_windows_says_that_a_port_is_taken_by_refusing_access(monkeypatch):
+    refused = PermissionError(13, "forbidden by its access permissions")
+    assert not neuroengine_server.port_is_taken(refused)
+    with monkeypatch.context() as patch:         # only while it is looked at: pathlib...
+        patch.setattr(os, "name", "nt")
+        taken = neuroengine_server.port_is_taken(refused)
+    assert taken
+
+
+def test_without_the_resource_module_the_doctor_has_nothing_to_say_of_files(
+        monkeypatch, doctor):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert doctor("--max-connections", 10**8) == (0, "")
+    neuroengine_server.raise_descriptor_limit()
+
+
+# Signals, streams and terminals.
+
+
 def test_a_relay_warns_at_its_start_in_single_lines(start, tmp_path, certificates):
     program, _ = start_relay(start, tmp_path, "--cert", certificates / "soon.pem", "--key",
                              certificates / "soon.key", "--max-connections", 10**8)
@@ -5546,15 +5823,81 @@ def test_a_relay_warns_at_its_start_in_single_lines(start, tmp_path, certificate
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs a Unix")
-def test_sighup_reloads_and_the_log_may_be_json(start, tmp_path):
-    program, relay = start_relay(start, tmp_path, "--log", "json")
+def test_sighup_reloads_and_logs_what_was_read_again(start, tmp_path, admin):
+    shutil.copy(neuroengine_server.__file__, str(tmp_path))
+    shutil.copy(os.path.join(HERE, "chat.html"), str(tmp_path))
+    program = start(tmp_path / "neuroengine_server.py", "--log", "json", "--port", 0,
+                    "--host", "127.0.0.1", "--data", tmp_path / "data.sqlite3")
     program.says('"event": "started"')
     program.process.send_signal(signal.SIGHUP)
-    assert ask(relay, "/healthz")[0] == 200
+    program.says('"event": "reloaded", "read": \\[\\]')
+    (tmp_path / "chat.html").write_text("<script>1</script>")
     program.process.send_signal(signal.SIGHUP)
+    program.says('"event": "reloaded", "read": \\["page"\\]')
     assert program.end() == 0
     lines = [json.loads(line) for line in program.output.splitlines() if line[0] == "{"]
-    assert [line["event"] for line in lines] == ["started", "stopping", "stopped"]
+    assert [line["event"] for line in lines] == [
+        "started", "reloaded", "reloaded", "stopping", "stopped"]
+
+
+def test_a_wait_for_signals_that_looks_up_misses_none(start):
+    """As on Windows, where Ctrl-C does not interrupt a receive."""
+    program = start("-c", """
+import neuroengine_server, sys
+neuroengine_server.Signals.__init__.__defaults__ = (0.001,)
+sys.exit(neuroengine_server.main(["--demo", "--port", "0"]))""")
+    assert ask(Address(program), "/healthz")[0] == 200
+    assert program.end(signal.SIGINT) == 0 and "Traceback" not in program.output
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_a_relay_runs_without_standard_output_and_error(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    process = subprocess.Popen(
+        ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "neuroengine_server.py",
+         "--demo", "--port", str(address[1])], cwd=HERE)
+    try:
+        def healthy():
+            with contextlib.suppress(OSError), contextlib.closing(
+                    http.client.HTTPConnection(*address, timeout=1)) as connection:
+                connection.request("GET", "/healthz")
+                return connection.getresponse().status == 200
+        until(healthy)
+    finally:
+        process.terminate()
+    assert process.wait(SOON) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_a_reader_that_left_early_and_a_poor_terminal_cause_no_traceback(data_file, tmp_path):
+    path = data_file(**{"S%d" % n: None for n in range(9)})
+    for line in ('"$@" list | true', '"$@" --help | true', '"$@" list >/dev/full',
+                 'PYTHONIOENCODING=ascii "$@" delete "\u00e9"'):
+        result = subprocess.run(
+            ["sh", "-c", line, "sh", sys.executable, "neuroengine_server.py", "--data",
+             str(path)], cwd=HERE, stderr=subprocess.PIPE, timeout=SOON)
+        assert b"Traceback" not in result.stderr and b"Exception" not in result.stderr, line
+
+
+def test_a_new_certificate_is_told_from_one_that_cannot_be_used(tmp_path, certificates):
+    cert, key = str(tmp_path / "cert"), str(tmp_path / "key")
+    shutil.copy(str(certificates / "good.pem"), cert)
+    shutil.copy(str(certificates / "good.key"), key)
+    certificate = neuroengine_server.Certificate(cert, key)
+    first = certificate.context
+    assert not certificate.renew() and certificate.context is first
+    shutil.copy(str(certificates / "soon.pem"), cert)          # half of the pair
+    assert not certificate.renew() and certificate.context is first
+    shutil.copy(str(certificates / "soon.key"), key)
+    assert certificate.renew() and certificate.context is not first
+
+
+def test_a_missing_openssl_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(neuroengine_server.StoreError) as error:
+        neuroengine_server.self_signed(str(tmp_path))
+    assert "--tls off" in str(error.value)
 
 
 AS_SYSTEMD_DOES = """
