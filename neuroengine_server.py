@@ -3198,7 +3198,7 @@ class BodyReader:
 
 LINGER_SECONDS = 2           # for a peer to read our last words
 SHORT_WAIT_SECONDS = 0.25    # a thread waits for the next request; then the Lobby does
-KEPT_THREADS = 64            # idle threads that wait for work
+KEPT_SECONDS = 5             # an idle thread waits for work
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)    # Windows has none
 
 
@@ -3407,7 +3407,7 @@ class Connection:
         except (OSError, ValueError):
             raise PeerGone() from None
 
-    def _send_all(self, data):
+    def _send_all(self, data, seconds=None):
         deadline = None
         while data:
             try:
@@ -3416,7 +3416,8 @@ class Connection:
                     return
                 data = memoryview(data)[sent:]
             except (BlockingIOError, InterruptedError):
-                deadline = deadline or time.monotonic() + self._limits.write_seconds
+                deadline = deadline or time.monotonic() + (
+                    seconds or self._limits.write_seconds)
                 self._wait(selectors.EVENT_WRITE, deadline)
 
     def send_now(self, data):
@@ -3472,10 +3473,12 @@ class Connection:
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def say_goodbye(self):
-        """Say that this is the end; without it, TLS takes it for a cut."""
+        """Say that this is the end; without it, TLS takes it for a cut. Blocks at most
+        LINGER_SECONDS."""
         with contextlib.suppress(OSError):
             if self.tls is not None:
-                self.sock.send(self.tls.farewell())
+                self._send_all(self.tls.farewell(), LINGER_SECONDS)
+        with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
     def linger(self):
@@ -3613,7 +3616,6 @@ class Lobby:
             now = time.monotonic()
             for connection in [c for c, due in self._parked.items() if due <= now]:
                 self._remove(connection)
-                connection.say_goodbye()
                 connection.close()
 
     def _arrive(self, arrival):
@@ -3641,12 +3643,12 @@ class Lobby:
 
 
 class Threads:
-    """Runs calls in threads of their own, and uses a few idle threads again."""
+    """Runs calls in threads of their own; a thread that is done takes the next call."""
 
     def __init__(self):
         self._calls = queue.SimpleQueue()
         self._idle = 0                     # threads that wait for a call
-        self._lock = threading.Lock()      # guards _idle
+        self._lock = threading.Lock()      # guards _idle, and that each call has a thread
 
     def run(self, call):
         """Run call() in a thread. Raises RuntimeError if the system has no more threads."""
@@ -3657,14 +3659,22 @@ class Threads:
         threading.Thread(target=self._work, args=(call,), daemon=True).start()
 
     def _work(self, call):
-        while True:
+        while call is not None:
             call()
             call = None                    # it holds a connection
             with self._lock:
-                if self._idle >= KEPT_THREADS:
-                    return
                 self._idle += 1
-            call = self._calls.get()
+            call = self._next()
+
+    def _next(self):
+        """The next call for an idle thread, or None if it should end."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._calls.get(timeout=KEPT_SECONDS)
+            with self._lock:
+                if self._calls.empty():    # else the call came just now
+                    self._idle -= 1
+                    return None
 
 
 ##############################################################################

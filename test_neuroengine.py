@@ -4620,7 +4620,7 @@ def test_a_cancelled_connection_is_not_used_for_the_next_prompt(relay, llm):
         until(lambda: not fake.script)
         time.sleep(0.05)                       # the head is there, most likely
         sock.close()
-        until(lambda: not any(s.jobs or s.cancelling for s in
+        until(lambda: not any(s.leases for s in
                               relay.broker.find(name).sessions.values()))
         assert chat(relay, name)[1]["choices"][0]["message"]["content"] == "Hello"
 
@@ -4713,7 +4713,7 @@ def test_a_continued_answer_has_the_tokens_that_are_left(relay):
         lambda request: asked.append(request) or "d",), kwargs={"continues": True})
     thread.start()
     until(lambda: len(relay.broker.find(first.name).sessions) > 1)
-    until(lambda: any(s.continues for s in relay.broker.find(first.name).sessions.values()))
+    until(lambda: any(s.features.continues for s in relay.broker.find(first.name).sessions.values()))
     first.logout()
     assert b'"d"' in answer()[1]
     assert (asked[0]["reply_so_far"], asked[0]["max_new_len"]) == ("abc", 7)
@@ -5497,9 +5497,12 @@ def test_sigterm_lets_running_answers_finish_and_exits_cleanly(start, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_signal_that_reaches_another_thread_than_the_main_one_ends_the_relay(start):
     program = start("-c", """
-import neuroengine_server, signal, threading
-threading.Timer(0.5, lambda: signal.pthread_kill(
-    threading.get_ident(), signal.SIGTERM)).start()
+import neuroengine_server, signal, threading, time
+def end():
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        time.sleep(0.01)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=end).start()
 neuroengine_server.main(["--demo", "--port", "0"])""")
     assert program.process.wait(SOON) == 0
 
