@@ -73,7 +73,7 @@ class World:
         """Take what waits, and answer it."""
         jobs, _ = self.broker.poll(self.service, self.session, self.relay.Poll(), (), 0)
         for job, attempt, at, _ in jobs:
-            self.broker.reply(self.service, self.session, [
+            self.broker.push(self.service, self.session, [
                 {"job": job.id, "attempt": attempt, "at": at, "items": [ITEM],
                  "done": True}])
             reader = self.readers.pop(job.id)
@@ -107,7 +107,7 @@ def parked(relay, count):
     def provide(session):
         while not broker.closed:
             for job, attempt, at, _ in broker.poll(service, session, relay.Poll(), ())[0]:
-                broker.reply(service, session, [
+                broker.push(service, session, [
                     {"job": job.id, "attempt": attempt, "at": at, "items": [ITEM],
                      "done": True}])
 
@@ -161,7 +161,7 @@ def queued(relay, count):
 
 def place_of(world):
     reader = world.submit()
-    return lambda: world.broker.place(reader.job)
+    return lambda: world.broker.queue_position(reader.job)
 
 
 def cancel_of(world):
@@ -179,11 +179,11 @@ def answered(relay, count):
     at = itertools.count(count)
 
     def item():
-        broker.reply(service, session, [
+        broker.push(service, session, [
             {"job": job.id, "attempt": attempt, "at": next(at), "items": [ITEM]}])
         broker.read(reader, 1, 1)
 
-    broker.reply(service, session, [
+    broker.push(service, session, [
         {"job": job.id, "attempt": attempt, "at": 0, "items": [ITEM] * count}])
     broker.read(reader, 1, 1)
     try:
