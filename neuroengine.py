@@ -2990,7 +2990,7 @@ class Completion:
         self._model, self._lines = model, Lines()
         self._data = b""           # of an event, as long as it is not JSON
         self._kind = b""           # the event's name
-        self._whole = None         # pieces of one JSON text, which came instead of events
+        self._whole = None         # lines of JSON, which came instead of events
         self._texts = []
         self._cut = None           # a Text, once bytes came that are no UTF-8
         self._finish = self._usage = None
@@ -2999,27 +2999,18 @@ class Completion:
 
     def feed(self, data):
         """The items that are in these bytes."""
-        if self._whole is not None:
-            self._whole.append(data)
-            if sum(map(len, self._whole)) > MAX_LINE_BYTES:
-                raise not_json()
-            return []
         items = []
         for line in self._lines.feed(data):
             self._take(line, items)
-            if self._whole is not None:
-                break
         return items
 
     def finish(self):
         """The last items, after the last byte."""
         items = []
-        if self._whole is not None:
-            self._take_whole(b"".join(self._whole), items)
         for line in self._lines.end():
             self._take(line, items)
-            if self._whole is not None:        # one line of JSON that nothing ended
-                self._take_whole(line, items)
+        if self._whole is not None:
+            self._take_whole(items)
         if self._data:
             raise not_json()
         if self._cut:
@@ -3036,7 +3027,9 @@ class Completion:
         return items + [last]
 
     def _take(self, line, items):
-        if line[:5] == b"data:":
+        if self._whole is not None:
+            self._whole.append(line)
+        elif line[:5] == b"data:":
             data = line[5:].strip()
             if data[:5] == b"data:":           # wrapped twice, by a proxy
                 data = data[5:].strip()
@@ -3065,8 +3058,7 @@ class Completion:
         elif line[:6] == b"error:":            # older llama.cpp
             raise self._failure(line[6:])
         elif line[:1] in b"{[" and not (self._texts or self._finish):
-            # JSON instead of a stream of it. It came in one piece, or in lines.
-            self._whole = [line + b"\n"] + [b"\n".join(self._lines.end())]
+            self._whole = [line]               # no stream, but one JSON text
         elif line[:1] == b"<":
             raise not_json()                   # HTML
         # All others are comments, or ids, or what future versions add.
@@ -3086,12 +3078,12 @@ class Completion:
         code = parts_of_error(value)[2]
         return self._model.failure(code if isinstance(code, int) else 500, value)
 
-    def _take_whole(self, data, items):
+    def _take_whole(self, items):
         try:
-            values = [self._parse(data)]
+            values = [self._parse(b"\n".join(self._whole))]
         except (ValueError, RecursionError):
             try:                               # not one JSON text, but one in each line
-                values = [self._parse(line) for line in data.splitlines() if line.strip()]
+                values = [self._parse(line) for line in self._whole if line.strip()]
             except (ValueError, RecursionError):
                 raise not_json() from None
         for value in values:

@@ -4721,6 +4721,401 @@ def test_a_continued_answer_has_the_tokens_that_are_left(relay):
     thread.join(SOON)
 
 
+# What servers send. Each mutation takes the events of a good stream of "Hel", "lo \u2603",
+# "!" and changes their bytes as some server, or a proxy before it, was seen to.
+
+GOOD = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}] + [
+    {"id": "c", "model": "/secret/model.gguf", "choices": [
+        {"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+    for text in ("Hel", "lo \u2603", "!")] + [
+    {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 3}}]
+
+
+def sse(events, begin="data: ", end="\n\n", last="data: [DONE]\n\n"):
+    return ("".join(begin + json.dumps(event, ensure_ascii=False) + end for event in events)
+            + last).encode()
+
+
+def changed(number, **more):
+    """The good events, of which one's choice has something else."""
+    events = json.loads(json.dumps(GOOD))
+    events[number]["choices"][0].update(more)
+    return events
+
+
+def each(change):
+    """The good events, each changed."""
+    events = json.loads(json.dumps(GOOD))
+    for event in events:
+        for choice in event["choices"]:
+            change(choice)
+    return events
+
+
+def message_for_delta(choice):
+    choice["message"] = choice.pop("delta")
+
+
+def text_for_delta(choice):
+    choice["text"] = choice.pop("delta").get("content", "")
+
+
+WHOLE = {"choices": [{"index": 0, "finish_reason": "stop", "message": {
+    "role": "assistant", "content": "Hello \u2603!"}}], "usage": {"prompt_tokens": 3}}
+STREAMS = {  # the answer is right
+    "as it should be": sse(GOOD),
+    "no space after data:": sse(GOOD, "data:"),
+    "CRLF": sse(GOOD, end="\r\n\r\n"),
+    "CR": sse(GOOD, end="\r\r", last="data: [DONE]\r\r"),
+    "one line end between events": sse(GOOD, end="\n"),
+    "comments": sse(GOOD, ": ping\n\ndata: "),
+    "ids, names and retry": sse(GOOD, "id: 7\nevent: message\nretry: 3\ndata: "),
+    "an empty data line": sse(GOOD, "data:\n\ndata: "),
+    "an event without data": sse(GOOD, "event: ping\n\ndata: "),
+    "a byte order mark": b"\xef\xbb\xbf" + sse(GOOD),
+    "blank lines first": b"\n\n\n" + sse(GOOD),
+    "data: twice": sse(GOOD, "data: data: "),
+    "JSON in several lines": sse(GOOD).replace(b', "', b'\ndata: , "'),
+    "no [DONE]": sse(GOOD, last=""),
+    "no blank line at the end": sse(GOOD, last="data: [DONE]"),
+    "cut after the last event": sse(GOOD[:-1], last=""),
+    "[DONE] and no finish_reason": sse(GOOD[:4]),
+    "finish_reason with the last text": sse(changed(3, finish_reason="stop")[:4]),
+    'finish_reason: ""': sse(each(lambda choice: choice.get("finish_reason") is None
+                                  and choice.update(finish_reason=""))),
+    "finish_reason in each event": sse(each(lambda c: c.update(finish_reason="stop"))),
+    "finish_reason as an object": sse(each(lambda c: c.get("finish_reason") and c.update(
+        finish_reason={"type": "stop"}))),
+    "text after the finish_reason": sse([GOOD[0], GOOD[4]] + GOOD[1:4]),
+    "events after [DONE]": sse(GOOD) + b": bye\n\n",
+    "message for delta": sse(each(message_for_delta)),
+    "text for delta": sse(each(text_for_delta)),
+    "the whole text again at the end": sse(GOOD[:4] + changed(4, message={
+        "role": "assistant", "content": "Hello \u2603!"}, delta=None)[4:]),
+    "the text so far in each event": sse([dict(event, choices=[dict(
+        choice, message={"content": so_far}) for choice in event["choices"]])
+        for event, so_far in zip(GOOD, ("", "Hel", "Hello \u2603", "Hello \u2603!",
+                                        "Hello \u2603!", ""))]),
+    "no index": sse(each(lambda choice: choice.pop("index"))),
+    "content: null": sse(changed(0, delta={"role": "assistant", "content": None})),
+    "delta: null": sse(changed(0, delta=None)),
+    "tool_calls: [null]": sse(each(lambda c: c["delta"].update(tool_calls=[None]))),
+    "tool_calls: null": sse(each(lambda c: c["delta"].update(tool_calls=None))),
+    "choices: null": sse(GOOD[:2] + [{"choices": None}, {"id": "x"}] + GOOD[2:]),
+    "another choice": sse(GOOD[:2] + changed(1, index=1)[1:2] + GOOD[2:]),
+    "content in parts": sse(each(lambda c: c["delta"].get("content") and c["delta"].update(
+        content=[{"type": "text", "text": c["delta"]["content"]}]))),
+    "usage: null": sse([dict(event, usage=event.get("usage")) for event in GOOD]),
+    "error: null": sse([dict(event, error=None) for event in GOOD]),
+    "one JSON object": json.dumps(WHOLE).encode(),
+    "one JSON object with a byte order mark": b"\xef\xbb\xbf" + json.dumps(WHOLE).encode(),
+    "one JSON object in lines": json.dumps(WHOLE, indent=1).encode() + b"\n",
+    "one JSON object as an event": sse([WHOLE]),
+    "one JSON object in each line": sse(GOOD, "", "\n", ""),
+    "a character cut in two": sse(GOOD).replace("\u2603".encode(), b"\xe2\x98").replace(
+        b'"!"', b'"\x83!"'),
+}
+BROKEN_STREAMS = {  # an error follows the text, and its words say this
+    "nothing": (b"", "ended in the middle"),
+    "[DONE] alone": (b"data: [DONE]\n\n", "ended in the middle"),
+    "cut": (sse(GOOD[:3], last=""), "ended in the middle"),
+    "cut within JSON": (sse(GOOD[:3], last="data: {\"choi"), "not JSON"),
+    "an empty chunk, and the end": (sse(GOOD[:3] + [{"choices": [{"delta": {}}]}], last=""),
+                                    "ended in the middle"),
+    "error event": (sse(GOOD[:3] + [{"error": {"message": "no memory"}}]), "no memory"),
+    "error as a text": (sse(GOOD[:3] + [{"error": "no memory"}]), "no memory"),
+    "error, flat": (sse(GOOD[:3] + [{"object": "error", "message": "no memory",
+                                     "code": 500}]), "no memory"),
+    "error by name": (sse(GOOD[:3]) + b'event: error\ndata: {"message": "no memory"}\n\n',
+                      "no memory"),
+    "error line": (sse(GOOD[:3], last='error: {"message": "no memory"}\n\n'), "no memory"),
+    "error for a stream": (b'{"error": {"message": "no memory"}}', "no memory"),
+    "LM Studio's unknown path": (b'{"error": "Unexpected endpoint or method."}', "Unexpected"),
+    "HTML": (b"<html><body>Bad gateway</body></html>", "not JSON"),
+    "words": (b"no memory", "ended in the middle"),
+    "an array": (b"[1, 2]", "not JSON"), "a number": (b"data: 5\n\n", "not JSON"),
+    "single quotes": (b"data: {'choices': []}\n\n", "not JSON"),
+    "NaN": (b'data: {"choices": [], "x": NaN}\n\n', "not JSON"),
+    "choices as a text": (b'data: {"choices": "x"}\n\n', "not JSON"),
+    "delta as a text": (sse(changed(1, delta="Hel")), "not JSON"),
+    "content as a number": (sse(changed(1, delta={"content": 5})), "not JSON"),
+    "an empty whole answer": (b'{"choices": []}', "ended in the middle"),
+}
+
+
+def pieces_of(data, how):
+    """The bytes as they may come: at once, one by one, or cut at random."""
+    if how == "whole":
+        return [data]
+    if how == "bytes":
+        return [data[at:at + 1] for at in range(len(data))]
+    cuts = sorted(random.Random(how).sample(range(len(data) + 1), min(20, len(data))))
+    return [data[begin:end] for begin, end in zip([0] + cuts, cuts + [len(data)])]
+
+
+def parsed(parser, data, how):
+    items = []
+    for piece in pieces_of(data, how):
+        items += parser.feed(piece)
+    return items + parser.finish()
+
+
+def text_of(items):
+    return "".join(item for item in items if isinstance(item, str))
+
+
+HOWS = ["whole", "bytes", 1, 2, 3]
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("name", STREAMS)
+def test_whatever_servers_send_the_text_is_right(name, how):
+    items = parsed(neuroengine.Completion(neuroengine.Model("m")), STREAMS[name], how)
+    assert text_of(items) == "Hello \u2603!" and items[-1]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("name", BROKEN_STREAMS)
+def test_what_is_no_answer_is_an_error_in_words(name, how):
+    data, words = BROKEN_STREAMS[name]
+    with pytest.raises(NeuroengineError, match=words):
+        parsed(neuroengine.Completion(neuroengine.Model("m")), data, how)
+
+
+def test_a_stream_broken_anywhere_is_right_or_an_error():
+    """Never less text with an end that looks good, and never other text."""
+    data, chance, wrong = sse(GOOD), random.Random(1), []
+    for number in range(3000):
+        at, kind = chance.randrange(len(data)), chance.randrange(4)
+        broken = (data[:at] if kind == 0 else data[:at] + data[at + chance.randrange(9):]
+                  if kind == 1 else data[:at] + bytes([chance.randrange(128)]) + data[at:]
+                  if kind == 2 else data[:at] + b"\n" + data[at:])
+        try:
+            items = parsed(neuroengine.Completion(neuroengine.Model("m")), broken, "whole")
+        except NeuroengineError:
+            continue
+        kept = text_of(items)
+        # A byte changed within a text is what the server says. One lost event is not seen by
+        # anyone; so only cuts must never pass.
+        if kind == 0 and kept != "Hello \u2603!":
+            wrong.append(broken)
+    assert not wrong
+
+
+def test_bytes_that_are_no_text_become_the_sign_for_that():
+    data = sse(GOOD).replace(b'"!"', b'"\xff!"')
+    items = parsed(neuroengine.Completion(neuroengine.Model("m")), data, "whole")
+    assert text_of(items) == "Hello \u2603\ufffd!"
+
+
+def test_whatever_else_is_in_a_delta_or_message_is_passed_on():
+    more = {"refusal": "no", "annotations": [{"type": "url_citation"}], "audio": {"id": "a"}}
+    for data in (sse(changed(4, delta=dict(more, reasoning="hm"))), json.dumps({"choices": [
+            {"message": dict(more, content="x", reasoning="hm"),
+             "finish_reason": "stop"}]}).encode()):
+        items = parsed(neuroengine.Completion(neuroengine.Model("m")), data, "whole")
+        assert {"reasoning": "hm"} in items and {"delta": more} in items
+
+
+# What goes through as it is.
+
+
+def opaque(api, body, stream=False, kind="", model=None, **options):
+    request = {"api": api, "opaque": True, "stream": stream, "headers": {
+        "anthropic-beta": "b", "cookie": "c"}, "body": dict(body, model="Ann")}
+    return rendering(kind, model or neuroengine.Model("/secret/model.gguf", "Ann"),
+                     **options).question(request)
+
+
+def passed(question, data, how="whole"):
+    model = neuroengine.Model("/secret/model.gguf", "Ann")
+    return parsed(question.parser(model), data, how)
+
+
+def test_an_opaque_request_goes_to_its_path_with_the_models_id_and_nothing_else_changed():
+    body = {"input": "x", "tools": [{"type": "function"}], "odd": {"field": [1]},
+            "store": False}
+    question = opaque("responses", body)
+    assert question.path == "/v1/responses"
+    assert question.body == dict(body, model="/secret/model.gguf")
+    assert question.headers == [("anthropic-beta", "b")]
+    for api, path in neuroengine.PATHS.items():
+        assert opaque(api, {}).path == path
+
+
+def test_an_opaque_answer_is_one_json_text_under_the_services_name():
+    answer = {"id": "r", "model": "/secret/model.gguf", "n": [1, 2.5, None], "timings": {},
+              "system_fingerprint": "b1", "usage": {"input_tokens": 4, "output_tokens": 2}}
+    result, usage = passed(opaque("messages", {}), json.dumps(answer).encode())
+    assert json.loads(result["result"]) == {"id": "r", "model": "Ann", "n": [1, 2.5, None],
+                                            "usage": answer["usage"]}
+    assert usage == {"usage": {"prompt_tokens": 4, "completion_tokens": 2}}
+    for data, words in ((b"<html>", "not JSON"), (b'{"error": "no memory"}', "no memory"),
+                        (b'{"x": NaN}', "not JSON")):
+        with pytest.raises(NeuroengineError, match=words):
+            passed(opaque("rerank", {}), data)
+
+
+ANTHROPIC = [("message_start", {"message": {"model": "/secret/model.gguf", "usage": {
+    "input_tokens": 7, "output_tokens": 1}}}), ("ping", {}),
+    ("content_block_delta", {"delta": {"text": "Hi \u2603"}}),
+    ("message_delta", {"usage": {"output_tokens": 5}}), ("message_stop", {})]
+RESPONSES = [("response.created", {"response": {"model": "/secret/model.gguf"}}),
+             ("response.output_text.delta", {"delta": "Hi"}),
+             ("response.completed", {"response": {"model": "/secret/model.gguf", "usage": {
+                 "input_tokens": 7, "output_tokens": 5}, "error": None}})]
+CHOICES = [("", {"model": "/secret/model.gguf", "choices": [
+    {"index": n, "text": "x", "logprobs": {"a": [1]}, "finish_reason": end}]})
+    for n, end in ((0, None), (0, "stop"), (1, None), (1, "length"))] + [
+        ("", {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 5}})]
+
+
+def events_of(pairs, last=b""):
+    return b"".join(b": comment\nid: 3\n%sdata: %s\n\n" % (
+        b"event: %s\n" % kind.encode() if kind else b"",
+        json.dumps(dict({"type": kind} if kind else {}, **data)).encode())
+        for kind, data in pairs) + last
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("api, pairs, body", [
+    ("messages", ANTHROPIC, {}), ("responses", RESPONSES, {}),
+    ("completions", CHOICES, {"n": 2}), ("chat", CHOICES, {"n": 2}),
+    ("completions", CHOICES, {"prompt": ["a", "b"]})])
+def test_an_opaque_stream_is_passed_event_by_event_to_its_own_end(api, pairs, body, how):
+    question = opaque(api, body, stream=True)
+    *events, usage = passed(question, events_of(pairs), how)
+    kept = [item["event"] for item in events]
+    chat = api in ("chat", "completions")
+    assert len(kept) == len(pairs) and "secret" not in "".join(kept)
+    assert usage == {"usage": {"prompt_tokens": 7, "completion_tokens": 5}}
+    assert (kept[-1] == "data: [DONE]") is chat        # the usage was nobody's wish
+    for (kind, _), event in zip(pairs, kept[:-1]):
+        assert event.startswith("event: %s\ndata: {" % kind if kind else "data: {")
+        assert "\n\n" not in event
+    for cut in (2, 3):                         # without the API's own last event
+        with pytest.raises(NeuroengineError, match="ended in the middle"):
+            passed(question, events_of(pairs[:cut - (api == "responses")]), how)
+
+
+@pytest.mark.parametrize("api, data", [
+    ("messages", b'event: error\ndata: {"type": "error", "error": {"type": '
+     b'"overloaded_error", "message": "busy"}}\n\n'),
+    ("chat", b'data: {"error": {"message": "busy"}}\n\n'), ("chat", b'{"error": "busy"}'),
+    ("responses", b'event: error\ndata: {"type": "error", "message": "busy"}\n\n')])
+def test_an_error_within_an_opaque_stream_is_an_error(api, data):
+    with pytest.raises(NeuroengineError, match="busy"):
+        passed(opaque(api, {}, stream=True), data)
+
+
+def test_usage_that_the_client_asked_for_reaches_it():
+    question = opaque("chat", {"stream_options": {"include_usage": True}}, stream=True)
+    events = passed(question, events_of(CHOICES[:2] + CHOICES[4:], b"data: [DONE]\n\n"))
+    assert '"usage"' in events[-3]["event"] and events[-2]["event"] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("api", ["chat", "completions", "responses", "messages"])
+@pytest.mark.parametrize("field", neuroengine.LENGTH_FIELDS)
+def test_a_limit_holds_under_every_name_and_on_every_path(api, field):
+    for value in (1000, -1, "1000", 1e9):
+        for request in ({field: value}, {"options": {field: value}}):
+            body = opaque(api, request, most_tokens=50).body
+            assert dict(body, **body.get("options", {}))[field] == 50
+    assert opaque(api, {field: 7}, most_tokens=50).body[field] == 7
+    body = opaque(api, {}, most_tokens=50).body
+    assert body["max_output_tokens" if api == "responses" else "max_tokens"] == 50
+    with pytest.raises(NeuroengineError, match="must be a number"):
+        opaque(api, {field: {"a": 1}}, most_tokens=50)
+
+
+def test_no_limit_is_added_but_to_servers_that_generate_without_end():
+    model = neuroengine.Model("m", context_length=512)
+    ended = neuroengine.Model("m", context_length=512, endless=False)
+    for kind, which, limit in (("", model, None), ("vLLM", model, None),
+                               ("llama.cpp", model, 512), ("llama.cpp", ended, None)):
+        assert opaque("chat", {}, kind=kind, model=which).body.get("max_tokens") == limit
+        assert rendering(kind, which).question({"api": "chat", "messages": []}).body.get(
+            "max_tokens") == limit
+    assert "max_tokens" not in opaque("chat", {"n_predict": 9}, kind="llama.cpp").body
+
+
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "%s"}}]}]
+
+
+@pytest.mark.parametrize("body, field", [
+    ({"id_slot": 3}, "id_slot"), ({"lora": [{"id": 0}]}, "lora"),
+    ({"chat_template": "{{x}}"}, "chat_template"), ({"path": "/etc"}, "path"),
+    ({"logits_processors": ["os.system"]}, "logits_processors"),
+    ({"previous_response_id": "r"}, "previous_response_id"),
+    ({"conversation": "c"}, "conversation"), ({"store": True, "input": "x"}, "store"),
+    ({"tools": [{"type": "mcp", "server_url": "http://10.0.0.1/"}]}, "server_url"),
+    ({"messages": [{"content": [{"image_url": {"url": "http://10.0.0.1/"}}]}]}, "image_url"),
+    ({"messages": [{"content": [{"image_url": "file:///etc/passwd"}]}]}, "image_url"),
+    ({"messages": [{"content": [{"type": "tool_result", "content": [
+        {"source": {"type": "url", "url": "http://x/"}}]}]}]}, "source"),
+    ({"input": [{"content": [{"type": "input_file", "file_url": "http://x/"}]}]}, "file_url")])
+def test_what_the_operator_did_not_mean_to_share_is_refused_by_name(body, field):
+    for request in (dict(body, api="chat"), None):
+        with pytest.raises(NeuroengineError, match=field) as refused:
+            if request is None:
+                opaque("chat", body)
+            elif "input" not in body:
+                rendering().question(dict({"messages": [{"role": "user"}]}, **request))
+            else:
+                raise NeuroengineError(1, field, "unsupported")
+        assert refused.value.name == "unsupported"
+
+
+def test_what_common_clients_send_is_not_refused():
+    body = {"cache_prompt": True, "chat_template_kwargs": {"enable_thinking": False},
+            "messages": [{"role": "user", "content": [
+                {"image_url": {"url": "data:image/png;base64,AA=="}},
+                {"type": "image", "source": {"type": "base64", "data": "AA=="}}]}],
+            "tools": [{"type": "function", "function": {"parameters": {
+                "properties": {"image_url": {"type": "string"}}}}}]}
+    assert opaque("chat", body).body["cache_prompt"] is True
+    url = {"messages": [{"content": [{"image_url": {"url": "https://example.org/a.png"}}]}]}
+    assert opaque("chat", url, fetches=True).body["messages"] == url["messages"]
+
+
+def test_a_conversation_is_not_kept_by_a_server_that_keeps_by_default():
+    question = opaque("responses", {"input": "x"})
+    assert question.body["store"] is False
+    assert question.relent("unknown field: store", None, False) and "store" not in question.body
+    assert not question.relent("unknown field: store", None, False)
+
+
+@pytest.mark.parametrize("status, said, kept, words", [
+    (400, {"error": {"message": "bad /secret/model.gguf", "type": "t", "param": "p",
+                     "code": "c"}}, dict(status=400, type="t", param="p", code="c"), "bad Ann"),
+    (404, {"error": {"message": "no such voice"}}, dict(status=404), "no such voice"),
+    (413, {"error": "big"}, dict(status=413), "big"),
+    (422, {"detail": [{"loc": ["body", "n"], "msg": "no"}]}, dict(status=422), "body.n: no"),
+    (429, {"object": "error", "message": "slow", "code": 429},
+     dict(status=429, code="429", retry_after=7.0), "slow"),
+    (503, {"error": {"message": "busy"}}, dict(status=503, retry_after=7.0), "busy"),
+    (401, {"error": "secret key"}, dict(status=502), "not allowed to use its LLM server"),
+    (403, {"error": "secret key"}, dict(status=502), "not allowed to use its LLM server"),
+    (404, {"error": {"message": "model /secret/model.gguf not found"}}, dict(status=502),
+     "model Ann not found"),
+    (500, {"error": {"message": "CUDA out of memory"}}, dict(status=502),
+     "CUDA out of memory"), (418, {}, dict(status=502), "nothing more")])
+def test_errors_of_the_upstream_keep_what_they_are(status, said, kept, words):
+    model = neuroengine.Model("/secret/model.gguf", "Ann")
+    error = model.failure(status, said, 7.0 if status in (429, 503) else None)
+    assert words in error.message and "secret" not in error.message
+    assert {name: error.details.get(name) for name in kept} == kept
+
+
+@pytest.mark.parametrize("id, words, hidden", [
+    ("U", "CUDA out of memory: U", "CUDA out of memory: U"),
+    ("llama3:8b", "no llama3:8b here, llama3:8b-instruct is", "no Ann here, "
+     "llama3:8b-instruct is"), ("/m/phi-3.gguf", "cannot read phi-3.gguf", "cannot read Ann")])
+def test_model_ids_are_replaced_as_whole_words(id, words, hidden):
+    assert neuroengine.hidden(words, id, "Ann") == hidden
+
+
 ##############################################################################
 # Command lines, signals, and what a crash leaves
 ##############################################################################
