@@ -1916,7 +1916,8 @@ class Workers:
             if not work.cancelled:
                 answer = self.callback(callback_request(request_left(work)))
                 if hasattr(answer, "__await__") or hasattr(answer, "__aiter__"):
-                    return self._continue(work, answer)
+                    task, answer = answer, None            # not ours to close any more
+                    return self._continue(work, task)
                 for item in items_of(answer):
                     self._check(work, item)
                     self._outbox.wait_for_room(work)
@@ -3090,6 +3091,8 @@ class Completion:
             self._take_event(value, items)
 
     def _take_event(self, event, items):
+        if event is None:                      # llama.cpp, before a list of prompts
+            return
         if not isinstance(event, dict):
             raise not_json()
         if "error" in event or "choices" not in event or self._kind == b"error":
@@ -3286,6 +3289,8 @@ class Events:
         event = self._parse(data)
         if kind == "error":
             raise self._model.failure(500, event)
+        if event is None:
+            return
         if not isinstance(event, dict):
             raise not_json()
         if self._look(kind, event):
@@ -3328,8 +3333,8 @@ PROBED = ("responses", "messages", "count_tokens", "rerank", "tokenize", "detoke
 
 def upstream_url(text):
     """The base URL of an LLM server, as a user writes it. Raises NeuroengineError."""
-    url = text.strip().rstrip("/")
-    url = re.sub(r"/v1(/.*)?\Z", "", url if "://" in url else "http://" + url)
+    url = text.strip() if "://" in text else "http://" + text.strip()
+    url = re.sub(r"(/v1(/.*)?|/)\Z", "", url)
     try:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
@@ -3462,6 +3467,9 @@ class Upstream:
         if response.status in (401, 403):
             raise Unavailable("The LLM server at %s wants a key: set "
                               "NEUROENGINE_UPSTREAM_KEY." % transport.base)
+        if response.status >= 500:
+            raise Unavailable("The LLM server at %s is not ready (HTTP %d)." % (
+                transport.base, response.status))
         try:
             models = as_dict(from_json(data.decode("utf-8-sig"))).get("data")
         except (ValueError, RecursionError):
@@ -3500,7 +3508,7 @@ class Upstream:
         caps = as_dict(self._props.get("chat_template_caps"))
         if "supports_tools" in caps:
             seen["tools"] = bool(caps["supports_tools"])
-        if studio:
+        if studio.get("type"):
             seen.update(vision=studio.get("type") == "vlm",
                         tools="tool_use" in (studio.get("capabilities") or ()),
                         chats=studio.get("type") != "embeddings",

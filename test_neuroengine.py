@@ -3477,6 +3477,77 @@ def test_the_callback_gets_all_fields_with_their_defaults(relay, provide):
     assert got.pop() == dict(neuroengine.SAMPLING, message="hi")
 
 
+def test_callbacks_may_be_coroutines_and_async_generators(relay, provide):
+    import asyncio
+
+    async def whole(request):
+        await asyncio.sleep(0)
+        return {"reply": "Hello " + request["message"]}
+
+    async def stream(request):
+        for text in ("Hello ", "", request["message"]):
+            await asyncio.sleep(0)
+            yield text
+
+    async def failing(request):
+        raise ValueError
+    for callback in (whole, stream, functools.partial(whole), lambda request: stream(request)):
+        name, _ = provide(callback)
+        assert client_of(relay, name).request("you") == "Hello you"
+    name, _ = provide(failing)
+    assert "ValueError" in client_of(relay, name).request("you", tries=1)
+
+
+def test_one_event_loop_serves_as_many_coroutines_as_there_are_workers(relay, provide):
+    import asyncio
+    loops, most, running = set(), [], []
+
+    async def answer(request):
+        loops.add(asyncio.get_running_loop())
+        running.append(1)
+        most.append(len(running))
+        await asyncio.sleep(0.1)
+        running.pop()
+        return "x"
+    name, _ = provide(answer, workers=5)
+    answers = [in_thread(client_of(relay, name).request, "x") for _ in range(15)]
+    assert [wait() for wait in answers] == ["x"] * 15
+    assert len(loops) == 1 and max(most) == 5
+
+
+def test_a_coroutine_that_nobody_waits_for_is_cancelled(relay, provide):
+    import asyncio
+    closed = threading.Event()
+
+    async def answer(request):
+        try:
+            yield "x"
+            await asyncio.sleep(60)
+        finally:
+            closed.set()
+    name, _ = provide(answer)
+    stream = client_of(relay, name).stream("x")
+    next(stream)
+    stream.close()
+    assert closed.wait(1)
+
+
+def test_listen_works_where_an_event_loop_runs_already(relay, provide):
+    """In Jupyter, say."""
+    import asyncio
+    name, provider = provide(lambda request: "x")
+    provider.stop()
+    hand = Hand(relay)
+    hand.logout()
+    server = NeuroengineServer(relay.url)
+    assert server.login(hand.name, hand.key) == 0
+
+    async def cell():
+        threading.Timer(0.5, server.stop).start()
+        server.listen(lambda request: "x")
+    asyncio.run(cell())
+
+
 def test_messages_become_a_prompt_for_a_callback_that_takes_text(relay, provide):
     name, _ = provide(lambda request: request["message"])
     api = client_of(relay, name)
@@ -4772,6 +4843,7 @@ STREAMS = {  # the answer is right
     "comments": sse(GOOD, ": ping\n\ndata: "),
     "ids, names and retry": sse(GOOD, "id: 7\nevent: message\nretry: 3\ndata: "),
     "an empty data line": sse(GOOD, "data:\n\ndata: "),
+    "data: null": sse([None] + GOOD),
     "an event without data": sse(GOOD, "event: ping\n\ndata: "),
     "a byte order mark": b"\xef\xbb\xbf" + sse(GOOD),
     "blank lines first": b"\n\n\n" + sse(GOOD),
@@ -4985,7 +5057,7 @@ def events_of(pairs, last=b""):
     ("completions", CHOICES, {"prompt": ["a", "b"]})])
 def test_an_opaque_stream_is_passed_event_by_event_to_its_own_end(api, pairs, body, how):
     question = opaque(api, body, stream=True)
-    *events, usage = passed(question, events_of(pairs), how)
+    *events, usage = passed(question, b"data: null\n\n" + events_of(pairs), how)
     kept = [item["event"] for item in events]
     chat = api in ("chat", "completions")
     assert len(kept) == len(pairs) and "secret" not in "".join(kept)
@@ -5114,6 +5186,324 @@ def test_errors_of_the_upstream_keep_what_they_are(status, said, kept, words):
      "llama3:8b-instruct is"), ("/m/phi-3.gguf", "cannot read phi-3.gguf", "cannot read Ann")])
 def test_model_ids_are_replaced_as_whole_words(id, words, hidden):
     assert neuroengine.hidden(words, id, "Ann") == hidden
+
+
+# The bridge, live, below a relay that does what the test says.
+
+
+class FakeRelay(http.server.BaseHTTPRequestHandler):
+    """A relay for providers only. jobs: to hand out; entries: what was replied; refusals:
+    (status, body, headers) instead of the next answers to polls."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def handle(self):
+        with contextlib.suppress(OSError):     # its provider ended
+            super().handle()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        service, action = self.path.split("/")[2:]
+        log, answer = type(self), {"errorcode": 0, "jobs": [], "cancel": []}
+        with log.lock:
+            log.calls.append((service, action, body))
+            log.entries += body.get("replies", ())
+        if action == "login":
+            answer["session"] = "s%d" % len(log.calls)
+        if action == "poll" and log.refusals:
+            return self.send(*log.refusals.pop(0))
+        if action == "poll":
+            deadline = time.monotonic() + 0.1
+            while not log.jobs.get(service) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            with log.lock:
+                answer["jobs"], log.jobs[service] = log.jobs.get(service, []), []
+        if log.cancelled:
+            answer["cancel"] = [log.cancelled.pop()]
+        self.send(200, answer)
+
+    def send(self, status, value, headers=()):
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in headers:
+            self.send_header(name, text)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+    @classmethod
+    def ask(cls, request, job="j", service="S"):
+        """Hand out a job and return what comes of it: (items, the last entry)."""
+        with cls.lock:
+            cls.jobs.setdefault(service, []).append(
+                {"job": job, "attempt": 1, "at": 0, "request": request})
+        last = until(lambda: [entry for entry in cls.entries if entry["job"] == job and (
+            entry.get("done") or entry.get("error"))])[0]
+        return [item for entry in cls.entries if entry["job"] == job
+                for item in entry["items"]], last
+
+
+def fake_relay():
+    return type("Fake", (FakeRelay,), {"jobs": {}, "calls": [], "entries": [], "refusals": [],
+                                       "cancelled": [], "lock": threading.Lock()})
+
+
+@contextlib.contextmanager
+def sharing(llm_url, names=("S",), models=(None,), workers=2, **options):
+    """Share an LLM server at a FakeRelay: (the relay's class, the listenings)."""
+    fake = fake_relay()
+    with serving(fake) as url:
+        upstream = neuroengine.Upstream(llm_url)
+        upstream.find()
+        share, listenings = neuroengine.Share(upstream, workers), []
+        for name, model in zip(names, models):
+            server = NeuroengineServer(url)
+            server.service_name, server.service_key = name, "k"
+            listenings.append(neuroengine._Listening(server, neuroengine.Bridge(
+                share, name, model, **options)))
+        thread = threading.Thread(target=neuroengine.run_listenings, args=(listenings,),
+                                  daemon=True)
+        thread.start()
+        yield fake, listenings
+        for listening in listenings:
+            listening.stop()
+        thread.join(SOON)
+        assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def fake_llm(**attributes):
+    """(its class, its URL)"""
+    fake = type("Fake", (FakeLLM,), dict({"got": [], "script": []}, **attributes))
+    with serving(fake) as url:
+        yield fake, url
+
+
+def opaque_job(api="messages", stream=False, **body):
+    return {"api": api, "opaque": True, "stream": stream, "headers": {
+        "anthropic-version": "2023-06-01"}, "body": dict(body, model="S")}
+
+
+def test_an_opaque_job_is_passed_up_and_its_answer_down():
+    seen = []
+
+    def events(handler):
+        seen.append((handler.headers["anthropic-version"], handler.got[-1][1]["model"]))
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(events_of(ANTHROPIC))
+        handler.close_connection = True
+    with fake_llm(script=[(200, {"model": "/secret/model.gguf", "usage": {
+            "input_tokens": 3, "output_tokens": 2}}), events],
+            paths=("/v1/messages",)) as (llm, url), sharing(url) as (relay, listenings):
+        items, last = relay.ask(opaque_job(messages=[]), "a")
+        assert json.loads(items[0]["result"])["model"] == "S" and last["done"]
+        assert items[1] == {"usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+        items, last = relay.ask(opaque_job(stream=True, messages=[]), "b")
+        assert [item["event"].split("\n")[0] for item in items[:-1]] == [
+            "event: " + kind for kind, _ in ANTHROPIC] and last["done"]
+        assert seen == [("2023-06-01", "/secret/model.gguf")]
+        login = next(body for _, action, body in relay.calls if action == "login")
+        assert login["apis"] == ["chat", "completions", "messages"]
+
+
+def test_an_upstreams_refusal_keeps_what_it_is():
+    def busy(handler):
+        handler.send_response(429)
+        handler.send_header("Retry-After", "7")
+        handler.send_header("Content-Length", "25")
+        handler.end_headers()
+        handler.wfile.write(b'{"error":{"code":"slow"}}')
+    with fake_llm(script=[busy, (400, {"error": {"message": "no", "param": "n"}})]) as (
+            llm, url), sharing(url) as (relay, _):
+        error = relay.ask({"api": "chat", "messages": []}, "a")[1]["error"]
+        assert (error["status"], error["code"], error["retry_after"]) == (429, "slow", 7)
+        error = relay.ask(opaque_job(), "b")[1]["error"]
+        assert (error["status"], error["message"], error["param"]) == (400, "no", "n")
+        error = relay.ask({"message": "x", "lora": 1}, "c")[1]["error"]
+        assert (error["error"], error["param"]) == ("unsupported", "lora")
+        assert len(llm.got) == 2
+
+
+def dead(handler):
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("how", ["502 of a proxy", "reset", "stopped"])
+def test_an_upstream_that_is_gone_hands_its_prompts_back_and_is_waited_for(how, monkeypatch):
+    monkeypatch.setattr(neuroengine, "RETRY_UPSTREAM_SECONDS", 0.02)
+    gone = threading.Event()
+
+    def do_GET(self):
+        if not gone.is_set():
+            return FakeLLM.do_GET(self)
+        return dead(self) if how == "reset" else self.json(502, {})
+    with fake_llm(do_GET=do_GET) as (llm, url), sharing(url) as (relay, _):
+        assert relay.ask({"message": "x"}, "a")[0][:2] == ["Hel", "lo"]
+        gone.set()
+        llm.script.append(dead if how != "502 of a proxy" else (502, b"<html>Bad gateway"))
+        with relay.lock:
+            relay.jobs["S"] = [{"job": "b", "attempt": 1, "at": 0, "request": {"message": "x"}}]
+        until(lambda: relay.calls[-1][1] == "logout")      # so it is disconnected meanwhile
+        assert not [entry for entry in relay.entries if entry["job"] == "b"]
+        gone.clear()
+        until(lambda: [call for call in relay.calls if call[1] == "login"][1:])
+        assert relay.ask({"message": "x"}, "c")[1]["done"]
+
+
+def test_an_upstream_that_breaks_off_but_lives_fails_one_prompt():
+    with fake_llm(script=[dead]) as (llm, url), sharing(url) as (relay, _):
+        assert "broke off" in relay.ask({"message": "x"}, "a")[1]["error"]["message"]
+        assert relay.ask({"message": "x"}, "b")[1]["done"]
+
+
+def test_a_loading_upstream_is_waited_for():
+    with fake_llm(script=[(503, {"error": {"message": "Loading model"}})]) as (
+            llm, url), sharing(url) as (relay, _):
+        assert relay.ask({"message": "x"})[1]["done"] and len(llm.got) == 2
+
+
+def test_a_stream_that_never_closes_ends_with_its_own_end(monkeypatch):
+    monkeypatch.setattr(neuroengine, "LINGER_SECONDS", 0.05)
+
+    def open_end(handler):
+        handler.stream(["a"], last=b"")
+        handler.wfile.flush()
+        handler.connection.recv(1)
+    with fake_llm(script=[open_end]) as (llm, url), sharing(url) as (relay, _):
+        items, last = relay.ask({"message": "x"})
+        assert items[0] == "a" and last["done"]
+
+
+def test_an_upstream_waits_while_the_relay_takes_nothing(monkeypatch):
+    monkeypatch.setattr(neuroengine, "MAX_UNSENT_BYTES", 1000)
+    with fake_llm(script=[["x" * 900] * 100]) as (llm, url), sharing(url) as (relay, _):
+        items, last = relay.ask({"message": "x"})
+        assert items[:-1] == ["x" * 900] * 100 and last["done"]
+
+
+@pytest.mark.parametrize("pause", ["-1", "nan", "1e300", "99999999", "soon"])
+def test_a_hostile_retry_after_neither_kills_a_provider_nor_puts_it_to_sleep(
+        pause, monkeypatch):
+    monkeypatch.setattr(neuroengine, "LONGEST_RETRY_AFTER_SECONDS", 0.05)
+    busy = {"errorcode": 44, "error": "relay_busy", "reply": "Busy."}
+    with fake_llm() as (llm, url), sharing(url) as (relay, _):
+        relay.refusals += [(503, busy, [("Retry-After", pause)]), (200, [1]),
+                           (200, {"errorcode": "x"}), (200, {"jobs": [{}]}), (200, {"jobs": 5})]
+        assert relay.ask({"message": "x"})[1]["done"]
+
+
+@pytest.mark.parametrize("name", ["certificate", "invalid_request", "bad_answer", "not_found"])
+def test_what_may_pass_does_not_end_a_provider(name, monkeypatch):
+    monkeypatch.setattr(neuroengine, "FIRST_PAUSE_SECONDS", 0.01)
+    call, failures = neuroengine.AsyncTransport.call, [1, 2, 3]
+
+    async def fail(self, path, body, key):
+        if "/poll" in path and failures:
+            failures.pop()
+            raise NeuroengineError(-1, "It is not so.", name)
+        return await call(self, path, body, key)
+    monkeypatch.setattr(neuroengine.AsyncTransport, "call", fail)
+    with fake_llm() as (llm, url), sharing(url) as (relay, _):
+        assert relay.ask({"message": "x"})[1]["done"] and not failures
+
+
+def test_several_models_are_shared_from_one_process_with_workers_in_common():
+    running, most = [], []
+
+    def slowly(handler):
+        running.append(handler)
+        most.append(len(running))
+        time.sleep(0.1)
+        running.pop()
+        handler.stream(["x"])
+
+    def do_GET(self):
+        self.json(200, {"data": [{"id": "bge-embed"}, {"id": "llama3:8b"}, {"id": "qwen3:4b"}]})
+    with fake_llm(do_GET=do_GET, script=[slowly] * 6) as (llm, url), sharing(
+            url, ("ann", "bob"), ("llama3:8b", None), workers=1) as (relay, listenings):
+        answers = [in_thread(relay.ask, {"message": "x"}, "%s%d" % (name, n), name)
+                   for name in ("ann", "bob") for n in range(3)]
+        assert all(answer()[1]["done"] for answer in answers)
+        models = [body["model"] for _, body in llm.got]
+        assert models.count("llama3:8b") == 6 and set(most) == {1}
+        assert listenings[0].answerer.share.upstream.chat_models() == ["llama3:8b", "qwen3:4b"]
+
+
+def options_of(*args):
+    return neuroengine.build_parser().parse_args(["share"] + list(args))
+
+
+def test_names_and_models_of_share():
+    upstream = neuroengine.Upstream("http://x")
+    upstream.entries, upstream._studio = {"a/llama3:8b": {}, "nomic-embed": {}, "q": {}}, {}
+
+    def pairs(*args):
+        return neuroengine.shared_names(options_of(*args), upstream)
+    assert pairs("Ann") == [("Ann", None)] and pairs("Ann", "--model", "q") == [("Ann", "q")]
+    assert pairs("a=x:1", "b=y") == [("a", "x:1"), ("b", "y")]
+    assert pairs("--all", "ann") == [("ann-llama3-8b", "a/llama3:8b"), ("ann-q", "q")]
+    for args in ((), ("a=x", "A=y")):
+        with pytest.raises(NeuroengineError):
+            pairs(*args)
+
+
+@pytest.mark.parametrize("text, url", [
+    ("localhost:8080", "http://localhost:8080"), ("http://x/v1/", "http://x"),
+    ("https://x:1/v1/chat/completions", "https://x:1"), (" 10.0.0.7:1234/ ", "http://10.0.0.7:1234"),
+    ("ftp://x", None), ("http://", None), ("x:port", None)])
+def test_an_upstreams_address_is_understood_or_refused_at_once(text, url):
+    if url:
+        assert neuroengine.upstream_url(text) == url
+    else:
+        with pytest.raises(NeuroengineError, match="no address of an LLM server"):
+            neuroengine.upstream_url(text)
+
+
+@pytest.mark.parametrize("status, value", [
+    (200, []), (200, None), (200, "hi"), (200, {"status": "ok"}), (200, {"data": None}),
+    (200, {"error": "no"}), (404, {"error": {"message": "no"}}), (200, b"<html>"),
+    (200, b"\xff"), (500, {})])
+def test_what_is_no_llm_server_does_not_end_the_search_for_one(status, value):
+    with fake_llm(do_GET=lambda self: self.json(status, value)) as (_, other), \
+            fake_llm() as (_, url):
+        upstream = neuroengine.Upstream()
+        upstream._urls = [other, url]
+        upstream.find()
+        assert upstream.transport.base == url
+        with pytest.raises(neuroengine.Unavailable) as failed:
+            neuroengine.Upstream(other).find()
+        assert "relay" not in str(failed.value)
+
+
+def test_odd_facts_about_a_model_are_taken_for_what_they_are():
+    data = [5, {"id": 7}, {"id": "text-embedding-3", "max_model_len": "8192"},
+            {"id": "chat", "max_model_len": "4096", "meta": None, "owned_by": "vllm"}]
+    with fake_llm(do_GET=lambda self: self.json(200, {"data": data})) as (_, url):
+        upstream = neuroengine.Upstream(url)
+        upstream.find()
+        model = upstream.model()
+    assert (model.id, model.context_length, model.vision) == ("chat", 4096, None)
+
+
+def test_what_a_model_can_take_is_asked_of_the_server():
+    props = {"modalities": {"vision": True}, "total_slots": 3, "chat_template_caps": {
+        "supports_tools": True}, "default_generation_settings": {"n_ctx": 999}}
+
+    def do_GET(self):
+        self.json(200, props if self.path == "/props" else {"data": [{"id": "m"}]})
+    with fake_llm(do_GET=do_GET, paths=("/v1/responses", "/tokenize")) as (_, url):
+        upstream = neuroengine.Upstream(url)
+        upstream.find()
+        assert (upstream.kind, upstream.slots) == ("llama.cpp", 3)
+        assert upstream.model().features() == {
+            "continues": True, "embeddings": False, "context_length": 999, "vision": True,
+            "tools": True, "apis": ["chat", "completions", "responses", "tokenize"]}
 
 
 ##############################################################################
@@ -5851,6 +6241,21 @@ def test_ctrl_c_of_a_provider_hands_its_jobs_back_at_once(start, relay):
     first.says("listen returned")
     assert first.process.wait(SOON) == 0 and "Traceback" not in first.output
     second.end(signal.SIGINT)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_sigterm_of_a_provider_hands_its_jobs_back_at_once(start, relay):
+    hand = Hand(relay)
+    hand.logout()
+    provider = start("-c", PROVIDER, relay.url, hand.name, hand.key)
+    provider.says("login 0")
+    in_thread(Neuroengine(hand.name, relay.url).request, "1000")
+    service = relay.broker.find(hand.name)
+    job = until(lambda: [j for s in service.sessions.values() for j in s.jobs.values()])[0]
+    provider.process.send_signal(signal.SIGTERM)
+    until(lambda: job.state == "queued", 2)
+    provider.says("listen returned")
+    assert provider.process.wait(SOON) == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
