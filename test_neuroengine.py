@@ -6251,7 +6251,7 @@ def test_sigterm_of_a_provider_hands_its_jobs_back_at_once(start, relay):
     provider.says("login 0")
     in_thread(Neuroengine(hand.name, relay.url).request, "1000")
     service = relay.broker.find(hand.name)
-    job = until(lambda: [j for s in service.sessions.values() for j in s.jobs.values()])[0]
+    job = until(lambda: [j for s in service.sessions.values() for j in s.jobs()])[0]
     provider.process.send_signal(signal.SIGTERM)
     until(lambda: job.state == "queued", 2)
     provider.says("listen returned")
