@@ -2835,7 +2835,7 @@ from_json = json.JSONDecoder(parse_constant=refuse_constant).decode
 
 def hidden(words, model, service):
     """Words of the upstream without its model's id, which may be a file path."""
-    for secret in {model, re.split(r"[\\/]", model)[-1]}:
+    for secret in (model, re.split(r"[\\/]", model)[-1]):
         if len(secret) >= SHORTEST_SECRET:
             words = re.sub(r"(?<![\w.-])%s(?![\w-])" % re.escape(secret), lambda _: service,
                            words)

@@ -5043,7 +5043,7 @@ CHOICES = [("", {"model": "/secret/model.gguf", "choices": [
         ("", {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 5}})]
 
 
-def events_of(pairs, last=b""):
+def sent_as_events(pairs, last=b""):
     return b"".join(b": comment\nid: 3\n%sdata: %s\n\n" % (
         b"event: %s\n" % kind.encode() if kind else b"",
         json.dumps(dict({"type": kind} if kind else {}, **data)).encode())
@@ -5057,7 +5057,7 @@ def events_of(pairs, last=b""):
     ("completions", CHOICES, {"prompt": ["a", "b"]})])
 def test_an_opaque_stream_is_passed_event_by_event_to_its_own_end(api, pairs, body, how):
     question = opaque(api, body, stream=True)
-    *events, usage = passed(question, b"data: null\n\n" + events_of(pairs), how)
+    *events, usage = passed(question, b"data: null\n\n" + sent_as_events(pairs), how)
     kept = [item["event"] for item in events]
     chat = api in ("chat", "completions")
     assert len(kept) == len(pairs) and "secret" not in "".join(kept)
@@ -5068,7 +5068,7 @@ def test_an_opaque_stream_is_passed_event_by_event_to_its_own_end(api, pairs, bo
         assert "\n\n" not in event
     for cut in (2, 3):                         # without the API's own last event
         with pytest.raises(NeuroengineError, match="ended in the middle"):
-            passed(question, events_of(pairs[:cut - (api == "responses")]), how)
+            passed(question, sent_as_events(pairs[:cut - (api == "responses")]), how)
 
 
 @pytest.mark.parametrize("api, data", [
@@ -5083,7 +5083,7 @@ def test_an_error_within_an_opaque_stream_is_an_error(api, data):
 
 def test_usage_that_the_client_asked_for_reaches_it():
     question = opaque("chat", {"stream_options": {"include_usage": True}}, stream=True)
-    events = passed(question, events_of(CHOICES[:2] + CHOICES[4:], b"data: [DONE]\n\n"))
+    events = passed(question, sent_as_events(CHOICES[:2] + CHOICES[4:], b"data: [DONE]\n\n"))
     assert '"usage"' in events[-3]["event"] and events[-2]["event"] == "data: [DONE]"
 
 
@@ -5296,7 +5296,7 @@ def test_an_opaque_job_is_passed_up_and_its_answer_down():
         handler.send_response(200)
         handler.send_header("Connection", "close")
         handler.end_headers()
-        handler.wfile.write(events_of(ANTHROPIC))
+        handler.wfile.write(sent_as_events(ANTHROPIC))
         handler.close_connection = True
     with fake_llm(script=[(200, {"model": "/secret/model.gguf", "usage": {
             "input_tokens": 3, "output_tokens": 2}}), events],
