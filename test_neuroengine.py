@@ -5,9 +5,11 @@ real browsers, if NEUROENGINE_BROWSER_TESTS=1), README and docs. No network but 
 import argparse
 import ast
 import asyncio
+import base64
 import contextlib
 import copy
 import functools
+import gzip
 import http.client
 import http.server
 import importlib.util
@@ -32,6 +34,7 @@ import sys
 import threading
 import time
 import uuid
+import zlib
 
 import pytest
 
@@ -7147,7 +7150,7 @@ class PageTab:
             for (const el of document.querySelectorAll("body *")) {
               const box = el.getBoundingClientRect();
               if (!box.width || el.closest("pre, .table, .unseen, .skip, svg, .side:not(.open)")) continue;
-              if (getComputedStyle(el).visibility === "hidden") continue;
+              if (!el.checkVisibility({visibilityProperty: true})) continue;
               if (box.right > width + 1 || box.left < -1) out.push(el.tagName + "#" + el.id + "." + el.className);
             }
             return out; }""")
@@ -7207,21 +7210,21 @@ def test_page_registers_a_service_and_shows_what_to_run(page_relay, page_tab):
     tab.tab.click("#open-share")
     tab.tab.fill("#share-name", "demo")
     tab.tab.click("text=Register the name")
-    tab.shows("taken", "#register-trouble")
+    tab.shows("taken", "#share-trouble")
     tab.tab.fill("#share-name", "My-Llama")
     tab.tab.fill("#share-comment", "Llama on a sofa")
     tab.tab.click("text=Register the name")
     tab.tab.wait_for_selector("#share-done:visible")
-    key = tab.tab.text_content("#share-key")
+    key = tab.tab.text_content("#share-done code")
     assert page_relay.service("My-Llama", key)
     tab.tab.click("#share-done >> text=Copy")
     assert tab.tab.evaluate("navigator.clipboard.readText()") == key
-    commands = tab.tab.inner_text("#share-commands")
-    assert "curl -O https://raw.githubusercontent.com/" in commands
+    commands = tab.tab.inner_text("#share-panel")
+    assert "curl -O %s/neuroengine.py" % page_relay.url in commands
     assert "NEUROENGINE_SERVER=%s NEUROENGINE_KEY=%s python3 neuroengine.py share " \
         "My-Llama" % (page_relay.url, key) in commands
     tab.tab.click("text=Windows")
-    tab.shows("$env:NEUROENGINE_SERVER", "#share-commands")
+    tab.shows("$env:NEUROENGINE_SERVER", "#share-panel")
     tab.shows("Waiting for your machine", "#share-live")
     page_relay.keys["My-Llama"] = key
     provider = PageProvider(page_relay, "My-Llama")
@@ -7249,7 +7252,7 @@ def test_page_asks_for_an_invitation_where_the_relay_wants_one(page_relay, page_
     assert not tab.tab.is_visible("#share-invitation")
     tab.tab.fill("#share-name", "My-Llama")
     tab.tab.click("text=Register the name")
-    tab.shows("needs an invitation", "#register-trouble")
+    tab.shows("needs an invitation", "#share-trouble")
     tab.tab.keyboard.type("ne_code")                     # the field has the focus
     tab.tab.keyboard.press("Enter")
     tab.tab.wait_for_selector("#share-done:visible")
@@ -7257,7 +7260,7 @@ def test_page_asks_for_an_invitation_where_the_relay_wants_one(page_relay, page_
 
 
 def test_page_limits_callers_without_a_key(page_relay, page_tab):
-    tab, sent, field = page_tab().open("/"), [], "#m-anonymous_per_day"
+    tab, sent, field = page_tab().open("/"), [], "#manage-anonymous_per_day"
 
     def relay(route):
         if route.request.method == "PATCH":
@@ -7271,7 +7274,7 @@ def test_page_limits_callers_without_a_key(page_relay, page_tab):
     for text in ("", "0"):
         tab.tab.fill(field, text)
         with tab.tab.expect_response("**/api/services/Demo"):
-            tab.tab.click("#managed >> text=Save")
+            tab.tab.click("#manage-form >> text=Save")
     tab.shows("Saved.", ".toast")
     assert sent == [{"operator": "Ada", "comment": "A small model on an old machine",
                      "anonymous_per_day": number, "paused": False, "private": False}
@@ -7282,21 +7285,21 @@ def test_page_manages_a_service_with_its_key(page_relay, page_tab):
     tab = page_tab().open("/")
     tab.expects_trouble = True
     tab.tab.click("#open-manage")
-    tab.tab.fill("#manage-name", "Demo")
-    tab.tab.fill("#manage-key", "wrong")
-    tab.tab.click("#unlock button")
+    tab.tab.fill("#unlock-name", "Demo")
+    tab.tab.fill("#unlock-key", "wrong")
+    tab.tab.click("#unlock-form button")
     tab.shows("service key", "#unlock-trouble")
-    tab.tab.fill("#manage-key", page_relay.keys["Demo"])
-    tab.tab.click("#unlock button")
-    tab.tab.fill("#m-comment", "Now with more RAM")
-    tab.tab.click("#managed >> text=Save")
+    tab.tab.fill("#unlock-key", page_relay.keys["Demo"])
+    tab.tab.click("#unlock-form button")
+    tab.tab.fill("#manage-comment", "Now with more RAM")
+    tab.tab.click("#manage-form >> text=Save")
     tab.shows("Saved.", ".toast")
     tab.shows("Now with more RAM", ".card")
     assert page_relay.service("Demo")["comment"] == "Now with more RAM"
     tab.tab.click("text=New service key")
     tab.tab.click("text=Replace the key?")
-    tab.tab.wait_for_selector("#managed .secret code")
-    key = tab.tab.text_content("#managed .secret code")
+    tab.tab.wait_for_selector("#dialog .secret code")
+    key = tab.tab.text_content("#dialog .secret code")
     tab.tab.click("text=Delete Demo")
     assert page_relay.service("Demo", key)               # not before it is confirmed
     tab.tab.click("text=Delete for good?")
@@ -7305,26 +7308,26 @@ def test_page_manages_a_service_with_its_key(page_relay, page_tab):
 
 def page_manage(tab, key, name="Demo"):
     tab.tab.click("#open-manage")
-    tab.tab.fill("#manage-name", name)
-    tab.tab.fill("#manage-key", key)
-    tab.tab.click("#unlock button")
-    tab.tab.wait_for_selector("#m-comment")
+    tab.tab.fill("#unlock-name", name)
+    tab.tab.fill("#unlock-key", key)
+    tab.tab.click("#unlock-form button")
+    tab.tab.wait_for_selector("#manage-comment")
 
 
 def test_page_makes_a_service_private_and_invites_a_guest(
         page_relay, page_provider, page_tab):
     tab = page_tab().open("/")
     page_manage(tab, page_relay.keys["Demo"])
-    tab.tab.check("#private")
-    tab.tab.click("#managed >> text=Save")
+    tab.tab.check("#manage-private")
+    tab.tab.click("#manage-form >> text=Save")
     tab.shows("Saved.", ".toast")
-    tab.tab.fill("#k-label", "Bob <b>")
+    tab.tab.fill("#guest-label", "Bob <b>")
     tab.tab.click("summary:text('Limits')")
-    tab.tab.fill("#k-requests_per_day", "2")
+    tab.tab.fill("#guest-requests_per_day", "2")
     tab.tab.click("text=Make an access key")
     tab.shows("Bob <b>", ".keys li")
-    tab.shows("requests a day 2", ".keys li")
-    link = tab.tab.text_content("#managed .secret code")
+    tab.shows("prompts a day 2", ".keys li")
+    link = tab.tab.text_content("#dialog .secret code")
     assert link.startswith(page_relay.url + "/Demo#k=ne_")
     guest = page_tab()
     guest.expects_trouble = True
@@ -7335,20 +7338,20 @@ def test_page_makes_a_service_private_and_invites_a_guest(
         guest.shows(reply)
         guest.idle()
     guest.say("A third")
-    guest.shows("requests", ".trouble")                  # the day's two are used up
+    guest.shows("used up", ".trouble")                  # the day's two are used up
     tab.tab.click("text=Revoke")
     tab.tab.click("text=Revoke it?")
     tab.eventually("!document.querySelector('.keys li')")
     guest.tab.click("#new")
     guest.say("Still there?")
-    guest.shows("Demo is private", ".trouble")
+    guest.shows("The key that you have for Demo is wrong", ".trouble")
 
 
 def test_page_pauses_a_service(page_relay, page_provider, page_tab):
     tab = page_tab().open("/")
     page_manage(tab, page_relay.keys["Demo"])
-    tab.tab.check("#paused")
-    tab.tab.click("#managed >> text=Save")
+    tab.tab.check("#manage-paused")
+    tab.tab.click("#manage-form >> text=Save")
     tab.shows("Paused by its operator", ".card")
     guest = page_tab()
     guest.expects_trouble = True
@@ -7356,8 +7359,8 @@ def test_page_pauses_a_service(page_relay, page_provider, page_tab):
     guest.shows("Paused by its operator", "#banner")
     guest.say("Hello")
     guest.shows("Try again", ".trouble button")
-    tab.tab.uncheck("#paused")
-    tab.tab.click("#managed >> text=Save")
+    tab.tab.uncheck("#manage-paused")
+    tab.tab.click("#manage-form >> text=Save")
     tab.shows("Connected", ".card")
     guest.tab.click(".trouble button:text('Try again')")
     guest.prompt(page_provider).done("Back")
@@ -7657,7 +7660,7 @@ def test_page_exports_and_imports(page_provider, page_tab, tmp_path, kind):
 def test_page_settings_have_the_providers_default_as_a_state(page_provider, page_tab):
     tab = page_tab().open()
     tab.tab.click("#open-settings")
-    tab.tab.fill("#system", "Be brief.")
+    tab.tab.fill("#conversation-system", "Be brief.")
     tab.tab.fill("#knob-temperature", "0.3")
     tab.tab.fill("#knob-max_new_len", "77")
     tab.tab.fill("#knob-seed", "5")
@@ -7738,11 +7741,11 @@ def test_page_asks_for_a_key_when_a_service_is_private(
     tab.say("Let me in")
     tab.shows("Demo is private", ".trouble")
     tab.tab.click(".trouble >> text=Enter a key")
-    tab.tab.fill("#key-input", page_relay.keys["Demo"])                 # the operator's own will do
+    tab.tab.fill("#key-key", page_relay.keys["Demo"])                 # the operator's own will do
     tab.tab.keyboard.press("Enter")
     page_provider.next().done("Welcome")
     tab.shows("Welcome")
-    tab.eventually("document.querySelector('#banner').hidden")
+    tab.eventually("!document.querySelector('#banner .banner')")
     tab.tab.reload()
     tab.say("Still me")
     page_provider.next().done("Indeed")
@@ -7847,13 +7850,13 @@ def test_page_is_of_use_while_the_service_is_offline(page_relay, page_tab):
     tab.shows("Your message is kept", ".trouble")
     tab.tab.click("text=Tell me when it is back")
     tab.tab.click("text=Send when it is back")
-    tab.shows("in the queue")
+    tab.shows("Waiting until somebody serves it again")
     provider = PageProvider(page_relay)
     tab.news()
     provider.next().done("Now I am.")
     tab.shows("Now I am.")
     tab.shows("Demo is back.", ".toast")
-    tab.eventually("document.querySelector('#banner').hidden")
+    tab.eventually("!document.querySelector('#banner .banner')")
     provider.leave()
 
 
@@ -7881,7 +7884,7 @@ def test_page_outlives_a_relay_that_restarts(page_tab):
     tab.news()
     provider.next().done("Back")
     tab.shows("Back")
-    tab.eventually("document.querySelector('#banner').hidden")
+    tab.eventually("!document.querySelector('#banner .banner')")
     relay.stop()
     proxy.close()
 
@@ -7890,9 +7893,9 @@ def test_page_says_in_words_that_a_service_does_not_exist(page_tab):
     tab = page_tab()
     tab.expects_trouble = True
     tab.open("/Nowhere")
-    tab.shows("There is no service of this name", "#banner")
-    tab.say("Hello?")
-    tab.shows("There is no service Nowhere here", ".trouble")
+    tab.shows("There is no service Nowhere here", "#banner")
+    assert not tab.tab.is_visible("#composer")           # nor is one invited to talk to it
+    assert "Say something" not in tab.tab.inner_text("#room")
 
 
 # 4. For everyone
@@ -7971,7 +7974,7 @@ def test_page_enter_on_phones_is_a_new_line_or_as_set(page_provider, page_tab):
     tab.say("One")
     assert tab.tab.input_value("#input") == "One\n"
     tab.tab.click("#open-settings")
-    tab.tab.select_option("#enter", "send")
+    tab.tab.select_option("#preferences-enter", "send")
     tab.tab.keyboard.press("Escape")
     tab.say("Two")
     assert page_provider.next().request["messages"][0]["content"] == "Two"
@@ -8040,7 +8043,7 @@ def test_page_never_scrolls_sideways(page_relay, page_provider, page_tab,
     tab.tab.evaluate(grow)
     tab.tab.wait_for_selector(".card")
     assert tab.wide() == []
-    for button, dialog in (("#open-share", "#share"), ("#open-manage", "#manage")):
+    for button, dialog in (("#open-share", "share"), ("#open-manage", "manage")):
         tab.tab.click(button)
         assert tab.wide() == [], dialog
         tab.tab.keyboard.press("Escape")
@@ -8083,11 +8086,11 @@ def test_page_has_no_violation_that_axe_finds(page_relay, page_provider, page_ta
     check("share")
     tab.tab.keyboard.press("Escape")
     tab.tab.click("#open-manage")
-    tab.tab.fill("#manage-name", "Demo")
-    tab.tab.fill("#manage-key", page_relay.keys["Demo"])
+    tab.tab.fill("#unlock-name", "Demo")
+    tab.tab.fill("#unlock-key", page_relay.keys["Demo"])
     tab.expects_trouble = True                           # a relay without access keys
-    tab.tab.click("#unlock button")
-    tab.tab.wait_for_selector("#m-comment")
+    tab.tab.click("#unlock-form button")
+    tab.tab.wait_for_selector("#manage-comment")
     check("manage")
     tab.tab.keyboard.press("Escape")
     tab.tab.click(".card >> text=Demo")
@@ -8106,7 +8109,7 @@ def test_page_has_no_violation_that_axe_finds(page_relay, page_provider, page_ta
         check(button)
         tab.tab.keyboard.press("Escape")
     page_provider.leave()
-    tab.tab.wait_for_selector("#banner:visible")
+    tab.tab.wait_for_selector(".banner")
     check("offline")
 
 
@@ -8115,7 +8118,7 @@ def test_page_has_no_violation_that_axe_finds(page_relay, page_provider, page_ta
 
 def test_page_is_one_small_strict_file(page_relay, page_provider, page_tab):
     page = read_page().decode("utf-8")
-    assert len(page.encode("utf-8")) <= 120 * 1000
+    assert len(gzip.compress(page.encode("utf-8"), 9)) <= 64 * 1024
     markup = page.partition("<body>")[2].partition("<script>")[0]
     assert not re.search(r"<[^>]*\s(on\w+|style)\s*=", markup)
     assert not re.search(r"(?:src|href)=\"(?!/|#|data:)", page.partition("<script>")[0])
@@ -8246,6 +8249,747 @@ def test_page_streams_fifty_thousand_characters_smoothly(
         if longest[-1][0] < 100 or longest[-1][1] < 50:
             return
     raise AssertionError("the longest frames, and tasks, took %s ms" % longest)
+
+
+# 6. Images and files
+
+
+def page_says(tab, name="Demo", **fields):
+    """Have the relay say this too of a service."""
+    def models(route):
+        answer = route.fetch()
+        route.fulfill(response=answer, json=[
+            dict(model, **(fields if model["name"] == name else {}))
+            for model in answer.json()])
+    tab.tab.route("**/api/models", models)
+
+
+def page_png(width, height):
+    rows = b"".join(b"\0" + bytes(c for x in range(width) for c in (x & 255, y & 255, 90))
+                    for y in range(height))
+    chunks = ((b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks)
+
+
+PAGE_GIVE = """([how, where, files]) => {       // as if files were pasted or dropped there
+    const transfer = new DataTransfer(), element = document.querySelector(where);
+    for (const [name, type, text] of files) {
+        const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+        if (name) transfer.items.add(new File([bytes], name, {type}));
+        else transfer.setData("text/plain", new TextDecoder().decode(bytes));
+    }
+    element.dispatchEvent(how === "paste"
+        ? new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true, cancelable: true})
+        : new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true}));
+}"""
+
+
+def page_give(tab, how, *files):
+    tab.tab.evaluate(PAGE_GIVE, [how, "#input", [
+        [name, kind, base64.b64encode(data).decode()] for name, kind, data in files]])
+
+
+def page_file(name, kind, data):
+    return {"name": name, "mimeType": kind, "buffer": data}
+
+
+def test_page_sends_an_image_scaled_and_keeps_it(page_provider, page_tab, tmp_path):
+    tab = page_tab().open()
+    tab.tab.set_input_files("#choose", page_file("wide.png", "image/png", page_png(3000, 300)))
+    tab.tab.wait_for_selector("#files img")
+    tab.say("What is this?")
+    image, text = page_provider.next().request["messages"][0]["content"]
+    assert text == {"type": "text", "text": "What is this?"}
+    assert image["type"] == "image_url"
+    assert re.match("data:image/(png|jpeg);base64,", image["image_url"]["url"])
+    assert tab.tab.evaluate("async (src) => { const i = new Image(); i.src = src; "
+                            "await i.decode(); return [i.width, i.height]; }",
+                            image["image_url"]["url"]) == [1568, 157]
+    tab.tab.reload()
+    tab.tab.wait_for_selector(".message.user img")
+    tab.tab.click("#open-export")
+    with tab.tab.expect_download() as download:
+        tab.tab.click("#export-json")
+    download.value.save_as(tmp_path / "all.json")
+    assert image["image_url"]["url"] in (tmp_path / "all.json").read_text()
+    assert tab.tab.evaluate("violations") == []
+
+
+@pytest.mark.parametrize("how", ["paste", "drop"])
+def test_page_takes_files_that_are_pasted_or_dropped(page_provider, page_tab, how):
+    tab = page_tab().open()
+    page_give(tab, how, ("a.png", "image/png", page_png(8, 8)), ("b.txt", "", b"Bee"))
+    tab.tab.wait_for_selector("#files .file.text")
+    tab.tab.click("[aria-label='Remove a.png']")
+    tab.eventually("document.querySelectorAll('#files .file').length === 1")
+    tab.tab.click("#send")
+    assert page_provider.next().request["messages"][0]["content"] == \
+        "b.txt (1 kB):\n```txt\nBee\n```"
+
+
+def test_page_says_before_sending_that_a_model_cannot_see(page_provider, page_tab):
+    tab = page_tab()
+    page_says(tab, vision=False)
+    tab.open()
+    page_give(tab, "paste", ("a.png", "image/png", page_png(8, 8)))
+    tab.shows("Demo cannot see images", ".toast")
+    assert not tab.tab.query_selector("#files .file")
+    tab.tab.unroute_all()
+    page_says(tab, vision=None)
+    tab.news()
+
+
+def test_page_folds_text_files_and_refuses_what_it_cannot_read(page_provider, page_tab):
+    tab = page_tab().open()
+    page_give(tab, "drop", ("notes.md", "text/markdown", b"# Hi\n```\ncode\n```\n"),
+              ("x.bin", "", b"\xff\xfe\0"))
+    tab.shows("x.bin is neither a text nor an image", ".toast")
+    tab.say("Read this")
+    assert page_provider.next().request["messages"][0]["content"] == \
+        "notes.md (1 kB):\n````md\n# Hi\n```\ncode\n```\n````\n\nRead this"
+    tab.shows("notes.md", ".message.user details summary")
+    assert not tab.tab.is_visible(".message.user pre")   # folded
+    tab.tab.click(".message.user summary")
+    tab.shows("# Hi", ".message.user pre")
+
+
+def test_page_stays_fast_when_300_000_characters_are_pasted(
+        page_browser, page_provider, page_tab):
+    tab = page_tab().open()
+    page_give(tab, "paste", ("", "", b"words and words " * 18750))
+    tab.tab.wait_for_selector("#files .file.text")
+    tab.tab.focus("#input")
+    page_browser.start_tracing(page=tab.tab, categories=["toplevel"])
+    tab.tab.keyboard.type("Sum it up, please")
+    longest = page_longest_task(page_browser.stop_tracing())
+    assert longest < 50
+    tab.tab.keyboard.press("Enter")
+    content = page_provider.next().request["messages"][0]["content"]
+    assert len(content) > 300000 and content.endswith("\n\nSum it up, please")
+
+
+# 7. Conversations
+
+
+def page_talk(tab, provider, question, reply, shown=None):
+    tab.say(question)
+    tab.prompt(provider).done(reply)
+    tab.shows(shown or reply)
+    tab.idle()
+
+
+def page_more(tab, where, item):
+    """Choose from the menu below a message."""
+    tab.tab.hover(where)
+    tab.tab.click(where + " [aria-label=More]")
+    tab.tab.click(where + " .items >> text=" + item)
+
+
+def test_page_edits_an_answer_as_another_version(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "Name a colour", "Red")
+    tab.tab.click(".last [aria-label='Edit the answer']")
+    tab.tab.fill(".editing textarea", "Crimson")
+    tab.tab.click(".editing >> text=Save")
+    tab.shows("Crimson")
+    tab.shows("2/2")
+    tab.shows("Edited")
+    tab.say("Why?")
+    assert [m["content"] for m in page_provider.next().request["messages"]] == [
+        "Name a colour", "Crimson", "Why?"]
+
+
+def test_page_deletes_a_message_and_what_follows_and_undoes_it(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "One", "Un")
+    page_talk(tab, page_provider, "Two", "Deux")
+    page_more(tab, ".message.user:nth-of-type(3)", "Delete from here on")
+    tab.eventually("document.querySelectorAll('.message').length === 2")
+    tab.tab.click("text=Undo")
+    tab.shows("Deux")
+    page_more(tab, ".message.user:nth-of-type(3)", "Delete from here on")
+    tab.tab.reload()
+    tab.shows("Un")
+    tab.say("Three")
+    assert [m["content"] for m in page_provider.next().request["messages"]] == [
+        "One", "Un", "Three"]
+
+
+def test_page_forks_a_conversation(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "One", "Un")
+    page_talk(tab, page_provider, "Two", "Deux")
+    first = tab.tab.url
+    page_more(tab, ".message:nth-of-type(2)", "Fork from here")
+    tab.eventually("document.querySelectorAll('.message').length === 2")
+    tab.shows("One (fork)", ".list")
+    page_talk(tab, page_provider, "Other", "Autre")
+    assert tab.tab.url != first
+    tab.tab.goto(first)
+    tab.shows("Deux")
+
+
+def page_link(tab):
+    tab.tab.click("#open-link")
+    tab.tab.wait_for_selector("#link-text")
+    link = tab.tab.text_content("#link-text")
+    tab.tab.keyboard.press("Escape")
+    return link
+
+
+def test_page_shares_a_conversation_in_a_links_fragment(page_provider, page_tab):
+    tab = page_tab().open()
+    page_give(tab, "paste", ("a.png", "image/png", page_png(8, 8)), ("b.txt", "", b"Bee"))
+    tab.tab.wait_for_selector("#files .file.text")
+    page_talk(tab, page_provider, "Secret *question*", "The **answer**", "The answer")
+    link = page_link(tab)
+    assert link.startswith(tab.url + "/Demo#s=1.") and len(link) < 600
+    other = page_tab().open(link[len(tab.url):])         # another browser
+    other.shows("The answer", ".message.last .md strong, .message.last .md")
+    other.shows("b.txt", ".message.user summary")
+    assert not other.tab.query_selector(".message img")  # images are left out
+    other.shows("Nothing of it is stored", ".banner")
+    assert not other.tab.is_visible("#composer")
+    assert not other.tab.query_selector(".list .pick")
+    other.tab.click("text=Continue here")
+    page_talk(other, page_provider, "And then?", "More")
+    assert len(other.tab.query_selector_all(".list .pick")) == 1
+    assert not any("question" in (r.post_data or "") for r in other.requests
+                   if r.method == "POST" and "/Demo" not in r.url)
+    assert not any(link[-20:] in r.url for r in other.requests)
+
+
+def test_page_offers_a_file_for_what_is_too_long_for_a_link(page_provider, page_tab):
+    tab = page_tab().open()
+    noise = base64.b64encode(random.Random(1).getrandbits(8 * 40000).to_bytes(40000, "big"))
+    page_talk(tab, page_provider, "Noise", noise.decode(), noise.decode()[-80:])
+    tab.tab.click("#open-link")
+    with tab.tab.expect_download() as download:
+        tab.tab.click("text=Save as a file")
+    assert download.value.suggested_filename == "Noise.json"
+
+
+def page_packed(said):
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    data = packer.compress(said) + packer.flush()
+    return "/Demo#s=1." + base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+@pytest.mark.parametrize("link", [
+    "/Demo#s=1.nonsense", "/Demo#s=0.e30", "/Demo#s=%00",
+    page_packed(b"[" * (20 << 20)), page_packed(b'{"messages": [{"role": "system"}]}')],
+    ids=["nonsense", "no-messages", "percent", "bomb", "wrong-role"])
+def test_page_says_that_a_share_link_is_damaged(page_relay, page_provider, page_tab, link):
+    tab = page_tab()
+    tab.tab.goto(page_relay.url + link)
+    tab.shows("This link is damaged", ".toast")
+    tab.tab.wait_for_selector("#composer:visible")
+
+
+def test_page_hostile_share_link_stays_text(page_relay, page_provider, page_tab):
+    said = {"title": "<img src=x onerror=alert(1)>", "messages": [
+        {"role": "user", "content": "<script>window.pwned=1</script>", "files": [
+            {"kind": "image", "name": "x", "data": "https://evil.example/x.png"},
+            {"kind": "image", "name": "x", "data": 'data:image/svg+xml,<svg onload="pwned=1">'},
+            {"kind": "text", "name": "<b>", "data": "<img src=x onerror='pwned=2'>"}]},
+        {"role": "assistant", "content": PAGE_HOSTILE, "stats": {"tokens": "<b>"}, "tools": [
+            {"name": "<iframe>", "arguments": "<script>"}, None, 7]}]}
+    tab = page_tab()
+    tab.tab.goto(page_relay.url + page_packed(json.dumps(said).encode()))
+    tab.shows("<iframe src=javascript:alert(1)>")
+    assert tab.tab.evaluate("window.pwned") is None
+    assert tab.tab.evaluate("document.querySelectorAll('#messages :is(script, img, iframe, "
+                            "object, style, svg:not(.icon))').length") == 0
+    assert tab.tab.evaluate("violations") == []
+
+
+def test_page_sends_the_next_message_after_the_answer(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.say("First")
+    job = page_provider.next()
+    job.push("Working ")
+    tab.shows("Working")
+    tab.say("Second")
+    tab.say("Third")
+    tab.shows("Second", "#up-next")
+    tab.tab.click("#up-next li:nth-child(2) >> text=Take back")
+    assert tab.tab.input_value("#input") == "Third"
+    assert page_provider.arrived.empty()
+    job.done("done.")
+    job = tab.prompt(page_provider)
+    assert [m["content"] for m in job.request["messages"]] == [
+        "First", "Working done.", "Second"]
+    tab.eventually("document.querySelector('#up-next').hidden")
+    tab.say("Fourth")
+    tab.tab.reload()                                     # what waits is kept
+    tab.shows("Fourth", "#up-next")
+    job.done("Yes.")
+    assert tab.prompt(page_provider).request["messages"][-1]["content"] == "Fourth"
+
+
+def test_page_keeps_the_next_message_when_the_answer_is_stopped(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.say("First")
+    page_provider.next().push("Working ")
+    tab.shows("Working")
+    tab.say("Second")
+    tab.tab.click("#stop")
+    tab.shows("Stopped")
+    assert page_provider.arrived.empty()
+    tab.tab.click("#up-next >> text=Send now")
+    assert tab.prompt(page_provider).request["messages"][-1]["content"] == "Second"
+
+
+def test_page_lists_the_conversations_of_all_services(page_relay, page_provider, page_tab):
+    page_add(page_relay, "Other")
+    other = PageProvider(page_relay, "Other")
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "About cats", "They purr")
+    tab.tab.click(".picker summary")
+    tab.tab.click(".picker .items >> text=Other")
+    tab.eventually("location.pathname === '/Other'")
+    page_talk(tab, other, "About dogs", "They bark")
+    assert tab.tab.eval_on_selector_all(".list h2", "all => all.map((el) => el.textContent)") \
+        == ["Other", "Demo"]
+    tab.tab.click(".list .pick >> text=About cats")
+    tab.shows("They purr")
+    assert tab.tab.evaluate("location.pathname") == "/Demo"
+    tab.tab.goto(tab.tab.url.replace("/Demo", "/Other"))     # somebody changed the name
+    tab.shows("They purr")
+    assert tab.tab.evaluate("location.pathname") == "/Demo"
+    tab.say("Still Demo?")
+    assert tab.prompt(page_provider).request["messages"][-1]["content"] == "Still Demo?"
+    other.leave()
+
+
+def test_page_offers_the_operators_suggestions(page_provider, page_tab):
+    tab = page_tab()
+    page_says(tab, suggestions=["Tell me a <b>joke</b>", "Two", "Three", "Four", "Five", 6])
+    tab.open()
+    tab.tab.wait_for_selector(".suggestions button")
+    assert len(tab.tab.query_selector_all(".suggestions button")) == 4
+    tab.tab.click(".suggestions button >> nth=0")
+    assert tab.tab.input_value("#input") == "Tell me a <b>joke</b>"
+
+
+def test_page_keeps_no_temporary_conversation(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.tab.check("#temporary")
+    page_talk(tab, page_provider, "Between us", "Yes")
+    tab.shows("this conversation is not kept", ".banner")
+    assert "#" not in tab.tab.url
+    tab.tab.reload()
+    tab.tab.wait_for_selector(".hello")
+    assert not tab.tab.query_selector(".list .pick")
+    tab.tab.check("#temporary")
+    page_talk(tab, page_provider, "Worth it", "Indeed")
+    tab.tab.click("text=Keep it")
+    tab.tab.reload()
+    tab.shows("Indeed")
+
+
+def test_page_two_tabs_show_the_same_conversation(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "One", "Un")
+    other = page_tab(tab.url, tab.context).open(tab.tab.url[len(tab.url):])
+    other.shows("Un")
+    tab.say("Two")
+    job = tab.prompt(page_provider)
+    job.push("De")
+    other.shows("De")
+    other.shows("Answered in another tab")
+    job.push("ux et ")
+    tab.tab.close()                                      # the other takes it over
+    job.done("demi")
+    other.shows("Deux et demi")
+    other.idle()
+    other.say("Three")
+    assert [m["content"] for m in other.prompt(page_provider).request["messages"]] == [
+        "One", "Un", "Two", "Deux et demi", "Three"]
+
+
+def test_page_stops_an_answer_from_another_tab(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.say("Count")
+    job = tab.prompt(page_provider)
+    job.push("1, 2")
+    tab.shows("1, 2")
+    other = page_tab(tab.url, tab.context).open(tab.tab.url[len(tab.url):])
+    other.shows("1, 2")
+    other.tab.click("#stop")
+    assert job.cancelled.wait(5)
+    other.shows("Stopped")
+    tab.shows("Stopped")
+
+
+def test_page_imports_the_same_file_once(page_provider, page_tab, tmp_path):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "Once", "Only")
+    for kind in ("#export-json", "#export-md"):
+        tab.tab.click("#open-export")
+        with tab.tab.expect_download() as download:
+            tab.tab.click(kind)
+        path = tmp_path / download.value.suggested_filename
+        download.value.save_as(path)
+        tab.tab.keyboard.press("Escape")
+        other = page_tab().open()                        # another browser
+        for words in ("1 conversation imported.", "1 already here"):
+            other.tab.click("#open-export")
+            other.tab.set_input_files("#import", path)
+            other.shows(words, ".toast")
+            other.tab.keyboard.press("Escape")
+        assert len(other.tab.query_selector_all(".list .pick")) == 1
+        other.tab.click(".list .pick")
+        other.shows("Only")
+        assert len(other.tab.query_selector_all(".message")) == 2
+
+
+# 8. Truth
+
+
+def test_page_shows_tool_calls_and_says_why_an_answer_is_empty(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.say("Weather?")
+    page_provider.next().done(
+        {"tool_calls": [{"index": 0, "id": "c", "function": {
+            "name": "get_weather", "arguments": '{"city": '}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '"Rome"}'}}]},
+        {"finish_reason": "tool_calls"})
+    tab.shows("asked for the tool get_weather")
+    tab.shows("There is no text")
+    assert not tab.tab.is_visible(".tools pre")
+    tab.tab.click(".tools summary")
+    tab.shows('"city": "Rome"', ".tools pre")
+    for item, words in (({"finish_reason": "stop"}, "The answer is empty. The model ended it."),
+                        ({"finish_reason": "content_filter"}, "Withheld by a filter"),
+                        ({"reasoning": "Hm."}, "There are thoughts, but no answer")):
+        tab.say("Again")
+        tab.prompt(page_provider).done(item)
+        tab.shows(words)
+
+
+def test_page_counts_thoughts_in_its_speed(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.say("Think")
+    job = page_provider.next()
+    job.push(*[{"reasoning": "hm "}] * 39)
+    tab.tab.wait_for_timeout(500)                        # time for a rate to be measured
+    job.done("42")
+    tab.idle()
+    tab.shows("40 tokens · ", ".last .note")
+    tab.shows("tokens/s", ".last .note")
+
+
+def test_page_says_at_once_that_a_key_is_wrong(page_relay, page_provider, page_tab):
+    page_relay.broker.find("Demo").private = True
+    tab = page_tab()
+    tab.expects_trouble = True
+    tab.open("/Demo#k=wrong")
+    tab.shows("The key that you have for Demo is wrong", ".banner")
+    tab.tab.click(".banner >> text=Enter a key")
+    tab.tab.fill("#key-key", "wrong too")
+    tab.tab.keyboard.press("Enter")
+    tab.shows("The key that you have for Demo is wrong", "#key-trouble")
+    tab.tab.fill("#key-key", PAGE_KEY)
+    tab.tab.keyboard.press("Enter")
+    tab.eventually("!document.querySelector('.banner')")
+    assert tab.tab.get_attribute("#status [role=img]", "title") == "Private: you have a key"
+    assert page_provider.arrived.empty()                 # no prompt was needed to find out
+
+
+def test_page_has_its_own_words_for_every_error(page_tab):
+    tab, name = page_tab(), [""]
+    tab.expects_trouble = True
+    tab.tab.route("**/Demo", lambda route: route.fallback() if route.request.method == "GET"
+                  else route.fulfill(status=400, json={
+                      "error": name[0], "errorcode": 1,
+                      "reply": 'Send "wait": true with Authorization: Bearer KEY.'}))
+    tab.open()
+    told = set()
+    for name[0] in sorted(set(neuroengine_server.ERRORS) - {
+            "shutting_down", "still_waiting", "key_reused", "cancelled", "session_unknown"}):
+        tab.tab.click("#new")
+        tab.say("Hello")
+        tab.tab.wait_for_selector(".last .trouble")
+        words = tab.tab.inner_text(".last .trouble p")
+        assert ("Bearer" in words) == (name[0] in (      # those tell what the model said
+            "provider_error", "invalid_request", "unsupported")), words
+        told.add(words)
+        if name[0] in ("bad_http", "head_too_large", "invalid_json", "length_required",
+                       "method_not_allowed", "not_found", "unsupported_encoding"):
+            assert "does not know" in words              # what no page of ours brings about
+        else:
+            assert "does not know" not in words, name
+    assert len(told) > 20
+
+
+def test_page_folds_errors_that_were_left_behind(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.expects_trouble = True
+    tab.say("Break")
+    page_provider.next().fail("out of memory")
+    tab.shows("out of memory", ".trouble")
+    page_talk(tab, page_provider, "Again", "Better")
+    assert tab.tab.eval_on_selector(".trouble", "el => el.localName + el.open") == "detailsfalse"
+
+
+def test_page_directory_sorts_and_hides_what_says_nothing(page_relay, page_tab):
+    tab = page_tab()
+    model = {"connected": True, "private": False, "paused": False, "numreq": 0, "comment": "",
+             "operator": "", "queuelen": 0, "workers": 1, "running": 0}
+    tab.tab.route("**/api/models", lambda route: route.fulfill(json=[
+        dict(model, name="Asleep", connected=False, tokens_per_second=99),
+        dict(model, name="Bare"), dict(model, name="Fast", tokens_per_second=55.2, vision=True),
+        dict(model, name="Slow", tokens_per_second=3.25, tools=True, context_length=32768),
+        dict(model, name="Demo", private=True, queuelen=2, eta_s=20)]))
+    tab.open("/Demo")
+    tab.tab.evaluate("""() => new Promise((done) => {
+        indexedDB.open("neuroengine").onsuccess = ({target: {result: db}}) => {
+            const write = db.transaction("conversations", "readwrite");
+            write.objectStore("conversations").put({id: "a".repeat(16), service: "Demo",
+                title: "x", updated: 1, created: 1, leaf: null});
+            write.oncomplete = () => { db.close(); done(); };
+        }; })""")
+    tab.open("/")
+    tab.tab.wait_for_selector(".card")
+    assert tab.tab.eval_on_selector_all(".card h2", "all => all.map((el) => el.innerText)") == [
+        "Demo", "Fast", "Slow", "Bare", "Asleep"]
+    text = tab.tab.inner_text("#cards")
+    for words in ("2 wait · about 20", "You use it", "55 tokens/s", "sees images", "uses tools",
+                  "3.3 tokens/s", "32k context"):
+        assert words in text
+    assert not re.search(r"\b0\b", text)
+    assert tab.tab.eval_on_selector_all(".card [role=img]", "all => all.map((el) => el.title)") \
+        == ["Private"]
+    assert tab.tab.eval_on_selector("h1", "el => el.getBoundingClientRect().height") < 40
+
+
+# 9. Scrolling, strength, and the rest of what is for everyone
+
+
+def page_reader_scrolls(tab, how):
+    """What a reader may do to get away from the end, however little."""
+    log = tab.tab.locator("#log")
+    box = log.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    if how in ("PageUp", "ArrowUp", "Home"):
+        log.focus()
+        tab.tab.keyboard.press(how)
+    elif how == "wheel":
+        tab.tab.mouse.move(x, y)
+        tab.tab.mouse.wheel(0, -20)
+    elif how == "find":
+        tab.tab.evaluate("document.querySelector('.last .md').children[3].scrollIntoView()")
+    else:
+        finger = tab.context.new_cdp_session(tab.tab)
+        for n in range(8):
+            finger.send("Input.dispatchTouchEvent", {
+                "type": "touchMove" if n else "touchStart",
+                "touchPoints": [{"x": x, "y": y + 5 * n}]})
+        finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+@pytest.mark.parametrize("how", ["PageUp", "ArrowUp", "Home", "wheel", "touch", "find"])
+def test_page_scrolling_obeys_the_reader_while_text_streams(page_provider, page_tab, how):
+    tab = page_tab(has_touch=how == "touch").open()
+    tab.tab.fill("#input", "Many lines")
+    tab.tab.click("#send")
+    job = page_provider.next()
+    job.push(*["line %d\n\n" % n for n in range(60)])
+    tab.shows("line 59")
+    streams = threading.Event()
+
+    def stream():
+        for n in range(3000):
+            if streams.wait(0.005):
+                break
+            job.push("more %d\n\n" % n)
+        job.done()
+    thread = threading.Thread(target=stream)
+    thread.start()
+    try:
+        tab.shows("more 20")
+        page_reader_scrolls(tab, how)
+        tab.tab.wait_for_selector("#latest:visible")
+        tab.tab.wait_for_timeout(300)                    # a smooth scroll comes to its end
+        place = "document.querySelector('#log').scrollTop"
+        top = tab.tab.evaluate(place)
+        length = "document.querySelector('.last .md').childElementCount"
+        tab.eventually("(n) => %s > n + 20" % length, tab.tab.evaluate(length))
+        assert abs(tab.tab.evaluate(place) - top) < 2
+        tab.tab.click("#latest")
+        tab.eventually("(() => { const l = document.querySelector('#log'); "
+                       "return l.scrollHeight - l.scrollTop - l.clientHeight < 40; })()")
+    finally:
+        streams.set()
+        thread.join()
+    tab.idle()
+
+
+PAGE_SPY = """window.dbs = []; const open = IDBFactory.prototype.open;
+IDBFactory.prototype.open = function (...all) {
+    const request = open.apply(this, all);
+    request.addEventListener("success", () => dbs.push(request.result));
+    return request; };"""
+
+
+@pytest.mark.parametrize("how", ["closed by the browser", "upgraded by a newer page"])
+def test_page_opens_its_database_again(page_provider, page_tab, how):
+    tab = page_tab()
+    tab.context.add_init_script(PAGE_SPY)
+    tab.open()
+    page_talk(tab, page_provider, "One", "Un")
+    if how.startswith("closed"):
+        tab.tab.evaluate("dbs.forEach((db) => db.close())")
+    else:
+        tab.tab.evaluate("""() => new Promise((done) => {
+            indexedDB.open("neuroengine", 9).onsuccess = ({target}) => {
+                target.result.close(); done(); }; })""")
+    page_talk(tab, page_provider, "Two", "Deux")
+    assert not tab.tab.query_selector(".toast")          # nothing was "full"
+    tab.tab.reload()
+    tab.shows("Deux")
+    assert len(tab.tab.query_selector_all(".message")) == 4
+
+
+def test_page_reads_out_words_without_markdowns_signs(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.say("Read")
+    page_provider.next().done("## Head\n\nSome **bold** [link](https://a.example/).\n\n"
+                              "| a | b |\n|---|---|\n| 1 | 2 |\n\n```py\nx = 1\n```\n")
+    tab.eventually("document.querySelector('#live').textContent.startsWith('Answer')")
+    assert tab.live() == "Answer: Head\nSome bold link.\na, b\n1, 2\nx = 1"
+
+
+def test_page_lists_its_shortcuts_and_obeys_them(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "About cats", "They purr")
+    tab.tab.focus("#log")
+    tab.tab.keyboard.press("?")
+    tab.shows("Keyboard shortcuts", "#dialog h2")
+    tab.tab.keyboard.press("Escape")
+    tab.tab.focus("#log")
+    tab.tab.keyboard.press("/")
+    tab.tab.wait_for_selector("#input:focus")
+    tab.tab.keyboard.type("/?")                          # here they are letters
+    assert tab.tab.input_value("#input") == "/?"
+    tab.tab.fill("#input", "")
+    tab.tab.keyboard.press("ArrowUp")
+    assert tab.tab.input_value(".editing textarea") == "About cats"
+    tab.tab.keyboard.press("Escape")
+    tab.tab.keyboard.press("Control+k")
+    tab.tab.wait_for_selector("#search:focus")
+    tab.tab.keyboard.press("Control+Shift+O")
+    tab.tab.wait_for_selector(".hello")
+
+
+def test_page_theme_can_be_chosen(page_provider, page_tab):
+    tab = page_tab(color_scheme="light").open("/")
+    dark = "getComputedStyle(document.body).backgroundColor === 'rgb(23, 24, 22)'"
+    assert not tab.tab.evaluate(dark)
+    tab.tab.click("#open-preferences")
+    tab.tab.select_option("#preferences-theme", "dark")
+    assert tab.tab.evaluate(dark)
+    tab.open("/Demo")
+    assert tab.tab.evaluate(dark)
+
+
+def test_page_prints_the_whole_conversation(page_provider, page_tab):
+    tab = page_tab(color_scheme="dark").open()
+    page_talk(tab, page_provider, "Long", "\n\n".join("line %d" % n for n in range(300)))
+    tab.tab.emulate_media(media="print")
+    height = tab.tab.evaluate("document.documentElement.scrollHeight")
+    assert height > 300 * 20
+    assert not tab.tab.is_visible("#side") and not tab.tab.is_visible("#composer")
+    assert tab.tab.evaluate("getComputedStyle(document.body).backgroundColor") \
+        == "rgb(252, 251, 249)"
+    assert tab.tab.pdf().count(b"/Type /Page\n") + tab.tab.pdf().count(b"/Type /Page ") > 5
+
+
+def test_page_touch_targets_are_44_pixels(page_relay, page_provider, page_tab):
+    tab = page_tab(has_touch=True, is_mobile=True,
+                   viewport={"width": 390, "height": 800}).open("/")
+    small = """[...document.querySelectorAll("button, summary, select, input, a")]
+        .filter((el) => el.checkVisibility({visibilityProperty: true}) && !el.closest(".md")
+            && el.type !== "checkbox")
+        .filter((el) => { const box = el.getBoundingClientRect(), line = el.closest(".card");
+            return box.width && !line && (box.height < 43.5 || box.width < 43.5); })
+        .map((el) => el.outerHTML.slice(0, 100))"""
+    assert tab.tab.evaluate(small) == []
+    tab.open("/Demo")
+    tab.tab.fill("#input", "Hello")
+    page_give(tab, "drop", ("b.txt", "", b"Bee"))
+    tab.tab.wait_for_selector("#files .file.text")
+    assert tab.tab.evaluate(small) == []
+    tab.tab.click("#send")
+    page_provider.next().done("```\ncode\n```")
+    tab.idle()
+    tab.shows("code", ".last pre")
+    assert tab.tab.evaluate(small) == []
+    for opener in ("#open-settings", "#open-code", "#open-side"):
+        tab.tab.click(opener)
+        tab.tab.wait_for_timeout(250)                    # the list slides in
+        assert tab.tab.evaluate(small) == [], opener
+        tab.tab.keyboard.press("Escape")
+
+
+def test_page_takes_every_word_from_one_table(page_relay, page_provider, page_tab):
+    page = read_page().decode("utf-8")
+    marked = page.replace("// TEXT ends", """
+        const mark = (word) => (typeof word === "string" ? "«" + word + "»"
+            : typeof word === "function" ? (...all) => "«" + word(...all) + "»"
+            : Array.isArray(word) ? word.map((one) => one && mark(one))
+            : Object.fromEntries(Object.entries(word).map(([k, v]) => [k, mark(v)])));
+        for (const [name, word] of Object.entries(TEXT)) if (name !== "language") {
+            TEXT[name] = name === "errors" ? word : mark(word);
+        }""")
+    assert marked != page
+    tab = page_tab()
+    for path in ("/", "/Demo"):
+        tab.tab.route(page_relay.url + path, lambda route: route.fulfill(
+            body=marked, content_type="text/html") if route.request.method == "GET"
+            else route.fallback())
+    unmarked = """() => {
+        const own = /^(neuroengine|Demo|Ada|A small model.*|Hello|Hi|http.*|My-Llama|«.*»)$/s;
+        const out = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        for (let node; (node = walk.nextNode());) {
+            if (!node.parentElement.closest("script, noscript, pre, .md, code, kbd, .code-top")
+                && /[A-Za-z]{2}/.test(node.data.replace(/«[^»]*»|«.*»/gs, ""))
+                && !own.test(node.data.trim())) out.push(node.data);
+        }
+        for (const el of document.querySelectorAll("[aria-label], [title], [placeholder]"))
+            for (const name of el.closest(".code") ? [] : ["aria-label", "title", "placeholder"]) {
+                const words = el.getAttribute(name) || "";
+                if (/[A-Za-z]{2}/.test(words) && !words.includes("«") && !own.test(words))
+                    out.push(name + "=" + words);
+            }
+        return out; }"""
+    tab.open("/")
+    tab.tab.wait_for_selector(".card")
+    assert tab.tab.evaluate(unmarked) == []
+    for opener in ("#open-share", "#open-manage", "#open-preferences"):
+        tab.tab.click(opener)
+        assert tab.tab.evaluate(unmarked) == [], opener
+        tab.tab.keyboard.press("Escape")
+    tab.open("/Demo")
+    page_talk(tab, page_provider, "Hello", "Hi")
+    assert tab.tab.evaluate(unmarked) == []
+    for opener in ("#open-settings", "#open-code", "#open-link", "#open-export"):
+        tab.tab.click(opener)
+        tab.tab.wait_for_selector("#dialog[open]")
+        assert tab.tab.evaluate(unmarked) == [], opener
+        tab.tab.keyboard.press("Escape")
+
+
+def test_page_is_written_to_be_read():
+    text = read_page().decode("utf-8")
+    for begin, end in (("/* What a model wrote", "/* Dialogs"), ("// ---- Markdown", "// ---- R")):
+        text = text[:text.index(begin)] + text[text.index(end):]
+    lines = text.split("\n")
+    assert [line for line in lines if len(line) > 100 and "rel=\"icon\"" not in line] == []
 
 
 ##############################################################################
