@@ -8544,7 +8544,7 @@ def test_page_keeps_the_next_message_when_the_answer_is_stopped(page_provider, p
 
 
 def test_page_lists_the_conversations_of_all_services(page_relay, page_provider, page_tab):
-    page_add(page_relay, "Other")
+    page_relay.add("Other")
     other = PageProvider(page_relay, "Other")
     tab = page_tab().open()
     page_talk(tab, page_provider, "About cats", "They purr")
@@ -8594,7 +8594,7 @@ def test_page_keeps_no_temporary_conversation(page_provider, page_tab):
 def test_page_two_tabs_show_the_same_conversation(page_provider, page_tab):
     tab = page_tab().open()
     page_talk(tab, page_provider, "One", "Un")
-    other = page_tab(tab.url, tab.context).open(tab.tab.url[len(tab.url):])
+    other = page_tab(tab.url, tab.tab.context).open(tab.tab.url[len(tab.url):])
     other.shows("Un")
     tab.say("Two")
     job = tab.prompt(page_provider)
@@ -8617,7 +8617,7 @@ def test_page_stops_an_answer_from_another_tab(page_provider, page_tab):
     job = tab.prompt(page_provider)
     job.push("1, 2")
     tab.shows("1, 2")
-    other = page_tab(tab.url, tab.context).open(tab.tab.url[len(tab.url):])
+    other = page_tab(tab.url, tab.tab.context).open(tab.tab.url[len(tab.url):])
     other.shows("1, 2")
     other.tab.click("#stop")
     assert job.cancelled.wait(5)
@@ -8684,7 +8684,7 @@ def test_page_counts_thoughts_in_its_speed(page_provider, page_tab):
 
 
 def test_page_says_at_once_that_a_key_is_wrong(page_relay, page_provider, page_tab):
-    page_relay.broker.find("Demo").private = True
+    page_relay.change("Demo", private=True)
     tab = page_tab()
     tab.expects_trouble = True
     tab.open("/Demo#k=wrong")
@@ -8693,7 +8693,7 @@ def test_page_says_at_once_that_a_key_is_wrong(page_relay, page_provider, page_t
     tab.tab.fill("#key-key", "wrong too")
     tab.tab.keyboard.press("Enter")
     tab.shows("The key that you have for Demo is wrong", "#key-trouble")
-    tab.tab.fill("#key-key", PAGE_KEY)
+    tab.tab.fill("#key-key", page_relay.keys["Demo"])
     tab.tab.keyboard.press("Enter")
     tab.eventually("!document.querySelector('.banner')")
     assert tab.tab.get_attribute("#status [role=img]", "title") == "Private: you have a key"
@@ -8784,7 +8784,7 @@ def page_reader_scrolls(tab, how):
     elif how == "find":
         tab.tab.evaluate("document.querySelector('.last .md').children[3].scrollIntoView()")
     else:
-        finger = tab.context.new_cdp_session(tab.tab)
+        finger = tab.tab.context.new_cdp_session(tab.tab)
         for n in range(8):
             finger.send("Input.dispatchTouchEvent", {
                 "type": "touchMove" if n else "touchStart",
@@ -8839,7 +8839,7 @@ IDBFactory.prototype.open = function (...all) {
 @pytest.mark.parametrize("how", ["closed by the browser", "upgraded by a newer page"])
 def test_page_opens_its_database_again(page_provider, page_tab, how):
     tab = page_tab()
-    tab.context.add_init_script(PAGE_SPY)
+    tab.tab.context.add_init_script(PAGE_SPY)
     tab.open()
     page_talk(tab, page_provider, "One", "Un")
     if how.startswith("closed"):
