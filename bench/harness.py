@@ -94,7 +94,7 @@ def end_on_signals():
 
 
 class Child:
-    """A program with its output in a log file, in a process group of its own."""
+    """A program in a new process group, with its output in a log file."""
 
     def __init__(self, log, *args, env=None, cwd=None, stdin=subprocess.DEVNULL,
                  preexec=None):
@@ -498,7 +498,7 @@ class Relay:
         """/metrics as {name without its prefix: value}; {} if it cannot be asked."""
         try:
             # Not from 127.0.0.1, which some relays are told is a proxy.
-            text = self.ask("GET", "/metrics", timeout=5, source="127.0.0.2")[1].decode()
+            text = self.ask("GET", "/metrics", timeout=20, source="127.0.0.2")[1].decode()
         except BROKEN:
             return {}
         return {name[len("neuroengine_"):]: float(value) for name, value in

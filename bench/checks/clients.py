@@ -5,7 +5,7 @@
 
 It starts a relay, a provider that answers by a callback, and `neuroengine.py share` before
 a fake LLM server (and before the real one that --upstream names); then it runs each
-package's cases in a process of its own. --install fetches the packages into --cache first:
+package's cases in a separate process. --install fetches the packages into --cache first:
 openai, langchain-openai and litellm from PyPI, openai from npm. Exit status 1 if a case
 fails.
 """
@@ -75,7 +75,7 @@ class Watch:
 
 def pieces_for(text):
     """What both the callback and the fake LLM answer to a prompt: its first word says
-    how. Yields texts; raises where the answer shall break."""
+    how. Yields texts; raises where the answer is to break."""
     # A conversation comes to a callback as lines "Role: text"; the user's last counts.
     text = text.rpartition("User: ")[2].split("\n")[0]
     word = text.split()[0] if text.split() else ""
@@ -790,7 +790,7 @@ def closing_the_connection_stops_the_provider(service):
     prompt = unique("endless")
     chunks = lite(service, prompt, stream=True)
     next(chunks), next(chunks)
-    chunks.completion_stream.close()       # its wrapper has no close of its own
+    chunks.completion_stream.close()       # its wrapper has no close()
     return closed_soon(service, prompt)
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""A fault run: many clients, several providers, a relay, and all of them mistreated.
+"""A fault run: many clients, several providers and a relay, all of them under faults.
 
     python bench/checks/faults.py [--minutes 10] [--seed N]
 
 Providers are killed, stopped and continued, and interrupted; connections are cut in the
-middle of what they carry; the relay is restarted, politely and not. A checker holds each
-prompt against what its answer must be: exactly one end; the whole text, or a beginning of
-it and then an error in words, of a kind that a fault of that time explains. At the end
-the relay's threads, descriptors and memory must be back where they were.
+middle of a message; the relay is restarted by SIGTERM and by kill -9. A checker compares
+each answer with what it must be: exactly one end, which is either the whole text, or a
+beginning of it and then an error that a fault at that time explains. At the end the
+relay's threads, descriptors and memory must be back where they were.
 
 A provider's answer is computed from the prompt and from a random number that it begins
 with, so that even two generations of one answer mixed into each other are found.
@@ -101,7 +101,7 @@ def provide(url, name, key, continues, pause):
 
 
 ##############################################################################
-# What can be mistreated
+# Connections that break
 ##############################################################################
 
 
@@ -327,7 +327,7 @@ class Clients:
         return Closing(host, int(port), timeout=timeout)
 
     def _post(self, url, path, body, leave=None, headers=None):
-        """One request; its status and JSON. Who leaves does so by a short time-out."""
+        """One request; its status and JSON. To leave is to use a short timeout."""
         timeout = 60 if leave is None else 0.05 * leave + 0.01
         with self._connected(url, timeout) as connection:
             connection.request("POST", path, json.dumps(body), headers or {})
@@ -532,7 +532,7 @@ class Run:
             self.faults.append((what, service, now, now + seconds))
 
     def one_fault(self, restart):
-        """Do one thing that hurts, but leave some provider untouched."""
+        """Cause one fault, but leave some provider untouched."""
         if restart:
             return self.restart_relay()
         kind = self.rand.choice(("kill", "kill", "stop", "interrupt", "cut", "cut"))
@@ -561,7 +561,7 @@ class Run:
         return None
 
     def dismiss(self, child):
-        """Ctrl-C: it must end by itself, soon, and cleanly."""
+        """Ctrl-C: it must end by itself, soon and cleanly."""
         code = child.end(signal.SIGINT, 15)
         if code != 0 or "Traceback" in child.said():
             self.fail("Ctrl-C of a provider, its exit status %s:\n%s" % (
@@ -623,7 +623,7 @@ class Run:
     # -- the end --
 
     def calm(self):
-        """Wait until nothing is left in the relay; what is, as words, or ""."""
+        """Wait until the relay holds nothing; what it still holds, in words, or ""."""
         wanted = {"queued": 0, "running": 0, "held_jobs": 0, "held_bytes": 0,
                   "sessions": len(self.providers)}
         deadline, left = time.monotonic() + CALM_SECONDS, "?"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A million inputs that nobody meant to be good, against the relay's readers.
+"""A million malformed inputs against the code that reads them in the relay.
 
     python bench/checks/fuzz.py [--inputs 1000000] [--seed N] [--wire 0.15]
 
@@ -8,7 +8,7 @@ read_body over a socket that hands out its bytes in random pieces, parse_json, t
 and find_route. They may raise what they promise and nothing else; what they accept must
 be what was sent, however it was cut into pieces.
 
-The others (--wire, their share) go over real sockets to a relay in a process of its own,
+The others (--wire, their share) go over real sockets to a relay in another process,
 plain and TLS: mutations of valid requests of all faces, with valid keys too, random
 bytes, several requests in one go, in pieces, and replies of a provider to jobs that it
 really has. All that comes back must be well-formed responses, none of them a 5xx but the
@@ -47,7 +47,7 @@ MOST_FAILURES = 20
 
 
 class Wrong(Exception):
-    """What must not be, in words."""
+    """Something was wrong; the message says what."""
 
 
 ##############################################################################
@@ -312,7 +312,7 @@ def try_reader(rand):
 
 
 def try_valid(rand):
-    """Valid requests, one after the other and in pieces, are read as they were meant."""
+    """Valid requests on one connection, in pieces, are read as they were meant."""
     meant = [rand.choice(VALID) for _ in range(rand.randrange(1, 5))]
     data = b"".join(request(*entry, chunked=rand if rand.random() < 0.5 else None)
                     for entry in meant)
@@ -414,7 +414,7 @@ def in_process(number, seed, report):
 
 
 def read_responses(data, cut):
-    """The statuses of well-formed responses one after the other. Raises Wrong.
+    """The statuses of well-formed responses in a row. Raises Wrong.
 
     cut: the last may end early, as a stream does whose client hung up."""
     statuses = []
@@ -496,7 +496,7 @@ def read_response_body(status, fields, rest):
 
 
 class Attacker:
-    """One thread that sends inputs, with a service of its own."""
+    """One thread that sends inputs, and its service."""
 
     def __init__(self, relay, secure, number, seed, report):
         self.relay, self.secure, self.report = relay, secure, report
@@ -662,7 +662,7 @@ def over_sockets(number, seed, report, threads):
 
 
 def wave(attackers, number, report):
-    """All attackers at once, until so many more inputs were sent."""
+    """Let all attackers send at once, until `number` more inputs were sent."""
     start = [attacker.inputs for attacker in attackers]
     threads = [threading.Thread(target=attacker.run, args=(
         attacker.inputs + number // len(attackers),)) for attacker in attackers]

@@ -5,7 +5,7 @@ The bounds are promises: resident memory stays under a figure computed from the 
 address, whatever it does, takes no room from others. All is asked over HTTP and set by the
 command line, as anyone could do it.
 
-Different addresses are X-Forwarded-For headers, which the relay is told to trust.
+Different addresses are X-Forwarded-For headers, which these relays trust.
 """
 
 import concurrent.futures
@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from harness import (BROKEN, MB, ROOT, SERVICE, Relay, answer_of, close_all, connect,
                      prompt_of, wait_for)
-from watch import Modest, first_of, hold, part, sent
+from watch import Modest, Watcher, first_of, hold, kept_alive, part, sent
 
 HELD = 64 << 20          # --max-held-bytes of the parts about memory
 TOO_MUCH = 3000 * MB     # a relay beyond this is killed, or it would take the machine down
@@ -65,33 +65,24 @@ def bound(held, connections, tls=False):
     return 60 + 1.3 * held / MB + connections * (80 if tls else 32) * 1024 / MB
 
 
-class Memory:
+class Memory(Watcher):
     """Samples a relay's resident memory; `most` is the highest, in MB. Kills the relay if
     it exceeds TOO_MUCH."""
 
     def __init__(self, relay):
-        self.relay, self.most, self.stopping = relay, 0.0, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
+        super().__init__(every=0.03)
+        self.relay, self.most = relay, 0.0
 
-    def _watch(self):
-        while not self.stopping.wait(0.03):
-            memory = self.relay.child.memory()
-            self.most = max(self.most, memory / MB)
-            if memory > TOO_MUCH:
-                self.relay.child.end(signal.SIGKILL)
-                break
+    def look(self):
+        memory = self.relay.child.memory()
+        self.most = max(self.most, memory / MB)
+        if memory > TOO_MUCH:
+            self.relay.child.end(signal.SIGKILL)
+            self.stopping.set()
 
     def judge(self, figures, held, connections, title=""):
         figures.add(title + "memory, most", self.most, "MB", most=round(
             bound(held, connections, self.relay.tls)))
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopping.set()
-        self.thread.join()
 
 
 class Session:
@@ -448,7 +439,7 @@ def hostile_directory(siege, figures):
 def end_together(siege, figures):
     """10,000 connections that end in one moment: gone in 5 s, and SIGTERM is obeyed."""
     number = siege.options.connections
-    for title, tls, most in (("plain", False, 150), ("TLS", True, 600)):
+    for title, tls in (("plain", False), ("TLS", True)):
         for then in ["gone"] * siege.options.tries + ["SIGTERM"]:
             with Relay(siege, "--max-connections", number + 500, "--idle-seconds", 900,
                        tls=tls) as relay:
@@ -461,23 +452,11 @@ def end_together(siege, figures):
                     figures.add("SIGTERM obeyed in", time.monotonic() - began, "s", most=10)
                     continue
                 figures.add(title + ": idle", len(fds), least=number)
-                figures.add("memory", relay.child.memory() / MB, "MB", most=most)
                 end_and_watch(relay, fds, figures)
 
 
-def kept_alive(relay, n):
-    """An idle connection that was used once, as a descriptor."""
-    # Many addresses: one has 28,000 ports, which are kept for a minute after their use.
-    sock = relay.dial("127.0.%d.%d" % (1 + n // 2000, 1 + n % 200))
-    sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    sock.recv(4096)
-    fd = os.dup(sock.fileno())             # a tenth of the memory of a TLS object
-    sock.close()
-    return fd
-
-
 def end_and_watch(relay, fds, figures):
-    """Close all at once; how long the relay keeps them, and answers /healthz meanwhile."""
+    """Close all at once; how long the relay keeps them, and how soon it answers /healthz."""
     began, longest, gone = time.monotonic(), 0.0, None
     close_all(fds)
     while time.monotonic() - began < 60 and (gone is None or time.monotonic() < gone + 1):
@@ -572,8 +551,8 @@ def kept_streams(siege, figures):
 
 
 def full_queue(figures, siege, title, addresses, outside):
-    """Fill a service's queue from some addresses; who is admitted then. outside: whether
-    strangers have to be."""
+    """Fill a service's queue from some addresses, then try to get in. outside: whether a
+    stranger must be admitted, too."""
     with Relay(siege, *TRUST, "--max-queue", 200, "--max-queue-per-caller", 20,
                "--wait-seconds", 2, workers=1) as relay:
         guest = relay.ask("POST", "/api/services/%s/keys" % SERVICE, {}, relay.key)[1]["key"]

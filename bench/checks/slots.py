@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Show on a real llama.cpp server that a cancelled prompt frees its slot, and that an
-answer goes on where another provider left it.
+answer is continued by another provider.
 
     python bench/checks/slots.py http://127.0.0.1:8080
 
@@ -122,7 +122,7 @@ class World:
 
 
 def continuation(upstream):
-    """An answer cut after some tokens and continued, beside the same in one go."""
+    """An answer that is cut after some tokens and continued, and the same one uncut."""
     llm = neuroengine.Upstream(upstream)
     llm.find()
     rows = []

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A soak: everything that people do with a relay, for an hour, and what it costs it.
+"""A soak: everything that people do with a relay, for an hour; its memory must stay flat.
 
     python bench/checks/soak.py [--minutes 60] [--load 1.0] [--seed N] [--json FILE]
 
@@ -40,8 +40,8 @@ from harness import (BROKEN, ROOT, SERVICE, Relay, Workspace, answer_of, connect
 
 RATE = 14                # actions a second in all, at --load 1
 WORKERS = 24             # threads that do them; most wait for an answer
-GONE_SECONDS = 40        # so long may a provider's end explain an error
-# What may be more in the last third than in the first: the share, and so much besides.
+GONE_SECONDS = 40        # for this long the end of a provider may explain an error
+# What the last third may have more than the first: a share, and an amount.
 FLAT = {"memory": (0.05, 2.0), "threads": (0.15, 4), "descriptors": (0.15, 4)}
 
 
@@ -50,16 +50,16 @@ class Wrong(Exception):
 
 
 class Explained(Exception):
-    """An error that somebody's end explains; its name."""
+    """An error that is explained by the end of a provider; its name."""
 
 
 ##############################################################################
-# What people do: each is a method of Actions, called with a relay
+# What people do: each method of Actions takes a relay
 ##############################################################################
 
 
 class Actions:
-    """One worker's ways to use a relay. Raises Wrong, or Explained."""
+    """The ways in which one worker uses a relay. They raise Wrong or Explained."""
 
     def __init__(self, soak, number):
         self.soak, self.number = soak, number
@@ -71,7 +71,7 @@ class Actions:
     # -- asking --
 
     def ask(self, relay, method, path, body=None, key=None, **headers):
-        """(status, headers, body); half of the time on a connection that was used."""
+        """(status, headers, body); half of the time on a connection that was used before."""
         kept = self.kept.pop(relay, None) if self.rand.random() < 0.5 else None
         if key:
             headers["Authorization"] = "Bearer " + key
@@ -301,7 +301,7 @@ class Actions:
             raise Wrong("%r is answered %r" % (data[:100], answer[:100]))
 
     def idle(self, relay):
-        """A connection that stays, and is closed by whoever tires of it first."""
+        """A connection that stays open until either side closes it."""
         sock = relay.dial(self.source)
         if self.rand.random() < 0.7:
             sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -382,7 +382,7 @@ class Soak:
         self.rest_before = self.rest()
 
     def start_passing(self, relay):
-        """One more provider, which will not stay."""
+        """One more provider, which will be ended soon."""
         self.crews[relay].append(relay.start_provider(relay.key, wait=False))
 
     # -- the load --
@@ -445,7 +445,7 @@ class Soak:
             sock.close()
 
     def renew(self):
-        """A new certificate for the relay with TLS, which must take it up."""
+        """A new certificate for the relay with TLS, which must load it."""
         relay = self.relays["TLS"]
         self.renewals += 1
         cert, key = self.space.certificate("renewed-%d" % self.renewals)
@@ -459,7 +459,7 @@ class Soak:
         self.results["certificate renewed", ""] += 1
 
     def run(self):
-        """Do all of it; whether all was well."""
+        """Run it; whether all was well."""
         self.began = time.monotonic()
         self.start()
         self.began = time.monotonic()
@@ -526,7 +526,7 @@ class Soak:
 
     def flatness(self):
         """[(relay, what, median of the first third, of the last, whether it is flat)]"""
-        # The warm-up: until all of the allocator's pools have been as full as they get.
+        # The warm-up: until the allocator's pools have reached their full size.
         samples = [sample for sample in self.samples
                    if sample["at"] >= min(600, self.seconds / 2)]
         third = max(1, len(samples) // 3)
@@ -539,7 +539,7 @@ class Soak:
         return rows
 
     def judge(self):
-        """The end: everything must come to rest. Prints the figures."""
+        """Wait until everything has come to rest, judge, and print the figures."""
         self.close_idle(everything=True)
         for relay in self.relays.values():
             for child in self.crews[relay][2:]:

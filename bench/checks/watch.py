@@ -17,7 +17,7 @@ from harness import (BROKEN, SERVICE, UNVERIFIED, Workspace, answer_of, connect,
 
 
 class Modest:
-    """A client that does nothing unusual, in a process of its own; figures at the end."""
+    """A client that does nothing unusual, in another process; has figures at the end."""
 
     def __init__(self, relay, every=0.03):
         self.relay, self.every = relay, every
@@ -39,7 +39,7 @@ class Modest:
             self.__dict__.update(json.loads(self.child.said().splitlines()[-1]))
 
     def judge(self, figures, most=200, title=""):
-        """Add what it had of the relay; most: of its requests' p99, in milliseconds."""
+        """Add what it noticed; most: the bound of its requests' p99, in milliseconds."""
         figures.add(title + "control p50", self.p50, "ms")
         figures.add("p99", self.p99, "ms", most=most)
         figures.add("failed", "%d of %d" % (self.failed, self.requests),
@@ -105,14 +105,36 @@ def modest(url, every):
         "words": "; ".join(sorted(set(words))[:3])}), flush=True)
 
 
-class Lives:
-    """How long a relay holds each connection, from the kernel's tables; its provider's
-    do not count."""
+class Watcher:
+    """Calls look() again and again in a thread, during a `with` block."""
+
+    def __init__(self, every):
+        self.every, self.stopping = every, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def look(self):
+        raise NotImplementedError
+
+    def _watch(self):
+        while not self.stopping.wait(self.every):
+            self.look()
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopping.set()
+        self.thread.join()
+
+
+class Lives(Watcher):
+    """How long a relay holds each connection, from the kernel's tables, not counting its
+    provider's."""
 
     def __init__(self, relay):
+        super().__init__(every=0.25)
         self.relay, self.first, self.longest = relay, {}, 0.0
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def now(self):
         """The peers of the connections that the relay holds a descriptor of."""
@@ -134,30 +156,21 @@ class Lives:
         return {peer for peer in mine
                 if "socket:[%s]" % inodes.get(peer) not in providers}
 
-    def _watch(self):
-        while not self.stopping.wait(0.25):
-            now, held = time.monotonic(), self.now()
-            for peer in held:
-                self.first.setdefault(peer, now)
-            for peer in set(self.first) - held:
-                self.longest = max(self.longest, now - self.first.pop(peer))
+    def look(self):
+        now, held = time.monotonic(), self.now()
+        for peer in held:
+            self.first.setdefault(peer, now)
+        for peer in set(self.first) - held:
+            self.longest = max(self.longest, now - self.first.pop(peer))
 
     def oldest(self):
         """The longest life so far, of the ended and the living, in seconds."""
         return max([self.longest] + [time.monotonic() - first
                                      for first in list(self.first.values())])
 
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopping.set()
-        self.thread.join()
-
 
 class Figures:
-    """What came of one part: named values, some with a bound."""
+    """The results of one part: named values, some with a bound."""
 
     def __init__(self):
         self.rows, self.notes, self.ok = [], [], True
@@ -201,7 +214,7 @@ class Siege(Workspace):
 
 
 def hold(number, make):
-    """So many connections by make(n), opened by a few threads; those that succeeded."""
+    """Open `number` connections by make(n) in a few threads; those that succeeded."""
     made, numbers, lock = [], iter(range(number)), threading.Lock()
 
     def some():
@@ -222,14 +235,14 @@ def hold(number, make):
 
 
 def sent(relay, data, **how):
-    """A connection on which that was sent."""
+    """A new connection on which `data` was sent."""
     sock = relay.dial(**how)
     sock.sendall(data)
     return sock
 
 
 def first_of(sock):
-    """The status that comes on a connection, "closed", or "silence"."""
+    """The status that arrives on a connection, "closed", or "silence"."""
     try:
         data = sock.recv(4096)
     except socket.timeout:
@@ -246,6 +259,17 @@ def client_hello():
     with contextlib.suppress(ssl.SSLWantReadError):
         tls.do_handshake()
     return outgoing.read()
+
+
+def kept_alive(relay, n):
+    """An idle connection that was used once, as a descriptor."""
+    # Many addresses: one has 28,000 ports, which are kept for a minute after their use.
+    sock = relay.dial("127.0.%d.%d" % (1 + n // 2000, 1 + n % 200))
+    sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    sock.recv(4096)
+    fd = os.dup(sock.fileno())             # a tenth of the memory of a TLS object
+    sock.close()
+    return fd
 
 
 PARTS = {}

@@ -70,7 +70,7 @@ class Bench(Workspace):
         print("  %-40s %-12s %s" % (row, column, shown(row, value)), flush=True)
 
     def ask(self, target, request, clients, warm=0.3, most=5.0, rate=0, seconds=None):
-        """Let clients ask; what they saw, and the target's cost meanwhile. Raises Broken
+        """Let clients ask; what they saw, and the target's cost in that time. Raises Broken
         if no token came."""
         seconds = seconds or self.options.seconds
         file = self.path("request")
@@ -104,7 +104,7 @@ class Bench(Workspace):
         return answer
 
     def note_cpu(self, what, target, got, count):
-        """Note the processor time for each of so many: its own, and at the LLM's end."""
+        """Note the processor time divided by `count`: its own, and at the LLM's end."""
         own, far = got["cpu_used"]
         if target.own:
             self.note("CPU " + what, target.name, own / count)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a job costs the relay's Broker, against what there is of everything else.
+"""What a job costs the relay's Broker, against the number of everything else.
 
     python bench/measure/curves.py [NEUROENGINE_SERVER.PY] [--quick]
 
@@ -99,7 +99,7 @@ def services(relay, count):
 
 
 def parked(relay, count):
-    """One job, taken by one of so many parked polls."""
+    """One job, taken by one of `count` parked polls."""
     world = World(relay)
     broker, service = world.broker, world.service
     broker.logout(service, world.session)
@@ -132,7 +132,7 @@ def parked(relay, count):
 
 
 def waiting(world_of, work_of):
-    """A curve with so many jobs in the queue."""
+    """A curve over the number of jobs in the queue."""
     def curve(relay, count):
         world = world_of(relay)
         world.broker.logout(world.service, world.session)
@@ -146,7 +146,7 @@ def waiting(world_of, work_of):
 
 
 def queued(relay, count):
-    """One job comes and one is answered, while so many wait."""
+    """One job comes and one is answered, while `count` wait."""
     world = World(relay)
     broker, service = world.broker, world.service
     broker.logout(service, world.session)

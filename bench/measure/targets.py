@@ -206,7 +206,7 @@ def peer(name, program):
 
 class Ssh(Target):
     """An OpenSSH reverse tunnel from the LLM's machine, which people use instead: sshd
-    with a configuration and keys of its own, and `ssh -R`."""
+    with its own configuration and keys, and `ssh -R`."""
 
     name = "ssh -R"
 
