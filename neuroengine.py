@@ -803,6 +803,11 @@ def is_terminal(stream):
         return False
 
 
+def columns():
+    """The width of the terminal; some do not know theirs and say 0."""
+    return shutil.get_terminal_size().columns or 80
+
+
 class Line:
     """The last line of a terminal, for what happens now; nothing elsewhere. Written
     without escape codes, which old consoles show as they are."""
@@ -815,7 +820,7 @@ class Line:
     def show(self, text):
         """Show a text in place of the one before; "" clears it."""
         if self._live and (text or self._width):
-            text = printable(text)[:shutil.get_terminal_size().columns - 1]
+            text = printable(text)[:columns() - 1]
             self._stream.write("\r%s\r%s" % (" " * self._width, text))
             self._stream.flush()
             self._width = len(text)
@@ -1094,23 +1099,14 @@ class Neuroengine:
         at, finished = 0, False
         try:
             while not finished:
+                command["at"] = at
                 try:
                     for record in self._records(command, call):
                         items, at = fresh_items(record, at)
                         if items:
                             tries.progress()
-                        # One event for texts that came together.
-                        for is_text, group in itertools.groupby(
-                                items, lambda item: isinstance(item, str)):
-                            if is_text:
-                                yield "text", "".join(group)
-                            else:
-                                yield from (("item", item) for item in group)
-                        if "queue" in record:
-                            yield "queue", record["queue"]
-                        if record.get("done"):
-                            finished = True
-                            yield "stats", record.get("stats") or {}
+                        finished = bool(record.get("done"))
+                        yield from events_of(record, items)
                     if not finished:           # its last record is missing
                         raise NeuroengineError(NO_CONNECTION, "The stream was cut.",
                                                "no_connection")
@@ -1125,7 +1121,6 @@ class Neuroengine:
                         raise
                     if lost:                   # before its first token: begin another
                         command["key"] = secrets.token_hex(16)
-                command["at"] = at
         finally:
             if not finished:
                 self._stop(command["key"])
@@ -1185,6 +1180,20 @@ def tries_of(tries):
 def bad_answer():
     return NeuroengineError(NO_CONNECTION, "The relay's answer cannot be understood: is it "
                             "up to date?", "bad_answer")
+
+
+def events_of(record, items):
+    """Yield the events of a record whose fresh items these are; see _events."""
+    for is_text, group in itertools.groupby(items, lambda item: isinstance(item, str)):
+        if is_text:
+            yield "text", "".join(group)       # one event for texts that came together
+        else:
+            yield from (("item", item) for item in group if isinstance(item, dict))
+    if "queue" in record:
+        yield "queue", record["queue"]
+    if record.get("done"):
+        stats = record.get("stats")
+        yield "stats", stats if isinstance(stats, dict) else {}
 
 
 def fresh_items(record, at):
@@ -4131,6 +4140,8 @@ class Chat:
                 if text is None or text in ("/quit", "/exit", "/q"):
                     return
                 self._do(text)
+            except EOFError:                   # amid a paste
+                return
             except KeyboardInterrupt:
                 print()
                 self._note("Ctrl-D leaves.")
@@ -4138,8 +4149,7 @@ class Chat:
     def _note(self, text):
         """Print a line that is not part of the conversation."""
         import textwrap
-        width = shutil.get_terminal_size().columns - 1
-        text = "\n".join(textwrap.fill(line, width, break_long_words=False)
+        text = "\n".join(textwrap.fill(line, max(20, columns() - 1), break_long_words=False)
                          for line in printable(text, lines=True).split("\n"))
         print("\x1b[2m%s\x1b[0m" % text if self._styled else text, flush=True)
 
@@ -4330,7 +4340,7 @@ def input_waits():
     except ImportError:
         import select
         return bool(select.select([sys.stdin], [], [], 0.02)[0])
-    return msvcrt.kbhit()
+    return bool(msvcrt.kbhit())
 
 
 def understands_escapes(stream):

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import contextlib
 import copy
+import ctypes
 import functools
 import gzip
 import http.client
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import uuid
 import zlib
 
@@ -3740,7 +3742,10 @@ class Answering:
         with contextlib.suppress(OSError):
             while True:
                 with self.listener.accept()[0] as sock:
-                    head, _, body = sock.recv(1 << 20).partition(b"\r\n\r\n")
+                    data = b""
+                    while b"\r\n\r\n" not in data:
+                        data += sock.recv(1 << 20)
+                    head, _, body = data.partition(b"\r\n\r\n")
                     self.asked.append((head.decode(), body))
                     sock.sendall(self.responses[0])
                     if len(self.responses) > 1:
@@ -5984,7 +5989,7 @@ def chatting(command, relay, monkeypatch):
         monkeypatch.setattr("builtins.input", type_next)
         status, text = command(relay, "chat", "--service", name)
         assert status == 0 and not inputs
-        return text
+        return re.sub("\n(?=[a-z])", " ", text)     # notes are wrapped
     return chatting
 
 
@@ -6115,6 +6120,38 @@ def test_old_consoles_get_no_escape_codes(monkeypatch):
     line = neuroengine.Line(terminal)
     line.show("position 2 of 5\x1b[2J"), line.show("")
     assert "\x1b" not in terminal.getvalue() and terminal.getvalue().endswith("\r")
+
+
+def test_windows_is_asked_for_waiting_input_in_its_own_way(monkeypatch):
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(kbhit=lambda: 1))
+    assert neuroengine.input_waits() is True
+
+
+def test_the_client_works_without_what_some_systems_lack(command, relay, provide, monkeypatch):
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL", "TCP_KEEPCNT"):
+        monkeypatch.delattr(socket, name, raising=False)
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)
+    monkeypatch.setitem(sys.modules, "readline", None)
+    monkeypatch.setattr(os, "fchmod", None, raising=False)
+    name, _ = provide(lambda request: "ok")
+    assert command(relay, "ask", "--service", name, "x") == (0, "ok\n")
+    assert command(relay, "register", name_of())[0] == 0
+    assert neuroengine.load_readline([]) is None
+
+
+def test_a_console_of_windows_is_asked_whether_it_takes_escape_codes(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for answer in (0, 1):
+        kernel = types.SimpleNamespace(GetStdHandle=lambda n: 7, GetConsoleMode=lambda *a: 1,
+                                       SetConsoleMode=lambda *a, yes=answer: yes)
+        monkeypatch.setattr(ctypes, "windll", types.SimpleNamespace(kernel32=kernel),
+                            raising=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(neuroengine.os, "name", "nt")
+            assert neuroengine.understands_escapes(terminal) is bool(answer)
 
 
 def test_an_older_python_is_told_in_one_sentence():
