@@ -6265,8 +6265,14 @@ def keep_owner(path, data):
 
 
 def read_page():
-    """Return the bytes of chat.html next to this file, or None."""
-    return read_beside("chat.html")
+    """Return the bytes of chat.html next to this file, or None.
+
+    Comments on lines of their own and indentation are for those who read the file: without
+    them the page is an eighth shorter on the wire.
+    """
+    page = read_beside("chat.html")
+    comment = rb"^\t*(?://[^\n]*|/\*(?:(?!\*/).)*\*/)\n"
+    return page and re.sub(rb"(?ms)%s|^\t+" % comment, b"", page)
 
 
 def data_directory(options):
