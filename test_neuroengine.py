@@ -9060,6 +9060,376 @@ def test_page_is_written_to_be_read():
     assert [line for line in lines if len(line) > 100 and "rel=\"icon\"" not in line] == []
 
 
+# 10. Markdown as models write it, and formulas
+
+
+def page_shows(tab, provider, text, script, wanted):
+    """An answer is shown as wanted: what a script says of it. In the script md is its
+    element, all(selector) its elements, texts(selector) their texts."""
+    tab.say("Show")
+    tab.prompt(provider).done(text)
+    deadline, got = time.monotonic() + PAGE_WAIT / 1000, None
+    while got != wanted and time.monotonic() < deadline:
+        got = tab.tab.evaluate("""() => {
+            const md = document.querySelector(".message.last .md");
+            const all = (selector) => [...(md || document.body).querySelectorAll(selector)];
+            const texts = (selector) => all(selector).map((el) => el.textContent);
+            return md && md.textContent ? %s : null; }""" % script)
+        tab.tab.wait_for_timeout(20)
+    assert got == wanted
+    tab.idle()
+
+
+PAGE_DRAWN = r"""
+$x$
+$n = 5$
+$2x + 3$
+$42$
+$E = mc^2$
+$e^{i\pi} + 1 = 0$
+$f(x)$
+$x_1, x_2, \ldots, x_n$
+$\mathbb{R}^n \to \mathbb{C}$
+$a^2 + b^2 = c^2$
+$\frac12 + \frac{a}{b} = \tfrac{1}{2}$
+$\sqrt{2} \approx 1.41421$
+$\sqrt[3]{x + \sqrt{y}}$
+$O(n \log n)$
+$\alpha, \beta, \Gamma, \Omega, \varepsilon, \varphi$
+$f''(x) = f'_n(x)^2$
+$\{1, 2, 3\} \subseteq A \cup B \setminus \emptyset$
+$|x - y| \leq \|x\| + |{-y}|$
+$90^\circ$
+$50\%$
+$p \mid q \nmid r$
+$\lfloor x \rfloor \cdot \lceil y \rceil$
+$1{,}000{,}000$
+$\$5.00 \times 3$
+$\neg p \land q \implies r \iff s$
+$\forall \epsilon > 0\, \exists \delta > 0$
+$\hat{y}, \bar{x}, \vec{v}, \tilde{A}, \dot{q}, \ddot{q}, \widehat{ABC}$
+$\overline{AB} \parallel \underline{CD}$
+$\mathbf{A}\mathbf{x} = \mathbf{b}, \mathcal{L}, \mathfrak{g}, \mathsf{T}, \mathtt{x}, \boldsymbol{\beta}$
+$\mathrm{d}x\,\mathrm{d}y$
+$10 \text{ m/s}^2$
+$x \in [0, 1)$
+$n$th
+$\binom{n}{k} = \frac{n!}{k!(n-k)!}$
+${n \choose k} = {a \over b}$
+$a \equiv b \pmod{n}$
+$17 \bmod 5 = 2$
+$\left(\frac{1}{2}\right)^n$
+$x \mapsto x^{2}$
+$P(A \mid B)$
+$\sin^2\theta + \cos^2\theta = 1$
+$\lim_{x \to 0} \frac{\sin x}{x} = 1$
+$x \not\in A, y \not= z$
+$\operatorname{argmax}_\theta p(\theta)$
+$x_\text{max}$
+$T_{\mathrm{CO_2}}$
+${}^{14}_{6}\mathrm{C}$
+$A^\top A^{-1} A^* A^\dagger$
+$\vec{a} \cdot \vec{b} = \|\vec{a}\|\,\|\vec{b}\| \cos\theta$
+$a \ne b \le c \ge d$
+$x ≤ y, α × β → ∞$
+$\therefore \triangle ABC \cong \triangle DEF, \angle A = 90^\circ$
+$\big( \Big[ \bigg\{ x \bigg\} \Big] \big)$
+$\cancel{x} + \boxed{42}$
+$\textbf{v}_1$
+$\dots, \cdots, \vdots, \ddots$
+$-1 + -2 \times (-3)$
+$\color{red}{x} + \textcolor{blue}{y}$
+$ABC$
+\(x\)
+\(2n - 1\)
+\(\lambda_{\max} = \frac{3}{4}\)
+\( a_{ij}^{(k)} \)
+\(y = mx + b\)
+\[ x^2 \]
+\[\int_0^\infty e^{-x^2}\,dx = \frac{\sqrt{\pi}}{2}\]
+\[ \sum_{n=1}^{\infty} \frac{1}{n^2} = \frac{\pi^2}{6} \]
+$$\sum\limits_{i=1}^{n} i = \frac{n(n+1)}{2}$$
+$$x = \frac{-b \pm \sqrt{b^2 - 4ac}}{2a}$$
+$$\oint_{\partial S} \mathbf{B} \cdot d\mathbf{l} = \mu_0 I + \mu_0\varepsilon_0 \frac{d\Phi_E}{dt}$$
+$$\nabla \times \vec{E} = -\frac{\partial \vec{B}}{\partial t}$$
+$$i\hbar\frac{\partial}{\partial t}\Psi = \hat{H}\Psi$$
+$$\prod_{p \text{ prime}} \frac{1}{1 - p^{-s}}$$
+$$\begin{pmatrix} a & b \\ c & d \end{pmatrix} \begin{bmatrix} x \\ y \end{bmatrix}$$
+$$\det A = \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix} = -2$$
+$$|x| = \begin{cases} x & \text{if } x \ge 0, \\ -x & \text{otherwise.} \end{cases}$$
+$$\begin{aligned} (a+b)^2 &= a^2 + 2ab + b^2 \\ &= c^2 \end{aligned}$$
+\begin{align*} y &= x + 1 \\[4pt] z &= 2y \end{align*}
+\begin{equation} E = mc^2 \tag{1} \end{equation}
+$$\left[\begin{array}{cc|c} 1 & 2 & 3 \\ \hline 4 & 5 & 6 \end{array}\right]$$
+$$\underbrace{1 + 2 + \cdots + n}_{n \text{ terms}} = \overbrace{a + b}^{c}$$
+$$A \xrightarrow{f} B \xleftarrow[h]{g} C$$
+$$\left. \frac{dy}{dx} \right|_{x=0}$$
+$$\left\{ x \;\middle|\; x > 0 \right\}$$
+$$\operatorname*{arg\,min}_{\theta \in \Theta} \mathcal{L}(\theta)$$
+$$\max_{\substack{1 \le i \le n \\ i \ne j}} a_{ij}$$
+$$\iint_D f\,dA = \iiint_V \rho\,dV$$
+$$\text{softmax}(z_i) = \frac{e^{z_i}}{\sum_{j} e^{z_j}}$$
+$$\text{Attention}(Q,K,V) = \text{softmax}\left(\frac{QK^T}{\sqrt{d_k}}\right)V$$
+$$a \overset{!}{=} b \stackrel{\text{def}}{=} c \underset{n}{\to} d$$
+$$2H_2 + O_2 \rightarrow 2H_2O$$
+$$x = 1 \\ y = 2$$
+$$\displaystyle \frac{a}{b} \quad \text{if $x > 0$}$$
+$$\ln\left|\frac{1+x}{1-x}\right|, \quad x \neq 1$$
+$$\hat{\beta} = (X^\top X)^{-1} X^\top y$$
+$$\bigcup_{i \in I} A_i \supseteq \bigcap_{i \in I} A_i$$
+$$\Pr[X \geq a] \leq \frac{\mathbb{E}[X]}{a}$$
+$$\begin{gathered} a = b \\ c = d \end{gathered}$$
+$$\begin{split} a &= b \\ &\quad + c \end{split}$$
+$$f: \mathbb{N} \to \mathbb{N}, \quad f(n) := n + 1$$
+$$\limsup_{n\to\infty} a_n \qquad \inf_{x} f$$
+$$\langle \psi | \hat{A} | \phi \rangle$$
+$$\Gamma(z) = \int_0^\infty t^{z-1} e^{-t} \, \mathrm{d}t$$
+$$\dfrac{\dfrac{a}{b}}{\cfrac{c}{d}}$$
+""".strip().split("\n")
+
+PAGE_SOURCE = r"""
+$\frac{1}{2$
+$\frac{1}$
+$x^$
+$x_1_2$
+$x^{2^{}$
+$\unknown{x}$
+$\left( x$
+$x \right)$
+$\begin{matrix} a$
+$\begin{tikzpicture} \draw (0,0); \end{tikzpicture}$
+$\newcommand{\R}{\mathbb{R}}$
+$\href{javascript:alert(1)}{x}$
+$\includegraphics{x}$
+$\htmlClass{x}{y}$
+$\ce{H2O}$
+$\begin{pmatrix} a \end{bmatrix}$
+$\text{a \foo b}$
+$\constructor{x}$
+$\color{#ff0000}{x}$
+$}x{$
+$a \over b \over c^2$
+$x^2 #$
+\(\sqrt{\)
+\[\begin{cases} x \]
+$$\rule{1em}{1em}$$
+""".strip().split("\n")
+
+PAGE_AMOUNTS = r"""
+It costs $5 and $10.
+Between $5-$10 or $1,000-$2,000 a month.
+From $20/month to $30/month
+US$5 and US$6, 5$ or 6$.
+$HOME and $PATH, $USER_NAME and $x
+Use ${a} or ${b}/${c}.
+I have $100 (about 90 euros) and $20.
+Escaped: \$x^2\$.
+Not \(a formula in words\) nor array\[0\].
+`$x^2$` and `\(x\)`
+A price of $1.50, then $2_000.
+$ x^2 $
+Lone $$ and \( and \[ here
+Pay $3 million, not $4 million.
+""".strip().split("\n")
+
+
+# Of each paragraph: its text, and whether it is a formula that is drawn, or its source.
+PAGE_COUNTED = """[...md.children].map((el) => el.querySelector("math") ? "drawn"
+    : el.textContent.trim()).slice(0, %d)"""
+
+
+def test_page_draws_formulas(page_provider, page_tab):
+    assert len(PAGE_DRAWN) > 100
+    page_shows(page_tab().open(), page_provider, "\n\n".join(PAGE_DRAWN),
+               PAGE_COUNTED % len(PAGE_DRAWN), ["drawn"] * len(PAGE_DRAWN))
+
+
+def test_page_leaves_what_it_cannot_draw_as_source(page_provider, page_tab):
+    page_shows(page_tab().open(), page_provider, "\n\n".join(PAGE_SOURCE),
+               PAGE_COUNTED % len(PAGE_SOURCE), PAGE_SOURCE)
+
+
+def test_page_takes_amounts_and_variables_for_no_formulas(page_provider, page_tab):
+    page_shows(page_tab().open(), page_provider, "\n\n".join(PAGE_AMOUNTS),
+               "[all('math, .tex').length, md.children.length]", [0, len(PAGE_AMOUNTS)])
+
+
+@pytest.mark.parametrize("tex, nodes", [
+    ("\\frac{a}{2}", "<mfrac><mi>a</mi><mn>2</mn></mfrac>"),
+    ("x^{2}_i", "<msubsup><mi>x</mi><mi>i</mi><mn>2</mn></msubsup>"),
+    ("\\sqrt[3]{x}", "<mroot><mi>x</mi><mn>3</mn></mroot>"),
+    ("\\mathbb{R}", "<mi>\u211d</mi>"), ("\\mathrm{kg}", '<mi mathvariant="normal">kg</mi>'),
+    ("x^23", "<msup><mi>x</mi><mn>2</mn></msup><mn>3</mn>"),
+    ("\\text{if $x$}", "<mrow><mtext>if\u00a0</mtext><mi>x</mi></mrow>"),
+    ("-1", '<mo stretchy="false" form="prefix">\u2212</mo><mn>1</mn>')])
+def test_page_makes_mathml(page_provider, page_tab, tex, nodes):
+    page_shows(page_tab().open(), page_provider, "\\(" + tex + "\\)",
+               "all('math').map((el) => [el.innerHTML, el.namespaceURI])",
+               [[nodes.replace("\u00a0", "&nbsp;"), "http://www.w3.org/1998/Math/MathML"]])
+
+
+def test_page_streams_on_around_half_a_formula(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.say("Half")
+    job = page_provider.next()
+    job.push("A **bold** start with $x^2$.\n\n$$\n- \\frac{a")
+    tab.shows("\\frac{a", ".last .md p.tex")
+    tab.tab.evaluate("window.first = document.querySelector('.last .md').firstElementChild")
+    assert tab.tab.text_content(".last .md strong") == "bold"
+    job.push("}{b}\n+ c\n$$\n\nThen $y_1")
+    tab.shows("Then $y_1", ".last .md > p:last-child")
+    assert tab.tab.locator(".last .md .formula mfrac").count() == 1
+    job.done("$ and on.")
+    tab.idle()
+    tab.shows("and on.")
+    assert tab.tab.evaluate("first.isConnected && document.querySelectorAll('math').length") == 3
+
+
+def test_page_ends_a_formula_that_never_ended(page_provider, page_tab):
+    page_shows(page_tab().open(), page_provider, "$$\nx^2\n\n- a **b**\n\n" * 3,
+               "[texts('li strong'), all('math').length]", [["b"] * 3, 0])
+
+
+@pytest.mark.parametrize("source, strong", [
+    ("**重要。**后面", ["重要。"]), ("他说**“你好”**吗", ["“你好”"]), ("前**（注）**后", ["（注）"]),
+    ("これは**「大事」**です", ["「大事」"]), ("**중요(important)**은", ["중요(important)"]),
+    ("a **b** c**d**e", ["b", "d"]), ("2 ** 3 ** 4", []), ("**$x$**，**`y`**。", ["x", "y"])])
+def test_page_finds_emphasis_next_to_punctuation(page_provider, page_tab, source, strong):
+    page_shows(page_tab().open(), page_provider, source, "texts('strong')", strong)
+
+
+def test_page_shows_harmless_tags_as_nodes(page_provider, page_tab):
+    page_shows(
+        page_tab().open(), page_provider,
+        "Press <kbd>Ctrl</kbd>+<KBD>**C**</KBD>, H<sub>2</sub>O, x<sup>2</sup>, <kbd>open, "
+        "<b>not</b> <sub onclick=x>y</sub>\n\n| a<br>b | c |\n|---|---|\n| d<br/>e<br />f | g |",
+        "[texts('kbd'), texts('kbd strong'), texts('sub'), texts('sup'), all('th br').length,"
+        " all('td br').length, md.firstElementChild.textContent.split(', ').slice(3)]",
+        [["Ctrl", "C"], ["C"], ["2"], ["2"], 1, 2,
+         ["<kbd>open", "<b>not</b> <sub onclick=x>y</sub>"]])
+
+
+def test_page_leads_from_a_footnote_mark_to_the_note(page_provider, page_tab):
+    tab = page_tab().open()
+    page_shows(
+        tab, page_provider, "One[^1], two[^two], and [^none] in `[^1]`.\n\n" + "Text.\n\n" * 80
+        + "[^1]: The *first*,\n    with more.\n\n    And more.\n[^two]: The second.",
+        "[texts('sup button'), texts('.footnote'), texts('.footnote em'),"
+        " md.firstElementChild.textContent]",
+        [["1", "two"], ["1The first,\nwith more.And more.", "twoThe second."], ["first"],
+         "One1, twotwo, and [^none] in [^1]."])
+    tab.tab.click("[aria-label='Footnote two']")
+    tab.eventually("document.querySelector('[data-note=two]').getBoundingClientRect().bottom"
+                   " <= innerHeight")
+
+
+def test_page_tables_look_like_tables(page_provider, page_tab):
+    tab = page_tab(viewport={"width": 360, "height": 640}).open()
+    wide = "| %s |\n|%s\n| %s |\n\n" % (" | ".join("abcdefghijkl"), "---|" * 12,
+                                      " | ".join(["A wide cell"] * 12))
+    narrow = "| a | $|x|$ |\n|--:|:-:|\n| 1 | `p|q` |"
+    page_shows(tab, page_provider, wide + narrow, """all(".table").map((el) => {
+        const head = getComputedStyle(el.querySelector("th"));
+        const cells = [...el.querySelectorAll("td")].slice(-2);
+        const cell = getComputedStyle(cells[0]);
+        return [el.scrollWidth > el.clientWidth, getComputedStyle(el).borderTopWidth,
+          head.backgroundColor !== cell.backgroundColor, parseFloat(cell.paddingLeft) > 10,
+          cells.map((td) => td.textContent + " " + getComputedStyle(td).textAlign)]; })""",
+               [[True, "1px", True, True, ["A wide cell left"] * 2],
+                [False, "1px", True, True, ["1 right", "p|q center"]]])
+    assert tab.wide() == []
+
+
+def test_page_tables_run_from_right_to_left(page_provider, page_tab):
+    page_shows(
+        page_tab().open(), page_provider, "| الاسم | العدد |\n|---|--:|\n| علي | 12 |",
+        "[...all('.table').map((el) => el.dir), all('td').length === 2"
+        " && all('td')[0].offsetLeft > all('td')[1].offsetLeft,"
+        " ...all('td').map((td) => getComputedStyle(td).textAlign)]",
+        ["rtl", True, "right", "right"])
+
+
+def test_page_ends_addresses_before_foreign_punctuation(page_provider, page_tab):
+    page_shows(
+        page_tab().open(), page_provider,
+        "看https://a.example/x。然后（https://b.example/路径），“https://c.example”、"
+        "https://d.example是。See https://e.example/a_(b). And (https://f.example/).",
+        "texts('a')", ["https://a.example/x", "https://b.example/路径", "https://c.example",
+                       "https://d.example", "https://e.example/a_(b)", "https://f.example/"])
+
+
+@pytest.mark.parametrize("link, shown", [
+    ("[https://bank.example](https://evil.example/bank.example)", " (evil.example)"),
+    ("[bank.example](https://evil.example)", " (evil.example)"),
+    ("[Go to www.bank.example now](https://evil.example)", " (evil.example)"),
+    ("[b\u200bank.example](https://evil.example)", " (evil.example)"),
+    ("[bank.example@evil.example](https://other.example)", " (other.example)"),
+    ("[me@bank.example](mailto:me@evil.example)", " (evil.example)"),
+    ("[https://bank.example](https://www.bank.example/login)", ""),
+    ("[bank.example](https://docs.bank.example)", ""), ("[a text. Yes](https://evil.example)", "")])
+def test_page_shows_where_a_link_goes_that_says_otherwise(page_provider, page_tab, link, shown):
+    page_shows(page_tab().open(), page_provider, "x " + link, "texts('bdi').join()", shown)
+
+
+PAGE_LONG = {
+    "stars": "*a " * 33000, "nested stars": "*a **b " * 8000 + "b** a* " * 8000,
+    "brackets": "[" * 50000 + "](x)" * 12000, "images": "![" * 25000 + "](x)" * 12000,
+    "dollars": "$" * 50000 + "$a " * 16000, "escapes": "\\(" * 50000 + "\\)",
+    "open formulas": "\\[\n" * 15000 + "$$\na\n" * 10000, "commands": ("$" + "\\frac" * 180 + "$ ") * 90,
+    "braces": ("$$" + "{" * 1900 + "}" * 1900 + "$$\n\n") * 25,
+    "scripts": ("$$" + "x^{" * 900 + "y" + "}" * 900 + "$$\n\n") * 25,
+    "quotes": ">" * 50000 + "\n" + "> " * 25000, "backticks": "".join(
+        "`" * n + "a" for n in range(1, 440)), "tags": "<sub>" * 10000 + "</sub>" * 8000,
+    "notes": "[^1] " * 10000 + "\n\n[^1]: x", "dots": ("http://a" + "." * 1900 + "x ") * 50,
+    "spaces": ("a" + " " * 3990 + "\n") * 25, "bars": "|" * 50000 + "\n" + "a|b\n" * 12000,
+    "loose list": "- a\n\n  b\n" * 10000}
+
+
+def page_cpu_of(browser, tab, provider, text):
+    """CPU milliseconds of the longest task that showing an answer took."""
+    browser.start_tracing(page=tab.tab, categories=["toplevel"])
+    page_shows(tab, provider, text + "\n\nThe end.",
+               "md.lastElementChild.textContent", "The end.")
+    return page_longest_task(browser.stop_tracing())
+
+
+@pytest.mark.parametrize("kind", PAGE_LONG)
+def test_page_takes_long_runs_of_signs(page_browser, page_provider, page_tab, kind):
+    tab = page_tab().open()
+    # What grows with the square of the length takes seconds.
+    assert page_cpu_of(page_browser, tab, page_provider, PAGE_LONG[kind]) < 400
+    assert tab.tab.evaluate("""() => { let most = 0;
+        const walk = (el, depth) => { most = Math.max(most, depth);
+          for (const child of el.children) walk(child, depth + 1); };
+        walk(document.querySelector(".last .md"), 0); return most; }""") < 100
+
+
+PAGE_BLOCKS = {
+    "list": "- item with **bold** and `code`\n" * 7500, "quote": "> quoted *text* goes on\n" * 10000,
+    "table": "| a | b |\n|---|---|\n" + "| 1 **b** | some words and `code` |\n" * 6700,
+    "code": "```python\n" + "def f(x):  # comment\n    return x\n" * 7000 + "```\n",
+    "paragraph": "A line of a paragraph with **bold** words.\n" * 5600, "line": "word *words* " * 18500}
+
+
+@pytest.mark.parametrize("kind", PAGE_BLOCKS)
+def test_page_draws_a_long_block_without_a_long_frame(
+        page_browser, page_provider, page_tab, kind):
+    assert len(PAGE_BLOCKS[kind]) > 235000
+    longest = []
+    while len(longest) < 3 and min(longest, default=100) >= 100:  # the machine may be busy
+        longest.append(page_cpu_of(page_browser, page_tab().open(), page_provider,
+                                   PAGE_BLOCKS[kind]))
+    assert min(longest) < 100, longest
+
+
+def test_page_counts_on_in_a_long_list_and_repeats_a_long_tables_head(page_provider, page_tab):
+    text = "".join("%d. item\n" % n for n in range(1, 451))
+    text += "\n| h |\n|---|\n" + "| r |\n" * 450
+    page_shows(page_tab().open(), page_provider, text,
+               "[all('ol').map((el) => el.start), all('li').length, texts('th'),"
+               " all('td').length]", [[1, 201, 401], 450, ["h"] * 3, 450])
+
+
 ##############################################################################
 # README and docs: their tables are what the code says
 ##############################################################################
