@@ -821,8 +821,9 @@ class Line:
         """Show a text in place of the one before; "" clears it."""
         if self._live and (text or self._width):
             text = printable(text)[:columns() - 1]
-            self._stream.write("\r%s\r%s" % (" " * self._width, text))
-            self._stream.flush()
+            with contextlib.suppress(OSError, ValueError):     # the terminal may be closed
+                self._stream.write("\r%s\r%s" % (" " * self._width, text))
+                self._stream.flush()
             self._width = len(text)
 
 
@@ -2493,10 +2494,9 @@ class Status:
 
     def __init__(self, hours=(), stream=None):
         self.hours, self.stream = hours, stream or sys.stderr
-        self.live = hasattr(self.stream, "isatty") and self.stream.isatty()
+        self.live, self._line = is_terminal(self.stream), Line(self.stream)
         self._lock = threading.Lock()
         self._shown = 0.0
-        self._line = ""
         self._before = (time.monotonic(), 0)
         self._outboxes = []
 
@@ -2507,9 +2507,12 @@ class Status:
     def event(self, text):
         """Say something that happened."""
         with self._lock:
-            self._write(("\r\x1b[K" if self._line else "") + (
-                "" if self.live else time.strftime("%H:%M:%S ")) + text + "\n")
-            self._line = ""
+            self._line.show("")
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                # It may be gone, or None; what the program does goes on.
+                self.stream.write("%s%s\n" % ("" if self.live else time.strftime("%H:%M:%S "),
+                                              printable(text, lines=True)))
+                self.stream.flush()
 
     def failure(self, text):
         """Say that something raised, with its traceback."""
@@ -2530,17 +2533,9 @@ class Status:
             if now - since > 2:
                 self._before = now, tokens
             self._shown = now
-            self._line = ("%s  %d running  %d served  %.0f tokens/s  %s" % (
+            self._line.show(("%s  %d running  %d served  %.0f tokens/s  %s" % (
                 "working" if running else "waiting", running, served, rate,
-                hours_words(self.hours))).rstrip()
-            self._write("\r\x1b[K" + self._line)
-
-    def _write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError):
-            pass                               # nobody reads it
+                hours_words(self.hours))).rstrip())
 
 
 ##############################################################################

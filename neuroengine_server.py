@@ -1967,14 +1967,19 @@ def size_of(items):
     return size
 
 
+def said_last(items, field, kind):
+    """What the provider said in a field of its last items, if it is of this kind; or None."""
+    for item in items[:-4:-1]:
+        if type(item) is bytes and field.encode("ascii") in item:
+            value = json.loads(item).get(field)
+            if isinstance(value, kind):
+                return value
+    return None
+
+
 def usage_of(items):
     """The provider's own count of tokens, a dict that comes near the end; or None."""
-    for item in items[:-4:-1]:
-        if type(item) is bytes and b'"usage"' in item:
-            usage = json.loads(item).get("usage")
-            if isinstance(usage, dict):
-                return usage
-    return None
+    return said_last(items, "usage", dict)
 
 
 def count_tokens(items):
@@ -2593,9 +2598,10 @@ def stats_of(job):
              "first_token_ms": round(1000 * (first - job.created), 1),
              "total_ms": round(1000 * (end - job.created), 1),
              "tokens": count_tokens(job.items)}
-    usage = usage_of(job.items)
-    if usage is not None:
-        stats["usage"] = usage
+    for field, kind in (("usage", dict), ("finish_reason", str)):
+        value = said_last(job.items, field, kind)
+        if value is not None:
+            stats[field] = value
     if end - first > 0.001 and stats["tokens"] > 1:
         stats["tokens_per_s"] = round((stats["tokens"] - 1) / (end - first), 1)
     return stats
@@ -2636,8 +2642,12 @@ def post_native(exchange, name=None):
 
 
 def cancel_native(exchange, service, request, access):
-    """{"command": "cancel", "key": ...}: stop a stream"""
-    identity = stream_identity(exchange, service, request.get("key") or "", access)
+    """{"command": "cancel", "key": ...}: stop a stream, or the caller's own whole prompt
+    that came with this Idempotency-Key"""
+    key = request.get("key") or ""
+    identity = Identity("repeat", service, exchange.caller(access), key[:512])
+    if not exchange.broker.is_known(identity):
+        identity = stream_identity(exchange, service, key, access)
     reader = open_stream(exchange, identity, 0)
     exchange.broker.cancel(reader.job)
     exchange.broker.leave(reader, True)
