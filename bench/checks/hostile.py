@@ -417,7 +417,8 @@ def hostile_requests(siege, figures):
 @part("hostile-directory")
 def hostile_directory(siege, figures):
     """The directory of 10,000 services, asked for on three connections."""
-    with Relay(siege, *TRUST) as relay:
+    with Relay(siege, *TRUST, "--max-registrations-per-hour", 20000,
+               "--max-changes-per-minute", 100000) as relay:
         at_once(lambda n: relay.register("Service%d" % n), range(9_990), 4)
         for method, path in (("GET", "/api/models"), ("HEAD", "/api/models"),
                              ("GET", "/v1/models"), ("HEAD", "/v1/models"),
