@@ -173,13 +173,16 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
         "Ask its operator for a new one, and pass it as key.",
         "Check --key and $NEUROENGINE_ACCESS_KEY, or ask the operator for a new one."),
     "service_key_missing": (
-        "This needs the service key of {service}, which is not on this machine.",
-        "Pass it to login().", "Give it by --key-file or $NEUROENGINE_KEY."),
+        "This needs the service key of {service}.",
+        "Pass login() the key that `neuroengine.py register` printed.",
+        "There is none on this machine: give it by --key-file or $NEUROENGINE_KEY."),
     "service_key_wrong": (
-        "This is not the service key of {service}.", "Pass the right one to login().",
+        "This is not the service key of {service}.",
+        "Pass login() the key that `neuroengine.py register` printed.",
         "It comes from {source}."),
-    "forbidden": (
-        "", "Pass the key of this service as key.", "Give the key of this service by --key."),
+    "key_of_another": (
+        "This access key is for another service than {service}.",
+        "Pass the key of this service as key.", "Give the key of this service by --key."),
     "service_unknown": (
         "There is no service {service} at {relay}.", "getModels() lists the services.",
         "`models` lists the services."),
@@ -209,6 +212,8 @@ def advise(error, interface, **names):
     row = error.row
     if row == "invalid_key" and names.get("kind"):
         row = names["kind"] + ("_wrong" if names.get("key") else "_missing")
+    elif row == "forbidden" and names.get("key") and "access key" in error.said:
+        row = "key_of_another"
     fact, *steps = ADVICE.get(row, ("", "", ""))
     step = steps[interface - 1]
     try:
@@ -665,7 +670,10 @@ class RelayTransport(Transport):
             raise self.explain(error) from error
 
     def explain(self, error):
-        """The error, or a better one if another kind of server has this address."""
+        """The error, or a better one if the address is that of another kind of server."""
+        if error.name == "forbidden" and "not https" in error.said:
+            return NeuroengineError(NO_CONNECTION, "%s speaks TLS: write %s." % (
+                self.base, self.base.replace("http:", "https:", 1)), "needs_tls")
         if error.errorcode == NO_CONNECTION and error.name not in WAY_ERRORS \
                 and not error.retry:           # a proxy's 502 tells nothing
             try:
@@ -2060,7 +2068,8 @@ class NeuroengineServer:
         try:
             self._log_in()
         except NeuroengineError as error:
-            self.error = error.message
+            self.error = advise(error, PYTHON, service=service_name, key=service_key, source="",
+                                relay=self._transport.base, kind="service_key").message
             return -abs(error.errorcode)
         return 0
 

@@ -4003,6 +4003,21 @@ def test_a_proxy_is_used_but_never_for_loopback(answering, monkeypatch, relay):
         assert "Basic bWU6c2VjcmV0" in head
 
 
+def test_plain_http_at_a_relay_with_tls_is_told_in_words(answering):
+    server = answering(http_answer({"errorcode": 31, "error": "forbidden", "reply":
+                                    "This is not https: use https, at port 8443."}, 403))
+    reply = Neuroengine("x", server.url, key="k").request("hi")
+    assert reply == "%s speaks TLS: write %s." % (server.url, server.url.replace("http", "https"))
+
+
+def test_a_provider_is_told_in_pythons_words_why_it_cannot_log_in(relay, hand):
+    server = NeuroengineServer(relay.url)
+    for key, words in (("", "needs the service key"), ("no", "not the service key")):
+        assert server.login(hand.name, key) == -30
+        assert words in server.error and "login()" in server.error and "Bearer" not in server.error
+    assert server.login(hand.name, hand.key) == 0 and server.error == ""
+
+
 def test_nothing_can_be_put_into_a_request_by_a_header(relay):
     transport = neuroengine.Transport(relay.url)
     for value in ("a\r\nX: y", "snow \u2603"):
@@ -5839,7 +5854,7 @@ def test_a_key_file_that_is_no_key_file_is_named_with_its_trouble(
 def test_wrong_and_missing_keys_and_files_are_told_by_their_source(
         command, relay, hand, monkeypatch):
     for args, words in ((["--key", "ne_no"], "It comes from --key."),
-                        ([], "Give it by --key-file"),
+                        ([], "give it by --key-file"),
                         (["--key", "a\nb"], "--key holds no key")):
         assert words in command(relay, "keys", hand.name, *args)[1]
     monkeypatch.setenv("NEUROENGINE_KEY", "ne_no")
