@@ -150,15 +150,6 @@ class Cutter(Proxy):
 
 # How an answer ended: "end", cleanly; "left", the client went away on purpose; "cut", a
 # bare connection without a last record; else the name of an error.
-NAMES = (("Connection error", "no_connection"), ("The stream was cut", "no_connection"),
-         ("No stream of that key", "stream_unknown"), ("went away", "provider_lost"),
-         ("is restarting", "shutting_down"), ("No provider of", "service_offline"),
-         ("was cancelled", "cancelled"))
-
-
-def error_name(words):
-    """The name of an error that is known by its words alone."""
-    return next((name for part, name in NAMES if part in words), "other: " + words[:200])
 
 
 class Wrong(Exception):
@@ -174,22 +165,20 @@ class Clients:
 
     def whole(self, url, service, prompt, leave):
         """Neuroengine.request"""
-        words = Neuroengine(service, url).request(prompt, raw=True)
-        if judge(prompt, words) == "whole":
-            return words, "end"
-        return "", error_name(words)
+        reply = Neuroengine(service, url).request(prompt, raw=True)
+        return ("", reply.error) if reply.errorcode else (reply, "end")
 
     def polled(self, url, service, prompt, leave):
         """Neuroengine.request with a stream key, until "" """
         api, key, texts = Neuroengine(service, url), "%032x" % random.getrandbits(128), []
         while leave is None or len(texts) < leave:
-            text = api.request(prompt, streamkey=key, gettokens=self.rand.randrange(1, 30))
-            if not text:
+            reply = api.request(prompt, streamkey=key, gettokens=self.rand.randrange(1, 30))
+            if reply.errorcode:
+                return "".join(texts), reply.error
+            if not reply:
                 break
-            texts.append(text)
+            texts.append(reply)
         text = "".join(texts)
-        if texts and judge(prompt, text) == "wrong":   # its last piece may be an error
-            return "".join(texts[:-1]), error_name(texts[-1])
         if leave is None or len(texts) < leave:
             return text, "end"
         if leave % 2:                      # say so, or vanish
