@@ -240,7 +240,8 @@ def relay_url(address, port=443):
     """
     if address == DEFAULT_SERVER:
         address = os.environ.get("NEUROENGINE_SERVER", "").strip() or address
-    address = str(address).strip().rstrip("/")     # a pasted address may end with CR or /
+    # A pasted address may end with a CR or a slash.
+    address = re.sub(r"(?<=[^/:])/+\Z", "", str(address).strip())
     if "://" in address:
         return address[:-3] if address.endswith("/v1") else address
     if address.count(":") > 1 and address[0] != "[":
@@ -939,7 +940,7 @@ class Neuroengine:
         self.verify_ssl = verify_ssl
         self._transport = RelayTransport(relay_url(server_address, server_port), verify_ssl)
         # streamkey -> (prompt, items received, or None once it ended)
-        self._cursors: Dict[str, Any] = {}
+        self._cursors: "collections.OrderedDict[str, Any]" = collections.OrderedDict()
 
     def request(self, prompt: Prompt, temperature: float = 1.0, top_p: float = 0.9,
                 top_k: int = 40, repetition_penalty: float = 1.2, max_new_len: int = 128,
@@ -1027,6 +1028,8 @@ class Neuroengine:
         terminal, standard error shows the progress. Closing the iterator cancels what is
         under way.
         """
+        if isinstance(prompts, str):           # its characters would be the prompts
+            raise TypeError("map() takes several prompts: pass a list, or use request()")
         return Batch(self, prompts, max(1, at_once), params).replies()
 
     def cancel(self, streamkey: str) -> None:
@@ -1091,7 +1094,7 @@ class Neuroengine:
         done = answer.get("done") or answer["reply"] == ""
         self._cursors[streamkey] = prompt, None if done else answer.get("at", 0)
         while len(self._cursors) > REMEMBERED_STREAMS:
-            del self._cursors[next(iter(self._cursors))]
+            self._cursors.popitem(last=False)
         return Reply(answer["reply"], stats=answer.get("stats"))
 
     def _events(self, prompt, params):
@@ -3948,7 +3951,7 @@ class Answer:
         finally:
             self._line.show("")
             if self.text and not self._quiet:
-                print(flush=True)
+                print(end="" if self.text.endswith("\n") else "\n", flush=True)
 
     def _take(self, kind, value):
         if kind == "text":
@@ -4719,6 +4722,7 @@ def build_parser():
         def error(self, message):
             words = re.sub(r"\Aargument (\S+): (expected one argument)?",
                            lambda m: m[1] + (" needs a value" if m[2] else " "), message)
+            words = words.replace("not allowed with argument", "does not go with")
             raise Usage(words.replace("the following arguments are required: name",
                                       "the name of the service is missing"))
 
@@ -4832,6 +4836,9 @@ KEY_LIMITS = {"requests_per_day": "requests from midnight to midnight, UTC",
               "tokens_per_day": "tokens of answers in that time",
               "concurrency": "prompts at once", "max_new_len": "longest answer, in tokens"}
 FLAGS = ("--insecure", "--json", "--wait")     # common options without a value
+# Fields that the relay's words may name, and that are options here.
+OPTION_FIELDS = ("max_new_len", "temperature", "top_p", "seed", "operator", "comment",
+                 "suggest", "anonymous") + tuple(KEY_LIMITS)
 
 
 def with_command(argv):
@@ -4885,8 +4892,10 @@ def in_options(error):
     """The words for an error on the command line."""
     words = advise(error, COMMAND_LINE, **error.names).message
     if error.name == "invalid_request":
-        words = re.sub(r"\A(max_new_len|temperature|top_p|seed|tokens_per_day|concurrency|"
-                       r"requests_per_day)\b", lambda m: "--" + m[0].replace("_", "-"), words)
+        field, _, rest = words.partition(" ")
+        option = {"suggestions": "suggest", "anonymous_per_day": "anonymous"}.get(field, field)
+        if option in OPTION_FIELDS:
+            words = "--%s %s" % (option.replace("_", "-"), rest)
     return printable(words, lines=True)
 
 

@@ -3957,6 +3957,8 @@ def test_map_takes_no_more_prompts_than_it_needs_and_ends_when_closed(relay, pro
     def broken():
         yield "one"
         raise KeyError("ours")
+    with pytest.raises(TypeError, match="pass a list"):
+        client_of(relay, name).map("one prompt")
     replies = client_of(relay, name).map(broken())
     assert next(replies) == "x"
     with pytest.raises(KeyError):
@@ -5825,6 +5827,7 @@ def test_ask_as_json_and_an_answer_that_was_cut(command, relay, provide):
     (["share", "X", "--max-tokens", "-5"], "--max-tokens must be"),
     (["ask", "x", "--temperature", "nan"], "--temperature must be a number"),
     (["ask", "x", "--seed"], "--seed needs a value"), (["keys"], "name of the service is missing"),
+    (["keys", "X", "--pause", "--resume"], "--resume does not go with --pause"),
     (["models", "x"], "models does not take x"), (["rename", "A", "B"], "`describe`"),
     (["keys", "X", "--requests-per-day", "5"], "add --add LABEL")])
 def test_a_command_line_that_is_not_right_is_told_in_words(command, relay, args, words):
@@ -5990,6 +5993,7 @@ def test_an_operator_describes_rekeys_and_unregisters_a_service(command, relay, 
     old = command(relay, "register", name)[1].split()[-1]
     text = command(relay, "describe", name, "--operator", "Ann", "--comment", "Gemma")[1]
     assert "operator: Ann\ncomment: Gemma" in text
+    assert command(relay, "describe", name, "--comment", "a\nb")[1].startswith("--comment must")
     text = command(relay, "keys", name)[1]
     assert "is open to everybody, never connected" in text and "no access keys" in text
     new = command(relay, "new-key", name)[1].split()[-1]
