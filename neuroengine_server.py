@@ -2047,7 +2047,11 @@ class Exchange:
             self.body_read = head.length == 0
             self.keep_alive = head.keep_alive and not self.relay.stopping
             self.began = self.broker.now()
-            with self.relay.charge_proxied(self):
+            if self.connection.proxied:    # it counts for the client that it speaks for
+                self.address = self.relay.forwarded_for(head, self.address)
+                with self.relay.proxied.take(self.address):
+                    self._dispatch(head)
+            else:
                 self._dispatch(head)
         except (PeerGone, socket.timeout, ConnectionError):
             raise PeerGone()
@@ -2105,7 +2109,7 @@ class Exchange:
         if coding.lower() != "identity":
             raise RelayError("unsupported_encoding", "Send the body without a "
                              "Content-Encoding.")
-        with self.relay.bytes_under_way(self) as count:
+        with BytesUnderWay(self) as count:
             body = read_body(self.connection, self.head, self.limits, most, count)
             self.body_read = True
             self.fingerprint = hashlib.sha256(body).digest()
@@ -2184,8 +2188,9 @@ class Exchange:
 
     def release_slot(self):
         """Give the slot back; nothing happens if that was done already."""
-        if self.slot is not None:
-            self.slot.release()
+        slot, self.slot = self.slot, None
+        if slot is not None:
+            slot.release()
 
     # -- the response --
 
@@ -2320,9 +2325,10 @@ class Outlet:
             self.complete = True
             raise
         finally:
-            self.broker.offer_to(self.reader, None, math.inf)
             with self._turn:               # no other thread is sending now, or will
-                self.broker.leave(self.reader, self.complete and not self.connection.unsent)
+                if self.reader.attached:   # else the thread that sent the end has left it
+                    delivered = self.complete and not self.connection.unsent
+                    self.broker.leave(self.reader, delivered)
 
     def _give_way(self):
         """The slot is needed for others."""
@@ -2335,7 +2341,7 @@ class Outlet:
         if not self._turn.acquire(False):
             return self.broker.leave_to_own(self.reader)
         try:
-            if self.complete or self.reader.gone:
+            if self.complete or not self.reader.attached:
                 return
             if not self.connection.unsent and self.size() <= PUSHED_BYTES:
                 self.move(self.connection.send_now)
@@ -2393,7 +2399,8 @@ class WholeOutlet(Outlet):
 
     def run(self):
         self.broker.offer_to(self.reader, self.offer, math.inf)
-        self.offer()
+        if self.job.ended_at is not None:  # before there was an offer
+            self.offer()
         # While others bring the answer, this thread waits for the next request already: so
         # it is woken once per prompt, not twice (a fifth of a prompt's processor time).
         if not (self.complete or self.reader.behind or self.encoder.large) and (
@@ -2562,7 +2569,8 @@ class NativeWhole:
         return b""
 
     def whole(self, job):
-        return to_json({"reply": text_of(job.items), "errorcode": 0, "stats": stats_of(job)})
+        return b'{"reply":%s,"errorcode":0,"stats":%s}' % (
+            to_json(text_of(job.items)), stats_of(job))
 
 
 class NativeStream:
@@ -2586,25 +2594,26 @@ class NativeStream:
     def end(self, job):
         if job.error is not None:
             return dumps(job.error.native()) + b"\n"
-        return dumps({"done": True, "stats": stats_of(job)}) + b"\n"
+        return b'{"done":true,"stats":%s}\n' % stats_of(job)
 
 
 def stats_of(job):
-    """What an answer took, for its client: milliseconds, tokens, and their rate."""
+    """What an answer took, for its client, as JSON: milliseconds, tokens, and their rate."""
     end = job.created if job.ended_at is None else job.ended_at
     leased = end if job.leased_at is None else job.leased_at
     first = end if job.first_at is None else job.first_at
-    stats = {"id": job.id, "queue_ms": round(1000 * (leased - job.created), 1),
-             "first_token_ms": round(1000 * (first - job.created), 1),
-             "total_ms": round(1000 * (end - job.created), 1),
-             "tokens": count_tokens(job.items)}
-    for field, kind in (("usage", dict), ("finish_reason", str)):
-        value = said_last(job.items, field, kind)
-        if value is not None:
-            stats[field] = value
-    if end - first > 0.001 and stats["tokens"] > 1:
-        stats["tokens_per_s"] = round((stats["tokens"] - 1) / (end - first), 1)
-    return stats
+    tokens, more = count_tokens(job.items), {}
+    for item in job.items[-3:]:            # the provider's own words come near the end
+        if type(item) is bytes:
+            more.update({name: value for name, value in json.loads(item).items()
+                         if name in ("usage", "finish_reason") and value})
+    if end - first > 0.001 and tokens > 1:
+        more["tokens_per_s"] = round((tokens - 1) / (end - first), 1)
+    # By hand: the encoder would take as long as the rest of a short answer.
+    return b'{"id":"%s","queue_ms":%.1f,"first_token_ms":%.1f,"total_ms":%.1f,"tokens":%d%s' % (
+        job.id.encode("ascii"), 1000 * (leased - job.created), 1000 * (first - job.created),
+        1000 * (end - job.created), tokens,
+        b"," + dumps(more)[1:] if more else b"}")
 
 
 def send_models(exchange):
@@ -2728,7 +2737,7 @@ class PollOutlet(Outlet):
             job.error_told = True          # a client that does not count would loop
             raise job.error
         else:
-            answer.update(done=True, stats=stats_of(job))
+            answer.update(done=True, stats=json.loads(stats_of(job)))
         with self.room(size_of(texts)):
             self.exchange.respond(200, answer)
         self.complete = True
@@ -2891,9 +2900,10 @@ def send_work(exchange, offers, cancels, refused=None):
             request = request[:-1] + b',"reply_so_far":%s}' % to_json(text)
         parts.append(b'{"job":"%s","attempt":%d,"at":%d,"request":%s}' % (
             job.id.encode("ascii"), attempt, at, request))
-    body = b'{"errorcode":0,"jobs":[%s],"cancel":%s' % (b",".join(parts), dumps(cancels))
+    body = b'{"errorcode":0,"jobs":[%s],"cancel":%s' % (
+        b",".join(parts), dumps(cancels) if cancels else b"[]")
     if refused is not None:
-        body += b',"refused":%s' % dumps(refused)
+        body += b',"refused":%s' % (dumps(refused) if refused else b"[]")
     # What was admitted is never refused on its way out: so not send_whole, which may.
     exchange.connection.send(b"".join(exchange.response(200, body + b"}")))
 
@@ -2952,6 +2962,7 @@ ROUTES.update({base + path: route for base in ("", "/v1", "/*/v1")
 MODEL_BASES = (("v1", "models"), ("models",))
 
 
+@functools.lru_cache(maxsize=250)
 def find_route(path):
     """Return (Route, arguments) for the segments of a path; (None, ()) if there is none."""
     for base in MODEL_BASES:
@@ -2990,8 +3001,7 @@ TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(" + TOKEN + r") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
 # Control characters, a bare CR or LF, white space before the colon and folded lines do not
 # match: each of them has been used to smuggle requests past proxies.
-FIELD = re.compile(r"(" + TOKEN + r"):([\t\x20-\x7e\x80-\xff]*)\r\n")
-FIELDS = re.compile(r"(?:" + FIELD.pattern + r")*\Z")
+FIELDS = re.compile(r"(?:" + TOKEN + r":[\t\x20-\x7e\x80-\xff]*\r\n)*\Z")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,256})?\Z")
 HOST = re.compile(r"[A-Za-z0-9.:_\[\]-]*\Z")
 SINGLE = frozenset(("host", "content-length", "transfer-encoding", "authorization",
@@ -3020,12 +3030,13 @@ def parse_head(data):
     head.method, head.target, version = match.groups()
     if not FIELDS.match(text, match.end()):
         raise RelayError("bad_http", "A header of this request is malformed.")
-    found = FIELD.findall(text, match.end())
-    if len(found) > MAX_FIELDS:
+    lines = text[match.end():-2].split("\r\n")
+    if len(lines) > MAX_FIELDS:
         raise RelayError("bad_http", "This request has too many headers.")
     head.version, head.fields = int(version), {}
     fields = head.fields
-    for name, value in found:
+    for line in filter(None, lines):
+        name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name not in fields:
             fields[name] = value
@@ -3101,12 +3112,12 @@ def read_head(connection, limits):
             skipped = True                 # RFC 9112, 2.2: one empty line is ignored
             buffer = connection.buffer = buffer[2:]
         elif buffer[:2] == b"\r\n" or buffer[:1] == b"\x16":
-            connection.last_head = buffer[:256]
+            connection.last_head, connection.head = buffer[:256], None
             raise RelayError("bad_http", "That is not an HTTP/1.1 request line." if
                              buffer[:1] == b"\r" else "This port speaks plain HTTP, not TLS.")
         found = buffer.find(b"\r\n\r\n")
         if found > limits.max_head_bytes or found < 0 and len(buffer) > limits.max_head_bytes:
-            connection.last_head = buffer[:256]
+            connection.last_head, connection.head = buffer[:256], None
             raise RelayError("head_too_large", "The headers are larger than %d bytes."
                              % limits.max_head_bytes)
         if found < 0:
@@ -3115,12 +3126,16 @@ def read_head(connection, limits):
             except socket.timeout:
                 if not connection.buffer.strip():
                     raise PeerGone() from None
-                connection.last_head = connection.buffer[:256]
+                connection.last_head, connection.head = connection.buffer[:256], None
                 raise RelayError("request_timeout", "The headers did not come within %g s."
                                  % limits.head_seconds) from None
-    connection.last_head = connection.buffer[:found + 2]
+    data = connection.buffer[:found + 2]
     connection.buffer = connection.buffer[found + 4:]
-    return parse_head(connection.last_head)
+    # A client's heads are often alike, and parsing one takes 7 % of a prompt's time.
+    if connection.head is None or data != connection.last_head:
+        connection.last_head, connection.head = data, None
+        connection.head = parse_head(data)
+    return connection.head
 
 
 def read_body(connection, head, limits, most=None, count=None):
@@ -3287,6 +3302,7 @@ class Connection:
         self.buffer = b""                  # what has come and was not read
         self.unsent = b""                  # what send_now could not send
         self.last_head = b""               # as it came, even if it was malformed
+        self.head = None                   # the same, parsed
         self.address, self.near, self.proxied = "", False, False
         self.slot = None                   # of the Room for connections
         self.idle_until = time.monotonic() + limits.head_seconds    # for the first byte
@@ -4015,6 +4031,30 @@ def check_calls(calls):
             raise ValueError
 
 
+class BytesUnderWay:
+    """The memory that one body takes, from the arrival of its bytes until it is parsed."""
+
+    UNCOUNTED = 16384                      # so many bytes always pass
+
+    def __init__(self, exchange):
+        self._exchange, self._slots, self._total = exchange, [], 0
+
+    def __enter__(self):
+        return self._count
+
+    def _count(self, size):
+        """Take room for bytes that came. Raises RelayError if there is none."""
+        exchange = self._exchange
+        self._total += size
+        self._slots.append(exchange.relay.bytes.take(
+            exchange.address, size, always=self._total <= self.UNCOUNTED,
+            reserved=exchange.trusted, give_way=exchange.connection.abort))
+
+    def __exit__(self, *_):
+        for slot in self._slots:
+            slot.release()
+
+
 ##############################################################################
 # Responses: heads, errors and logs, in the words of each API
 ##############################################################################
@@ -4367,7 +4407,8 @@ class TextEncoder:
         self.base = b'{"id":"%s-%s","object":"%s","created":%d,"model":"%s","choices":[' % (
             b"chatcmpl" if self.chat else b"cmpl", job.id[:24].encode("ascii"),
             what.encode("ascii"), time.time(), model.encode("ascii"))
-        self.before, self.after = self._chunk({"content": ""}).split(b'""')
+        if stream:
+            self.before, self.after = self._chunk({"content": ""}).split(b'""')
 
     def headers(self, exchange, job):
         return time_headers(exchange, job)
@@ -4386,15 +4427,10 @@ class TextEncoder:
                 message.add(item)
         self.tokens = len(message.texts)
         said = "".join(message.texts)
-        choice = {"index": 0}
-        if self.chat:
-            choice["message"] = message.whole(said)
-        else:
-            choice["text"] = said
-        choice["logprobs"] = None
-        choice["finish_reason"] = self.finish_reason or (
-            "tool_calls" if message.calls else "stop")
-        return b'%s%s],"usage":%s}' % (self.base, to_json(choice), to_json(self._usage()))
+        said = b'"message":' + message.whole(said) if self.chat else b'"text":' + to_json(said)
+        reason = self.finish_reason or ("tool_calls" if message.calls else "stop")
+        return b'%s{"index":0,%s,"logprobs":null,"finish_reason":%s}],"usage":%s}' % (
+            self.base, said, dumps(reason), self._usage())
 
     # -- streamed --
 
@@ -4445,7 +4481,7 @@ class TextEncoder:
         parts.append(self._chunk({}, self.finish_reason or (
             "tool_calls" if self.calls else "stop")))
         if self.include_usage:
-            parts.append(b'data: %s],"usage":%s}\n\n' % (self.base, dumps(self._usage())))
+            parts.append(b'data: %s],"usage":%s}\n\n' % (self.base, self._usage()))
         return b"".join(parts) + b"data: [DONE]\n\n"
 
     def _chunk(self, delta, finish_reason=None, more=b""):
@@ -4463,12 +4499,13 @@ class TextEncoder:
         self.calls = self.calls or bool(item.get("tool_calls"))
 
     def _usage(self):
-        """The upstream's own count; else items, and four bytes of prompt to a token."""
+        """The upstream's own count as JSON; else items, and four bytes of prompt to a
+        token."""
         if isinstance(self.usage, dict):
-            return self.usage
+            return dumps(self.usage)
         prompt = len(self.job.payload) // 4
-        return {"prompt_tokens": prompt, "completion_tokens": self.tokens,
-                "total_tokens": prompt + self.tokens}
+        return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (
+            prompt, self.tokens, prompt + self.tokens)
 
 
 class Message:
@@ -4503,7 +4540,9 @@ class Message:
             call["function"][field] += function.get(field) or ""
 
     def whole(self, said):
-        """The message as one object."""
+        """The message as JSON."""
+        if not (self.calls or self.more or self.reasoning):
+            return b'{"role":"assistant","content":%s}' % to_json(said)
         message = {"role": "assistant", "content": said}
         if any(self.reasoning):
             message["reasoning_content"] = "".join(self.reasoning)
@@ -4511,7 +4550,7 @@ class Message:
             message["tool_calls"] = self.calls
             message["content"] = said or None
         message.update(self.more)
-        return message
+        return to_json(message)
 
 
 class EmbeddingsWhole:
@@ -5354,7 +5393,6 @@ class Registry:
 # Registry and the Rooms that bound them.
 ##############################################################################
 
-UNCOUNTED_BYTES = 16384      # of a body under way: they always pass
 ACCEPT_PAUSE_SECONDS = 0.05  # after a failed accept, which may fail again at once
 
 
@@ -5525,7 +5563,7 @@ class Relay(ThreadingHTTPServer):
         proxied = self.is_proxy(client_address[0])
         address = canonical_address(client_address[0])
         try:
-            # The connections of a proxy count for its clients, see charge_proxied.
+            # What comes through a proxy counts for its clients, see Exchange.run.
             slot = self.connections.take(None if proxied else address, reserved=True)
         except RelayError as error:
             if error.name == "relay_busy":
@@ -5607,16 +5645,6 @@ class Relay(ThreadingHTTPServer):
         """Whether a peer's address is that of a trusted proxy."""
         return any(ip_of(address) in network for network in self.proxies)
 
-    @contextlib.contextmanager
-    def charge_proxied(self, exchange):
-        """Charge what comes through a trusted proxy to the address that it speaks for."""
-        if not exchange.connection.proxied:
-            yield
-            return
-        exchange.address = self.forwarded_for(exchange.head, exchange.address)
-        with self.proxied.take(exchange.address):
-            yield
-
     def forwarded_for(self, head, peer):
         """The address that a trusted proxy speaks for. Anybody can write the left part of
         X-Forwarded-For; the proxy adds to its right."""
@@ -5640,25 +5668,6 @@ class Relay(ThreadingHTTPServer):
                 origin.partition("://")[2] or origin) not in ("", "localhost"):
             raise RelayError("forbidden", "This relay is for this machine alone, not for "
                              "pages of %s." % printable(origin, 60))
-
-    @contextlib.contextmanager
-    def bytes_under_way(self, exchange):
-        """Count the bytes of a body as memory, from their arrival until it is parsed. Yields
-        count(size), which raises RelayError if there is no room."""
-        slots, total = [], 0
-
-        def count(size):
-            nonlocal total
-            total += size
-            slots.append(self.bytes.take(
-                exchange.address, size, always=total <= UNCOUNTED_BYTES,
-                reserved=exchange.trusted,
-                give_way=exchange.connection.abort))
-        try:
-            yield count
-        finally:
-            for slot in slots:
-                slot.release()
 
     def count(self, what, label):
         """Count one, for /metrics."""
