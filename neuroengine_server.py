@@ -75,71 +75,6 @@ __version__ = "1.0.0"
 __all__ = ["Broker", "Limits", "Relay", "RelayError", "Store", "main"]
 
 ##############################################################################
-# Limits: every bound and every timeout, each a command-line option
-##############################################################################
-
-MIB = 1 << 20
-DAY_SECONDS = 86400
-
-LIMITS = (  # (name, default, group in --help, what it bounds)
-    ("max_connections", 2500, "capacity",
-     "connections in all (about 20 KB each while idle, with TLS 70 KB)"),
-    ("max_held_bytes", 256 * MIB, "capacity", "prompts and answers held in memory"),
-    ("max_request_bytes", 20 * MIB, "capacity", "body of one request"),
-    ("max_reply_bytes", 8 * MIB, "capacity", "answer to one prompt"),
-    ("max_queue", 1000, "capacity", "prompts waiting for one service"),
-    ("max_services", 10000, "capacity", "registered services"),
-    ("lease_seconds", 15, "capacity", "silence after which a provider loses its jobs"),
-    ("grace_seconds", 30, "capacity", "time for a client that went away to come back"),
-    ("keep_seconds", 300, "capacity", "a finished stream stays readable"),
-    ("job_seconds", 3600, "capacity", "one job, from prompt to the end of its answer"),
-    ("drain_seconds", 30, "capacity", "running jobs may finish after SIGTERM"),
-    ("max_connections_per_address", 200, "callers",
-     "connections per address (loopback exempt)"),
-    ("max_queue_per_caller", 100, "callers", "prompts of one caller waiting for one service"),
-    ("max_prompts_per_minute", 300, "callers", "prompts per caller (loopback exempt)"),
-    ("max_anonymous_per_day", 500, "callers",
-     "prompts per address and service without an access key (loopback exempt)"),
-    ("max_registrations_per_hour", 20, "callers",
-     "services registered per address (loopback exempt)"),
-    ("max_polls", 1000, "more", "connections that hold providers' polls"),
-    ("max_waiting", 1400, "more",
-     "connections that wait for an answer; the rest are reserved for control requests"),
-    ("max_head_bytes", 16384, "more", "request line and headers of one request"),
-    ("max_wrong_keys_per_minute", 30, "more",
-     "wrong keys per address; a right key still works"),
-    ("max_changes_per_minute", 120, "more",
-     "logins and changes of services and keys per address (loopback exempt)"),
-    ("max_access_keys", 50000, "more", "access keys of all services together"),
-    ("max_sessions", 100, "more", "logged-in providers of one service"),
-    ("max_workers", 1024, "more", "jobs that one provider may run at once"),
-    ("handshake_seconds", 10, "more", "a TLS handshake"),
-    ("head_seconds", 10, "more", "a request's headers, from the first byte to the last"),
-    ("body_seconds", 20, "more", "a request's body, plus a second for each 16 KiB"),
-    ("idle_seconds", 60, "more", "a kept-alive connection waits for the next request"),
-    ("write_seconds", 30, "more", "one write to a peer that reads slowly"),
-    ("poll_seconds", 25, "more", "the relay holds an idle provider's poll"),
-    ("busy_poll_seconds", 5, "more", "the relay holds the poll of a provider with jobs"),
-    ("handover_seconds", 5, "more", "time for a provider to confirm a job it was given"),
-    ("close_seconds", 0.5, "more", "time for a provider whose poll broke to poll again"),
-    ("offline_seconds", 15, "more", "prompts wait after the last provider has left"),
-    ("wait_seconds", 18, "more", "a polled read without a token (old clients give up at 20)"),
-    ("heartbeat_seconds", 9, "more", "silence within a streamed answer"),
-)
-
-
-class Limits:
-    """The values of LIMITS as attributes; Limits(grace_seconds=5) changes one."""
-
-    def __init__(self, **changes):
-        values = {name: default for name, default, _, _ in LIMITS}
-        unknown = set(changes) - set(values)
-        if unknown:
-            raise TypeError("unknown limits: " + ", ".join(sorted(unknown)))
-        self.__dict__.update(values, **changes)
-
-
-##############################################################################
 # Errors: what can go wrong, for every API
 ##############################################################################
 
@@ -631,227 +566,7 @@ class Timers:
 # Admission: memory, queue bounds, rate limits, quotas, reserved room
 ##############################################################################
 
-RESERVED = 10                # a tenth of each bound is reserved, see Room and Admission
-SHARE = 10                   # an address above a tenth gives way to others
-WIDE_SHARE = 4               # an IPv6 /48 may have four times what a /64 may
 JUST_GONE_SECONDS = 60       # a provider that left this recently may be back soon
-
-
-@functools.lru_cache(maxsize=10000)
-def is_loopback(address):
-    """Whether a canonical address is this machine's own."""
-    return ipaddress.ip_address(address.partition("/")[0]).is_loopback
-
-
-@functools.lru_cache(maxsize=10000)
-def groups_of(address):
-    """Whom to charge for what an address does: tuples (group, factor of the limit). An IPv6
-    /64 is one household; a /48 has 65,536 of them, so it is limited, too."""
-    if "/" not in address:
-        return ((address, 1),)
-    wide = ipaddress.ip_network(address).supernet(new_prefix=48)
-    return ((address, 1), (str(wide), WIDE_SHARE))
-
-
-class Rates:
-    """Per-caller rate limiter: the generic cell rate algorithm (GCRA), which keeps one
-    instant per caller. An unused allowance may be caught up at once. Thread-safe."""
-
-    MOST = 10000     # callers remembered; strangers could fill the memory otherwise
-
-    def __init__(self, clock=time.monotonic):
-        self._clock = clock
-        self._due = OrderedDict()          # caller -> when all that it took is paid off
-        self._lock = threading.Lock()
-
-    def take(self, caller, most, seconds, what, name="rate_limited"):
-        """Count one `what` of `most` in `seconds`. Raises RelayError, of that name, if it
-        is one too many."""
-        with self._lock:
-            now, pause = self._clock(), seconds / most
-            due = max(now, self._due.pop(caller, now))
-            late = due + pause - now - seconds
-            late = late if late > 0.001 else 0        # rounding may leave 1e-12
-            self._due[caller] = due if late else due + pause
-            if len(self._due) > self.MOST:
-                self._due.popitem(last=False)
-        if late:
-            raise RelayError(name, "Too many %s: %d in %s are allowed. Try again in %s." % (
-                what, most, in_words(seconds), in_words(late)),
-                retry_after=late, limit=most)
-
-    def take_by_address(self, address, most, seconds, what):
-        """The same for an address and the network it belongs to."""
-        for group, factor in groups_of(address):
-            self.take(group, most * factor, seconds, what)
-
-
-def in_words(seconds):
-    """A length of time as people say it, rounded up."""
-    for size, unit in ((DAY_SECONDS, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return "%d %s" % (math.ceil(seconds / size), unit)
-    return "%d s" % math.ceil(seconds)
-
-
-class Slot:
-    """A part of a Room that somebody has taken, until it is released."""
-
-    __slots__ = ("room", "address", "count", "give_way")
-
-    def __init__(self, room, address, count, give_way):
-        self.room, self.address, self.count = room, address, count
-        self.give_way = give_way      # called when others need the slot; None: never
-
-    def release(self):
-        """Give it back. Safe to call twice, and after it was taken away."""
-        self.room.release(self)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.room.release(self)
-
-
-class Room:
-    """A bounded resource (connections, polls, waiting prompts, bytes), shared by addresses.
-
-    While there is room, an address may take what it likes (unless `hard` bounds it). When
-    there is none, the address that has most, above its share, loses its newest slot to one
-    that is below. A tenth is reserved for those that say so. Loopback is exempt from shares.
-    Thread-safe.
-    """
-
-    def __init__(self, what, most, hard=math.inf):
-        self.what, self.most, self.hard = what, most, hard
-        self.share = max(1, most // SHARE)
-        self.taken = 0
-        self._by = defaultdict(int)        # group -> how much
-        self._slots = {}                   # address -> {Slot: True}, oldest first
-        self._released = threading.Condition()     # notified when there is more room
-
-    def take(self, address, count=1, *, give_way=None, reserved=False, always=False,
-             wait=0.0):
-        """Take a Slot of `count`. address: whose it is, None for nobody's. reserved: it may
-        use the reserved tenth. always: never refused. Raises RelayError if there is no
-        room, after blocking up to `wait` seconds for it."""
-        groups, lost = self._groups(address), None
-        with self._released:
-            if not always and any(self._by.get(group, 0) + count > self.hard * factor
-                                  for group, factor in groups):
-                raise self._none_left("rate_limited", "your address")
-            most = self.most if reserved or not groups else (
-                self.most - self.most // RESERVED)
-            if not always and self.taken + count > most:
-                lost = self._largest_above_share(count, groups)
-                if lost is not None:
-                    self._release(lost)
-                elif not self._released.wait_for(lambda: self.taken + count <= most, wait):
-                    raise self._none_left("relay_busy", "now")
-            slot = Slot(self, address, count, give_way)
-            self.taken += count
-            for group, _ in groups:
-                self._by[group] += count
-            self._slots.setdefault(address, {})[slot] = True
-        if lost is not None:
-            lost.give_way()
-        return slot
-
-    def _groups(self, address):
-        """Whom to charge; nobody for what belongs to this machine."""
-        return () if address is None or is_loopback(address) else groups_of(address)
-
-    def _none_left(self, name, whom):
-        return RelayError(name, "This relay has no more %s for %s. Try again in a few "
-                          "seconds." % (self.what, whom), retry_after=5)
-
-    def _largest_above_share(self, count, groups):
-        """The newest slot, at least of that size, of the address that has most."""
-        mine = max((self._by.get(group, 0) / factor for group, factor in groups), default=0)
-        if mine + count > self.share:
-            return None
-        for group in sorted(self._by, key=self._by.get, reverse=True)[:SHARE]:
-            if self._by[group] <= self.share:
-                return None
-            for slot in reversed(list(self._slots.get(group, ()))):
-                if slot.give_way is not None and slot.count >= count:
-                    return slot
-        return None
-
-    def release(self, slot):
-        """Take a slot back; nothing happens if that was done already."""
-        with self._released:
-            self._release(slot)
-
-    def _release(self, slot):
-        slots = self._slots.get(slot.address, {})
-        if slots.pop(slot, None) is None:
-            return
-        if not slots:
-            del self._slots[slot.address]
-        self.taken -= slot.count
-        self._released.notify()
-        for group, _ in self._groups(slot.address):
-            self._by[group] -= slot.count
-            if not self._by[group]:
-                del self._by[group]
-
-
-class Memory:
-    """The bytes that jobs hold, in all and by holder. Its user holds the lock."""
-
-    def __init__(self, most):
-        self.most, self.held = most, 0
-        self._by = defaultdict(int)        # holder -> bytes
-        self._jobs = defaultdict(dict)     # holder -> {Job: True}, in order of arrival
-        self._kept = defaultdict(dict)     # holder -> {Job: True}: ended, oldest first
-
-    def hold(self, job, size):
-        """Count bytes that a job takes from now on, or, below zero, no longer."""
-        job.size += size
-        self.held += size
-        self._by[job.holder] += size
-        self._jobs[job.holder][job] = True
-
-    def keep(self, job):
-        """An ended job stays readable; it is the first to be forgotten."""
-        self._kept[job.holder][job] = True
-
-    def forget(self, job):
-        """A job holds nothing any more."""
-        self.hold(job, -job.size)
-        for jobs in (self._jobs, self._kept):
-            jobs[job.holder].pop(job, None)
-            if not jobs[job.holder]:
-                del jobs[job.holder]
-        if not self._by[job.holder]:
-            del self._by[job.holder]
-
-    def held_by(self, holder):
-        """The bytes of one holder."""
-        return self._by.get(holder, 0)
-
-    def victim(self, size, holder):
-        """The job that must go so that `holder` can have `size` bytes more.
-
-        Whoever holds most loses first: ended streams, the oldest before others; then, if it
-        holds twice what this holder would have, its largest job. None: nothing may go.
-        """
-        largest = max(self._by, key=self._by.get)
-        if self._kept.get(largest):
-            return next(iter(self._kept[largest]))
-        if self._by[largest] >= 2 * (self.held_by(holder) + size):
-            job = max(self._jobs[largest], key=lambda job: job.size)
-            if job.size > JOB_BYTES:
-                return job
-        if self._kept:
-            return next(iter(self._kept[max(self._kept, key=self._by.get)]))
-        return None
-
-    def lacks(self, size):
-        """Whether there is no room for so many bytes more."""
-        return self.held + size > self.most
 
 
 class Admission:
@@ -968,14 +683,6 @@ class Admission:
                           retry_after=10)
 
 
-def check_expiry(access, now):
-    """Raise RelayError if an access key has expired, whatever it is used for."""
-    if access.expires is not None and now >= access.expires:
-        raise RelayError("invalid_key", "This access key expired on %s. Ask the operator "
-                         "for a new one." % time.strftime(
-                             "%Y-%m-%d", time.gmtime(access.expires)))
-
-
 ##############################################################################
 # Broker: matches jobs with polls, and carries items to readers
 ##############################################################################
@@ -1003,13 +710,12 @@ class OfferLock:
             offer()
 
 
-class Broker:
-    """All services, sessions and jobs, in memory.
+class Jobs:
+    """All services and jobs, in memory: the clients' half of the Broker, which follows.
 
     A client submits a prompt or opens a stream, reads until the job has ended, and leaves.
-    A provider logs in, polls and pushes, and logs out. Whoever sees a connection break
-    calls hang_up (a client's) or poll_lost (a provider's). One thread runs upkeep.
-    Methods named _locked need the lock; all others take it.
+    Whoever sees its connection break calls hang_up. Methods named _locked need the lock;
+    all others take it.
     """
 
     def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
@@ -1186,15 +892,6 @@ class Broker:
                 return [], False
             return self._take_items_locked(reader, most)
 
-    def take(self, reader, most):
-        """Return (items, ended) at once, for a reader with an offer: see read."""
-        with self._lock:
-            if reader.job.ended_at is None and not reader.job.items:
-                return [], False
-            if reader.job.state == "queued" and not reader.job.seen:
-                return [], False
-            return self._take_items_locked(reader, most)
-
     def offer_to(self, reader, offer, wanted):
         """From now on call offer() when the job has `wanted` items or has ended, in the
         thread that brought them. It must not block. Call it once yourself, for what came
@@ -1253,140 +950,6 @@ class Broker:
         """Stop a job, whatever it is doing; nothing happens if it has ended."""
         with self._lock:
             self._cancel_locked(job, error)
-
-    # -- providers --
-
-    def login(self, service, workers=1, **features):
-        """Open a session for a provider that runs up to `workers` jobs; return its id.
-        features: those of Features."""
-        with self._lock:
-            if self.draining:
-                raise self._shutting_down()
-            if len(service.sessions) >= self.limits.max_sessions:
-                raise RelayError("relay_busy", "Too many providers of %s are logged in."
-                                 % service.name, retry_after=60)
-            session = Session(service, workers, Features(**features), self._lock.lock)
-            service.features = session.features
-            self._sessions[session.id] = session
-            self._connect_locked(session)
-            self._heard_locked(session)
-            self._timers.call_later(self.limits.lease_seconds, self._silent_locked, session)
-            return session.id
-
-    def poll(self, service, session_id, token, running, timeout=None):
-        """Wait for work; return (offers, cancels).
-
-        offers: tuples (Job, attempt, offset of its next item, text so far or None).
-        cancels: pairs (job id, attempt). running: the pairs that the provider has in hand.
-        A job it was given and does not name is offered again; one that it names and has no
-        right to is cancelled. token: a new Poll; if its connection breaks, call poll_lost
-        with it. Blocks up to timeout seconds (by default limits.poll_seconds, or
-        busy_poll_seconds while jobs run, so that silence is noticed within the lease).
-        """
-        with self._lock:
-            session = self._session_locked(service, session_id)
-            session.poll = token
-            session.arrived.notify_all()        # an older poll of this session ends
-            if session.id not in service.sessions:
-                self._connect_locked(session)
-            self._confirm_locked(session, running)
-            self._fill_locked(session)
-            hold = self._poll_hold(session, timeout)
-            self._heard_locked(session, 0 if session.leases else hold)
-            try:
-                self._park_locked(session, token, hold)
-            finally:
-                if session.poll is token:
-                    session.parked = False
-                    service.idle.pop(session, None)
-            if session.poll is not token or token.lost:
-                return [], []                   # a newer one speaks, or nobody hears this
-            if session.closed:
-                raise self._session_unknown()
-            session.deadline = min(session.deadline,
-                                   self._clock() + self.limits.lease_seconds)
-            return self._hand_over_locked(session)
-
-    def push(self, service, session_id, entries):
-        """Take items for many jobs; return (refused, offers, cancels), the last two as poll.
-
-        Each entry is a dict: job, attempt, at (offset of its first item), items, and done
-        or error (a RelayError) at the end. A repeat is dropped. refused lists gaps, with
-        the offset wanted, and leases that are not, or no longer, this session's.
-        """
-        with self._lock:
-            session = self._session_locked(service, session_id)
-            self._heard_locked(session)
-            refused = []
-            for entry in entries:
-                refusal = self._push_locked(session, entry)
-                if refusal:
-                    refused.append(refusal)
-            self._fill_locked(session)
-            return (refused,) + self._hand_over_locked(session)
-
-    def logout(self, service, session_id):
-        """End a session; its unfinished jobs go back to the front of the queue."""
-        with self._lock:
-            self._end_session_locked(self._session_locked(service, session_id))
-
-    def poll_lost(self, session_id, token):
-        """The connection of the session's poll of that token has closed."""
-        with self._lock:
-            token.lost = True                         # even if the poll has not begun
-            session = self._sessions.get(session_id)
-            if session is None or session.poll is not token or session.closed:
-                return
-            session.arrived.notify_all()
-            session.service.idle.pop(session, None)
-            session.parked = False
-            session.deadline = min(session.deadline,
-                                   self._clock() + self.limits.lease_seconds)
-            for lease in session.leases.values():
-                if lease.state == "handed_out":
-                    lease.since = -math.inf           # to be offered again at once
-            self._timers.call_later(self.limits.close_seconds, self._broken_locked, session,
-                                    token)
-
-    # -- time --
-
-    def upkeep(self):
-        """Run the next timers, waiting for them; return False once closed."""
-        with self._lock:
-            delay = self._timers.run_due()
-            if not self.closed:
-                self._timers.wait(delay)
-            return not self.closed
-
-    def expire(self):
-        """Run the timers that are due. Does not block."""
-        with self._lock:
-            self._timers.run_due()
-
-    def drain(self):
-        """Take no new jobs and fail those that wait; running ones go on."""
-        with self._lock:
-            self.draining = True
-            for service in self._services.values():
-                self._fail_waiting_locked(service, self._shutting_down())
-            for session in self._sessions.values():
-                session.arrived.notify_all()
-
-    def idle(self):
-        """Whether no job is in a provider's hands."""
-        with self._lock:
-            return not any(session.jobs() for session in self._sessions.values())
-
-    def close(self):
-        """Wake every waiter; what is unfinished ends with an error."""
-        with self._lock:
-            self.draining = self.closed = True
-            for job in list(self._jobs.values()):
-                if job.ended_at is None:
-                    self._end_locked(job, "failed", self._shutting_down())
-            for session in self._sessions.values():
-                session.arrived.notify_all()
-            self._timers.wake()
 
     # -- errors --
 
@@ -1610,6 +1173,148 @@ class Broker:
                 self._hold_locked(job, len(data))
                 job.encoded = encoder, data
         return data
+
+
+class Broker(Jobs):
+    """Matches jobs with the polls of providers.
+
+    A provider logs in, polls and pushes, and logs out. Whoever sees the connection of a poll
+    break calls poll_lost. One thread runs upkeep.
+    """
+
+    # -- providers --
+
+    def login(self, service, workers=1, **features):
+        """Open a session for a provider that runs up to `workers` jobs; return its id.
+        features: those of Features."""
+        with self._lock:
+            if self.draining:
+                raise self._shutting_down()
+            if len(service.sessions) >= self.limits.max_sessions:
+                raise RelayError("relay_busy", "Too many providers of %s are logged in."
+                                 % service.name, retry_after=60)
+            session = Session(service, workers, Features(**features), self._lock.lock)
+            service.features = session.features
+            self._sessions[session.id] = session
+            self._connect_locked(session)
+            self._heard_locked(session)
+            self._timers.call_later(self.limits.lease_seconds, self._silent_locked, session)
+            return session.id
+
+    def poll(self, service, session_id, token, running, timeout=None):
+        """Wait for work; return (offers, cancels).
+
+        offers: tuples (Job, attempt, offset of its next item, text so far or None).
+        cancels: pairs (job id, attempt). running: the pairs that the provider has in hand.
+        A job it was given and does not name is offered again; one that it names and has no
+        right to is cancelled. token: a new Poll; if its connection breaks, call poll_lost
+        with it. Blocks up to timeout seconds (by default limits.poll_seconds, or
+        busy_poll_seconds while jobs run, so that silence is noticed within the lease).
+        """
+        with self._lock:
+            session = self._session_locked(service, session_id)
+            session.poll = token
+            session.arrived.notify_all()        # an older poll of this session ends
+            if session.id not in service.sessions:
+                self._connect_locked(session)
+            self._confirm_locked(session, running)
+            self._fill_locked(session)
+            hold = self._poll_hold(session, timeout)
+            self._heard_locked(session, 0 if session.leases else hold)
+            try:
+                self._park_locked(session, token, hold)
+            finally:
+                if session.poll is token:
+                    session.parked = False
+                    service.idle.pop(session, None)
+            if session.poll is not token or token.lost:
+                return [], []                   # a newer one speaks, or nobody hears this
+            if session.closed:
+                raise self._session_unknown()
+            session.deadline = min(session.deadline,
+                                   self._clock() + self.limits.lease_seconds)
+            return self._hand_over_locked(session)
+
+    def push(self, service, session_id, entries):
+        """Take items for many jobs; return (refused, offers, cancels), the last two as poll.
+
+        Each entry is a dict: job, attempt, at (offset of its first item), items, and done
+        or error (a RelayError) at the end. A repeat is dropped. refused lists gaps, with
+        the offset wanted, and leases that are not, or no longer, this session's.
+        """
+        with self._lock:
+            session = self._session_locked(service, session_id)
+            self._heard_locked(session)
+            refused = []
+            for entry in entries:
+                refusal = self._push_locked(session, entry)
+                if refusal:
+                    refused.append(refusal)
+            self._fill_locked(session)
+            return (refused,) + self._hand_over_locked(session)
+
+    def logout(self, service, session_id):
+        """End a session; its unfinished jobs go back to the front of the queue."""
+        with self._lock:
+            self._end_session_locked(self._session_locked(service, session_id))
+
+    def poll_lost(self, session_id, token):
+        """The connection of the session's poll of that token has closed."""
+        with self._lock:
+            token.lost = True                         # even if the poll has not begun
+            session = self._sessions.get(session_id)
+            if session is None or session.poll is not token or session.closed:
+                return
+            session.arrived.notify_all()
+            session.service.idle.pop(session, None)
+            session.parked = False
+            session.deadline = min(session.deadline,
+                                   self._clock() + self.limits.lease_seconds)
+            for lease in session.leases.values():
+                if lease.state == "handed_out":
+                    lease.since = -math.inf           # to be offered again at once
+            self._timers.call_later(self.limits.close_seconds, self._broken_locked, session,
+                                    token)
+
+    # -- time --
+
+    def upkeep(self):
+        """Run the next timers, waiting for them; return False once closed."""
+        with self._lock:
+            delay = self._timers.run_due()
+            if not self.closed:
+                self._timers.wait(delay)
+            return not self.closed
+
+    def expire(self):
+        """Run the timers that are due. Does not block."""
+        with self._lock:
+            self._timers.run_due()
+
+    def drain(self):
+        """Take no new jobs and fail those that wait; running ones go on."""
+        with self._lock:
+            self.draining = True
+            for service in self._services.values():
+                self._fail_waiting_locked(service, self._shutting_down())
+            for session in self._sessions.values():
+                session.arrived.notify_all()
+
+    def idle(self):
+        """Whether no job is in a provider's hands."""
+        with self._lock:
+            return not any(session.jobs() for session in self._sessions.values())
+
+    def close(self):
+        """Wake every waiter; what is unfinished ends with an error."""
+        with self._lock:
+            self.draining = self.closed = True
+            for job in list(self._jobs.values()):
+                if job.ended_at is None:
+                    self._end_locked(job, "failed", self._shutting_down())
+            for session in self._sessions.values():
+                session.arrived.notify_all()
+            self._timers.wake()
 
     # -- leases --
 
@@ -1944,11 +1649,6 @@ class Broker:
                 self._end_locked(job, "failed", self._admission.offline(service))
 
 
-def moving_average(old, new):
-    """The average in which each new value counts a fifth."""
-    return new if old is None else 0.8 * old + 0.2 * new
-
-
 def text_of(items):
     """The text of an answer, or of a part of it."""
     return "".join([item for item in items if type(item) is str])
@@ -1965,50 +1665,6 @@ def size_of(items):
     for item in items:
         size += len(item) * (1 if item.isascii() or isinstance(item, bytes) else 4)
     return size
-
-
-def said_last(items, field, kind):
-    """What the provider said in a field of its last items, if it is of this kind; or None."""
-    for item in items[:-4:-1]:
-        if type(item) is bytes and field.encode("ascii") in item:
-            value = json.loads(item).get(field)
-            if isinstance(value, kind):
-                return value
-    return None
-
-
-def usage_of(items):
-    """The provider's own count of tokens, a dict that comes near the end; or None."""
-    return said_last(items, "usage", dict)
-
-
-def count_tokens(items):
-    """How many tokens an answer has: as the provider counted, else one for each text."""
-    count = (usage_of(items) or {}).get("completion_tokens")
-    if type(count) is int and 0 <= count < 10**9:
-        return count
-    return sum(type(item) is str for item in items)
-
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-RESERVED_NAMES = frozenset("""
-    v1 api provider healthz metrics models chat completions embeddings responses messages
-    rerank tokenize detokenize props slots lora-adapters images audio files admin login
-    logout register services keys static assets favicon.ico robots.txt index.html chat.html
-    neuroengine.py sitemap.xml manifest.json .well-known""".split())
-
-
-def is_name(name):
-    """Whether a new service can have this name."""
-    return bool(NAME.match(name)) and name.lower() not in RESERVED_NAMES
-
-
-def invalid_name_words(name):
-    """Say why a service cannot have this name."""
-    if name.lower() in RESERVED_NAMES:
-        return "The relay uses the name %s itself. Choose another." % name
-    return ("A service name has 1 to 64 characters: letters, digits, '.', '_' and '-'. It "
-            "begins with a letter or digit.")
 
 
 ##############################################################################
@@ -2115,66 +1771,10 @@ class Exchange:
             self.fingerprint = hashlib.sha256(body).digest()
             return parse_json(body)
 
-    def is_operator(self, service):
-        """Whether this request came with the service's key. No key is nobody's."""
-        return bool(self.head.key_digest) and hmac.compare_digest(
-            self.head.key_digest, service.key_digest)
-
-    def authorized(self, name):
-        """Return the service of that name, if this request came with its key."""
-        service = self.broker.find(name)
-        if not self.is_operator(service):
-            raise self._wrong_key("This needs the service key of %s, as \"Authorization: "
-                                  "Bearer KEY\"." % service.name)
-        self.trusted = True
-        return service
-
-    def read_authorized(self, name, most=MAX_SMALL_BODY_BYTES):
-        """Return (service, body), for a request that must come with the service key, and
-        still must after its body has come: the service may have been deleted meanwhile, and
-        its name registered by another."""
-        service = self.authorized(name)
-        body = self.read_object(most)
-        self.still_authorized(service)
-        return service, body
-
-    def still_authorized(self, service):
-        """Raise RelayError if this request's key is not that of the service any more."""
-        if self.broker.find(service.name) is not service or not self.is_operator(service):
-            raise RelayError("invalid_key", "This service was deleted, or its key was "
-                             "changed, while the request was on its way.")
-
-    def _wrong_key(self, words):
-        """The error for a wrong key, or the one for too many of them."""
-        if self.head.key_digest:
-            self.charge_guess("wrong keys")
-        return RelayError("invalid_key", words)
-
     def charge_guess(self, what):
         """Count a wrong key, or a stream key that names nothing, for this address."""
         self.relay.wrong_keys.take_by_address(
             self.address, self.limits.max_wrong_keys_per_minute, 60, what)
-
-    def access(self, service):
-        """Return (whether this is the operator, the client's AccessKey or None).
-
-        Raises RelayError if the service is private and the client has no key for it. An
-        open service ignores unknown keys: OpenAI's clients always send one.
-        """
-        if self.is_operator(service):
-            return True, None
-        # By its digest: whoever guesses keys learns nothing from the time this takes.
-        access = service.keys.get(self.head.key_digest)
-        if access is not None:
-            check_expiry(access, time.time())
-        elif service.private and self.relay.registry.knows_key(self.head.key_digest):
-            raise RelayError("forbidden", "This access key is for another service than %s."
-                             % service.name)
-        elif service.private:
-            raise self._wrong_key("%s is private: ask its operator for an access key, and "
-                                  "send it as \"Authorization: Bearer KEY\"."
-                                  % service.name)
-        return False, access
 
     def caller(self, access=None):
         """Who this client is, for turns and limits: its access key, else its address."""
@@ -2511,7 +2111,7 @@ class StreamOutlet(Outlet):
         return max(0.01, silence)
 
     def move(self, send):
-        items, ended = self.broker.take(self.reader, MAX_ITEMS_PER_PIECE)
+        items, ended = self.broker.read(self.reader, most=MAX_ITEMS_PER_PIECE)
         if ended:
             self.connection.when_gone(None)
         if ended and not items and not self.exchange.started and self.job.error is not None:
@@ -2597,25 +2197,6 @@ class NativeStream:
         return b'{"done":true,"stats":%s}\n' % stats_of(job)
 
 
-def stats_of(job):
-    """What an answer took, for its client, as JSON: milliseconds, tokens, and their rate."""
-    end = job.created if job.ended_at is None else job.ended_at
-    leased = end if job.leased_at is None else job.leased_at
-    first = end if job.first_at is None else job.first_at
-    tokens, more = count_tokens(job.items), {}
-    for item in job.items[-3:]:            # the provider's own words come near the end
-        if type(item) is bytes:
-            more.update({name: value for name, value in json.loads(item).items()
-                         if name in ("usage", "finish_reason") and value})
-    if end - first > 0.001 and tokens > 1:
-        more["tokens_per_s"] = round((tokens - 1) / (end - first), 1)
-    # By hand: the encoder would take as long as the rest of a short answer.
-    return b'{"id":"%s","queue_ms":%.1f,"first_token_ms":%.1f,"total_ms":%.1f,"tokens":%d%s' % (
-        job.id.encode("ascii"), 1000 * (leased - job.created), 1000 * (first - job.created),
-        1000 * (end - job.created), tokens,
-        b"," + dumps(more)[1:] if more else b"}")
-
-
 def send_models(exchange):
     """GET /api/models: the directory"""
     exchange.relay.directory.send(exchange)
@@ -2631,7 +2212,7 @@ def post_native(exchange, name=None):
         raise RelayError("invalid_request", "Send prompts to /{service}.")
     service = exchange.broker.find(name)
     check_fields(request, NATIVE_FIELDS)
-    by_operator, access = exchange.access(service)
+    by_operator, access = access_of(exchange, service)
     if command == "cancel":
         return cancel_native(exchange, service, request, access)
     if command is not None:
@@ -2715,65 +2296,17 @@ def repeat_identity(exchange, service, caller, repeat):
                     fingerprint=exchange.fingerprint)
 
 
-class PollOutlet(Outlet):
-    """Answers a polled read: the next `wanted` tokens, as far as they are there a second
-    after the first. All in the exchange's own thread."""
-
-    def __init__(self, exchange, reader, wanted, counts):
-        super().__init__(exchange, reader, None)
-        self.wanted, self.counts = wanted, counts      # counts: it names an offset itself
-
-    def run(self):
-        texts, ended = self._read()
-        answer = {"reply": "".join(texts), "errorcode": 0, "at": self.reader.cursor}
-        job = self.job
-        if not texts and not ended:
-            self.check_age()
-            raise RelayError("still_waiting", "No token yet: ask again with the same key.",
-                             retry_after=0)
-        if texts:
-            self.broker.advance(self.reader)
-        elif job.error is not None and (self.counts or not job.error_told):
-            job.error_told = True          # a client that does not count would loop
-            raise job.error
-        else:
-            answer.update(done=True, stats=json.loads(stats_of(job)))
-        with self.room(size_of(texts)):
-            self.exchange.respond(200, answer)
-        self.complete = True
-
-    def _read(self):
-        """Return (texts, whether the answer has ended)."""
-        texts, ended, deadline = [], False, self.broker.now() + self.limits.wait_seconds
-        while len(texts) < self.wanted and not ended:
-            left = deadline - self.broker.now()
-            if left <= 0:
-                break
-            # Until there is a first token, one is enough to wake up for.
-            want = self.wanted - len(texts) if texts else 1
-            items, ended = self.broker.read(self.reader, want, left,
-                                            self.wanted - len(texts))
-            if self.reader.gone:
-                raise PeerGone()
-            found = [item for item in items if type(item) is str and item]
-            if found and not texts:
-                deadline = min(deadline, self.broker.now() + 1)
-            texts += found
-        return texts, ended
-
-
 ##############################################################################
 # Provider protocol: each request carries the service key
 ##############################################################################
 
 MAX_ENTRIES = 8192           # of one push
-MAX_ID_CHARACTERS = 64       # of a job's id, as a provider may name it
 
 
 def post_login(exchange, name):
     """POST login: {workers, continues, ...} -> {session}"""
     exchange.charge_change()
-    service, request = exchange.read_authorized(name)
+    service, request = read_authorized(exchange, name)
     check_fields(request, LOGIN_FIELDS)
     if request.get("workers", 1) > exchange.limits.max_workers:
         raise RelayError("invalid_request", "workers must be at most %d."
@@ -2788,7 +2321,7 @@ def post_login(exchange, name):
 
 def post_poll(exchange, name):
     """POST poll: {session, running: [[job, attempt]]} -> {jobs, cancel}"""
-    service, request = exchange.read_authorized(name)
+    service, request = read_authorized(exchange, name)
     check_fields(request, POLL_FIELDS)
     session, running = session_of(request), request.get("running") or []
     try:
@@ -2814,7 +2347,7 @@ def post_poll(exchange, name):
 
 def post_reply(exchange, name):
     """POST reply: {session, replies: [entry]} -> {refused, jobs, cancel}"""
-    service, request = exchange.read_authorized(name, exchange.limits.max_request_bytes)
+    service, request = read_authorized(exchange, name, exchange.limits.max_request_bytes)
     session, entries = session_of(request), request.get("replies", [])
     if not isinstance(entries, list) or len(entries) > MAX_ENTRIES:
         raise RelayError("invalid_request", "replies must be a list of at most %d entries."
@@ -2827,68 +2360,11 @@ def post_reply(exchange, name):
 
 def post_logout(exchange, name):
     """POST logout: {session}; its unfinished jobs go to others"""
-    service, request = exchange.read_authorized(name)
+    service, request = read_authorized(exchange, name)
     session = session_of(request)
     exchange.broker.logout(service, session)
     log("logout", service=service.name, address=exchange.address, session=session[:8])
     exchange.respond(200, {"errorcode": 0})
-
-
-def session_of(request):
-    """Return the session that a provider's request names. Raises RelayError."""
-    session = request.get("session")
-    if not isinstance(session, str):
-        raise RelayError("invalid_request", "session must be the text that login answered.",
-                         param="session")
-    return session
-
-
-def is_lease(job, attempt, at=0):
-    """Whether this can be a job's id, the number of an attempt, and an item offset."""
-    return (type(job) is str and len(job) <= MAX_ID_CHARACTERS
-            and type(attempt) is type(at) is int and 0 <= attempt | at < 2**31)
-
-
-def check_entry(entry):
-    """Check one entry of a push, and encode its items. A mistake of the provider's program
-    becomes an error of that one job, so that its client learns of it."""
-    if type(entry) is not dict or not is_lease(
-            entry.get("job"), entry.setdefault("attempt", 0), entry.setdefault("at", 0)):
-        raise RelayError("invalid_request", "Each entry of replies must have job, attempt, "
-                         "at and items.", param="replies")
-    items = entry.setdefault("items", [])
-    if not is_plain(items):
-        try:
-            if type(items) is not list:
-                raise ValueError
-            entry["items"] = list(map(encoded_item, items))
-            entry["raw"] = any(type(item) is Raw for item in entry["items"])
-        except (TypeError, ValueError):
-            entry["items"] = []
-            entry["error"] = {"message": "its reply is not text"}
-    if entry.get("error"):
-        entry["error"] = provider_error(entry["error"])
-
-
-def is_plain(items):
-    """Whether this is a list of texts in ASCII, as most are: it needs no closer look."""
-    try:
-        return type(items) is list and "".join(items).isascii()
-    except TypeError:
-        return False
-
-
-def provider_error(error):
-    """Return the RelayError for what a provider says of a job."""
-    error = error if isinstance(error, dict) else {"message": error}
-    name = error.get("error")
-    if not isinstance(name, str) or name not in PROVIDER_ERRORS:
-        name = "provider_error"
-    words = printable(error.get("message", "no reason given"), 500).rstrip(".")
-    upstream = clean_upstream_error(error)
-    if not upstream:
-        words = "The provider could not answer: %s." % words
-    return RelayError(name, words, **upstream)
 
 
 def send_work(exchange, offers, cancels, refused=None):
@@ -2985,6 +2461,301 @@ def find_route(path):
 ##############################################################################
 # The reader may stop here. What follows is machinery, in sections of any order.
 ##############################################################################
+
+
+##############################################################################
+# Limits: every bound and every timeout, each a command-line option
+#
+# The spine reads them as attributes of Limits. --help shows the first two groups.
+##############################################################################
+
+DAY_SECONDS = 86400
+MIB = 1 << 20
+LIMITS = (  # (name, default, group in --help, what it bounds)
+    ("max_connections", 2500, "capacity",
+     "connections in all (about 20 KB each while idle, with TLS 70 KB)"),
+    ("max_held_bytes", 256 * MIB, "capacity", "prompts and answers held in memory"),
+    ("max_request_bytes", 20 * MIB, "capacity", "body of one request"),
+    ("max_reply_bytes", 8 * MIB, "capacity", "answer to one prompt"),
+    ("max_queue", 1000, "capacity", "prompts waiting for one service"),
+    ("max_services", 10000, "capacity", "registered services"),
+    ("lease_seconds", 15, "capacity", "silence after which a provider loses its jobs"),
+    ("grace_seconds", 30, "capacity", "time for a client that went away to come back"),
+    ("keep_seconds", 300, "capacity", "a finished stream stays readable"),
+    ("job_seconds", 3600, "capacity", "one job, from prompt to the end of its answer"),
+    ("drain_seconds", 30, "capacity", "running jobs may finish after SIGTERM"),
+    ("max_connections_per_address", 200, "callers",
+     "connections per address (loopback exempt)"),
+    ("max_queue_per_caller", 100, "callers", "prompts of one caller waiting for one service"),
+    ("max_prompts_per_minute", 300, "callers", "prompts per caller (loopback exempt)"),
+    ("max_anonymous_per_day", 500, "callers",
+     "prompts per address and service without an access key (loopback exempt)"),
+    ("max_registrations_per_hour", 20, "callers",
+     "services registered per address (loopback exempt)"),
+    ("max_polls", 1000, "more", "connections that hold providers' polls"),
+    ("max_waiting", 1400, "more",
+     "connections that wait for an answer; the rest are reserved for control requests"),
+    ("max_head_bytes", 16384, "more", "request line and headers of one request"),
+    ("max_wrong_keys_per_minute", 30, "more",
+     "wrong keys per address; a right key still works"),
+    ("max_changes_per_minute", 120, "more",
+     "logins and changes of services and keys per address (loopback exempt)"),
+    ("max_access_keys", 50000, "more", "access keys of all services together"),
+    ("max_sessions", 100, "more", "logged-in providers of one service"),
+    ("max_workers", 1024, "more", "jobs that one provider may run at once"),
+    ("handshake_seconds", 10, "more", "a TLS handshake"),
+    ("head_seconds", 10, "more", "a request's headers, from the first byte to the last"),
+    ("body_seconds", 20, "more", "a request's body, plus a second for each 16 KiB"),
+    ("idle_seconds", 60, "more", "a kept-alive connection waits for the next request"),
+    ("write_seconds", 30, "more", "one write to a peer that reads slowly"),
+    ("poll_seconds", 25, "more", "the relay holds an idle provider's poll"),
+    ("busy_poll_seconds", 5, "more", "the relay holds the poll of a provider with jobs"),
+    ("handover_seconds", 5, "more", "time for a provider to confirm a job it was given"),
+    ("close_seconds", 0.5, "more", "time for a provider whose poll broke to poll again"),
+    ("offline_seconds", 15, "more", "prompts wait after the last provider has left"),
+    ("wait_seconds", 18, "more", "a polled read without a token (old clients give up at 20)"),
+    ("heartbeat_seconds", 9, "more", "silence within a streamed answer"),
+)
+
+
+class Limits:
+    """The values of LIMITS as attributes; Limits(grace_seconds=5) changes one."""
+
+    def __init__(self, **changes):
+        values = {name: default for name, default, _, _ in LIMITS}
+        unknown = set(changes) - set(values)
+        if unknown:
+            raise TypeError("unknown limits: " + ", ".join(sorted(unknown)))
+        self.__dict__.update(values, **changes)
+
+
+##############################################################################
+# Bounds: rates, rooms and memory
+#
+# Admission and the exchanges ask these before they accept anything. Without them, one
+# address could take what belongs to all.
+##############################################################################
+
+RESERVED = 10                # a tenth of each bound is reserved, see Room and Admission
+SHARE = 10                   # an address above a tenth gives way to others
+WIDE_SHARE = 4               # an IPv6 /48 may have four times what a /64 may
+
+
+@functools.lru_cache(maxsize=10000)
+def is_loopback(address):
+    """Whether a canonical address is this machine's own."""
+    return ipaddress.ip_address(address.partition("/")[0]).is_loopback
+
+
+@functools.lru_cache(maxsize=10000)
+def groups_of(address):
+    """Whom to charge for what an address does: tuples (group, factor of the limit). An IPv6
+    /64 is one household; a /48 has 65,536 of them, so it is limited, too."""
+    if "/" not in address:
+        return ((address, 1),)
+    wide = ipaddress.ip_network(address).supernet(new_prefix=48)
+    return ((address, 1), (str(wide), WIDE_SHARE))
+
+
+class Rates:
+    """Per-caller rate limiter: the generic cell rate algorithm (GCRA), which keeps one
+    instant per caller. An unused allowance may be caught up at once. Thread-safe."""
+
+    MOST = 10000     # callers remembered; strangers could fill the memory otherwise
+
+    def __init__(self, clock=time.monotonic):
+        self._clock = clock
+        self._due = OrderedDict()          # caller -> when all that it took is paid off
+        self._lock = threading.Lock()
+
+    def take(self, caller, most, seconds, what, name="rate_limited"):
+        """Count one `what` of `most` in `seconds`. Raises RelayError, of that name, if it
+        is one too many."""
+        with self._lock:
+            now, pause = self._clock(), seconds / most
+            due = max(now, self._due.pop(caller, now))
+            late = due + pause - now - seconds
+            late = late if late > 0.001 else 0        # rounding may leave 1e-12
+            self._due[caller] = due if late else due + pause
+            if len(self._due) > self.MOST:
+                self._due.popitem(last=False)
+        if late:
+            raise RelayError(name, "Too many %s: %d in %s are allowed. Try again in %s." % (
+                what, most, in_words(seconds), in_words(late)),
+                retry_after=late, limit=most)
+
+    def take_by_address(self, address, most, seconds, what):
+        """The same for an address and the network it belongs to."""
+        for group, factor in groups_of(address):
+            self.take(group, most * factor, seconds, what)
+
+
+def in_words(seconds):
+    """A length of time as people say it, rounded up."""
+    for size, unit in ((DAY_SECONDS, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return "%d %s" % (math.ceil(seconds / size), unit)
+    return "%d s" % math.ceil(seconds)
+
+
+class Slot:
+    """A part of a Room that somebody has taken, until it is released."""
+
+    __slots__ = ("room", "address", "count", "give_way")
+
+    def __init__(self, room, address, count, give_way):
+        self.room, self.address, self.count = room, address, count
+        self.give_way = give_way      # called when others need the slot; None: never
+
+    def release(self):
+        """Give it back. Safe to call twice, and after it was taken away."""
+        self.room.release(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.room.release(self)
+
+
+class Room:
+    """A bounded resource (connections, polls, waiting prompts, bytes), shared by addresses.
+
+    While there is room, an address may take what it likes (unless `hard` bounds it). When
+    there is none, the address that has most, above its share, loses its newest slot to one
+    that is below. A tenth is reserved for those that say so. Loopback is exempt from shares.
+    Thread-safe.
+    """
+
+    def __init__(self, what, most, hard=math.inf):
+        self.what, self.most, self.hard = what, most, hard
+        self.share = max(1, most // SHARE)
+        self.taken = 0
+        self._by = defaultdict(int)        # group -> how much
+        self._slots = {}                   # address -> {Slot: True}, oldest first
+        self._released = threading.Condition()     # notified when there is more room
+
+    def take(self, address, count=1, *, give_way=None, reserved=False, always=False,
+             wait=0.0):
+        """Take a Slot of `count`. address: whose it is, None for nobody's. reserved: it may
+        use the reserved tenth. always: never refused. Raises RelayError if there is no
+        room, after blocking up to `wait` seconds for it."""
+        groups, lost = self._groups(address), None
+        with self._released:
+            if not always and any(self._by.get(group, 0) + count > self.hard * factor
+                                  for group, factor in groups):
+                raise self._none_left("rate_limited", "your address")
+            most = self.most if reserved or not groups else (
+                self.most - self.most // RESERVED)
+            if not always and self.taken + count > most:
+                lost = self._largest_above_share(count, groups)
+                if lost is not None:
+                    self._release(lost)
+                elif not self._released.wait_for(lambda: self.taken + count <= most, wait):
+                    raise self._none_left("relay_busy", "now")
+            slot = Slot(self, address, count, give_way)
+            self.taken += count
+            for group, _ in groups:
+                self._by[group] += count
+            self._slots.setdefault(address, {})[slot] = True
+        if lost is not None:
+            lost.give_way()
+        return slot
+
+    def _groups(self, address):
+        """Whom to charge; nobody for what belongs to this machine."""
+        return () if address is None or is_loopback(address) else groups_of(address)
+
+    def _none_left(self, name, whom):
+        return RelayError(name, "This relay has no more %s for %s. Try again in a few "
+                          "seconds." % (self.what, whom), retry_after=5)
+
+    def _largest_above_share(self, count, groups):
+        """The newest slot, at least of that size, of the address that has most."""
+        mine = max((self._by.get(group, 0) / factor for group, factor in groups), default=0)
+        if mine + count > self.share:
+            return None
+        for group in sorted(self._by, key=self._by.get, reverse=True)[:SHARE]:
+            if self._by[group] <= self.share:
+                return None
+            for slot in reversed(list(self._slots.get(group, ()))):
+                if slot.give_way is not None and slot.count >= count:
+                    return slot
+        return None
+
+    def release(self, slot):
+        """Take a slot back; nothing happens if that was done already."""
+        with self._released:
+            self._release(slot)
+
+    def _release(self, slot):
+        slots = self._slots.get(slot.address, {})
+        if slots.pop(slot, None) is None:
+            return
+        if not slots:
+            del self._slots[slot.address]
+        self.taken -= slot.count
+        self._released.notify()
+        for group, _ in self._groups(slot.address):
+            self._by[group] -= slot.count
+            if not self._by[group]:
+                del self._by[group]
+
+
+class Memory:
+    """The bytes that jobs hold, in all and by holder. Its user holds the lock."""
+
+    def __init__(self, most):
+        self.most, self.held = most, 0
+        self._by = defaultdict(int)        # holder -> bytes
+        self._jobs = defaultdict(dict)     # holder -> {Job: True}, in order of arrival
+        self._kept = defaultdict(dict)     # holder -> {Job: True}: ended, oldest first
+
+    def hold(self, job, size):
+        """Count bytes that a job takes from now on, or, below zero, no longer."""
+        job.size += size
+        self.held += size
+        self._by[job.holder] += size
+        self._jobs[job.holder][job] = True
+
+    def keep(self, job):
+        """An ended job stays readable; it is the first to be forgotten."""
+        self._kept[job.holder][job] = True
+
+    def forget(self, job):
+        """A job holds nothing any more."""
+        self.hold(job, -job.size)
+        for jobs in (self._jobs, self._kept):
+            jobs[job.holder].pop(job, None)
+            if not jobs[job.holder]:
+                del jobs[job.holder]
+        if not self._by[job.holder]:
+            del self._by[job.holder]
+
+    def held_by(self, holder):
+        """The bytes of one holder."""
+        return self._by.get(holder, 0)
+
+    def victim(self, size, holder):
+        """The job that must go so that `holder` can have `size` bytes more.
+
+        Whoever holds most loses first: ended streams, the oldest before others; then, if it
+        holds twice what this holder would have, its largest job. None: nothing may go.
+        """
+        largest = max(self._by, key=self._by.get)
+        if self._kept.get(largest):
+            return next(iter(self._kept[largest]))
+        if self._by[largest] >= 2 * (self.held_by(holder) + size):
+            job = max(self._jobs[largest], key=lambda job: job.size)
+            if job.size > JOB_BYTES:
+                return job
+        if self._kept:
+            return next(iter(self._kept[max(self._kept, key=self._by.get)]))
+        return None
+
+    def lacks(self, size):
+        """Whether there is no room for so many bytes more."""
+        return self.held + size > self.most
 
 
 ##############################################################################
@@ -4031,6 +3802,66 @@ def check_calls(calls):
             raise ValueError
 
 
+MAX_ID_CHARACTERS = 64       # of a job's id, as a provider may name it
+
+
+def is_lease(job, attempt, at=0):
+    """Whether this can be a job's id, the number of an attempt, and an item offset."""
+    return (type(job) is str and len(job) <= MAX_ID_CHARACTERS
+            and type(attempt) is type(at) is int and 0 <= attempt | at < 2**31)
+
+
+def session_of(request):
+    """Return the session that a provider's request names. Raises RelayError."""
+    session = request.get("session")
+    if not isinstance(session, str):
+        raise RelayError("invalid_request", "session must be the text that login answered.",
+                         param="session")
+    return session
+
+
+def check_entry(entry):
+    """Check one entry of a push, and encode its items. A mistake of the provider's program
+    becomes an error of that one job, so that its client learns of it."""
+    if type(entry) is not dict or not is_lease(
+            entry.get("job"), entry.setdefault("attempt", 0), entry.setdefault("at", 0)):
+        raise RelayError("invalid_request", "Each entry of replies must have job, attempt, "
+                         "at and items.", param="replies")
+    items = entry.setdefault("items", [])
+    if not is_plain(items):
+        try:
+            if type(items) is not list:
+                raise ValueError
+            entry["items"] = list(map(encoded_item, items))
+            entry["raw"] = any(type(item) is Raw for item in entry["items"])
+        except (TypeError, ValueError):
+            entry["items"] = []
+            entry["error"] = {"message": "its reply is not text"}
+    if entry.get("error"):
+        entry["error"] = provider_error(entry["error"])
+
+
+def is_plain(items):
+    """Whether this is a list of texts in ASCII, as most are: it needs no closer look."""
+    try:
+        return type(items) is list and "".join(items).isascii()
+    except TypeError:
+        return False
+
+
+def provider_error(error):
+    """Return the RelayError for what a provider says of a job."""
+    error = error if isinstance(error, dict) else {"message": error}
+    name = error.get("error")
+    if not isinstance(name, str) or name not in PROVIDER_ERRORS:
+        name = "provider_error"
+    words = printable(error.get("message", "no reason given"), 500).rstrip(".")
+    upstream = clean_upstream_error(error)
+    if not upstream:
+        words = "The provider could not answer: %s." % words
+    return RelayError(name, words, **upstream)
+
+
 class BytesUnderWay:
     """The memory that one body takes, from the arrival of its bytes until it is parsed."""
 
@@ -4159,6 +3990,48 @@ def clean_upstream_error(error):
     return passed
 
 
+def usage_of(items):
+    """The provider's own count of tokens, a dict that comes near the end; or None."""
+    for item in items[:-4:-1]:
+        if type(item) is bytes and b'"usage"' in item:
+            usage = json.loads(item).get("usage")
+            if isinstance(usage, dict):
+                return usage
+    return None
+
+
+def count_tokens(items):
+    """How many tokens an answer has: as the provider counted, else one for each text."""
+    count = (usage_of(items) or {}).get("completion_tokens")
+    if type(count) is int and 0 <= count < 10**9:
+        return count
+    return sum(type(item) is str for item in items)
+
+
+def moving_average(old, new):
+    """The average in which each new value counts a fifth."""
+    return new if old is None else 0.8 * old + 0.2 * new
+
+
+def stats_of(job):
+    """What an answer took, for its client, as JSON: milliseconds, tokens, and their rate."""
+    end = job.created if job.ended_at is None else job.ended_at
+    leased = end if job.leased_at is None else job.leased_at
+    first = end if job.first_at is None else job.first_at
+    tokens, more = count_tokens(job.items), {}
+    for item in job.items[-3:]:            # the provider's own words come near the end
+        if type(item) is bytes:
+            more.update({name: value for name, value in json.loads(item).items()
+                         if name in ("usage", "finish_reason") and value})
+    if end - first > 0.001 and tokens > 1:
+        more["tokens_per_s"] = round((tokens - 1) / (end - first), 1)
+    # By hand: the encoder would take as long as the rest of a short answer.
+    return b'{"id":"%s","queue_ms":%.1f,"first_token_ms":%.1f,"total_ms":%.1f,"tokens":%d%s' % (
+        job.id.encode("ascii"), 1000 * (leased - job.created), 1000 * (first - job.created),
+        1000 * (end - job.created), tokens,
+        b"," + dumps(more)[1:] if more else b"}")
+
+
 def answer_options(exchange, route):
     """OPTIONS: which methods there are, and what another site's page may send."""
     if route.api not in ("openai", "anthropic"):
@@ -4200,6 +4073,137 @@ def log(event, **fields):
     with contextlib.suppress(OSError, ValueError, AttributeError):   # None: no stderr
         sys.stderr.write(line)
         sys.stderr.flush()
+
+
+##############################################################################
+# Access: who may do what
+#
+# A service key makes an operator, an access key a guest. Without these checks, everyone
+# could manage every service and use the private ones.
+##############################################################################
+
+
+def check_expiry(access, now):
+    """Raise RelayError if an access key has expired, whatever it is used for."""
+    if access.expires is not None and now >= access.expires:
+        raise RelayError("invalid_key", "This access key expired on %s. Ask the operator "
+                         "for a new one." % time.strftime(
+                             "%Y-%m-%d", time.gmtime(access.expires)))
+
+
+def is_operator(exchange, service):
+    """Whether this request came with the service's key. No key is nobody's."""
+    return bool(exchange.head.key_digest) and hmac.compare_digest(
+        exchange.head.key_digest, service.key_digest)
+
+
+def authorized(exchange, name):
+    """Return the service of that name, if this request came with its key."""
+    service = exchange.broker.find(name)
+    if not is_operator(exchange, service):
+        raise wrong_key(exchange, "This needs the service key of %s, as \"Authorization: "
+                              "Bearer KEY\"." % service.name)
+    exchange.trusted = True
+    return service
+
+
+def read_authorized(exchange, name, most=MAX_SMALL_BODY_BYTES):
+    """Return (service, body), for a request that must come with the service key, and
+    still must after its body has come: the service may have been deleted meanwhile, and
+    its name registered by another."""
+    service = authorized(exchange, name)
+    body = exchange.read_object(most)
+    still_authorized(exchange, service)
+    return service, body
+
+
+def still_authorized(exchange, service):
+    """Raise RelayError if this request's key is not that of the service any more."""
+    if exchange.broker.find(service.name) is not service or not is_operator(exchange, service):
+        raise RelayError("invalid_key", "This service was deleted, or its key was "
+                         "changed, while the request was on its way.")
+
+
+def wrong_key(exchange, words):
+    """The error for a wrong key, or the one for too many of them."""
+    if exchange.head.key_digest:
+        exchange.charge_guess("wrong keys")
+    return RelayError("invalid_key", words)
+
+
+def access_of(exchange, service):
+    """Return (whether this is the operator, the client's AccessKey or None).
+
+    Raises RelayError if the service is private and the client has no key for it. An
+    open service ignores unknown keys: OpenAI's clients always send one.
+    """
+    if is_operator(exchange, service):
+        return True, None
+    # By its digest: whoever guesses keys learns nothing from the time this takes.
+    access = service.keys.get(exchange.head.key_digest)
+    if access is not None:
+        check_expiry(access, time.time())
+    elif service.private and exchange.relay.registry.knows_key(exchange.head.key_digest):
+        raise RelayError("forbidden", "This access key is for another service than %s."
+                         % service.name)
+    elif service.private:
+        raise wrong_key(exchange, "%s is private: ask its operator for an access key, and "
+                              "send it as \"Authorization: Bearer KEY\"."
+                              % service.name)
+    return False, access
+
+
+##############################################################################
+# Polled reads of the native API, for clients that cannot read a stream
+#
+# The oldest clients ask again and again with one stream key.
+##############################################################################
+
+class PollOutlet(Outlet):
+    """Answers a polled read: the next `wanted` tokens, as far as they are there a second
+    after the first. All in the exchange's own thread."""
+
+    def __init__(self, exchange, reader, wanted, counts):
+        super().__init__(exchange, reader, None)
+        self.wanted, self.counts = wanted, counts      # counts: it names an offset itself
+
+    def run(self):
+        texts, ended = self._read()
+        answer = {"reply": "".join(texts), "errorcode": 0, "at": self.reader.cursor}
+        job = self.job
+        if not texts and not ended:
+            self.check_age()
+            raise RelayError("still_waiting", "No token yet: ask again with the same key.",
+                             retry_after=0)
+        if texts:
+            self.broker.advance(self.reader)
+        elif job.error is not None and (self.counts or not job.error_told):
+            job.error_told = True          # a client that does not count would loop
+            raise job.error
+        else:
+            answer.update(done=True, stats=json.loads(stats_of(job)))
+        with self.room(size_of(texts)):
+            self.exchange.respond(200, answer)
+        self.complete = True
+
+    def _read(self):
+        """Return (texts, whether the answer has ended)."""
+        texts, ended, deadline = [], False, self.broker.now() + self.limits.wait_seconds
+        while len(texts) < self.wanted and not ended:
+            left = deadline - self.broker.now()
+            if left <= 0:
+                break
+            # Until there is a first token, one is enough to wake up for.
+            want = self.wanted - len(texts) if texts else 1
+            items, ended = self.broker.read(self.reader, want, left,
+                                            self.wanted - len(texts))
+            if self.reader.gone:
+                raise PeerGone()
+            found = [item for item in items if type(item) is str and item]
+            if found and not texts:
+                deadline = min(deadline, self.broker.now() + 1)
+            texts += found
+        return texts, ended
 
 
 ##############################################################################
@@ -4281,7 +4285,7 @@ def answer_api(exchange, api, name):
         raise RelayError("invalid_request", "model is missing: the name of a service.",
                          param="model")
     service = find_model(exchange, model)
-    by_operator, access = exchange.access(service)
+    by_operator, access = access_of(exchange, service)
     check_fields(request, OPENAI_FIELDS)
     opaque = is_opaque(api, request)
     check_api(api, service, request, opaque)
@@ -4668,6 +4672,26 @@ def openai_model(entry):
 REPEAT_SECONDS = 600         # a registration may be repeated with its Idempotency-Key
 MAX_KEYS = 1000              # access keys of one service
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+RESERVED_NAMES = frozenset("""
+    v1 api provider healthz metrics models chat completions embeddings responses messages
+    rerank tokenize detokenize props slots lora-adapters images audio files admin login
+    logout register services keys static assets favicon.ico robots.txt index.html chat.html
+    neuroengine.py sitemap.xml manifest.json .well-known""".split())
+
+
+def is_name(name):
+    """Whether a new service can have this name."""
+    return bool(NAME.match(name)) and name.lower() not in RESERVED_NAMES
+
+
+def invalid_name_words(name):
+    """Say why a service cannot have this name."""
+    if name.lower() in RESERVED_NAMES:
+        return "The relay uses the name %s itself. Choose another." % name
+    return ("A service name has 1 to 64 characters: letters, digits, '.', '_' and '-'. It "
+            "begins with a letter or digit.")
+
 
 def register(exchange):
     """POST /api/services: {name, operator, comment, suggestions, invitation} -> {name, key}"""
@@ -4709,13 +4733,13 @@ def stored_fields(request, fields):
 
 def send_service(exchange, name):
     """GET /api/services/{name}"""
-    service = exchange.authorized(name)
+    service = authorized(exchange, name)
     exchange.respond(200, exchange.relay.directory.entry(service))
 
 
 def change_service(exchange, name):
     """PATCH /api/services/{name}: the fields of CHANGE_FIELDS"""
-    service, request = exchange.read_authorized(name)
+    service, request = read_authorized(exchange, name)
     reset = {"anonymous_per_day": None} if "anonymous_per_day" in request else {}
     check_fields(request, CHANGE_FIELDS)
     changes, answer = dict(reset, **stored_fields(request, CHANGE_FIELDS)), {}
@@ -4723,7 +4747,7 @@ def change_service(exchange, name):
         answer["key"] = new_key()
         changes["key_digest"] = digest(answer["key"])
     with exchange.relay.registry.changing:
-        exchange.still_authorized(service)
+        still_authorized(exchange, service)
         exchange.relay.registry.change(service, **changes)
     if answer:
         log("new_key", service=service.name, address=exchange.address)
@@ -4733,21 +4757,21 @@ def change_service(exchange, name):
 
 def send_keys(exchange, name):
     """GET /api/services/{name}/keys: the access keys, with their use so far"""
-    service = exchange.authorized(name)
+    service = authorized(exchange, name)
     exchange.respond(200, {"errorcode": 0, "keys": [
         key.shown(time.time()) for key in list(service.keys.values())]})
 
 
 def add_key(exchange, name):
     """POST /api/services/{name}/keys: {label, limits} -> {id, key}"""
-    service, request = exchange.read_authorized(name)
+    service, request = read_authorized(exchange, name)
     check_fields(request, KEY_FIELDS)
     key = new_key()
     access = AccessKey(secrets.token_hex(8), digest(key), request.get("label", ""),
                        time.time(), *[request.get(limit) for limit in KEY_LIMITS],
                        *(0, 0, 0, None))
     with exchange.relay.registry.changing:
-        exchange.still_authorized(service)
+        still_authorized(exchange, service)
         exchange.relay.registry.add_key(service, access)
     log("key_added", service=service.name, key_id=access.id)
     exchange.respond(201, dict(access.shown(time.time()), key=key, errorcode=0))
@@ -4755,7 +4779,7 @@ def add_key(exchange, name):
 
 def revoke_key(exchange, name, key_id):
     """DELETE /api/services/{name}/keys/{id}: in force at once, whatever the disk does"""
-    service = exchange.authorized(name)
+    service = authorized(exchange, name)
     saved = exchange.relay.registry.revoke_key(service, key_id)
     log("key_revoked", service=service.name, key_id=key_id)
     if not saved:
@@ -4767,9 +4791,9 @@ def revoke_key(exchange, name, key_id):
 
 def delete_service(exchange, name):
     """DELETE /api/services/{name}"""
-    service = exchange.authorized(name)
+    service = authorized(exchange, name)
     with exchange.relay.registry.changing:
-        exchange.still_authorized(service)
+        still_authorized(exchange, service)
         exchange.relay.registry.delete(service)
     log("deleted", service=service.name, address=exchange.address)
     exchange.respond(200, {"name": service.name, "errorcode": 0})

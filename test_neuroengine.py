@@ -862,7 +862,7 @@ def test_a_reader_is_woken_only_when_it_has_what_it_wants(desk):
 def test_no_thread_is_woken_for_items_that_are_delivered(desk):
     reader, session, job = desk.start()
     got = []
-    desk.broker.offer_to(reader, lambda: got.append(desk.broker.take(reader, 9)), 0)
+    desk.broker.offer_to(reader, lambda: got.append(desk.broker.read(reader, most=9)), 0)
     thread = threading.Thread(target=desk.broker.wait, args=(reader, 9), daemon=True)
     thread.start()
     until(lambda: reader.news and reader.news._waiters)
