@@ -431,6 +431,10 @@ class Queue:
         if not line and line is not self._first:
             del self._turns[job.caller]
 
+    def longest(self):
+        """The waiting jobs of the caller that has most; None if no caller has any."""
+        return max(self._turns.values(), key=len, default=None)
+
     def take(self, session):
         """Take out the job that this session should have next; None if there is none. A
         caller whose next job this session cannot answer is passed over."""
@@ -574,7 +578,7 @@ class Admission:
 
     def __init__(self, limits, clock, wall):
         self._limits, self._clock, self._wall = limits, clock, wall
-        self._rates, self._daily = Rates(clock), Rates(clock)
+        self._rates, self.quotas = Rates(clock), Quotas(wall)
         self.memory = Memory(limits.max_held_bytes)
 
     def check(self, job, rated):
@@ -599,32 +603,50 @@ class Admission:
     def _check_queue(self, job):
         service, limits = job.service, self._limits
         mine = service.queue.count(job.caller, job.by_operator)
-        most = limits.max_queue
-        if job.by_operator or job.access is not None:
-            most += most // RESERVED           # strangers cannot fill it all
-        if service.queue.size >= most:
-            raise RelayError("queue_full", "%d prompts wait for %s already. Try again "
-                             "later." % (service.queue.size, service.name),
-                             retry_after=self.retry_after(service))
         if mine >= limits.max_queue_per_caller:
             raise RelayError("rate_limited", "You have %d prompts waiting for %s. Wait until "
                              "some are answered." % (mine, service.name),
                              retry_after=self.retry_after(service),
                              limit=limits.max_queue_per_caller)
+        most = limits.max_queue
+        if job.by_operator or job.access is not None:
+            most += most // RESERVED           # strangers cannot fill it all
+        if service.queue.size >= most and self.gives_way(job) is None:
+            raise RelayError("queue_full", "%d prompts wait for %s already. Try again "
+                             "later." % (service.queue.size, service.name),
+                             retry_after=self.retry_after(service))
+
+    def gives_way(self, job):
+        """The job that must leave a full queue for this one: the newest of the caller that
+        has most, if that caller would still have more. None: nobody gives way."""
+        queue = job.service.queue
+        if queue.size < self._limits.max_queue:
+            return None
+        line = queue.longest()
+        if line is None or len(line) <= queue.count(job.caller, job.by_operator) + 1:
+            return None
+        return line[-1]
+
+    def queue_taken(self, service):
+        """The error for a job that gave way."""
+        return RelayError("rate_limited", "The queue of %s is full, and you have most of it: "
+                          "others need the room." % service.name,
+                          retry_after=self.retry_after(service))
 
     def _check_rates(self, job, rated):
-        service = job.service
-        if rated and not job.by_operator:
+        service, limits = job.service, self._limits
+        if job.by_operator:
+            return
+        groups = ((job.caller, 1),) if job.access is not None else groups_of(job.caller)
+        for _ in range(job.cost if rated else 0):
+            for group, factor in groups:
+                self._rates.take(group, limits.max_prompts_per_minute * factor, 60, "prompts")
+        if job.access is None and (rated or service.anonymous_per_day):
+            most = service.anonymous_per_day or limits.max_anonymous_per_day
             for _ in range(job.cost):
-                self._rates.take(job.caller, self._limits.max_prompts_per_minute, 60,
-                                 "prompts")
-        if job.access is None and not job.by_operator and (
-                rated or service.anonymous_per_day):
-            for _ in range(job.cost):
-                self._daily.take(
-                    (service.name, job.caller),
-                    service.anonymous_per_day or self._limits.max_anonymous_per_day,
-                    DAY_SECONDS, "prompts without an access key", "quota_exceeded")
+                for group, factor in groups:
+                    self.quotas.take((service.name.lower(), group), most * factor,
+                                     "prompts without an access key")
 
     def _check_quota(self, access, cost):
         now = self._wall()
@@ -800,6 +822,19 @@ class Jobs:
         with self._lock:
             self._end_sessions_locked(service)
 
+    @property
+    def quotas(self):
+        """The Quotas of callers without a key, to be saved."""
+        return self._admission.quotas
+
+    def renew_last_seen(self):
+        """Note that the connected services are connected still."""
+        with self._lock:
+            for session in self._sessions.values():
+                if session.id in session.service.sessions:
+                    session.service.last_seen = self._wall()
+                    self._count_locked(session.service)
+
     def take_changed(self):
         """Return the services whose counters changed since the last call."""
         with self._lock:
@@ -847,6 +882,9 @@ class Jobs:
             job.cost, job.urgent, job.needs = cost, urgent, needs
             job.grace = self.limits.grace_seconds if grace is None else grace
             self._admission.check(job, rated)
+            victim = self._admission.gives_way(job)
+            if victim is not None:
+                self._cancel_locked(victim, self._admission.queue_taken(service))
             if not self._make_room_locked(JOB_BYTES + len(payload), job.holder):
                 raise self._admission.memory_full()
             self._admission.charge(job)
@@ -1675,6 +1713,7 @@ REQUEST_IDS = unique_ids()
 JSON = "application/json"
 FORWARDED = frozenset(("x-forwarded-for", "forwarded", "x-real-ip"))
 MAX_SMALL_BODY_BYTES = 1 << 18   # of requests that are neither a prompt nor a push
+LARGE_BODY_BYTES = 1 << 20       # only one of these is parsed at a time
 
 
 class Exchange:
@@ -1693,6 +1732,7 @@ class Exchange:
         self.started = False               # whether a part of the response was made
         self.slot = None                   # of the Room for waiting prompts
         self.fingerprint = None            # the SHA-256 of the body
+        self.large = False                 # whether it holds relay.large_bodies
         self.began = self.broker.now()
 
     def run(self):
@@ -1716,6 +1756,7 @@ class Exchange:
                 self.api = guess_api(self.connection.last_head)
             self.fail(self.explain(error))
         finally:
+            self.parsed()
             self.release_slot()
         return self.keep_alive and self.body_read
 
@@ -1769,7 +1810,17 @@ class Exchange:
             body = read_body(self.connection, self.head, self.limits, most, count)
             self.body_read = True
             self.fingerprint = hashlib.sha256(body).digest()
+            if len(body) > LARGE_BODY_BYTES:
+                # Parsed, it takes up to ten times its bytes: so one at a time.
+                self.relay.large_bodies.acquire()
+                self.large = True
             return parse_json(body)
+
+    def parsed(self):
+        """The body, if it was large, is not in memory as objects any more."""
+        if self.large:
+            self.large = False
+            self.relay.large_bodies.release()
 
     def charge_guess(self, what):
         """Count a wrong key, or a stream key that names nothing, for this address."""
@@ -2284,6 +2335,7 @@ def submit_native(exchange, service, request, by_operator, access):
     payload = to_json({field: value for field, value in request.items()
                        if field not in NOT_FOR_PROVIDERS})
     request.clear()
+    exchange.parsed()
     return exchange.broker.submit(
         service, payload, caller=caller, identity=identity, at=at, wait=wait,
         by_operator=by_operator, access=access, rated=not exchange.local,
@@ -2354,6 +2406,7 @@ def post_reply(exchange, name):
                          % MAX_ENTRIES, param="replies")
     for entry in entries:
         check_entry(entry)
+    exchange.parsed()
     refused, offers, cancels = exchange.broker.push(service, session, entries)
     send_work(exchange, offers, cancels, refused)
 
@@ -2500,6 +2553,10 @@ LIMITS = (  # (name, default, group in --help, what it bounds)
      "wrong keys per address; a right key still works"),
     ("max_changes_per_minute", 120, "more",
      "logins and changes of services and keys per address (loopback exempt)"),
+    ("unused_days", 7, "more",
+     "a service that never had a provider is deleted after; 0 for never"),
+    ("absent_days", 183, "more",
+     "a service without a provider for so long is deleted after; 0 for never"),
     ("max_access_keys", 50000, "more", "access keys of all services together"),
     ("max_sessions", 100, "more", "logged-in providers of one service"),
     ("max_workers", 1024, "more", "jobs that one provider may run at once"),
@@ -2562,6 +2619,7 @@ class Rates:
     instant per caller. An unused allowance may be caught up at once. Thread-safe."""
 
     MOST = 10000     # callers remembered; strangers could fill the memory otherwise
+    LOOKED_AT = 20   # of the oldest when it is full; the one that used least is forgotten
 
     def __init__(self, clock=time.monotonic):
         self._clock = clock
@@ -2578,7 +2636,8 @@ class Rates:
             late = late if late > 0.001 else 0        # rounding may leave 1e-12
             self._due[caller] = due if late else due + pause
             if len(self._due) > self.MOST:
-                self._due.popitem(last=False)
+                oldest = itertools.islice(self._due, self.LOOKED_AT)
+                del self._due[min(oldest, key=self._due.get)]
         if late:
             raise RelayError(name, "Too many %s: %d in %s are allowed. Try again in %s." % (
                 what, most, in_words(seconds), in_words(late)),
@@ -2588,6 +2647,35 @@ class Rates:
         """The same for an address and the network it belongs to."""
         for group, factor in groups_of(address):
             self.take(group, most * factor, seconds, what)
+
+
+class Quotas(Rates):
+    """Rates over a day, by the wall clock, that outlive the process: see take_changed and
+    restore. Callers are known by a hash, so that no address reaches the disk."""
+
+    MOST = 50000
+
+    def __init__(self, wall):
+        super().__init__(wall)
+        self._changed = {}                 # hash -> instant, what was not saved
+
+    def take(self, caller, most, what):
+        """Count one `what` of `most` a day. Raises RelayError (quota_exceeded)."""
+        caller = hashlib.sha256(repr(caller).encode()).digest()[:16]
+        super().take(caller, most, DAY_SECONDS, what, "quota_exceeded")
+        with self._lock:
+            self._changed[caller] = self._due.get(caller, 0.0)
+
+    def take_changed(self):
+        """Return what changed since the last call: hash -> instant."""
+        with self._lock:
+            changed, self._changed = self._changed, {}
+            return changed
+
+    def restore(self, pairs):
+        """Continue with what was saved."""
+        with self._lock:
+            self._due.update(pairs)
 
 
 def in_words(seconds):
@@ -4374,6 +4462,7 @@ def submit_api(exchange, api, service, request, by_operator, access, opaque):
                                 if field not in FOR_RELAY and field != "reply_so_far"},
                                api=api))
     request.clear()
+    exchange.parsed()
     return exchange.broker.submit(
         service, payload, caller=caller, by_operator=by_operator, access=access,
         rated=not exchange.local, holder=exchange.address, wait=wait, at=0,
@@ -4634,12 +4723,10 @@ def send_openai_models(exchange, name=None):
     """GET /v1/models: the services that answer now, or with ?all=1 all of them"""
     directory = exchange.relay.directory
     if name is not None:
-        models = [directory.entry(find_model(exchange, name))]
-    elif "all=1" in exchange.head.target.partition("?")[2].split("&"):
-        models = directory.entries()
-    else:
-        models = [entry for entry in directory.entries() if entry["connected"]]
-    exchange.respond(200, {"object": "list", "data": list(map(openai_model, models))})
+        entry = directory.entry(find_model(exchange, name))
+        return exchange.respond(200, {"object": "list", "data": [openai_model(entry)]})
+    everything = "all=1" in exchange.head.target.partition("?")[2].split("&")
+    exchange.respond(200, directory.models(everything))
 
 
 def send_openai_model(exchange, name, _=None):
@@ -4718,7 +4805,8 @@ def register(exchange):
             exchange.address, exchange.limits.max_registrations_per_hour, 3600,
             "registrations")
     registry.register(Service(name, digest(key), created=time.time(),
-                              **stored_fields(request, SERVICE_FIELDS)), invitation)
+                              **stored_fields(request, SERVICE_FIELDS)), invitation,
+                      exchange.head.key_digest)
     log("registered", service=name, address=exchange.address)
     exchange.respond(201, {"name": name, "key": key, "errorcode": 0})
 
@@ -4812,12 +4900,13 @@ DIRECTORY_SECONDS = 1.0      # the directory is built at most this often
 class Directory:
     """All services as the page and clients see them: /api/models."""
 
-    def __init__(self, broker):
-        self._broker = broker
+    def __init__(self, broker, registry):
+        self._broker, self._registry = broker, registry
         self._lock = threading.Lock()      # held while it is built, by one thread
         self._built_at = -math.inf
         self._version, self._took = -1, 0.0
-        self._entries, self._body, self._zipped, self._etag = [], b"[]", b"", '""'
+        self._body, self._zipped, self._etag = b"[]", b"", '""'
+        self._models = {}                  # whether all -> body of /v1/models
 
     def entry(self, service):
         """One service, as it is at this moment."""
@@ -4835,6 +4924,10 @@ class Directory:
         eta = self._broker.eta(service) if sessions and service.job_seconds else None
         if eta is not None:
             entry["eta_s"] = 0 if service.idle else eta
+        deleted_at = self._registry.deleted_at(service)
+        if deleted_at is not None and deleted_at - time.time() < WARNING_SECONDS and (
+                service.last_seen is not None):
+            entry["deleted_at"] = int(deleted_at)
         if service.tokens_per_second:
             entry["tokens_per_s"] = round(service.tokens_per_second, 1)
         if service.suggestions != "[]":
@@ -4848,10 +4941,10 @@ class Directory:
                 entry[name] = value
         return entry
 
-    def entries(self):
-        """All entries by name, at most DIRECTORY_SECONDS old."""
+    def models(self, everything):
+        """The body of /v1/models: the services that answer now, or all."""
         self._refresh()
-        return self._entries
+        return self._models[everything]
 
     def _refresh(self):
         with self._lock:
@@ -4867,7 +4960,10 @@ class Directory:
                 entries.append(self.entry(service))
                 if number % 500 == 499:
                     time.sleep(0)          # let other threads run
-            self._entries = entries
+            for everything in (False, True):
+                self._models[everything] = b'{"object":"list","data":[%s]}' % b",".join([
+                    dumps(openai_model(entry)) for entry in entries
+                    if everything or entry["connected"]])
             self._body = b"[" + b",".join(map(dumps, entries)) + b"]"
             self._zipped = gzip.compress(self._body, 1)
             self._etag = '"%s"' % hashlib.sha256(self._body).hexdigest()[:20]
@@ -5020,6 +5116,10 @@ MIGRATIONS = (   # user_version counts those that the file has been through
             digest TEXT PRIMARY KEY, uses INTEGER NOT NULL, created REAL NOT NULL)"""),
     ("ALTER TABLE services ADD COLUMN suggestions TEXT NOT NULL DEFAULT '[]'",
      "ALTER TABLE services ADD COLUMN connected INTEGER NOT NULL DEFAULT 0"),
+    ("CREATE TABLE reserved (name TEXT PRIMARY KEY COLLATE NOCASE, key_digest TEXT NOT NULL)",
+     "CREATE TABLE quotas (caller BLOB PRIMARY KEY, due REAL NOT NULL)",
+     "CREATE TABLE facts (name TEXT PRIMARY KEY, value REAL NOT NULL)",
+     "INSERT INTO facts VALUES ('expiry_since', strftime('%s', 'now'))"),
 )
 
 
@@ -5109,13 +5209,20 @@ class Store:
         with self._lock:
             return self._value("PRAGMA data_version")
 
-    def add(self, service, invitation=None):
+    def add(self, service, invitation=None, old_digest=""):
         """Write a new service; it is on the disk when this returns.
 
         invitation: the hash of one to be used up for it. Raises RelayError if it is unknown
-        or used up.
+        or used up, or the name is reserved for another key than that of old_digest.
         """
         with self._transaction():
+            reserved = self._db.execute("SELECT key_digest FROM reserved WHERE name=?",
+                                        (service.name,)).fetchone()
+            if reserved and reserved[0] != old_digest:
+                raise RelayError("name_taken", "The name %r is reserved for the operator who "
+                                 "had it. With its old key it can be registered again; "
+                                 "otherwise choose another." % service.name)
+            self._db.execute("DELETE FROM reserved WHERE name=?", (service.name,))
             if invitation is not None and not self._db.execute(
                     "UPDATE invitations SET uses=uses-1 WHERE digest=? AND uses>0",
                     (invitation,)).rowcount:
@@ -5173,11 +5280,31 @@ class Store:
         with self._transaction():
             self._db.execute("DELETE FROM keys WHERE id=?", (key.id,))
 
-    def remove(self, service):
-        """Delete a service."""
+    def remove(self, service, reserve=False):
+        """Delete a service. reserve: keep its name for whoever has its key."""
         with self._transaction():
             self._db.execute("DELETE FROM services WHERE name=? AND created=?",
                              (service.name, service.created))
+            if reserve:
+                self._db.execute("INSERT OR REPLACE INTO reserved VALUES (?, ?)",
+                                 (service.name, service.key_digest))
+
+    def save_quotas(self, pairs):
+        """Write quotas of callers: pairs (hash, instant)."""
+        with self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO quotas VALUES (?, ?)", pairs)
+
+    def load_quotas(self):
+        """Return the quotas that still matter, and delete the others."""
+        with self._transaction():
+            self._db.execute("DELETE FROM quotas WHERE due<?", (time.time(),))
+            return self._db.execute("SELECT caller, due FROM quotas ORDER BY due").fetchall()
+
+    def fact(self, name):
+        """Return a number of the file's own."""
+        with self._lock:
+            return self._db.execute("SELECT value FROM facts WHERE name=?",
+                                    (name,)).fetchone()[0]
 
     def backup(self, path):
         """Copy everything to a new file, while others write. Raises OSError, sqlite3.Error."""
@@ -5216,6 +5343,8 @@ def digest(key):
 SAVE_SECONDS = 0.5           # counters reach the disk this often
 RELOAD_SECONDS = 2           # between looks at the data file: Python's standard library
                              # has no way to wait for another process's write
+RENEW_SECONDS = 600          # how often "last seen" of connected services is renewed
+WARNING_SECONDS = 14 * DAY_SECONDS     # before a service is deleted, the directory says so
 
 
 class Registry:
@@ -5235,6 +5364,9 @@ class Registry:
         self._changes = store.changes()    # before it is loaded
         self._secret = secrets.token_bytes(32)         # of repeatable_key
         self._repeats = OrderedDict()      # hash of caller and key -> body's fingerprint
+        self._unsaved_quotas = {}          # hash of a caller -> instant
+        self._expiry_since = store.fact("expiry_since")    # when this version came
+        broker.quotas.restore(store.load_quotas())
         for service in store.load():
             broker.add(service, returning=True)
             self._digests.update(service.keys)
@@ -5264,13 +5396,13 @@ class Registry:
                 time.time() - service.created < REPEAT_SECONDS)
         return False
 
-    def register(self, service, invitation=None):
-        """Add a service; it is on the disk when this returns. Raises RelayError,
-        sqlite3.Error."""
+    def register(self, service, invitation=None, old_digest=""):
+        """Add a service; it is on the disk when this returns. old_digest: of the key that
+        its name may be reserved for. Raises RelayError, sqlite3.Error."""
         with self.changing:
             self._broker.add(service)
             try:
-                self._store.add(service, invitation)
+                self._store.add(service, invitation, old_digest)
             except BaseException:
                 self._broker.remove(service)
                 raise
@@ -5288,10 +5420,10 @@ class Registry:
         if "key_digest" in changes:
             self._broker.close_sessions(service)
 
-    def delete(self, service):
-        """Delete a service. Raises sqlite3.Error."""
+    def delete(self, service, reserve=False):
+        """Delete a service; reserve: keep its name for its key. Raises sqlite3.Error."""
         with self.changing:
-            self._store.remove(service)
+            self._store.remove(service, reserve)
             self._broker.remove(service)
             self._digests.difference_update(service.keys)
 
@@ -5338,6 +5470,10 @@ class Registry:
                 if self._unsaved:
                     self._store.save(list(self._unsaved.values()))
                     self._unsaved.clear()
+                self._unsaved_quotas.update(self._broker.quotas.take_changed())
+                if self._unsaved_quotas:
+                    self._store.save_quotas(list(self._unsaved_quotas.items()))
+                    self._unsaved_quotas.clear()
                 self._trouble = None
             except sqlite3.Error as error:
                 if str(error) != self._trouble:        # once, not at each attempt
@@ -5353,11 +5489,41 @@ class Registry:
 
     def keep_reloading(self):
         """Look for changes by other processes, until the broker closes; for a thread."""
+        renewed = time.monotonic()
         while not self._broker.closed:
             time.sleep(RELOAD_SECONDS)
             self.reload()
             if self._revoked or self._unsaved:         # the disk may have room again
                 self.save()
+            if time.monotonic() - renewed > RENEW_SECONDS:
+                renewed = time.monotonic()
+                self._broker.renew_last_seen()
+                self.delete_unused()
+
+    # -- services that nobody uses --
+
+    def deleted_at(self, service):
+        """When a service will be deleted because it has no provider; None: it will not."""
+        limits = self._broker.limits
+        days = limits.unused_days if service.last_seen is None else limits.absent_days
+        if service.sessions or not service.stored or not days:
+            return None
+        since = service.created if service.last_seen is None else service.last_seen
+        return max(since, self._expiry_since) + days * DAY_SECONDS
+
+    def delete_unused(self):
+        """Delete the services that have had no provider for too long. The name of one that
+        once had a provider stays reserved for its key, so that nobody inherits its
+        clients' prompts."""
+        for service in self._broker.services():
+            at = self.deleted_at(service)
+            if at is not None and time.time() >= at:
+                try:
+                    self.delete(service, reserve=service.last_seen is not None)
+                    log("deleted_unused", service=service.name, last_seen=service.last_seen)
+                except sqlite3.Error as error:
+                    log("cannot_save", error=str(error))
+                    return
 
     def reload(self):
         """Read again what another process changed in the data file. Return words for what
@@ -5473,7 +5639,7 @@ class Relay(ThreadingHTTPServer):
         self.limits = limits or Limits()
         self.broker = broker or Broker(self.limits)
         self.registry = Registry(store or Store(":memory:"), self.broker, registration)
-        self.directory = Directory(self.broker)
+        self.directory = Directory(self.broker, self.registry)
         self.tls, self.webroot, self.plain = tls, webroot, plain
         self.proxies, self.hops = proxies, hops
         self.show(page)
@@ -5509,6 +5675,7 @@ class Relay(ThreadingHTTPServer):
         self.polls = Room("polls", limits.max_polls)
         self.waiting = Room("slots for prompts", limits.max_waiting)
         self.bytes = Room("memory", limits.max_held_bytes // 4)  # bodies and responses
+        self.large_bodies = threading.Lock()   # held while a large body is parsed
 
     def show(self, page):
         """Serve these bytes of chat.html from now on; None for no page. And the client file

@@ -1054,6 +1054,114 @@ def test_an_error_ends_a_begun_stream_and_is_a_status_before(stream, desk):
     assert outlet.connection.sent == [b"502 provider_error"] and outlet.complete
 
 
+def test_a_full_queue_takes_from_the_caller_that_has_most_and_keeps_room_for_guests():
+    desk = Desk(max_queue=10, max_queue_per_caller=10)
+    desk.login()
+    greedy = [desk.submit(caller="greedy") for _ in range(10)]
+    modest = desk.submit(caller="modest")
+    assert greedy[-1].job.error.name == "rate_limited" and modest.job.state == "queued"
+    key = neuroengine_server.AccessKey("i", "d", "", 0, *[None] * 5, 0, 0, 0, None)
+    desk.submit(caller="key i", access=key)
+    desk.submit(by_operator=True)
+    for caller in "abcdefgh":
+        with contextlib.suppress(RelayError):
+            desk.submit(caller=caller)
+    with pytest.raises(RelayError) as refused:           # now all have one
+        desk.submit(caller="modest")
+    assert refused.value.name == "queue_full"
+
+
+def test_jobs_come_back_in_the_order_in_which_they_were_submitted(desk):
+    session, token = desk.login(workers=3), Poll()
+    readers = [desk.submit() for _ in range(3)]
+    desk.poll(session, (), token)
+    desk.later(5.1)                                      # none was confirmed
+    again = desk.login(workers=3)
+    assert [job for job, _, _, _ in desk.poll(again)[0]] == [r.job.id for r in readers]
+
+
+def test_a_full_memory_forgets_the_streams_of_its_largest_holder_first():
+    desk = Desk(max_held_bytes=400000)
+    session = desk.login(workers=9)
+    kept = {}
+    for holder, size in (("modest", 1000), ("greedy", 90000), ("third", 20000)):
+        reader = desk.submit(identity=desk.identity("stream", holder), holder=holder)
+        desk.poll(session)
+        desk.push(session, reader.job.id, ["x" * size], done=True)
+        desk.broker.leave(reader, True)
+        kept[holder] = reader.job
+    for n in range(9):
+        desk.submit(b"x" * 30000, caller=str(n), holder=str(n))
+    assert kept["modest"].id in desk.broker._jobs
+    assert kept["greedy"].id not in desk.broker._jobs
+
+
+def test_items_that_are_objects_count_as_much_as_they_take():
+    item = {"tool_calls": [{"index": 0, "function": {"arguments": "x" * 100}}] * 50}
+    encoded = neuroengine_server.encoded_item(item)
+    assert sys.getsizeof(encoded) <= neuroengine_server.size_of([encoded])
+
+
+def test_a_job_goes_only_to_providers_that_have_the_api_it_needs(desk):
+    plain, able = desk.login(), desk.login(apis=["responses"])
+    reader, other = desk.submit(needs="responses"), desk.submit(caller="bob")
+    assert desk.poll(plain)[0][0][0] == other.job.id
+    assert desk.poll(able)[0][0][0] == reader.job.id
+
+
+def test_an_urgent_job_goes_first(desk):
+    session = desk.login()
+    desk.submit(), desk.submit(caller="bob")
+    urgent = desk.submit(caller="carol", urgent=True, needs=None)
+    assert desk.poll(session)[0][0][0] == urgent.job.id
+
+
+def test_quotas_of_strangers_outlive_the_process(tmp_path):
+    path = str(tmp_path / "data.sqlite3")
+    for n in range(2):
+        store = Store(path)
+        broker = Broker(Limits(max_anonymous_per_day=3))
+        registry = neuroengine_server.Registry(store, broker)
+        service = Service("Llm", "")
+        broker.add(service)
+        if n == 0:
+            for _ in range(3):
+                broker.submit(service, b"{}", caller="203.0.113.1", rated=True, wait=True)
+        else:
+            with pytest.raises(RelayError) as refused:
+                broker.submit(service, b"{}", caller="203.0.113.1", rated=True, wait=True)
+            assert refused.value.name == "quota_exceeded"
+        registry.close()
+    assert b"203.0.113" not in open(path, "rb").read()
+
+
+def test_services_that_nobody_uses_are_deleted_and_names_kept_for_their_keys(
+        tmp_path, monkeypatch, capfd):
+    now = [time.time()]
+    monkeypatch.setattr(neuroengine_server.time, "time", lambda: now[0])
+    broker = Broker(wall=lambda: now[0])
+    registry = neuroengine_server.Registry(Store(str(tmp_path / "data.sqlite3")), broker)
+    for name in ("Never", "Once", "On"):
+        registry.register(Service(name, digest(name), created=now[0]))
+    broker.logout(broker.find("Once"), broker.login(broker.find("Once")))
+    broker.login(broker.find("On"))
+    directory = neuroengine_server.Directory(broker, registry)
+    now[0] += 8 * 86400
+    registry.delete_unused()
+    assert [s.name for s in broker.services()] == ["Once", "On"]
+    registry.register(Service("Never", "other"))         # nobody had it
+    now[0] += 170 * 86400
+    assert "deleted_at" in directory.entry(broker.find("Once"))
+    assert "deleted_at" not in directory.entry(broker.find("On"))
+    now[0] += 9 * 86400
+    registry.delete_unused()
+    with pytest.raises(RelayError) as refused:
+        registry.register(Service("once", digest("thief")), old_digest=digest("thief"))
+    assert refused.value.name == "name_taken" and not broker._services.get("once")
+    registry.register(Service("Once", digest("new")), old_digest=digest("Once"))
+    assert 'deleted_unused service="Once"' in capfd.readouterr().err
+
+
 def test_draining_fails_the_waiting_and_lets_the_running_finish(desk):
     reader, session, job = desk.start()
     waiting = desk.submit()
@@ -3136,6 +3244,113 @@ def test_a_page_is_served_with_a_policy_of_hashes(relay):
     assert ask(relay, "/Some-Name")[0] == 200 and ask(relay, "/v1/nosuch")[0] == 404
 
 
+def test_no_key_is_nobodys_key(relay):
+    relay.broker.add(Service("Keyless", ""))
+    try:
+        assert ask(relay, "/api/services/Keyless", method="GET")[0] == 401
+        assert ask(relay, "/api/services/Keyless", method="GET", Authorization="Bearer ")[0] == 401
+    finally:
+        relay.broker.remove(relay.broker.find("Keyless"))
+
+
+def test_an_expired_key_reads_no_stream_of_a_private_service(relay, hand):
+    guest = manage(relay, hand, "POST", "/keys", {})[1]
+    manage(relay, hand, "PATCH", body={"private": True})
+    key = {"Authorization": "Bearer " + guest["key"]}
+    body = {"message": "x", "key": name_of("a-long-stream-key-"), "at": 0}
+    first = in_thread(ask, relay, "/" + hand.name, body, **key)
+    hand.reply(hand.next_job(), ["secret"], done=True)
+    assert first()[1]["reply"] == "secret"
+    relay.broker.find(hand.name).keys[digest(guest["key"])].expires = 1
+    status, answer, _ = ask(relay, "/" + hand.name, {"key": body["key"], "at": 0}, **key)
+    assert status == 401 and "expired" in answer["reply"]
+
+
+def test_a_short_stream_key_is_for_its_own_caller_only():
+    network = neuroengine_server.ipaddress.ip_network("127.0.0.1")
+    with running_relay(proxies=[network]) as relay:
+        hand = Hand(relay)
+        for key, status in (("short", 404), ("a-stream-key-of-20-chars", 200)):
+            body = {"message": "x", "key": key, "at": 0}
+            first = in_thread(ask, relay, "/" + hand.name, body, X_Forwarded_For="203.0.113.1")
+            hand.reply(hand.next_job(), ["mine"], done=True)
+            assert first()[0] == 200
+            assert ask(relay, "/" + hand.name, {"key": key, "at": 0},
+                       X_Forwarded_For="203.0.113.2")[0] == status
+        hand.logout()
+
+
+def test_guesses_of_stream_keys_are_counted():
+    with running_relay(limits=Limits(max_wrong_keys_per_minute=3)) as relay:
+        hand = Hand(relay)
+        statuses = [ask(relay, "/" + hand.name, {"key": name_of(), "at": 5})[0]
+                    for _ in range(5)]
+        assert statuses == [404] * 3 + [429] * 2
+        hand.logout()
+
+
+def test_the_key_of_a_repeated_registration_is_kept_nowhere_and_ends_with_a_new_one(relay):
+    name = name_of()
+    first = ask(relay, "/api/services", {"name": name}, Idempotency_Key="k" + name)
+    again = ask(relay, "/api/services", {"name": name}, Idempotency_Key="k" + name)
+    assert (first[0], again[0]) == (201, 201) and first[1]["key"] == again[1]["key"]
+    key = {"Authorization": "Bearer " + first[1]["key"]}
+    assert ask(relay, "/api/services/" + name, {"new_key": True}, "PATCH", **key)[0] == 200
+    assert ask(relay, "/api/services", {"name": name}, Idempotency_Key="k" + name)[0] == 409
+
+
+def test_page_client_and_directory_are_sent_compressed_and_once(relay, hand):
+    for path, kind in (("/", "text/html"), ("/neuroengine.py", "text/x-python")):
+        status, body, headers = ask(relay, path, Accept_Encoding="gzip, br")
+        assert status == 200 and headers["Content-Encoding"] == "gzip"
+        assert headers["Vary"] == "Accept-Encoding" and kind in headers["Content-Type"]
+        plain = ask(relay, path)
+        assert neuroengine_server.gzip.decompress(body) == plain[1]
+        assert ask(relay, path, If_None_Match=headers["ETag"])[0] == 304
+    assert ask(relay, "/api/models")[2]["ETag"]
+
+
+def test_paths_that_clients_probe_are_not_the_page(relay):
+    status, answer, _ = ask(relay, "/v1/props", method="GET")
+    assert status == 404 and answer["error"]["code"] == "unknown_url"
+    for path in ("/props", "/slots"):
+        assert ask(relay, path, method="GET")[0] == 404
+
+
+def test_idle_connections_need_no_threads_and_close_together(tmp_path):
+    with running_relay(limits=Limits(max_connections=600)) as relay:
+        threads = threading.active_count()
+        socks = [socket.create_connection(relay.server_address, SOON) for _ in range(300)]
+        until(lambda: len(relay.lobby._parked) == 300)
+        until(lambda: threading.active_count() <= threads + 3)
+        for sock in socks[:150]:            # half of them ask, as if they had never waited
+            sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for sock in socks[:150]:
+            assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        for sock in socks:
+            sock.close()
+        until(lambda: relay.connections.taken == 0)
+
+
+@pytest.mark.parametrize("parts", [(b"\r", b"\n"), (b"G", b"E", b"T")])
+def test_a_head_has_one_deadline_from_its_first_byte(parts):
+    with running_relay(limits=Limits(head_seconds=1.0)) as relay:
+        for kept in (False, True):
+            sock = socket.create_connection(relay.server_address, SOON)
+            if kept:
+                sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                sock.recv(1000)
+            began = time.monotonic()
+            with contextlib.suppress(OSError):
+                for part in parts:
+                    sock.sendall(part)
+                    time.sleep(0.6)
+                while sock.recv(1000):
+                    pass
+            assert time.monotonic() - began < 4
+            sock.close()
+
+
 ##############################################################################
 # The OpenAI face
 ##############################################################################
@@ -3404,6 +3619,147 @@ def test_the_place_in_the_queue_is_a_comment_or_a_field_if_asked(relay, hand):
 def test_what_openai_has_and_we_have_not_is_unknown_url(relay, path):
     status, answer, _ = ask(relay, path, {})
     assert status == 404 and answer["error"]["code"] == "unknown_url"
+
+
+@pytest.fixture
+def able(relay):
+    """A provider that passes APIs through."""
+    hand = Hand(relay, apis=["chat", "completions", "responses", "messages", "count_tokens"],
+                workers=4)
+    yield hand
+    with contextlib.suppress(AssertionError):
+        hand.logout()
+
+
+def test_an_opaque_request_and_its_answer_pass_unchanged(relay, able):
+    body = {"model": able.name, "input": "hi", "tools": [{"x": [1, None]}], "n": 1}
+    answer = in_thread(ask, relay, "/v1/responses", body)
+    job = able.next_job()
+    assert job["request"] == {"api": "responses", "opaque": True, "stream": False,
+                              "headers": {}, "body": body}
+    text = '{"id": "r", "größe": 1.50, "output": []}'
+    able.reply(job, [{"result": text}, {"usage": {"completion_tokens": 7}}], done=True)
+    status, got, headers = answer()
+    assert status == 200 and got == json.loads(text)
+
+
+def test_an_opaque_stream_passes_event_by_event(relay, able):
+    with contextlib.closing(sent(relay, "/v1/messages", {
+            "model": able.name, "messages": [], "stream": True, "max_tokens": 5},
+            anthropic_version="2023-06-01")) as sock:
+        job = able.next_job()
+        assert job["request"]["headers"] == {"anthropic-version": "2023-06-01"}
+        able.reply(job, [{"event": "event: a\ndata: {}"}])
+        able.reply(job, [{"event": "event: message_stop\ndata: {}"}], at=1, done=True)
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        assert response.read() == b"event: a\ndata: {}\n\nevent: message_stop\ndata: {}\n\n"
+
+
+@pytest.mark.parametrize("path, body, words", [
+    ("/v1/messages", {"messages": [{}]}, b'"type":"error","error":{"type":'),
+    ("/v1/responses", {"input": "x"}, b'event: error\ndata: {"type":"error","code":'),
+    ("/v1/chat/completions", {"messages": [{}], "n": 2}, b'data: {"error":{"message":')])
+def test_a_provider_lost_amid_an_opaque_stream_is_told_in_that_apis_form(
+        relay, able, path, body, words):
+    with contextlib.closing(sent(relay, path, dict(
+            body, model=able.name, stream=True))) as sock:
+        job = able.next_job()
+        able.reply(job, [{"event": "data: 1"}])
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        assert response.readline() == b"data: 1\n"
+        able.reply(job, error={"error": "provider_error", "message": "out of memory"}, at=1)
+        assert words in response.read()
+
+
+@pytest.mark.parametrize("body", [
+    {"n": 2}, {"logprobs": True}, {"prompt": ["a", "b"]}, {"prompt": [1, 2]}, {"echo": True},
+    {"best_of": 3}])
+def test_what_text_cannot_say_is_opaque_or_refused_in_words(relay, hand, able, body):
+    path = "/v1/completions"
+    body = dict({"prompt": "x"}, **body)
+    status, answer, _ = ask(relay, path, dict(body, model=hand.name))
+    assert status == 404 and "has no /v1/completions with" in answer["error"]["message"]
+    answer = in_thread(ask, relay, path, dict(body, model=able.name))
+    job = able.next_job()
+    assert job["request"]["opaque"] and job["request"]["body"]["prompt"] == body["prompt"]
+    able.reply(job, [{"result": "{}"}], done=True)
+    assert answer()[0] == 200
+
+
+@pytest.mark.parametrize("body", [{"n": 1}, {"logprobs": False}, {"logprobs": None}])
+def test_what_text_can_say_stays_text(relay, hand, body):
+    answer = in_thread(ask, relay, "/v1/chat/completions", dict(
+        body, model=hand.name, messages=[{"role": "user", "content": "x"}]))
+    job = hand.next_job()
+    assert "opaque" not in job["request"]
+    hand.reply(job, ["x"], done=True)
+    assert answer()[0] == 200
+
+
+def test_an_opaque_answer_to_a_prompt_for_text_is_an_error(relay, hand):
+    for item in ({"result": '{"forged": 1}'}, {"event": "data: x"}):
+        answer = in_thread(ask, relay, "/v1/chat/completions", {
+            "model": hand.name, "messages": [{"role": "user", "content": "x"}]})
+        hand.reply(hand.next_job(), [item], done=True)
+        assert answer()[0] == 502
+
+
+def test_every_field_of_length_is_capped_for_a_guest(relay, able):
+    guest = manage(relay, able, "POST", "/keys", {"max_new_len": 5})[1]["key"]
+    for path, body, field in (
+            ("/v1/responses", {"input": "x", "max_output_tokens": 30}, "max_output_tokens"),
+            ("/v1/responses", {"input": "x"}, "max_output_tokens"),
+            ("/v1/messages", {"messages": [{}], "max_tokens": 30}, "max_tokens"),
+            ("/v1/chat/completions", {"messages": [{}], "n": 2, "n_predict": 30},
+             "n_predict")):
+        answer = in_thread(ask, relay, path, dict(body, model=able.name),
+                           Authorization="Bearer " + guest)
+        job = able.next_job()
+        assert job["request"]["body"][field] == 5
+        able.reply(job, [{"result": "{}"}], done=True)
+        assert answer()[0] == 200
+
+
+def test_many_prompts_in_one_request_cost_as_many(relay, able):
+    guest = manage(relay, able, "POST", "/keys", {"requests_per_day": 5})[1]["key"]
+    key = {"Authorization": "Bearer " + guest}
+    body = {"model": able.name, "prompt": ["a", "b"], "n": 2}
+    answer = in_thread(ask, relay, "/v1/completions", body, **key)
+    able.reply(able.next_job(), [{"result": "{}"}], done=True)
+    assert answer()[0] == 200
+    assert ask(relay, "/v1/completions", body, **key)[0] == 429
+
+
+@pytest.mark.parametrize("path, shape", [
+    ("/v1/chat/completions", "openai"), ("/v1/messages", "anthropic")])
+def test_an_upstreams_error_keeps_status_type_code_and_retry_after(relay, able, path, shape):
+    answer = in_thread(ask, relay, path, {"model": able.name, "messages": [
+        {"role": "user", "content": "x"}]})
+    able.reply(able.next_job(), error={
+        "error": "provider_error", "message": "slow down", "status": 429, "type": "rate",
+        "code": "slow", "param": "model", "retry_after": 7})
+    status, body, headers = answer()
+    assert status == 429 and headers["Retry-After"] == "7"
+    assert body["error"]["message"] == "slow down" and "x-should-retry" not in headers
+    assert body["error"]["type"] == ("rate" if shape == "openai" else "rate_limit_error")
+    assert shape == "anthropic" or body["error"]["code"] == "slow"
+
+
+def test_other_fields_of_a_delta_are_passed_on_streamed_and_whole(relay, hand):
+    items = [{"delta": {"refusal": "I "}}, {"delta": {"refusal": "won't", "audio": {"id": 1}}}]
+    for stream in (False, True):
+        answer = in_thread(ask, relay, "/v1/chat/completions", {
+            "model": hand.name, "stream": stream,
+            "messages": [{"role": "user", "content": "x"}]})
+        hand.reply(hand.next_job(), items, done=True)
+        got = answer()[1]
+        if stream:
+            assert b'"refusal":"I "' in got and b'"audio":{"id":1}' in got
+        else:
+            message = got["choices"][0]["message"]
+            assert message["refusal"] == "I won't" and message["audio"] == {"id": 1}
 
 
 ##############################################################################
