@@ -922,10 +922,11 @@ class Jobs:
         """
         job = reader.job
         with self._lock:
-            target = reader.wanted = math.inf if want is None else reader.cursor + want
-            self._wait_locked(reader, timeout, lambda: job.ended_at is not None or (
-                len(job.items) >= target and job.readable()))
-            reader.wanted = math.inf
+            if timeout > 0:
+                target = reader.wanted = math.inf if want is None else reader.cursor + want
+                self._wait_locked(reader, timeout, lambda: job.ended_at is not None or (
+                    len(job.items) >= target and job.readable()))
+                reader.wanted = math.inf
             if job.ended_at is None and (want is None or not job.readable()):
                 return [], False
             return self._take_items_locked(reader, most)
