@@ -9038,6 +9038,9 @@ def test_page_keeps_no_temporary_conversation(page_provider, page_tab):
     page_talk(tab, page_provider, "Between us", "Yes")
     tab.shows("this conversation is not kept", ".banner")
     assert "#" not in tab.tab.url
+    tab.tab.click("#new")
+    tab.tab.click("text=Temporary conversation")         # as long as the tab is there
+    tab.shows("Yes")
     tab.tab.reload()
     tab.tab.wait_for_selector(".hello")
     assert not tab.tab.query_selector(".list .pick")
