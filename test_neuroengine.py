@@ -9032,6 +9032,24 @@ def test_page_offers_the_operators_suggestions(page_provider, page_tab):
     assert tab.tab.input_value("#input") == "Tell me a <b>joke</b>"
 
 
+def test_page_lets_operators_suggest_prompts(page_relay, page_tab):
+    tab = page_tab().open("/")
+    tab.tab.click("#open-share")
+    tab.tab.fill("#share-name", "My-Llama")
+    tab.tab.fill("#share-suggestions", "One\n\n Two ")
+    tab.tab.click("text=Register the name")
+    tab.tab.wait_for_selector("#share-done:visible")
+    key = tab.tab.text_content("#share-done code")
+    tab.tab.keyboard.press("Escape")
+    page_manage(tab, key, "My-Llama")
+    assert tab.tab.input_value("#manage-suggestions") == "One\nTwo"
+    tab.tab.fill("#manage-suggestions", "Three")
+    tab.tab.click("#manage-form >> text=Save")
+    tab.shows("Saved.", ".toast")
+    tab.open("/My-Llama")
+    tab.shows("Three", ".suggestions button")
+
+
 def test_page_keeps_no_temporary_conversation(page_provider, page_tab):
     tab = page_tab().open()
     tab.tab.check("#temporary")
@@ -9105,6 +9123,33 @@ def test_page_imports_the_same_file_once(page_provider, page_tab, tmp_path):
         other.tab.click(".list .pick")
         other.shows("Only")
         assert len(other.tab.query_selector_all(".message")) == 2
+
+
+def test_page_takes_nothing_bad_from_an_imported_file(page_provider, page_tab):
+    conv = {"id": "a" * 16, "service": "Demo", "title": "<b>", "updated": "soon",
+            "leaf": "2", "settings": {"temperature": "<i>", "system": 5}, "messages": [
+                {"id": "1", "role": "user", "content": "<img src=x onerror=pwned=1>", "files": [
+                    {"kind": "image", "name": "x", "data": "javascript:alert(1)"}, None]},
+                {"id": "2", "parent": "1", "role": "assistant", "content": PAGE_HOSTILE,
+                 "reasoning": 7, "stats": {"tokens": {}}, "state": "live", "live": 1,
+                 "stream": {"key": "theirs"}, "error": {"name": "__proto__"}},
+                {"id": "2", "role": "system", "content": "no"}, 5, None]}
+    loop = dict(conv, id="b" * 16, title="Loop", messages=[
+        {"id": "1", "parent": "1", "role": "user", "content": "round"}], leaf="1")
+    tab = page_tab().open()
+    tab.tab.click("#open-export")
+    tab.tab.set_input_files("#import", page_file("x.json", "application/json", json.dumps(
+        {"conversations": [conv, loop, 5, {"service": 1}]}).encode()))
+    tab.shows("2 conversations imported", ".toast")
+    tab.tab.keyboard.press("Escape")
+    tab.tab.click(".list .pick >> text=Loop")
+    tab.shows("round", ".message.user")
+    tab.tab.click(".list .pick >> text=<b>")
+    tab.shows("<iframe src=javascript:alert(1)>")
+    assert tab.tab.evaluate("window.pwned") is None
+    assert not tab.tab.query_selector("#messages img")
+    assert not [r for r in tab.requests if r.method == "POST"]   # nothing was "live"
+    assert tab.tab.evaluate("violations") == []
 
 
 # 8. Truth
