@@ -548,18 +548,17 @@ class Timers:
         heapq.heappush(self._heap, (due, next(self._numbers), action, arguments))
 
     def run_due(self):
-        """Call what is due; return the seconds until the next, None if there is none."""
-        while self._heap:
-            delay = self._heap[0][0] - self._clock()
-            if delay > 0:
-                return delay
+        """Call what is due."""
+        while self._heap and self._heap[0][0] <= self._clock():
             _, _, action, arguments = heapq.heappop(self._heap)
             action(*arguments)
-        return None
 
-    def wait(self, delay):
-        """Block for `delay` seconds, or until something is due earlier."""
-        self._earlier.wait(delay)
+    def wait(self):
+        """Block until something is due, or woken."""
+        if not self._heap:
+            self._earlier.wait()
+        elif self._heap[0][0] > self._clock():
+            self._earlier.wait(self._heap[0][0] - self._clock())
 
     def wake(self):
         """Let the waiting thread look again."""
@@ -1196,6 +1195,7 @@ class Jobs:
         """Hold no more of a job than its error, which a client has still to read."""
         job.error = job.error or self._admission.memory_full()
         job.payload, job.items, job.encoded = b"", [], None
+        self._memory.keep(job, False)      # there is nothing left to take
         self._hold_locked(job, JOB_BYTES - job.size)
 
     def _hold_locked(self, job, size):
@@ -1319,10 +1319,10 @@ class Broker(Jobs):
 
     def upkeep(self):
         """Run the next timers, waiting for them; return False once closed."""
+        self.expire()                      # and make the offers that came of it
         with self._lock:
-            delay = self._timers.run_due()
             if not self.closed:
-                self._timers.wait(delay)
+                self._timers.wait()
             return not self.closed
 
     def expire(self):
@@ -2807,9 +2807,13 @@ class Memory:
         self._by[job.holder] += size
         self._jobs[job.holder][job] = True
 
-    def keep(self, job):
-        """An ended job stays readable; it is the first to be forgotten."""
-        self._kept[job.holder][job] = True
+    def keep(self, job, candidate=True):
+        """An ended job stays readable. candidate: it is among the first to be forgotten."""
+        self._kept[job.holder].pop(job, None)
+        if candidate:
+            self._kept[job.holder][job] = True
+        elif not self._kept[job.holder]:
+            del self._kept[job.holder]
 
     def forget(self, job):
         """A job holds nothing any more."""

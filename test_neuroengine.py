@@ -1096,6 +1096,32 @@ def test_a_full_memory_forgets_the_streams_of_its_largest_holder_first():
     assert kept["greedy"].id not in desk.broker._jobs
 
 
+@pytest.mark.parametrize("holder", ["greedy", "other"])
+def test_a_kept_stream_with_a_reader_is_emptied_once(holder):
+    desk = Desk(max_held_bytes=300000)
+    reader, session, job = desk.start(identity=desk.identity("stream", "k"), holder="greedy")
+    desk.push(session, job, ["x" * 70000], done=True)
+    for n in range(9):
+        with contextlib.suppress(RelayError):
+            desk.submit(b"x" * 60000, caller=str(n), holder=holder + str(n // 2), wait=True)
+    assert desk.broker.read(reader) == ([], True) and reader.job.error.name == "relay_busy"
+    assert desk.broker.totals()[1]["held_bytes"] <= 300000
+
+
+def test_what_a_timer_decides_is_told_at_once():
+    broker = Broker(Limits(offline_seconds=0.2))
+    service = Service("Llm", "")
+    broker.add(service)
+    broker.logout(service, broker.login(service))
+    service.expected_until = broker.now() + 9
+    reader, told = broker.submit(service, b"{}", caller="a"), threading.Event()
+    broker.offer_to(reader, told.set, float("inf"))
+    threading.Thread(target=lambda: [None for _ in iter(broker.upkeep, False)],
+                     daemon=True).start()
+    assert told.wait(SOON) and reader.job.error.name == "service_offline"
+    broker.close()
+
+
 def test_items_that_are_objects_count_as_much_as_they_take():
     item = {"tool_calls": [{"index": 0, "function": {"arguments": "x" * 100}}] * 50}
     encoded = neuroengine_server.encoded_item(item)
