@@ -206,7 +206,7 @@ class Features:
 
     def __init__(self, continues=False, embeddings=False, context_length=None, apis=(),
                  vision=None, tools=None):
-        self.continues = continues        # goes on with an answer that another began
+        self.continues = continues        # can continue an answer that another began
         self.embeddings = embeddings
         self.context_length = context_length          # in tokens; None: unknown
         self.apis = frozenset(apis)       # those it passes through, see the opaque path
@@ -244,7 +244,7 @@ class Session:
     def __init__(self, service, workers, features, lock):
         self.id = secrets.token_hex(16)
         self.service, self.workers, self.features = service, workers, features
-        self.leases = {}              # (job id, attempt) -> Lease; each takes up a worker
+        self.leases = {}              # (job id, attempt) -> Lease; each occupies a worker
         self.outbox = OrderedDict()   # leases that its next response must mention
         self.ended = OrderedDict()    # pairs that it ended recently, newest last
         self.arrived = threading.Condition(lock)   # its poll waits for: the outbox has
@@ -299,7 +299,7 @@ class Job:
     """One prompt on its way, and the items that came back.
 
     An item is a str, a piece of text; or bytes, the JSON of an object, for what text cannot
-    say (see docs/). Objects stay encoded because parsed ones take up to 18 times the memory.
+    say (see docs/). Objects stay encoded because parsed ones need 18 times the memory.
     """
 
     MOVES = {  # the only ways a job changes its state
@@ -450,7 +450,7 @@ class Queue:
         return job
 
     def position(self, job):
-        """How many jobs will be taken up to and including this one."""
+        """The job's rank among those that wait; 1 is next."""
         if job.returned:
             return self._returned.index(job) + 1
         ahead = len(self._returned)
@@ -475,7 +475,7 @@ class Queue:
 class Lease:
     """A provider's right to work on a job, named by (job id, attempt).
 
-    It takes up a worker of its session until it has ended. Its state says what the two
+    It occupies a worker of its session until it has ended. Its state says what the two
     sides know of each other:
 
     offered     goes out with the session's next response
@@ -518,7 +518,7 @@ class Lease:
             del self.session.leases[self.pair]
 
     def stop(self, now):
-        """The provider must not go on: tell it, unless it never heard of this lease."""
+        """The provider must not go on: tell it, unless this lease was never sent."""
         self.move("ended" if self.state == "offered" else "cancelled", now)
 
 
@@ -714,8 +714,8 @@ MAX_HANDOVER_BYTES = 1 << 22     # prompts in one response, if there is more tha
 
 
 class OfferLock:
-    """The broker's lock. Whoever releases it then makes the offers that were gathered under
-    it: so items go out in the thread that brought them, and never under the lock."""
+    """The broker's lock. The thread that releases it then makes the offers that were gathered
+    under it: so items go out in the thread that brought them, and never under the lock."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -735,8 +735,8 @@ class Jobs:
     """All services and jobs, in memory: the clients' half of the Broker, which follows.
 
     A client submits a prompt or opens a stream, reads until the job has ended, and leaves.
-    Whoever sees its connection break calls hang_up. Methods named _locked need the lock;
-    all others take it.
+    The thread that sees its connection break calls hang_up. Methods named _locked need the
+    lock; all others take it.
     """
 
     def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
@@ -1144,7 +1144,7 @@ class Jobs:
                 (len(job.items) - 1) / (job.ended_at - job.first_at))
 
     def _cancel_locked(self, job, error=None):
-        """End a job early: its provider is told to stop. Nothing happens if it has ended."""
+        """End a job early, and tell its provider to stop. Nothing happens if it has ended."""
         if job.ended_at is not None:
             return
         error = error or RelayError("cancelled", "This request was cancelled.")
@@ -1178,7 +1178,7 @@ class Jobs:
     # -- memory --
 
     def _make_room_locked(self, size, holder):
-        """Return whether so many bytes more can be held, if need be after others gave way."""
+        """Return whether `size` more bytes can be held, if necessary after others gave way."""
         while self._memory.lacks(size):
             job = self._memory.victim(size, holder) if self._jobs else None
             if job is None:
@@ -1192,7 +1192,7 @@ class Jobs:
         return True
 
     def _empty_locked(self, job):
-        """Hold no more of a job than its error, which a client has still to read."""
+        """Keep only a job's error, which a client has still to read."""
         job.error = job.error or self._admission.memory_full()
         job.payload, job.items, job.encoded = b"", [], None
         self._memory.keep(job, False)      # there is nothing left to take
@@ -1217,8 +1217,8 @@ class Jobs:
 class Broker(Jobs):
     """Matches jobs with the polls of providers.
 
-    A provider logs in, polls and pushes, and logs out. Whoever sees the connection of a poll
-    break calls poll_lost. One thread runs upkeep.
+    A provider logs in, polls and pushes, and logs out. The thread that sees the connection
+    of a poll break calls poll_lost. One thread runs upkeep.
     """
 
     # -- providers --
@@ -1649,7 +1649,7 @@ class Broker(Jobs):
             return
         self._disconnect_locked(session)
         # Where a client has seen the beginning, wait for the lease: a provider that only
-        # lost its connection comes back, and goes on where it was.
+        # lost its connection comes back, and continues.
         for job in session.jobs():
             if not job.seen:
                 self._release_locked(job.lease, died=True)
@@ -1718,7 +1718,7 @@ LARGE_BODY_BYTES = 1 << 20       # only one of these is parsed at a time
 
 
 class Exchange:
-    """One request and its response. It runs in a thread of its own until it has ended."""
+    """One request and its response. One thread runs it until it has ended."""
 
     def __init__(self, relay, connection):
         self.relay, self.connection = relay, connection
@@ -1812,7 +1812,7 @@ class Exchange:
             self.body_read = True
             self.fingerprint = hashlib.sha256(body).digest()
             if len(body) > LARGE_BODY_BYTES:
-                # Parsed, it takes up to ten times its bytes: so one at a time.
+                # Parsed, it may need ten times its bytes: so one at a time.
                 self.relay.large_bodies.acquire()
                 self.large = True
             return parse_json(body)
@@ -1939,7 +1939,7 @@ ERROR_FORMS = {                            # whose API: how it reports a RelayEr
 
 
 ##############################################################################
-# Outlet: moves one answer to its connection, whoever brought the items
+# Outlet: moves one answer to its connection, from any thread
 ##############################################################################
 
 MAX_ITEMS_PER_PIECE = 4096   # of a streamed answer
@@ -2021,7 +2021,7 @@ class Outlet:
 
     def room(self, size):
         """Take memory for a copy of an answer, before it is made. Blocks until there is
-        some. Returns a context manager that gives it back."""
+        some. Returns a context manager that releases it."""
         if size <= PUSHED_BYTES:
             return contextlib.nullcontext()
         room = self.exchange.relay.bytes
@@ -2099,7 +2099,7 @@ class WholeOutlet(Outlet):
         self.complete = True
 
     def _response(self, error):
-        """Return (head, body) of the response; a fault of ours is told, too."""
+        """Return (head, body) of the response; an error of ours becomes a 500."""
         try:
             if error is not None:
                 return self.exchange.error_response(error)
@@ -2270,7 +2270,7 @@ def post_native(exchange, name=None):
     if command is not None:
         raise RelayError("invalid_request", "There is no command %s. The commands are "
                          "getmodels and cancel." % printable(command, 40), param="command")
-    # What is submitted is cleared: it may be large, and the wait long.
+    # Read these now: submit_native empties the request, which may be large.
     stream, key, at = request.get("stream"), request.get("key"), request.get("at")
     wanted = request.get("gettokens", 20)
     exchange.take_slot(reserved=by_operator or access is not None)
@@ -2697,7 +2697,7 @@ class Slot:
         self.give_way = give_way      # called when others need the slot; None: never
 
     def release(self):
-        """Give it back. Safe to call twice, and after it was taken away."""
+        """Release it. Safe to call twice, and after it was taken away."""
         self.room.release(self)
 
     def __enter__(self):
@@ -2832,7 +2832,7 @@ class Memory:
     def victim(self, size, holder):
         """The job that must go so that `holder` can have `size` bytes more.
 
-        Whoever holds most loses first: ended streams, the oldest before others; then, if it
+        The largest holder loses first: ended streams, the oldest before others; then, if it
         holds twice what this holder would have, its largest job. None: nothing may go.
         """
         largest = max(self._by, key=self._by.get)
@@ -2847,7 +2847,7 @@ class Memory:
         return None
 
     def lacks(self, size):
-        """Whether there is no room for so many bytes more."""
+        """Whether there is no room for `size` more bytes."""
         return self.held + size > self.most
 
 
@@ -3411,7 +3411,7 @@ class HangUps:
     def __init__(self):
         self._connections = {}             # file descriptor -> Connection
         self._lock = threading.Lock()      # while held, a descriptor means one Connection
-        # Linux reports a hang-up behind bytes that nobody has read yet, and nothing else.
+        # Linux reports a hang-up even behind unread bytes, and nothing else.
         # Other systems are asked for each connection with an answer on its way.
         self._epoll = select.epoll() if hasattr(select, "EPOLLRDHUP") else None
 
@@ -3451,7 +3451,7 @@ class HangUps:
                 and connection.has_hung_up()]
 
     def run(self):
-        """Report hang-ups until the process ends; for a thread of its own."""
+        """Report hang-ups until the process ends. Run it in its own thread."""
         while True:
             if self._epoll is None:        # macOS, Windows
                 time.sleep(self.ASK_SECONDS)
@@ -3493,7 +3493,7 @@ class Lobby:
             self._wake_up.send(b"x")
 
     def run(self):
-        """Watch until the process ends; for a thread of its own."""
+        """Watch until the process ends. Run it in its own thread."""
         while True:
             for key, _ in self._selector.select(1 if self._parked else None):
                 if key.fileobj is self._woken:
@@ -3576,7 +3576,7 @@ class Threads:
 
 MAX_DEPTH = 100              # of nested JSON
 MAX_BRACKETS = 200000        # objects and lists in one body: each takes 60 to 300 bytes
-MAX_COMMAS = 250000          # parsing so many numbers takes 50 ms, in which all others wait
+MAX_COMMAS = 250000          # parsing that many numbers takes 50 ms, and all others wait
 MAX_QUOTES = 1000000         # the same for texts
 MAX_DIGITS = 4000            # of a whole number, for Pythons of before 2022, which take a
                              # time quadratic in it; later ones have such a limit themselves
@@ -3868,7 +3868,7 @@ def encoded_item(item):
     """Return a provider's item as a Job keeps it: str, the bytes of a JSON object, or Raw.
     Raises ValueError or TypeError if it can be no piece of an answer."""
     if type(item) is str:
-        # Half a surrogate pair is no text.
+        # A lone surrogate cannot be encoded.
         return item if item.isascii() else item.encode("utf-8", "replace").decode("utf-8")
     if type(item) is not dict:
         raise ValueError
@@ -3958,7 +3958,7 @@ def provider_error(error):
 class BytesUnderWay:
     """The memory that one body takes, from the arrival of its bytes until it is parsed."""
 
-    UNCOUNTED = 16384                      # so many bytes always pass
+    UNCOUNTED = 16384                      # bytes that always pass
 
     def __init__(self, exchange):
         self._exchange, self._slots, self._total = exchange, [], 0
@@ -4202,7 +4202,7 @@ def authorized(exchange, name):
 
 def read_authorized(exchange, name, most=MAX_SMALL_BODY_BYTES):
     """Return (service, body), for a request that must come with the service key, and
-    still must after its body has come: the service may have been deleted meanwhile, and
+    still must after its body has come: the service may have been deleted in between, and
     its name registered by another."""
     service = authorized(exchange, name)
     body = exchange.read_object(most)
@@ -4232,7 +4232,7 @@ def access_of(exchange, service):
     """
     if is_operator(exchange, service):
         return True, None
-    # By its digest: whoever guesses keys learns nothing from the time this takes.
+    # Looked up by its digest: guessing keys by timing learns nothing.
     access = service.keys.get(exchange.head.key_digest)
     if access is not None:
         check_expiry(access, time.time())
@@ -5242,7 +5242,7 @@ class Store:
         service.stored = True
 
     def invite(self, invitation, uses):
-        """Write an invitation, by its hash, to register so many services."""
+        """Write an invitation, by its hash, to register `uses` services."""
         with self._transaction():
             self._db.execute("INSERT INTO invitations VALUES (?, ?, ?)",
                              (invitation, uses, time.time()))
@@ -5286,7 +5286,7 @@ class Store:
             self._db.execute("DELETE FROM keys WHERE id=?", (key.id,))
 
     def remove(self, service, reserve=False):
-        """Delete a service. reserve: keep its name for whoever has its key."""
+        """Delete a service. reserve: keep its name for the holder of its key."""
         with self._transaction():
             self._db.execute("DELETE FROM services WHERE name=? AND created=?",
                              (service.name, service.created))
@@ -5359,8 +5359,8 @@ class Registry:
         """registration: one of REGISTRATION."""
         self.registration = registration
         self._store, self._broker = store, broker
-        # Held while services or keys change, or are compared with the file: whoever has it
-        # sees no half of a change. Taken before the broker's and the store's locks.
+        # Held while services or keys change, or are compared with the file, so that no
+        # thread sees half of a change. Taken before the broker's and the store's locks.
         self.changing = threading.RLock()
         self._digests = set()              # of all access keys
         self._revoked = []                 # access keys that are still on the disk
@@ -5531,8 +5531,8 @@ class Registry:
                     return
 
     def reload(self):
-        """Read again what another process changed in the data file. Return words for what
-        has changed. Never raises."""
+        """Read again what another process changed in the data file. Return a list of words
+        that name the changes. Never raises."""
         try:
             with self.changing:
                 changes = None if self._broker.closed else self._store.changes()
@@ -5885,7 +5885,7 @@ class Relay(ThreadingHTTPServer):
     # -- start and stop --
 
     def start(self):
-        """Serve in threads of its own; returns at once. stop() ends it."""
+        """Start the relay's threads and return. stop() ends them."""
         targets = [self._keep_up, self.registry.keep_saving, self.registry.keep_reloading,
                    self.hang_ups.run, self.lobby.run, self._keep_certificate,
                    functools.partial(self.serve_forever, poll_interval=0.2)]
@@ -5914,7 +5914,8 @@ class Relay(ThreadingHTTPServer):
             self.tls.renew()
 
     def reload(self):
-        """Read again what may have changed on the disk. Return words for what has."""
+        """Read again what may have changed on the disk. Return a list of words that name the
+        changes."""
         read = self.registry.reload()
         if self.tls and self.tls.renew():
             read.append("certificate")
