@@ -232,7 +232,7 @@ def test_empty_items_count_too_and_cannot_fill_the_memory():
     assert reader.job.error.name == "relay_busy"
 
 
-def test_who_holds_most_of_a_full_memory_loses_it_and_not_who_comes_last():
+def test_the_largest_holder_loses_memory_first():
     desk = Desk(max_held_bytes=400000)
     session = desk.login(workers=9)
     greedy = [desk.submit(b"x" * 90000, caller="key %d" % n, holder="greedy %d" % n)
@@ -255,7 +255,7 @@ def test_who_holds_most_of_a_full_memory_loses_it_and_not_who_comes_last():
     assert desk.broker.totals()[1]["held_bytes"] == 0 and not desk.broker._memory._by
 
 
-def test_an_answer_lost_to_a_full_memory_before_it_was_read_is_an_error_not_a_whole_one():
+def test_an_answer_dropped_for_memory_is_an_error():
     desk = Desk(max_held_bytes=400000)
     reader, session, job = desk.start(holder="greedy")
     desk.push(session, job, ["x" * 90000], done=True)
@@ -500,7 +500,7 @@ def test_a_job_goes_to_at_most_three_sessions(desk):
     assert reader.job.error.name == "provider_lost"
 
 
-def test_after_seen_tokens_a_lost_provider_means_an_error_after_the_text(desk):
+def test_a_provider_lost_after_seen_items_ends_the_stream_with_an_error(desk):
     reader, session, job = desk.start()
     desk.push(session, job, ["seen"])
     assert desk.broker.read(reader)[0] == ["seen"]
@@ -509,7 +509,7 @@ def test_after_seen_tokens_a_lost_provider_means_an_error_after_the_text(desk):
     assert reader.job.error.name == "provider_lost"
 
 
-def test_items_that_nobody_saw_are_made_anew_by_another(desk):
+def test_unseen_items_are_generated_anew_by_another_provider(desk):
     reader, session, job = desk.start()
     desk.push(session, job, ["unseen"])
     desk.broker.logout(desk.service, session)
@@ -532,7 +532,7 @@ def test_seen_text_goes_on_with_a_provider_that_can_continue(desk):
     assert desk.broker.read(reader) == (["a time"], True)
 
 
-def test_a_seen_tool_call_or_thought_is_not_handed_on(desk):
+def test_seen_items_that_are_not_text_are_not_handed_on(desk):
     reader, session, job = desk.start()
     desk.push(session, job, ["So: ", b'{"tool_calls":[]}'])
     desk.broker.read(reader)
@@ -556,7 +556,7 @@ def test_a_provider_whose_job_passed_to_another_is_fenced_off(desk):
     assert desk.broker.read(reader) == (["x"], True)
 
 
-def test_a_job_that_waits_for_a_continuing_provider_does_not_wait_for_ever(desk):
+def test_a_job_that_waits_for_a_continuing_provider_times_out(desk):
     reader, session, job = desk.start()
     desk.push(session, job, ["seen"])
     desk.broker.read(reader)
@@ -570,7 +570,7 @@ def test_a_job_that_waits_for_a_continuing_provider_does_not_wait_for_ever(desk)
     assert reader.job.error.name == "provider_lost"
 
 
-def test_a_begun_job_that_its_provider_lost_is_not_begun_again_behind_its_items(desk):
+def test_a_job_with_items_that_its_provider_lost_goes_to_another(desk):
     reader, session, job = desk.start()
     desk.push(session, job, ["Once "])
     assert desk.poll(session, ())[0] == []       # this poll may have been under way
@@ -659,7 +659,7 @@ def test_a_broken_poll_hands_its_jobs_out_again_at_once(desk):
     assert desk.poll(session)[0] == [(reader.job.id, 1, 0, None)]
 
 
-def test_the_loss_of_a_poll_that_a_newer_one_followed_changes_nothing(desk):
+def test_losing_an_old_poll_changes_nothing(desk):
     session, old = desk.login(), Poll()
     desk.poll(session, token=old)
     desk.poll(session)
@@ -715,7 +715,7 @@ def test_a_free_worker_gets_its_next_job_with_the_reply(desk):
 # Clients that go away, come back, or say stop.
 
 
-def test_a_job_nobody_waits_for_is_cancelled_after_the_grace_time(desk):
+def test_a_job_without_a_reader_is_cancelled_after_the_grace_time(desk):
     reader, session, job = desk.start()
     desk.broker.leave(reader)
     for _ in range(2):
@@ -727,7 +727,7 @@ def test_a_job_nobody_waits_for_is_cancelled_after_the_grace_time(desk):
     assert desk.poll(session, [(job, 1)])[1] == [(job, 1)]
 
 
-def test_a_queued_job_nobody_waits_for_is_cancelled_too(desk):
+def test_a_queued_job_without_a_reader_is_cancelled_too(desk):
     desk.login()
     reader = desk.submit()
     desk.broker.leave(reader)
@@ -751,7 +751,7 @@ def test_a_cancelled_job_occupies_its_worker_until_the_provider_let_go(desk):
         waiting.job.id]
 
 
-def test_a_poll_that_its_jobs_last_word_overtook_does_no_harm(desk):
+def test_a_poll_may_still_name_a_lease_that_just_ended(desk):
     reader, session, job = desk.start()
     desk.push(session, job, ["x"], done=True)
     assert desk.poll(session, [(job, 1)]) == ([], [])
@@ -782,7 +782,7 @@ def test_an_answer_that_came_after_its_client_left_waits_for_its_return(desk):
     assert desk.submit(identity=desk.identity("body", "t")).job is not reader.job
 
 
-def test_a_name_finds_its_job_for_five_minutes_after_the_end(desk):
+def test_a_stream_key_finds_its_job_for_five_minutes_after_the_end(desk):
     reader, session, job = desk.start(identity=desk.identity("stream", "k", "p"))
     desk.push(session, job, ["x"], done=True)
     desk.broker.leave(reader, delivered=True)
@@ -797,7 +797,7 @@ def test_a_name_finds_its_job_for_five_minutes_after_the_end(desk):
     assert not desk.broker._jobs and not desk.broker._memory._kept
 
 
-def test_a_name_with_another_prompt_is_refused(desk):
+def test_a_stream_key_with_another_prompt_is_refused(desk):
     desk.start(identity=desk.identity("stream", "k", "p"))
     with pytest.raises(RelayError) as refused:
         desk.submit(identity=desk.identity("stream", "k", "q"))
@@ -810,7 +810,7 @@ def test_a_prompt_that_failed_may_be_tried_again_with_its_idempotency_key(desk):
     assert desk.submit(identity=desk.identity("repeat", "k", "p")).job is not reader.job
 
 
-def test_who_comes_back_after_the_grace_time_with_an_idempotency_key_may_try_again(desk):
+def test_an_idempotency_key_of_a_cancelled_job_starts_a_new_one(desk):
     reader, session, job = desk.start(identity=desk.identity("repeat", "k"))
     desk.broker.leave(reader)
     desk.later(31)
@@ -834,7 +834,7 @@ def test_reading_at_a_position_is_repeatable(desk):
         assert desk.broker.read(again, most=3) == (["c", "d", "e"], False)
 
 
-def test_without_a_position_only_what_was_delivered_counts_as_read(desk):
+def test_without_an_offset_only_delivered_items_count_as_read(desk):
     reader, session, job = desk.start(identity=desk.identity("stream", "k"))
     desk.push(session, job, list("abc"), done=True)
     for delivered in (False, True):
@@ -845,7 +845,7 @@ def test_without_a_position_only_what_was_delivered_counts_as_read(desk):
     assert desk.broker.read(desk.broker.open(desk.identity("stream", "k"))) == (["c"], True)
 
 
-def test_a_reader_is_woken_only_when_it_has_what_it_wants(desk):
+def test_a_reader_is_woken_only_when_enough_items_are_there(desk):
     reader, session, job = desk.start()
     got = []
     thread = threading.Thread(target=lambda: got.append(
@@ -974,7 +974,7 @@ def whole(desk):
             functools.partial(desk.push, session, job))
 
 
-def test_nothing_overtakes_what_could_not_be_sent(stream):
+def test_no_item_overtakes_unsent_bytes(stream):
     outlet, push = stream
     outlet.connection.most = 6
     push(["a", "b"])
@@ -1041,7 +1041,7 @@ def test_a_fault_while_an_answer_is_sent_stops_no_other(whole, desk):
     assert outlet.reader.gone and not outlet._turn.locked()
 
 
-def test_a_fault_in_an_encoder_is_told_to_the_client(whole, monkeypatch):
+def test_an_encoder_that_raises_becomes_a_500(whole, monkeypatch):
     outlet, push = whole
     monkeypatch.setattr(outlet.encoder, "whole", lambda job: 1 / 0, raising=False)
     push(["a"], done=True)
@@ -1108,7 +1108,7 @@ def test_a_kept_stream_with_a_reader_is_emptied_once(holder):
     assert desk.broker.totals()[1]["held_bytes"] <= 300000
 
 
-def test_what_a_timer_decides_is_told_at_once():
+def test_a_timers_error_reaches_the_client_at_once():
     broker = Broker(Limits(offline_seconds=0.2))
     service = Service("Llm", "")
     broker.add(service)
@@ -1161,7 +1161,7 @@ def test_quotas_of_strangers_outlive_the_process(tmp_path):
     assert b"203.0.113" not in open(path, "rb").read()
 
 
-def test_services_that_nobody_uses_are_deleted_and_names_kept_for_their_keys(
+def test_unused_services_are_deleted_and_their_names_reserved(
         tmp_path, monkeypatch, capfd):
     now = [time.time()]
     monkeypatch.setattr(neuroengine_server.time, "time", lambda: now[0])
@@ -1328,7 +1328,7 @@ def test_a_migration_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch)
     assert not store._db.execute("SELECT * FROM sqlite_master WHERE name='more'").fetchall()
 
 
-def test_what_is_counted_is_saved_and_no_more_than_that(tmp_path):
+def test_saving_writes_only_counters(tmp_path):
     store, other = (Store(str(tmp_path / "data.sqlite3")) for _ in range(2))
     store.add(Service("Llm", "old"))
     service, = store.load()
@@ -1356,7 +1356,7 @@ for n in itertools.count():
 """
 
 
-def test_what_was_acknowledged_outlives_a_kill_at_any_moment(tmp_path):
+def test_acknowledged_changes_survive_kill_9(tmp_path):
     path, acknowledged, choose = str(tmp_path / "data.sqlite3"), set(), random.Random(1)
     for run in range(15):
         process = subprocess.Popen([sys.executable, "-c", WRITER, path, "run%d" % run],
@@ -1373,7 +1373,7 @@ def test_what_was_acknowledged_outlives_a_kill_at_any_moment(tmp_path):
     assert len(acknowledged) >= 15
 
 
-def test_a_backup_made_amid_writes_is_whole_and_private(tmp_path):
+def test_a_backup_during_writes_is_whole_and_private(tmp_path):
     path, copy = str(tmp_path / "data.sqlite3"), tmp_path / "copy"
     store, acknowledged, stop = Store(path), [], threading.Event()
 
@@ -1717,7 +1717,7 @@ def test_bad_input_gets_a_clear_error_and_harms_no_one(relay, hand, body, status
     ("/", "POST", 400, "invalid_request"), ("/api/services/*", "GET", 404, "not_found"),
     ("/provider/*/poll", "POST", 404, "not_found"),
 ])
-def test_unknown_paths_names_and_methods_are_told_apart(relay, path, method, status, error):
+def test_unknown_paths_names_and_methods_have_their_own_errors(relay, path, method, status, error):
     got, answer, headers = ask(relay, path, {"message": "x"}, method)
     assert (got, answer["error"]) == (status, error)
     assert status != 405 or headers["Allow"]
@@ -1792,7 +1792,7 @@ def test_a_stream_brings_items_and_heartbeats_and_a_last_record(relay, hand):
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere each stream's own thread writes")
 @pytest.mark.parametrize("path", ["/%s", "/%s/v1/chat/completions"])
-def test_what_a_slow_reader_cannot_take_at_once_comes_in_order_by_its_own_thread(
+def test_a_slow_reader_gets_every_item_in_order(
         relay, hand, monkeypatch, path):
     left = []
     monkeypatch.setattr(relay.broker, "leave_to_own", lambda reader, own=relay.broker
@@ -1831,7 +1831,7 @@ def test_a_stream_is_resumed_by_key_and_position_without_its_prompt(relay, hand)
     assert records[0] == {"at": 1, "items": ["b", "c"]} and records[-1]["done"] is True
 
 
-def test_a_waiting_stream_hears_its_place(relay, hand):
+def test_a_queued_stream_gets_its_queue_position(relay, hand):
     with contextlib.closing(sent(relay, "/" + hand.name, {"message": "x"})):
         hand.next_job()
         with contextlib.closing(sent(relay, "/" + hand.name, {
@@ -1871,7 +1871,7 @@ def test_an_item_of_no_known_form_is_an_error_for_its_client(relay, hand, item):
     assert answer()[1]["error"]["code"] == "provider_error"
 
 
-def test_odd_errors_and_counts_of_a_provider_are_taken_for_what_they_are(relay, hand):
+def test_malformed_errors_and_counts_of_a_provider_do_no_harm(relay, hand):
     answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
     hand.reply(hand.next_job(), error={"error": [], "message": {}})
     assert answer()[1]["error"] == "provider_error"
@@ -1896,7 +1896,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(relay, hand):
     assert answer()[1]["reply"] == "a?\u2603"
 
 
-def test_a_failed_polled_stream_tells_once_those_who_do_not_count(relay, hand):
+def test_a_failed_polled_stream_reports_its_error_once_without_offsets(relay, hand):
     body = {"message": "x", "key": name_of()}
     first = in_thread(ask, relay, "/" + hand.name, body)
     hand.reply(hand.next_job(), error="boom")
@@ -1941,7 +1941,7 @@ def test_through_v1_a_client_that_hangs_up_cancels_at_once(relay, hand):
         hand.reply(job, error="cancelled")
 
 
-def test_a_stop_cancels_at_once_and_a_second_one_does_no_harm(relay, hand):
+def test_cancel_works_at_once_and_twice(relay, hand):
     key = name_of()
     with contextlib.closing(sent(relay, "/" + hand.name, {
             "message": "x", "stream": True, "key": key})) as sock:
@@ -1957,7 +1957,7 @@ def test_a_stop_cancels_at_once_and_a_second_one_does_no_harm(relay, hand):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("wait", [0, 0.3])
-def test_who_hangs_up_and_asks_again_at_once_gets_the_job_it_left(relay, hand, stream, wait):
+def test_a_client_that_reconnects_at_once_gets_the_job_it_left(relay, hand, stream, wait):
     body, jobs = {"message": "x", "stream": stream}, relay.broker.counts["jobs"]
     sock = sent(relay, "/" + hand.name, body)
     job = hand.next_job()
@@ -1971,7 +1971,7 @@ def test_who_hangs_up_and_asks_again_at_once_gets_the_job_it_left(relay, hand, s
     assert relay.broker.counts["jobs"] == jobs + 1
 
 
-def test_who_asks_again_is_compared_with_who_has_hung_up_by_then(relay, hand, monkeypatch):
+def test_a_duplicate_prompt_looks_for_hang_ups_first(relay, hand, monkeypatch):
     look = relay.hang_ups.look              # the watcher's own thread is always too late
     monkeypatch.setattr(relay.hang_ups, "look", lambda: (
         sys._getframe(1).f_code.co_name == "run" or look()))
@@ -1986,7 +1986,7 @@ def test_who_asks_again_is_compared_with_who_has_hung_up_by_then(relay, hand, mo
     assert b"done" in answer()[1]
 
 
-def test_who_hangs_up_with_its_answer_is_not_taken_to_have_left_without(relay, hand,
+def test_a_hang_up_after_the_answer_counts_as_delivered(relay, hand,
                                                                          monkeypatch):
     leave = relay.broker.leave
     monkeypatch.setattr(relay.broker, "leave", lambda *args: (time.sleep(0.1), leave(*args)))
@@ -2002,7 +2002,7 @@ def test_who_hangs_up_with_its_answer_is_not_taken_to_have_left_without(relay, h
     assert ask(relay, "/" + hand.name, polled)[1]["reply"] == "fghij"
 
 
-def test_who_sent_more_and_then_hangs_up_is_noticed_within_a_second(relay, hand):
+def test_a_hang_up_behind_early_bytes_is_noticed_within_a_second(relay, hand):
     for stream in (False, True):
         sock = sent(relay, "/" + hand.name, {"message": "x", "stream": stream})
         job = hand.next_job()
@@ -2014,7 +2014,7 @@ def test_who_sent_more_and_then_hangs_up_is_noticed_within_a_second(relay, hand)
         hand.reply(job, [], done=True)
 
 
-def test_systems_that_do_not_tell_of_hang_ups_are_asked(monkeypatch):
+def test_hang_ups_are_noticed_without_epoll(monkeypatch):
     monkeypatch.delattr(select, "EPOLLRDHUP", raising=False)
     with running_relay() as relay:
         hand = Hand(relay)
@@ -2056,7 +2056,7 @@ def test_two_prompts_sent_at_once_are_answered_one_after_the_other(relay, hand):
             assert json.loads(response.read())["reply"] == text
 
 
-def test_a_wrong_key_is_refused_before_its_body_comes(relay, hand):
+def test_a_wrong_key_is_refused_before_the_body(relay, hand):
     for action in ("login", "poll", "reply", "logout"):
         with contextlib.closing(socket.create_connection(relay.server_address[:2],
                                                          SOON)) as sock:
@@ -2075,7 +2075,7 @@ def test_a_connection_that_is_to_be_closed_closes_with_its_answer(relay, hand, m
             pass
 
 
-def test_what_is_large_and_comes_at_once_waits_for_nothing(relay, hand, monkeypatch):
+def test_large_answers_that_come_at_once_are_sent_at_once(relay, hand, monkeypatch):
     monkeypatch.setattr(neuroengine_server, "WHOLE_WAIT_SECONDS", 2 * SOON)
     vectors = {"result": {"data": [{"embedding": [0.125] * 50000}]}}
     able = Hand(relay, embeddings=True)
@@ -2088,7 +2088,7 @@ def test_what_is_large_and_comes_at_once_waits_for_nothing(relay, hand, monkeypa
     able.logout()
 
 
-def test_who_has_its_answer_waits_no_more(relay, hand, monkeypatch):
+def test_an_answered_prompt_frees_its_slot_at_once(relay, hand, monkeypatch):
     monkeypatch.setattr(neuroengine_server, "WHOLE_WAIT_SECONDS", 2 * SOON)
     with contextlib.closing(sent(relay, "/" + hand.name, {"message": "x"})) as sock:
         hand.reply(hand.next_job(), ["a"], done=True)
@@ -2096,7 +2096,7 @@ def test_who_has_its_answer_waits_no_more(relay, hand, monkeypatch):
         until(lambda: relay.waiting.taken == 0, 1)
 
 
-def test_a_mistake_of_ours_in_an_answer_that_comes_at_once_is_told(relay, hand, monkeypatch):
+def test_an_internal_error_in_an_answer_is_a_500(relay, hand, monkeypatch):
     monkeypatch.setattr(neuroengine_server, "text_of", lambda items: 1 / 0)
     answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
     hand.reply(hand.next_job(), ["a"], done=True)
@@ -2363,7 +2363,7 @@ def stored(tmp_path):
         yield relay, Hand(relay), Store(path, existing=True)
 
 
-def test_what_another_process_changed_in_the_file_is_taken_up(stored):
+def test_changes_by_another_process_come_into_force(stored):
     relay, hand, other = stored
     relay.broker.add(Service("Eliza", ""))       # not in the file
     gone = manage(relay, hand, "POST", "/keys", {})[1]
@@ -2409,7 +2409,7 @@ def test_a_key_revoked_while_the_disk_is_full_does_not_come_back(stored, monkeyp
     until(lambda: not other.load()[0].keys)      # once there is room, without a further word
 
 
-def test_a_reload_reads_only_what_changed_and_never_raises(stored, monkeypatch, capfd):
+def test_a_reload_reads_only_changed_files_and_never_raises(stored, monkeypatch, capfd):
     relay, hand, other = stored
     loads, load = [], relay.registry._store.load
     monkeypatch.setattr(relay.registry._store, "load", lambda: loads.append(1) or load())
@@ -2587,7 +2587,7 @@ def test_each_request_of_a_connection_is_judged_by_its_own_head(relay, hand):
     assert [int(s) for s in re.findall(rb"HTTP/1.1 (\d+)", answers)] == [s for s, _ in asked]
 
 
-def test_what_follows_a_body_that_nobody_read_is_no_request(relay):
+def test_an_unread_body_is_not_the_next_request(relay):
     answer = raw(relay, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4"
                  b"\r\n\r\nGET /api/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert answer.count(b"HTTP/1.1 ") == 1 and b'"status":"ok"' in answer
@@ -2635,7 +2635,7 @@ def test_broken_requests_are_answered_or_closed_and_never_a_500(relay, data):
     assert relay.counted()["errors", "internal_error"] == mistakes
 
 
-def test_a_head_that_drips_is_cut_in_the_end(relay):
+def test_a_head_that_drips_times_out(relay):
     began = time.monotonic()
     with socket.create_connection(relay.server_address[:2], SOON) as sock:
         sock.settimeout(0.2)
@@ -2652,7 +2652,7 @@ def test_a_head_that_drips_is_cut_in_the_end(relay):
     ("body_seconds", b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n"),
     ("idle_seconds", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")])
 @pytest.mark.parametrize("secure", [False, True])
-def test_a_peer_that_drips_or_is_silent_is_cut_in_the_end(tmp_path, limit, start, secure):
+def test_a_silent_or_dripping_peer_times_out(tmp_path, limit, start, secure):
     tls = None
     if secure:
         if not shutil.which("openssl"):
@@ -2839,7 +2839,7 @@ def test_tls_a_record_that_drips_does_not_prolong_a_wait(tmp_path):
     peer.close()
 
 
-def test_what_the_kernel_does_not_take_at_once_stays_unsent():
+def test_bytes_that_the_kernel_does_not_accept_stay_unsent():
     wire, peer = plain_wire()
     while not wire.unsent:
         wire.send_now(bytes(100000))
@@ -2862,7 +2862,7 @@ def test_an_answer_in_two_entries_of_one_reply_is_answered_once(relay, hand):
     client.close()
 
 
-def test_who_got_half_of_an_answer_and_asks_again_gets_the_same_one(relay, hand):
+def test_half_delivered_answers_are_sent_again(relay, hand):
     jobs = relay.broker.counts["jobs"]
     reader = socket.socket()
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -2883,7 +2883,7 @@ def test_who_got_half_of_an_answer_and_asks_again_gets_the_same_one(relay, hand)
     again.close()
 
 
-def test_a_large_piece_for_readers_who_do_not_read_counts_as_memory():
+def test_large_pieces_for_slow_readers_count_as_memory():
     with running_relay() as relay:
         hand = Hand(relay)
         body = {"message": "x", "key": "k", "stream": True, "at": 0}
@@ -2899,7 +2899,7 @@ def test_a_large_piece_for_readers_who_do_not_read_counts_as_memory():
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_tls_what_could_not_be_sent_at_once_goes_first_and_then_the_goodbye(
+def test_tls_unsent_bytes_precede_close_notify(
         tmp_path, version):
     wire, peer = secured(tmp_path, version)
     expected = b""
@@ -2915,7 +2915,7 @@ def test_tls_what_could_not_be_sent_at_once_goes_first_and_then_the_goodbye(
     peer.close()
 
 
-def test_tls_nonsense_ends_a_connection_for_who_reads_and_for_who_writes(tmp_path):
+def test_tls_nonsense_ends_reads_and_writes(tmp_path):
     wire, peer = secured(tmp_path)
     socket.socket.send(peer, b"\x17\x03\x03\x00\x20" + b"x" * 32)
     for attempt in (lambda: wire.wait_for_more(SOON), lambda: wire.send_now(b"x"),
@@ -2928,7 +2928,7 @@ def test_tls_nonsense_ends_a_connection_for_who_reads_and_for_who_writes(tmp_pat
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_a_peer_that_does_not_read_is_cut_in_the_end(tmp_path, secure):
+def test_a_peer_that_does_not_read_times_out(tmp_path, secure):
     wire, theirs = secured(tmp_path, write_seconds=0.3) if secure else plain_wire(
         write_seconds=0.3)
     began = time.monotonic()
@@ -2947,13 +2947,13 @@ def test_a_peer_that_does_not_read_is_cut_in_the_end(tmp_path, secure):
         wait()
 
 
-def test_a_header_of_ours_cannot_be_ill_formed(relay):
+def test_a_malformed_response_header_raises(relay):
     exchange = neuroengine_server.Exchange(relay, argparse.Namespace(address=""))
     with pytest.raises(ValueError):
         exchange.head_bytes(200, "text/plain", {"x": "a\r\nInjected: b"})
 
 
-def test_connections_are_bounded_and_the_next_one_hears_why():
+def test_connections_are_bounded_and_the_next_gets_a_503():
     with running_relay(limits=Limits(max_connections=2)) as relay:
         with socket.create_connection(relay.server_address[:2]), \
                 socket.create_connection(relay.server_address[:2]):
@@ -2965,7 +2965,7 @@ def test_connections_are_bounded_and_the_next_one_hears_why():
         assert ask(relay, "/healthz")[0] == 200
 
 
-def test_too_many_wrong_keys_are_told_so_and_a_right_one_still_works():
+def test_wrong_keys_are_limited_and_a_right_one_still_works():
     with running_relay(limits=Limits(max_wrong_keys_per_minute=5)) as relay:
         hand = Hand(relay)
         path = "/api/services/" + hand.name
@@ -2982,7 +2982,7 @@ def test_too_many_wrong_keys_are_told_so_and_a_right_one_still_works():
     (2, "203.0.113.9, 10.0.0.1", "203.0.113.9"), (2, "203.0.113.9", "127.0.0.1"),
     (1, "", "127.0.0.1"), (1, "6.6.6.6, unknown", "127.0.0.1"),
     (1, "2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64")])
-def test_a_trusted_proxy_says_who_asks_at_the_end_of_its_header(hops, header, address):
+def test_a_trusted_proxys_last_forwarded_address_counts(hops, header, address):
     network = neuroengine_server.ipaddress.ip_network("127.0.0.0/8")
     with running_relay(proxies=[network], hops=hops) as relay:
         head = parse_head(b"GET / HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: %s\r\n"
@@ -2991,7 +2991,7 @@ def test_a_trusted_proxy_says_who_asks_at_the_end_of_its_header(hops, header, ad
         assert relay.is_proxy("::ffff:127.0.0.1") and not relay.is_proxy("10.0.0.1")
 
 
-def test_what_a_trusted_proxys_client_does_counts_for_its_own_address():
+def test_limits_apply_to_the_client_of_a_trusted_proxy():
     network = neuroengine_server.ipaddress.ip_network("127.0.0.1")
     with running_relay(proxies=[network], limits=Limits(
             max_registrations_per_hour=1, max_connections_per_address=1)) as relay:
@@ -3058,7 +3058,7 @@ def test_the_longest_idle_connection_makes_room_for_the_next_one():
             sock.close()
 
 
-def test_bodies_on_their_way_count_as_memory_and_small_ones_always_pass():
+def test_bodies_under_way_count_as_memory_and_small_ones_always_pass():
     size = 4 * neuroengine_server.MAX_SMALL_BODY_BYTES
     with running_relay(limits=Limits(max_held_bytes=4 * size,
                                      max_request_bytes=2 * size)) as relay:
@@ -3080,7 +3080,7 @@ def test_bodies_on_their_way_count_as_memory_and_small_ones_always_pass():
         hand.logout()
 
 
-def test_responses_that_nobody_reads_count_as_memory():
+def test_unread_responses_count_as_memory():
     size = 4 * neuroengine_server.MAX_SMALL_BODY_BYTES
     with running_relay(limits=Limits(max_held_bytes=40 * size)) as relay:
         hand = Hand(relay)
@@ -3099,7 +3099,7 @@ def test_responses_that_nobody_reads_count_as_memory():
         hand.logout()
 
 
-def test_who_comes_through_a_proxy_is_not_of_this_machine():
+def test_a_proxys_clients_are_never_local():
     network = neuroengine_server.ipaddress.ip_network("127.0.0.1")
     for proxies in ((), [network]):
         with running_relay(proxies=proxies, limits=Limits(
@@ -3127,7 +3127,7 @@ def test_a_key_that_was_changed_while_a_body_was_on_its_way_is_refused(relay, ha
 
 @pytest.mark.parametrize("body", [
     b'{"a":' + b"9" * 5000 + b"}", b'["' + b'","' * 500000 + b'"]', b"[" + b"1," * 1000001])
-def test_json_that_would_hold_up_all_others_is_refused(relay, body):
+def test_json_that_would_block_other_threads_is_refused(relay, body):
     with pytest.raises(RelayError) as refused:
         neuroengine_server.parse_json(body)
     assert refused.value.name == "invalid_json"
@@ -3140,7 +3140,7 @@ def test_pages_from_elsewhere_may_not_use_a_relay_of_this_machine(relay, origin,
     assert ask(relay, "/v1/models", Origin=origin)[0] == status
 
 
-def test_metrics_are_well_formed_and_tell_what_happened(relay, hand):
+def test_metrics_are_well_formed_and_count_events(relay, hand):
     waiting = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
     hand.reply(hand.next_job(), ["a"], done=True)
     assert waiting()[0] == 200
@@ -3170,7 +3170,7 @@ def test_the_relay_logs_neither_prompt_nor_reply_nor_key(relay, hand, capfd):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
-def test_tls_a_silent_peer_holds_up_nobody_and_a_hang_up_is_noticed(tmp_path):
+def test_tls_a_silent_peer_delays_nobody_and_a_hang_up_is_noticed(tmp_path):
     cert, key = neuroengine_server.self_signed(str(tmp_path))
     with running_relay(tls=neuroengine_server.Certificate(cert, key),
                        limits=Limits(grace_seconds=0.2)) as relay:
@@ -3214,7 +3214,7 @@ def certificate_of(port, cafile=None):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
-def test_a_renewed_certificate_is_taken_up_and_a_bad_pair_is_not(tmp_path, capfd):
+def test_a_renewed_certificate_is_used_and_a_bad_pair_is_not(tmp_path, capfd):
     files = neuroengine_server.self_signed(str(tmp_path))
     os.mkdir(str(tmp_path / "new"))
     renewed = neuroengine_server.self_signed(str(tmp_path / "new"))
@@ -3516,7 +3516,7 @@ def test_openai_errors_have_openais_form(relay, hand, body, status, code, param)
     (b"GET /v1/nosuch", 404, "unknown_url", b""),
     (b"PUT /chat/completions HTTP/1.1\r\nContent-Length: 0", 405, "method_not_allowed",
      b"allow: post")])
-def test_what_is_wrong_with_the_transport_has_openais_form_too(
+def test_transport_errors_have_openais_form_too(
         relay, request_head, status, code, header):
     if b" HTTP/" not in request_head:
         request_head += b" HTTP/1.1"
@@ -3574,7 +3574,7 @@ def test_a_model_is_found_under_every_base(relay, hand, path, found):
         assert (status, answer["error"]["code"]) == (404, "model_not_found")
 
 
-def test_openai_clients_do_not_sit_out_what_no_retry_helps(relay, hand):
+def test_errors_that_a_retry_cannot_help_say_so(relay, hand):
     name = ask(relay, "/api/services", {"name": name_of()})[1]["name"]
     status, _, headers = chat(relay, name)             # never was there
     assert (status, headers["x-should-retry"]) == (503, "false")
@@ -3599,7 +3599,7 @@ def test_openai_clients_do_not_sit_out_what_no_retry_helps(relay, hand):
     assert (status, headers["x-should-retry"], headers["Retry-After"]) == (503, None, "5")
 
 
-def test_an_error_amid_a_streamed_chat_is_an_event_and_the_body_ends_well(relay, hand):
+def test_an_error_in_mid_stream_is_an_event_and_ends_the_body(relay, hand):
     sock = sent(relay, "/v1/chat/completions", {
         "model": hand.name, "stream": True, "messages": [{"role": "user", "content": "x"}]})
     with contextlib.closing(sock):
@@ -3626,7 +3626,7 @@ def test_a_slow_whole_answer_is_kept_alive_by_spaces(relay, hand, monkeypatch):
         assert json.loads(response.read())["choices"][0]["message"]["content"] == "late"
 
 
-def test_the_place_in_the_queue_is_a_comment_or_a_field_if_asked(relay, hand):
+def test_the_queue_position_is_a_comment_or_a_field_on_request(relay, hand):
     with contextlib.closing(sent(relay, "/" + hand.name, {"message": "x"})):
         hand.next_job()
         for options, expected in (({}, b": queue 1/1\n"), (
@@ -3642,7 +3642,7 @@ def test_the_place_in_the_queue_is_a_comment_or_a_field_if_asked(relay, hand):
 
 
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/props", "/v1/nosuch/x"])
-def test_what_openai_has_and_we_have_not_is_unknown_url(relay, path):
+def test_unsupported_openai_paths_are_unknown_urls(relay, path):
     status, answer, _ = ask(relay, path, {})
     assert status == 404 and answer["error"]["code"] == "unknown_url"
 
@@ -3686,7 +3686,7 @@ def test_an_opaque_stream_passes_event_by_event(relay, able):
     ("/v1/messages", {"messages": [{}]}, b'"type":"error","error":{"type":'),
     ("/v1/responses", {"input": "x"}, b'event: error\ndata: {"type":"error","code":'),
     ("/v1/chat/completions", {"messages": [{}], "n": 2}, b'data: {"error":{"message":')])
-def test_a_provider_lost_amid_an_opaque_stream_is_told_in_that_apis_form(
+def test_a_failed_opaque_stream_ends_with_an_error_of_its_api(
         relay, able, path, body, words):
     with contextlib.closing(sent(relay, path, dict(
             body, model=able.name, stream=True))) as sock:
@@ -3702,7 +3702,7 @@ def test_a_provider_lost_amid_an_opaque_stream_is_told_in_that_apis_form(
 @pytest.mark.parametrize("body", [
     {"n": 2}, {"logprobs": True}, {"prompt": ["a", "b"]}, {"prompt": [1, 2]}, {"echo": True},
     {"best_of": 3}])
-def test_what_text_cannot_say_is_opaque_or_refused_in_words(relay, hand, able, body):
+def test_requests_beyond_text_are_opaque_or_refused(relay, hand, able, body):
     path = "/v1/completions"
     body = dict({"prompt": "x"}, **body)
     status, answer, _ = ask(relay, path, dict(body, model=hand.name))
@@ -3715,7 +3715,7 @@ def test_what_text_cannot_say_is_opaque_or_refused_in_words(relay, hand, able, b
 
 
 @pytest.mark.parametrize("body", [{"n": 1}, {"logprobs": False}, {"logprobs": None}])
-def test_what_text_can_say_stays_text(relay, hand, body):
+def test_requests_for_plain_text_are_not_opaque(relay, hand, body):
     answer = in_thread(ask, relay, "/v1/chat/completions", dict(
         body, model=hand.name, messages=[{"role": "user", "content": "x"}]))
     job = hand.next_job()
