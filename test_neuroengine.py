@@ -9760,6 +9760,22 @@ def test_page_finds_emphasis_next_to_punctuation(page_provider, page_tab, source
     page_shows(page_tab().open(), page_provider, source, "texts('strong')", strong)
 
 
+def test_page_folds_reasoning_whose_beginning_is_missing(page_provider, page_tab):
+    tab = page_tab().open()
+    thoughts = "[document.querySelector('.message.last .think').hidden, md.textContent]"
+    page_shows(tab, page_provider, "Let me see.\n</think>\n\nSo.", thoughts, [False, "So."])
+    page_shows(tab, page_provider, "Write `</think>` or </think> there.", thoughts,
+               [True, "Write </think> or </think> there."])
+    page_shows(tab, page_provider, "As code:\n```\n</think>\n```", "texts('.code code').join()",
+               "</think>\n")
+
+
+def test_page_reads_formulas_out_as_their_source(page_provider, page_tab):
+    tab = page_tab().open()
+    page_shows(tab, page_provider, "It is $x^2$.", "all('math').length", 1)
+    tab.eventually("document.querySelector('#live').textContent.includes('It is x^2.')")
+
+
 def test_page_shows_harmless_tags_as_nodes(page_provider, page_tab):
     page_shows(
         page_tab().open(), page_provider,
@@ -9837,22 +9853,25 @@ PAGE_LONG = {
     "stars": "*a " * 33000, "nested stars": "*a **b " * 8000 + "b** a* " * 8000,
     "brackets": "[" * 50000 + "](x)" * 12000, "images": "![" * 25000 + "](x)" * 12000,
     "dollars": "$" * 50000 + "$a " * 16000, "escapes": "\\(" * 50000 + "\\)",
-    "open formulas": "\\[\n" * 15000 + "$$\na\n" * 10000, "commands": ("$" + "\\frac" * 180 + "$ ") * 90,
+    "open formulas": "\\[\n" * 30000 + "$$\na\n" * 1500, "commands": ("$" + "\\frac" * 180 + "$ ") * 90,
     "braces": ("$$" + "{" * 1900 + "}" * 1900 + "$$\n\n") * 25,
     "scripts": ("$$" + "x^{" * 900 + "y" + "}" * 900 + "$$\n\n") * 25,
     "quotes": ">" * 50000 + "\n" + "> " * 25000, "backticks": "".join(
         "`" * n + "a" for n in range(1, 440)), "tags": "<sub>" * 10000 + "</sub>" * 8000,
     "notes": "[^1] " * 10000 + "\n\n[^1]: x", "dots": ("http://a" + "." * 1900 + "x ") * 50,
     "spaces": ("a" + " " * 3990 + "\n") * 25, "bars": "|" * 50000 + "\n" + "a|b\n" * 12000,
-    "loose list": "- a\n\n  b\n" * 10000}
+    "loose list": "- a\n\n  b\n" * 3000}
 
 
 def page_cpu_of(browser, tab, provider, text):
     """CPU milliseconds of the longest task that showing an answer took."""
     browser.start_tracing(page=tab.tab, categories=["toplevel"])
-    page_shows(tab, provider, text + "\n\nThe end.",
-               "md.lastElementChild.textContent", "The end.")
-    return page_longest_task(browser.stop_tracing())
+    try:
+        page_shows(tab, provider, text + "\n\nThe end.",
+                   "md.lastElementChild.textContent", "The end.")
+    finally:
+        trace = browser.stop_tracing()
+    return page_longest_task(trace)
 
 
 @pytest.mark.parametrize("kind", PAGE_LONG)
