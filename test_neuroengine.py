@@ -8657,7 +8657,6 @@ def test_page_hostile_reply_stays_text(page_provider, page_tab):
     assert tab.tab.evaluate("violations") == []
 
 
-@in_each_browser
 def test_page_takes_a_line_of_a_megabyte(page_provider, page_tab):
     tab = page_tab().open()
     for line in ("x" * (1 << 20), "```\n" + "y " * (1 << 19) + "\n```\n"):
