@@ -308,6 +308,20 @@ class Page:
                 "if (!el) return null; %s" % body))
         return self._until(attempt, selector)
 
+    def query_selector_all(self, selector):
+        return self.command("ExecuteScript", args=[selector],
+                            script=FIND + "return find(arguments[0])")
+
+    def query_selector(self, selector):
+        return self._first(selector, "attached")
+
+    def eval_on_selector_all(self, selector, script):
+        return self.command("ExecuteScript", args=[selector],
+                            script=FIND + "return (%s)(find(arguments[0]))" % script)
+
+    def eval_on_selector(self, selector, script):
+        return self._with(selector, "return (%s)(el)" % script)
+
     def inner_text(self, selector):
         return self._with(selector, "return el.innerText")
 
@@ -331,36 +345,48 @@ class Page:
                    "el.dispatchEvent(new Event('input', {bubbles: true})); return true",
                    text, state="visible")
 
+    def select_option(self, selector, value):
+        self._with(selector, "el.value = args[0];"
+                   "el.dispatchEvent(new Event('change', {bubbles: true})); return true", value)
+
+    def check(self, selector):
+        if not self._with(selector, "return [el.checked]")[0]:
+            self.click(selector)
+
+    def uncheck(self, selector):
+        if self._with(selector, "return [el.checked]")[0]:
+            self.click(selector)
+
     def press(self, selector, key):
         self.focus(selector)
         self.keyboard.press(key)
 
-    def click(self, selector):
+    def _act(self, selector, action, state="visible"):
         def attempt():
-            element = self._first(selector)
-            if element is None:
-                return None
-            self.command("ElementClick", id=element)
-            return True
+            element = self._first(selector, state)
+            if element is not None:
+                action(element)
+                return True
         self._until(attempt, selector)
+
+    def click(self, selector):
+        self._act(selector, lambda element: self.command("ElementClick", id=element))
 
     def hover(self, selector):
-        def attempt():
-            element = self._first(selector)
-            if element is None:
-                return None
-            self.mouse.move_to(element)
-            return True
-        self._until(attempt, selector)
+        self._act(selector, self.mouse.move_to)
 
-    def set_input_files(self, selector, path):
-        def attempt():
-            element = self._first(selector, "attached")
-            if element is None:
-                return None
-            self.command("ElementSendKeys", id=element, text=str(path))
-            return True
-        self._until(attempt, selector)
+    def set_input_files(self, selector, file):
+        """Choose a file: its path, or a dict with its "name" and bytes ("buffer")."""
+        with tempfile.TemporaryDirectory() as folder:
+            if isinstance(file, dict):
+                path = os.path.join(folder, file["name"])
+                with open(path, "wb") as copy:
+                    copy.write(file["buffer"])
+            else:
+                path = str(file)
+            self._act(selector, lambda element: self.command(
+                "ElementSendKeys", id=element, text=path), "attached")
+            self._with(selector, "return el.files.length > 0 || el.value === ''")
 
     def actions(self, kind, *steps, **more):
         self.command("PerformActions", actions=[
@@ -384,14 +410,17 @@ class Keyboard:
 
 class Mouse:
     def __init__(self, page):
-        self.page, self.over = page, "viewport"
+        self.page, self.place = page, {"x": 0, "y": 0, "duration": 0, "origin": "viewport"}
+
+    def move(self, x, y, origin="viewport"):
+        self.place = {"x": int(x), "y": int(y), "duration": 0, "origin": origin}
+        self.page.actions("pointer", dict(self.place, type="pointerMove"),
+                          parameters={"pointerType": "mouse"})
 
     def move_to(self, element):
-        self.over = {ELEMENT: element}
-        self.page.actions("pointer", {"type": "pointerMove", "x": 0, "y": 0, "duration": 0,
-                                      "origin": self.over}, parameters={"pointerType": "mouse"})
+        """Move to the middle of an element."""
+        self.move(0, 0, {ELEMENT: element})
 
     def wheel(self, across, down):
         """Turn the wheel where the pointer is."""
-        self.page.actions("wheel", {"type": "scroll", "x": 0, "y": 0, "deltaX": across,
-                                    "deltaY": down, "duration": 0, "origin": self.over})
+        self.page.actions("wheel", dict(self.place, type="scroll", deltaX=across, deltaY=down))
