@@ -227,6 +227,8 @@ const find = (selector) => selector.split(" >> ").reduce((scopes, part) => {
 class Page:
     """A tab, with those methods of Playwright's Page that the tests use."""
 
+    context = None                       # all tabs share one
+
     def __init__(self, browser):
         self.browser, self.timeout = browser, 30
         self.handle = self.command("NewWindow", type="window")["handle"]
