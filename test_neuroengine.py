@@ -1671,6 +1671,8 @@ BAD_NATIVE = [
     (b'{"message":' + b'{"a":' * 9000 + b"1" + b"}" * 9000 + b"}", 400, "invalid_json"),
     (b'{"message":[' + b"{}," * 200001 + b"1]}", 400, "invalid_json"),
     (b'{"message":"x","foo":1e999}', 400, "invalid_json"), (b'{"a":NaN}', 400, "invalid_json"),
+    (b'{"message":"x","a":[' + b'"",' * 200001 + b'""]}', 400, "invalid_json"),
+    (b'{"message":"' + b"\\n" * 500000 + b'","a":[' + b"1," * 20001 + b'1]}', 413, None),
     (b'{"message":"x","seed":' + b"9" * 5000 + b"}", 400, None),
     ({}, 400, "invalid_request"), ({"message": 5}, 400, "invalid_request"),
     ({"message": None}, 400, "invalid_request"), ({"messages": []}, 400, "invalid_request"),
@@ -3064,19 +3066,19 @@ def test_bodies_under_way_count_as_memory_and_small_ones_always_pass():
                                      max_request_bytes=2 * size)) as relay:
         hand = Hand(relay)
         first = socket.create_connection(relay.server_address, SOON)
-        first.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
-                      b"Expect: 100-continue\r\n\r\n" % (size + 1))
+        first.sendall(b"POST /%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+                      b"Expect: 100-continue\r\n\r\n" % (hand.name.encode(), size + 1))
         first.recv(100)                    # it reads the body now, all that comes counts
         first.sendall(b" " * (size - 1))
         until(lambda: relay.bytes.taken == size - 1)
-        status, answer, _ = ask(relay, "/x", b" " * size)
+        status, answer, _ = ask(relay, "/" + hand.name, b" " * size)
         assert (status, answer["error"]) == (503, "relay_busy")
         waiting = in_thread(ask, relay, "/" + hand.name, {"message": "x" * 10000})
         hand.reply(hand.next_job(), ["y" * 10000], done=True)
         assert waiting()[0] == 200
         first.close()
         until(lambda: relay.bytes.taken == 0)
-        assert ask(relay, "/x", b" " * (size // 2))[0] == 400
+        assert ask(relay, "/" + hand.name, b" " * (size // 2))[0] == 400
         hand.logout()
 
 
