@@ -1666,6 +1666,7 @@ class Work:
 
     def __init__(self, job, attempt, at, request):
         self.job, self.attempt, self.request = job, attempt, request
+        self.head = '{"job":%s,"attempt":%d,"at":' % (to_json(job), attempt)
         self.at, self.items = at, []           # at: offset of items[0]; items: JSON texts
         self.size = self.sent = 0              # characters of all items, of those taken
         self.due = False                       # the sender will look at it by itself
@@ -1795,13 +1796,13 @@ class Outbox:
                     self._urgent = True
                     break
                 count = self._fitting(work, MAX_BATCH_BYTES - size)
+                items = ",".join(work.items[:count])
                 last = work.ended and count == len(work.items)
-                entries.append('{"job":%s,"attempt":%d,"at":%d,"items":[%s]%s}' % (
-                    to_json(work.job), work.attempt, work.at, ",".join(work.items[:count]),
-                    "" if not last else ',"done":true' if not work.error else
-                    ',"error":' + json.dumps(work.error)))
-                taken.append((work, count, last))
-                size += work.size - work.sent
+                entries.append("%s%d,\"items\":[%s]%s}" % (
+                    work.head, work.at, items, "" if not last else ',"done":true'
+                    if not work.error else ',"error":' + json.dumps(work.error)))
+                taken.append((work, count, len(items) - max(0, count - 1), last))
+                size += len(items)
                 del self._ready[work]          # and it is due still, until settle
             return entries, taken
 
@@ -1821,16 +1822,16 @@ class Outbox:
         """What take returned has arrived (sent), or has to go again."""
         resumed = []
         with self._lock:
-            for work, count, last in taken:
+            for work, count, size, last in taken:
                 if sent:
                     work.at += count
-                    work.sent += sum(map(len, work.items[:count]))
+                    work.sent += size
                     del work.items[:count]
                     self.tokens += count
-                    if last:
-                        self._works.pop((work.job, work.attempt), None)
                     if work.on_room is not None:
                         resumed.append(work.on_room)
+                if sent and last:
+                    self._works.pop((work.job, work.attempt), None)
                 work.due = False
                 if (work.items or work.ended and not (sent and last)) \
                         and (work.job, work.attempt) in self._works:
@@ -2360,7 +2361,7 @@ class _Listening:
             except NeuroengineError as error:
                 self.outbox.settle(taken, sent=False)
                 if error.name in REFUSED and taken:
-                    await self._send_singly([work for work, _, _ in taken])
+                    await self._send_singly([work for work, *_ in taken])
                 else:
                     await self._rest(pause_before(failures, error.retry_after))
                     failures = min(failures + 1, 4)
@@ -2376,7 +2377,7 @@ class _Listening:
         self.outbox.settle(taken, sent=True)
         refused = {refusal.get("job") for refusal in answer.get("refused", ())}
         if refused:
-            self.outbox.cancel([(work.job, work.attempt) for work, _, _ in taken
+            self.outbox.cancel([(work.job, work.attempt) for work, *_ in taken
                                 if work.job in refused])
         self._take(answer)
 
@@ -2846,7 +2847,19 @@ def refuse_constant(name):
     raise ValueError("%s is no JSON" % name)
 
 
-from_json = json.JSONDecoder(parse_constant=refuse_constant).decode
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+def from_json(text, scan=DECODER.scan_once):
+    """The value of a JSON text. Raises ValueError, or RecursionError. (Without the usual
+    look for white space around it: 2 of 4 us, for each token.)"""
+    try:
+        value, end = scan(text, 0)
+        if end == len(text):
+            return value
+    except StopIteration:
+        pass
+    return DECODER.decode(text)
 
 
 def hidden(words, model, service):
@@ -2957,16 +2970,15 @@ class Lines:
 
     def feed(self, data):
         """The lines that are whole now, without their ends."""
-        if self._first:
+        if self._rest:
             data = self._rest + data
+        if self._first:
             if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
                 self._rest = data
                 return []
-            self._rest, self._first = b"", False
+            self._first = False
             if data[:3] == b"\xef\xbb\xbf":    # a byte order mark
                 data = data[3:]
-        if self._rest:
-            data = self._rest + data
         if b"\r" in data:                      # but one at the end may be half of an end
             half = data[-1:] == b"\r"
             data = (data[:-1] if half else data).replace(b"\r\n", b"\n").replace(
@@ -3571,7 +3583,8 @@ class Sink:
     def feed(self, data):
         self.put(self._parser.feed(data))
         self.finished = self._parser.finished
-        if self._outbox.is_full(self._work):
+        work = self._work
+        if work.size - work.sent > MAX_UNSENT_BYTES and self._outbox.is_full(work):
             self.line.transport.pause_reading()
             self._work.on_room = self._resume
 
