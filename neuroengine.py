@@ -88,6 +88,7 @@ MAX_BATCH_BYTES = 1 << 20    # of items in one request to the relay
 MAX_ITEM_BYTES = 20 << 20    # one item; the relay takes no more
 MAX_LINE_BYTES = 64 << 20    # one line of a stream
 MAX_HEAD_BYTES = 1 << 16     # of a response
+READ_BYTES = 1 << 14         # of a connection, read at once
 CONNECT_SECONDS = 10         # to connect to one address, TLS included
 SLICE_SECONDS = 0.5          # of waiting, after which Ctrl-C is noticed on Windows
 KEPT_SECONDS = 50            # an idle connection is used again within this time
@@ -1549,6 +1550,8 @@ class AsyncConnection:
 
     def connection_made(self, transport):
         self.transport = transport
+        transport.max_size = READ_BYTES        # asyncio's own 256 KB are 1,700 tokens, for
+                                               # which all others would wait
 
     def data_received(self, data):
         if self._exchange is None:
