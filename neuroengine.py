@@ -1574,14 +1574,15 @@ class AsyncConnection:
 
 
 class AsyncTransport:
-    """As Transport, for asyncio. For one event loop."""
+    """As Transport, for asyncio. For one event loop. on_idle_end: called when the server
+    closes a connection that was idle, as it does when it ends."""
 
-    def __init__(self, transport, keep=16):
+    def __init__(self, transport, keep=16, on_idle_end=lambda: None):
         import asyncio
         self._loop, self._transport, self._most_kept = (
             asyncio.get_running_loop(), transport, keep)
         self.base, self._where = transport.base, transport.where()
-        self._free = []
+        self._free, self._on_idle_end = [], on_idle_end
 
     async def call(self, path, body, key):
         """POST JSON text and return the relay's answer. Raises NeuroengineError."""
@@ -1646,9 +1647,11 @@ class AsyncTransport:
     def _forget(self, line):
         if line in self._free:
             self._free.remove(line)
+            self._on_idle_end()
 
     def close(self):
-        for line in list(self._free):
+        lines, self._free = self._free, []
+        for line in lines:
             line.transport.abort()
 
 
@@ -3618,7 +3621,8 @@ class Share:
     async def exchange(self, question, sink):
         """Ask the upstream; (status, headers, body). Raises OSError and the like."""
         if self._transport is None or self._transport.base != self.upstream.transport.base:
-            self._transport = AsyncTransport(self.upstream.transport, keep=self.workers + 16)
+            self._transport = AsyncTransport(self.upstream.transport, self.workers + 16,
+                                             self._look)
         return await self._transport.exchange(
             "POST", question.path, question.data(), self.upstream.key, UPSTREAM_SECONDS, sink,
             question.headers)
@@ -3637,6 +3641,13 @@ class Share:
             self._checking = asyncio.ensure_future(in_thread(self.upstream.check, lambda: None))
             self._checking.add_done_callback(self._checked)
         await asyncio.shield(self._checking)
+
+    def _look(self):
+        """Look whether the upstream is gone; nobody waits for it."""
+        import asyncio
+        if self._checking is None and not any(b.listening.server._paused for b in self.bridges):
+            asyncio.ensure_future(self.check()).add_done_callback(
+                lambda check: check.cancelled() or check.exception())
 
     def _checked(self, checking):
         self._checking = None

@@ -5778,6 +5778,23 @@ def test_an_upstream_that_is_gone_hands_its_prompts_back_and_is_waited_for(how, 
         assert relay.ask({"message": "x"}, "c")[1]["done"]
 
 
+def test_an_upstream_that_ends_while_idle_is_noticed(monkeypatch):
+    monkeypatch.setattr(neuroengine, "RETRY_UPSTREAM_SECONDS", 0.02)
+    gone = threading.Event()
+
+    def do_GET(self):
+        return dead(self) if gone.is_set() else FakeLLM.do_GET(self)
+
+    def answer_and_end(handler):
+        gone.set()
+        handler.json(200, WHOLE)               # it keeps the connection, and then ends it
+        handler.close_connection = True
+    with fake_llm(do_GET=do_GET, script=[answer_and_end]) as (_, url), sharing(url) as (
+            relay, _):
+        assert relay.ask({"message": "x"})[1]["done"]
+        until(lambda: relay.calls[-1][1] == "logout")
+
+
 def test_an_upstream_that_breaks_off_but_lives_fails_one_prompt():
     with fake_llm(script=[dead]) as (llm, url), sharing(url) as (relay, _):
         assert "broke off" in relay.ask({"message": "x"}, "a")[1]["error"]["message"]
@@ -5926,6 +5943,77 @@ def test_what_a_model_can_take_is_asked_of_the_server():
         assert upstream.model().features() == {
             "continues": True, "embeddings": False, "context_length": 999, "vision": True,
             "tools": True, "apis": ["chat", "completions", "responses", "tokenize"]}
+
+
+# Through the real relay, with what servers really have.
+
+
+def events_by(pairs, last=b""):
+    """A scripted answer: a stream of events."""
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(sent_as_events(pairs, last))
+        handler.close_connection = True
+    return answer
+
+
+@pytest.fixture
+def llm_of_all(relay):
+    """(the fake LLM server, which has every API; the service's name)."""
+    with fake_llm(paths=tuple(neuroengine.PATHS.values())) as (fake, url), \
+            bridged(relay, url) as (name, _):
+        yield fake, name
+
+
+@pytest.mark.parametrize("path, body, pairs", [
+    ("/v1/messages", {"max_tokens": 9}, ANTHROPIC), ("/v1/responses", {"input": "x"}, RESPONSES),
+    ("/v1/chat/completions", {"n": 2, "messages": [{"role": "user", "content": "x"}]}, CHOICES),
+    ("/v1/completions", {"prompt": ["a", "b"]}, CHOICES)])
+def test_a_stream_of_any_api_passes_from_the_server_to_the_client(
+        relay, llm_of_all, path, body, pairs):
+    fake, name = llm_of_all
+    body = dict({"messages": [{"role": "user", "content": "x"}]} if "messages" in path else {},
+                **body)
+    fake.script.append(events_by(pairs))
+    status, data, headers = ask(relay, path, dict(body, model=name, stream=True))
+    assert status == 200 and headers["Content-Type"].startswith("text/event-stream")
+    shown = [pair for pair in pairs if pair[1].get("choices") != []]
+    events = [json.loads(line[5:]) for line in data.decode().splitlines()
+              if line.startswith("data:") and "[DONE]" not in line]
+    assert [event.get("type") for event in events] == [kind or None for kind, _ in shown]
+    assert "secret" not in data.decode() and fake.got[-1][1]["model"] == "/secret/model.gguf"
+    fake.script.append(events_by(pairs[:1]))   # dies amid its answer
+    data = ask(relay, path, dict(body, model=name, stream=True))[1].decode()
+    assert "ended in the middle" in data and "error" in data.splitlines()[-2]
+
+
+def test_a_whole_answer_and_an_error_of_any_api_pass_from_the_server_to_the_client(
+        relay, llm_of_all):
+    fake, name = llm_of_all
+    answer = {"model": "/secret/model.gguf", "content": [{"text": "x"}], "odd": [1]}
+    body = {"model": name, "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
+    fake.script += [(200, answer), (429, {"error": {"message": "slow down", "type": "t"}}),
+                    (400, {"type": "error", "error": {"type": "t", "message": "no thinking"}})]
+    assert ask(relay, "/v1/messages", body)[:2] == (200, dict(answer, model=name))
+    status, answer, _ = ask(relay, "/v1/messages", body)
+    assert (status, answer["error"]["message"]) == (429, "slow down")
+    status, answer, _ = ask(relay, "/v1/messages", body)
+    assert (status, answer["type"], answer["error"]["message"]) == (400, "error", "no thinking")
+    status, answer, _ = ask(relay, "/v1/messages", dict(body, lora=[1]))
+    assert status == 400 and "lora" in answer["error"]["message"]
+
+
+def test_refusals_and_annotations_reach_the_client_streamed_and_whole(relay, llm_of_all):
+    fake, name = llm_of_all
+    more = {"refusal": "no", "annotations": [{"type": "url_citation"}]}
+    for stream in (False, True):
+        fake.script.append([more, "x"])
+        answer = chat(relay, name, stream=stream)[1]
+        text = answer.decode() if stream else json.dumps(answer, separators=(",", ":"))
+        assert '"refusal":"no"' in text and '"url_citation"' in text
 
 
 ##############################################################################
