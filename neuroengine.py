@@ -1609,23 +1609,24 @@ class AsyncTransport:
         lines += ["Content-Type: application/json", "Content-Length: %d" % len(body),
                   "User-Agent: neuroengine/" + __version__, "", ""]
         data = "\r\n".join(lines).encode("latin-1") + body
+        fresh = not self._free
         while True:
-            used = bool(self._free)
-            line = self._free.pop() if used else await self._connect()
+            line = await self._connect() if fresh else self._free.pop()
             exchange = Exchange(self._loop, timeout, sink)
             try:
                 await line.carry(exchange, data)
+                break
             except BROKEN as error:
                 # The server may have closed a kept connection in this moment. Everything
-                # that we send may be sent twice, so try another.
-                if used and not exchange.reader.begun and isinstance(error, ConnectionError):
-                    continue
-                raise
-            if not line.transport.is_closing() and len(self._free) < self._most_kept:
-                self._free.append(line)
-            else:
-                line.transport.abort()
-            return exchange.reader.status, exchange.reader.headers, exchange.body
+                # that we send may be sent twice, so try a fresh one.
+                if fresh or exchange.reader.begun or not isinstance(error, ConnectionError):
+                    raise
+                fresh = True
+        if not line.transport.is_closing() and len(self._free) < self._most_kept:
+            self._free.append(line)
+        else:
+            line.transport.abort()
+        return exchange.reader.status, exchange.reader.headers, exchange.body
 
     async def _connect(self):
         """A new AsyncConnection. A thread looks up the name and connects, also through proxies."""
@@ -2282,10 +2283,13 @@ class _Listening:
         server = self.server
         if server._session is None:
             raise NeuroengineError(NO_CONNECTION, "Not logged in.", "no_connection")
-        return await self._relay.call(
-            server._path(action), ('{"session":%s,%s}' % (
-                json.dumps(server._session), fields)).encode("utf-8", "surrogatepass"),
-            server.service_key)
+        text = '{"session":%s,%s}' % (json.dumps(server._session), fields)
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError:             # half a surrogate pair, which is no text
+            data = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode(
+                "utf-8")
+        return await self._relay.call(server._path(action), data, server.service_key)
 
     async def _keep_hours(self):
         """Begin to close when the hours are over."""
@@ -2589,6 +2593,11 @@ NATIVE_FIELDS = ("message", "messages", "raw", "max_new_len", "repetition_penalt
                  "stream")
 
 
+def as_dict(value):
+    """The value if it is a dict, otherwise an empty one: clients and servers send anything."""
+    return value if isinstance(value, dict) else {}
+
+
 class Question:
     """What the upstream is asked: a path and a body. own: the fields that the bridge added
     by itself, which may be left out again if the upstream refuses them."""
@@ -2671,7 +2680,7 @@ class Rendering:
         self._check(body)
         own |= {"stream_options", "return_progress"}
         body.update(model=self.model.id, stream=True)
-        body["stream_options"] = dict(body.get("stream_options") or (), include_usage=True)
+        body["stream_options"] = dict(as_dict(body.get("stream_options")), include_usage=True)
         if self.kind == "llama.cpp":
             # It notices that we hung up only when it writes. Without reports of its
             # progress a prompt of 3000 tokens was read on for 32 s; with them, 0.5 s.
@@ -2690,7 +2699,7 @@ class Rendering:
         return Question(api, body, own | self._bound(api, body))
 
     def _opaque(self, request):
-        api, body, own = request["api"], dict(request["body"]), set()
+        api, body, own = request.get("api"), dict(as_dict(request.get("body"))), set()
         if api not in PATHS:
             raise unshared("its provider does not know the API %s" % api, "model")
         self._check(body)
@@ -2700,13 +2709,13 @@ class Rendering:
             body["store"] = False              # some keep everything, unless told
             own.add("store")
         if request.get("stream") and api in ("chat", "completions"):
-            if not (body.get("stream_options") or {}).get("include_usage"):
+            if not as_dict(body.get("stream_options")).get("include_usage"):
                 own.add("stream_options")
-            body["stream_options"] = dict(body.get("stream_options") or (),
+            body["stream_options"] = dict(as_dict(body.get("stream_options")),
                                           include_usage=True)
         if api in GENERATING:
             own |= self._bound(api, body)
-        headers = [(name, value) for name, value in (request.get("headers") or {}).items()
+        headers = [(name, value) for name, value in as_dict(request.get("headers")).items()
                    if name in ("anthropic-version", "anthropic-beta")
                    and re.match(r"[ -~]*\Z", str(value))]
         return Question(api, body, own, headers, True, bool(request.get("stream")))
@@ -2798,8 +2807,9 @@ class Rendering:
             raise unshared("store cannot be true: nothing is kept here; send store: false",
                            "store")
         if not self.fetches:
-            for tool in body.get("tools") or ():
-                if isinstance(tool, dict) and tool.get("server_url"):
+            tools = body.get("tools")
+            for tool in tools if isinstance(tools, list) else ():
+                if as_dict(tool).get("server_url"):
                     raise unshared("server_url of a tool would have the provider's server "
                                    "fetch it", "tools")
             for name in ("messages", "input", "documents", "query", "system", "prompt"):
@@ -3028,6 +3038,7 @@ class Completion:
         self._whole = None         # lines of JSON, which came instead of events
         self._texts = []
         self._cut = None           # a Text, once bytes came that are no UTF-8
+        self._half = ""            # first half of a character in UTF-16
         self._finish = self._usage = None
         self._done = False
         self.finished = False
@@ -3050,6 +3061,8 @@ class Completion:
             raise not_json()
         if self._cut:
             items += filter(None, [self._cut.whole("", final=True)])
+        if self._half:
+            items.append("\ufffd")
         if not self._finish and self._done and (self._texts or items):
             self._finish = "stop"              # some leave it out, but say [DONE]
         if not self._finish:
@@ -3176,6 +3189,8 @@ class Completion:
                 raise not_json()
             if self._cut:
                 text = self._cut.whole(text)
+            if self._half or "\ud800" <= text[-1:] <= "\udbff":
+                text = self._joined(text)
             self._texts.append(text)
             items.append(text)
         calls = delta.get("tool_calls")
@@ -3192,6 +3207,14 @@ class Completion:
                     if value and name not in SAID_ELSEWHERE}
             if more:
                 items.append({"delta": more})
+
+    def _joined(self, text):
+        """The text with the first half of a surrogate pair that the one before ended with,
+        and without its own. (Servers in JavaScript cut emoji so.)"""
+        text = self._half + text
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        return text[:len(text) - len(self._half)].encode("utf-16", "surrogatepass").decode(
+            "utf-16", "replace")
 
     def _clean(self, text):
         return text if not self._cut else text.encode("utf-8", "surrogateescape").decode(
@@ -3342,9 +3365,10 @@ class Events:
             self.finished = self.finished or (
                 event.get("type") or kind) in self.LAST[self._api]
             return True
-        for choice in event.get("choices") or ():
-            if isinstance(choice, dict) and choice.get("finish_reason"):
-                self._ended.add(choice.get("index"))
+        choices = event.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if as_dict(choice).get("finish_reason"):
+                self._ended.add(str(choice.get("index")))
                 self.finished = self.finished or len(self._ended) >= self._choices
         if self._hides_usage and event.get("usage"):
             del event["usage"]                 # the client did not ask for it
@@ -3388,11 +3412,6 @@ def positive(*values):
         except (TypeError, ValueError, OverflowError):
             pass
     return None
-
-
-def as_dict(value):
-    """The value if it is a dict, otherwise an empty one: servers answer anything."""
-    return value if isinstance(value, dict) else {}
 
 
 class Upstream:

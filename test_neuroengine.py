@@ -5307,6 +5307,8 @@ STREAMS = {  # the answer is right
     "one JSON object in lines": json.dumps(WHOLE, indent=1).encode() + b"\n",
     "one JSON object as an event": sse([WHOLE]),
     "one JSON object in each line": sse(GOOD, "", "\n", ""),
+    "a character escaped in halves": sse(GOOD).replace("\u2603".encode(), b"\\ud83d").replace(
+        b'"!"', b'"\\ude00!"'),
     "a character cut in two": sse(GOOD).replace("\u2603".encode(), b"\xe2\x98").replace(
         b'"!"', b'"\x83!"'),
 }
@@ -5366,7 +5368,8 @@ HOWS = ["whole", "bytes", 1, 2, 3]
 @pytest.mark.parametrize("name", STREAMS)
 def test_whatever_servers_send_the_text_is_right(name, how):
     items = parsed(neuroengine.Completion(neuroengine.Model("m")), STREAMS[name], how)
-    assert text_of(items) == "Hello \u2603!" and items[-1]["finish_reason"] == "stop"
+    assert text_of(items).replace("\U0001f600", "\u2603") == "Hello \u2603!"
+    assert items[-1]["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -5507,6 +5510,48 @@ def test_usage_that_the_client_asked_for_reaches_it():
     question = opaque("chat", {"stream_options": {"include_usage": True}}, stream=True)
     events = passed(question, sent_as_events(CHOICES[:2] + CHOICES[4:], b"data: [DONE]\n\n"))
     assert '"usage"' in events[-3]["event"] and events[-2]["event"] == "data: [DONE]"
+
+
+def test_whatever_types_a_body_has_it_is_passed_or_refused():
+    chance = random.Random(5)
+    fields = ("stream_options", "tools", "n", "prompt", "messages", "input", "response_format",
+              "store", "max_tokens", "options", "system", "stream", "documents", "usage")
+
+    def value(depth=0):
+        kind = chance.randrange(9 if depth < 3 else 6)
+        return ([value(depth + 1)] * chance.randrange(3) if kind > 6 else
+                {chance.choice(fields + ("url", "image_url", "source", "type")):
+                 value(depth + 1)} if kind == 6 else
+                (None, True, 0, -1.5, "text", "")[kind])
+    for number in range(3000):
+        body = {chance.choice(fields): value() for _ in range(3)}
+        api = chance.choice(list(neuroengine.PATHS))
+        try:
+            question = opaque(api, body, stream=chance.random() < 0.5, kind="llama.cpp",
+                              most_tokens=chance.choice([None, 50]))
+            question.data(), question.choices(), question.parser(neuroengine.Model("m"))
+            question.relent("max_tokens json_schema", None, True)
+        except NeuroengineError:
+            pass
+
+
+def test_whatever_an_upstream_says_is_passed_or_an_error():
+    """As json.loads may return anything, no place may take a type for granted."""
+    chance, model = random.Random(6), neuroengine.Model("/secret/model.gguf", "Ann")
+    texts = [json.dumps(event) for event in GOOD + [WHOLE] + [dict(
+        data, type=kind) for kind, data in ANTHROPIC + RESPONSES + CHOICES]]
+    odd = ["null", "5", "[]", "[null]", "{}", '"x"', '[{"x": 1}]', '{"message": 5}']
+    for number in range(5000):
+        text = re.sub(r'(?<=: )("[^"]*"|\d+|null|\{[^{}]*\}|\[[^\[\]]*\])', lambda match:
+                      chance.choice(odd) if chance.random() < 0.2 else match.group(),
+                      chance.choice(texts))
+        data = ("data: %s\n\n" % text if chance.random() < 0.8 else text).encode()
+        question = opaque(chance.choice(list(neuroengine.PATHS)), {}, chance.random() < 0.5)
+        for parser in (question.parser(model), neuroengine.Completion(model)):
+            try:
+                parsed(parser, data, "whole")
+            except NeuroengineError:
+                pass
 
 
 @pytest.mark.parametrize("api", ["chat", "completions", "responses", "messages"])
