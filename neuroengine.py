@@ -28,7 +28,8 @@ or share a local LLM server (Ollama, llama.cpp, vLLM, LM Studio, KoboldCpp) as i
     python3 neuroengine.py share MYGPT
 
 The environment variable NEUROENGINE_SERVER, a host name or a URL, names the relay.
-Sections: Limits, Errors, Wire, Transport, Terminal, Client, Provider, Bridge, Command line.
+Sections: Limits, Errors, Wire, Transport, Terminal, Client, Asynchronous transport, Provider,
+Bridge (what goes up, what comes down, the LLM server), Command line.
 """
 
 import collections
@@ -78,7 +79,7 @@ ANSWER_SECONDS = 3700        # a whole reply; the relay gives up a little sooner
 STREAM_SECONDS = 30          # silence within a stream; heartbeats come every 9 s
 POLL_SECONDS = 40            # a held poll; the relay answers within 25 s
 GATHER_SECONDS = 0.005       # between two requests with items, other than first ones and ends
-HEARTBEAT_SECONDS = 5        # a provider with jobs is heard of this often
+HEARTBEAT_SECONDS = 5        # a provider with jobs is sends something this often
 CANCEL_SECONDS = 5           # for a cancel or a logout
 FIRST_PAUSE_SECONDS = 0.25   # before the second try; doubles each time, with jitter
 LONGEST_PAUSE_SECONDS = 8.0
@@ -1360,7 +1361,7 @@ class Batch:
 
 
 class ResponseReader:
-    """One HTTP/1.1 response, from bytes as they come. Knows no sockets.
+    """One HTTP/1.1 response, from bytes as they come. Does no I/O.
 
     status: 0 until the head was read. headers: names in lower case. whole: all of the body
     was read. kept: the connection can carry another request after it.
@@ -1465,8 +1466,9 @@ class Exchange:
     """One request on its way, and its response. Ends by itself after `timeout` seconds of
     silence.
 
-    sink: gets the body of a success as it comes, by feed(data), which may raise; it has
-    `finished` (nothing more is needed) and is told the `line`. Otherwise body is gathered.
+    sink: gets the body of a success as it comes, by feed(data), which may raise. Its `line`
+    is set to the connection; its `finished` says that nothing more is needed. Without a sink
+    the body is gathered.
     """
 
     def __init__(self, loop, timeout, sink=None):
@@ -1485,7 +1487,7 @@ class Exchange:
                 self.body += body
             elif body:
                 sink.feed(body)
-        except Exception as error:             # whoever awaits `done` deals with it
+        except Exception as error:             # carry() raises it
             return self.end(error)
         if reader.whole:
             self.end()
@@ -1679,7 +1681,7 @@ class Work:
         self.due = False                       # the sender will look at it by itself
         self.ended = False
         self.error = None
-        self.cancelled = False                 # nobody wants it any more
+        self.cancelled = False                 # the client has gone or stopped it
         self.stop = None                       # called when it is cancelled
         self.on_room = None                    # called when items were sent
 
@@ -1709,7 +1711,7 @@ class Outbox:
 
     While one request to the relay is under way, further items gather, and go together in the
     next. put and end may be called from any thread. wake: called, from any thread, when the
-    sender has to look. Knows no sockets.
+    sender has to look. Does no I/O.
     """
 
     def __init__(self, wake=lambda: None):
@@ -1967,7 +1969,7 @@ class Workers:
         self._outbox.end(work, error or (CANCELLED if work.cancelled else None))
 
     def _error_of(self, work, why):
-        """What the relay is told of what a callback raised."""
+        """The entry's error for what a callback raised."""
         if isinstance(why, NeuroengineError):
             return error_entry(why)
         if not work.cancelled:
@@ -2042,7 +2044,7 @@ def request_left(work):
 
 
 def error_entry(error):
-    """What the relay is told of an error."""
+    """An error as an entry of a reply has it."""
     return dict(getattr(error, "details", ()), error=error.name or "provider_error",
                 message=error.message)
 
@@ -2086,15 +2088,15 @@ class NeuroengineServer:
 
     def listen(self, answer_callback: Callable[[Dict[str, Any]], Any], workers: int = 1, *,
                continues: bool = False) -> None:
-        """Answer requests for ever; returns after Ctrl-C, SIGTERM or stop(), having handed
-        unfinished jobs back.
+        """Answer requests until Ctrl-C, SIGTERM or stop(); unfinished jobs then go back to
+        the relay.
 
         answer_callback gets each request as a dict (message, the sampling fields, and
         whatever else the client sent) and returns the reply: a str, a JSON text or a
         dict with "reply", or an iterator of str, which is streamed as it yields and
-        closed when nobody wants it any more. It may be a coroutine function or an async
-        generator: one event loop, in a thread of its own, runs them all, and cancels those
-        that nobody waits for. workers: how many callbacks run at once, in threads if they
+        closed when the client has gone. It may be a coroutine function or an async
+        generator: one event loop in one thread runs them all, and cancels those whose
+        client has gone. workers: how many callbacks run at once, in threads if they
         are no coroutines. continues: the callback can go on with an answer that another
         provider began; it finds the text so far in request["reply_so_far"], and returns
         what follows. Reconnects by itself. Raises NeuroengineError if the service key is
@@ -2145,8 +2147,8 @@ class NeuroengineServer:
             pass                               # it has ended, or will by itself
 
 class _Listening:
-    """One call of listen, as tasks of an event loop: one that polls and hands the jobs to
-    whoever answers them (Workers or a Bridge), one that sends their items."""
+    """One call of listen, as tasks of an event loop: one that polls and starts the jobs
+    (with Workers or a Bridge), one that sends their items."""
 
     def __init__(self, server, answerer, status=None):
         self.server, self.answerer = server, answerer
@@ -2222,7 +2224,7 @@ class _Listening:
     async def _keep_trying(self, action, first=False):
         """Do action until it succeeds, however long the relay is away, and return what it
         returns. Raises NeuroengineError for what will not get better, and at the first
-        attempt for all that is likely to be a mistake of whoever started us."""
+        attempt for everything that is likely to be a mistake in the call."""
         import asyncio
         failures = 0
         while True:
@@ -2275,7 +2277,7 @@ class _Listening:
         """Ask for work once, and take it."""
         running = self.outbox.running()
         if self._closing:
-            # What is named and not ours takes up a worker, so the relay gives us no more.
+            # Each of these occupies a worker, so the relay hands out no more jobs.
             running += [("closing", n) for n in range(self.server._features["workers"])]
         self._take(await self._call("poll", '"running":' + json.dumps(running)))
 
@@ -2410,8 +2412,8 @@ class _Listening:
 def run_listenings(listenings):
     """Run them on one event loop until all have ended, or Ctrl-C or SIGTERM ends them.
 
-    The loop has a thread of its own: so Ctrl-C is noticed on Windows as well, and it works
-    where another loop runs already (Jupyter). Raises the first error.
+    The loop runs in another thread, so Ctrl-C is noticed on Windows as well, and listen works
+    where another loop is running already (Jupyter). Raises the first error.
     """
     import asyncio
     errors = []
@@ -2818,7 +2820,7 @@ class Rendering:
 
 
 def check_urls(root):
-    """Raise NeuroengineError if an image or the like is named by a URL to fetch."""
+    """Raise NeuroengineError if an image, video, audio or file is given as a URL to fetch."""
     todo = [root]
     while todo:
         value = todo.pop()
@@ -2860,7 +2862,7 @@ SHORTEST_SECRET = 5        # a shorter model id cannot be told from a word
 
 
 def refuse_constant(name):
-    raise ValueError("%s is no JSON" % name)
+    raise ValueError("%s is not JSON" % name)
 
 
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
@@ -2936,10 +2938,10 @@ class Model:
         self.id, self.service, self.context_length = id, service or "the model", context_length
         self.vision, self.tools = vision, tools            # None: it is not known
         self.embeddings, self.continues, self.apis = embeddings, continues, list(apis)
-        self.endless = endless     # it generates until the context is full, or for ever
+        self.endless = endless     # it has no limit of its own
 
     def features(self):
-        """What the relay is told of it."""
+        """The fields of the login that describe it."""
         features = {"continues": self.continues, "embeddings": self.embeddings,
                     "context_length": self.context_length, "vision": self.vision,
                     "tools": self.tools, "apis": self.apis}
@@ -3585,8 +3587,8 @@ class Upstream:
         return status == 200 and isinstance(as_dict(value).get("data"), list)
 
     def _continues(self):
-        """Whether it goes on with a trailing message of the assistant's: vLLM does so on
-        request, llama.cpp as the model's template and its own age have it."""
+        """Whether it continues a trailing message of the assistant: vLLM does so on request,
+        llama.cpp depending on its version and the model's template."""
         begun = "Once upon a "                 # with a space that a template might trim
         if self.kind != "llama.cpp":
             return self.kind == "vLLM"
@@ -3638,7 +3640,7 @@ class Share:
         self._transport = self._gate = self._checking = None
 
     async def exchange(self, question, sink):
-        """Ask the upstream; (status, headers, body). Raises OSError and the like."""
+        """Ask the upstream; (status, headers, body). Raises OSError or HTTPException."""
         if self._transport is None or self._transport.base != self.upstream.transport.base:
             self._transport = AsyncTransport(self.upstream.transport, self.workers + 16,
                                              self._look)
@@ -3662,7 +3664,7 @@ class Share:
         await asyncio.shield(self._checking)
 
     def _look(self):
-        """Look whether the upstream is gone; nobody waits for it."""
+        """Start to check whether the upstream is gone."""
         import asyncio
         if self._checking is None and not any(b.listening.server._paused for b in self.bridges):
             asyncio.ensure_future(self.check()).add_done_callback(
@@ -4689,7 +4691,7 @@ def shared_names(options, upstream):
         raise NeuroengineError(NO_CONNECTION, "Give the service a name: share NAME, or "
                                "share NAME=MODEL ..., or share --all PREFIX.", "no_name")
     if len({name.lower() for name, _ in pairs}) < len(pairs):
-        raise NeuroengineError(NO_CONNECTION, "Each service needs a name of its own.",
+        raise NeuroengineError(NO_CONNECTION, "Two services cannot have the same name.",
                                "no_name")
     return [(name, model or options.model) for name, model in pairs]
 
