@@ -6491,6 +6491,16 @@ def test_what_others_wrote_never_commands_the_terminal(command, relay, provide):
     assert "comment" in text and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
 
 
+@pytest.mark.parametrize("queue, words", [
+    ({"position": 2, "waiting": 5, "eta_s": 8.5}, "position 2 of 5 in the queue, about 8 s"),
+    ({"position": 1, "waiting": 1, "eta_s": None}, "position 1 of 1 in the queue"),
+    ({"position": 9, "waiting": 9, "eta_s": 7200}, "position 9 of 9 in the queue, about 2 h"),
+    ({"position": 9, "waiting": 9, "eta_s": 200000}, "position 9 of 9 in the queue, about 2 days"),
+    (None, "waiting ..."), ([1], "waiting ...")])
+def test_the_position_in_the_queue_is_shown_in_words(queue, words):
+    assert neuroengine.queue_words(queue) == words
+
+
 def test_models_tells_the_state_of_each_service(command, relay, provide, monkeypatch):
     models = [dict(name="B", connected=False, last_seen=time.time() - 7200),
               dict(name="A", connected=False, private=True), dict(name="D", paused=True),
