@@ -1672,7 +1672,6 @@ BAD_NATIVE = [
     (b'{"message":[' + b"{}," * 200001 + b"1]}", 400, "invalid_json"),
     (b'{"message":"x","foo":1e999}', 400, "invalid_json"), (b'{"a":NaN}', 400, "invalid_json"),
     (b'{"message":"x","a":[' + b'"",' * 200001 + b'""]}', 400, "invalid_json"),
-    (b'{"message":"' + b"\\n" * 500000 + b'","a":[' + b"1," * 20001 + b'1]}', 413, None),
     (b'{"message":"x","seed":' + b"9" * 5000 + b"}", 400, None),
     ({}, 400, "invalid_request"), ({"message": 5}, 400, "invalid_request"),
     ({"message": None}, 400, "invalid_request"), ({"messages": []}, 400, "invalid_request"),
