@@ -160,7 +160,6 @@ class PeerGone(Exception):
 
 JOB_BYTES = 4096             # what a job takes besides its payload and items
 ITEM_BYTES = 64              # what an item takes besides its text
-MAX_ENDED_LEASES = 2048      # pairs that a session ended and its polls may still name
 
 KEY_LIMITS = ("requests_per_day", "tokens_per_day", "concurrency", "max_new_len", "expires")
 
@@ -274,7 +273,7 @@ class Session:
     def remember_ended(self, pair):
         """Note that the provider itself ended this lease: a poll may still name it."""
         self.ended[pair] = True
-        if len(self.ended) > MAX_ENDED_LEASES:
+        if len(self.ended) > 16 + 2 * self.workers:
             self.ended.popitem(last=False)
 
 
@@ -1451,7 +1450,8 @@ class Broker(Jobs):
                 # Say it again only if the response that said it may have been lost.
                 if now - lease.since >= self.limits.handover_seconds / 2:
                     lease.move("cancelled", now)
-            elif pair not in session.ended:           # else its last push overtook this poll
+            elif pair not in session.ended and session.free() > -session.workers:
+                # Not its own; else its last push overtook this poll, or it makes them up.
                 Lease(session, None, pair, "cancelled", now)
         for lease in list(session.leases.values()):
             if lease.pair not in running and lease not in session.outbox:
@@ -1490,7 +1490,7 @@ class Broker(Jobs):
         lease = session.leases.get(pair) or self._continue_locked(session, pair, at)
         error = entry.get("error")
         ending = entry.get("done") or error
-        if ending:
+        if ending and lease is not None:
             session.remember_ended(pair)
         if lease is None or lease.state == "cancelled":
             if ending and lease is not None:
@@ -2704,10 +2704,11 @@ def in_words(seconds):
 class Slot:
     """A part of a Room that somebody has taken, until it is released."""
 
-    __slots__ = ("room", "address", "count", "give_way")
+    __slots__ = ("room", "address", "count", "give_way", "released")
 
     def __init__(self, room, address, count, give_way):
         self.room, self.address, self.count = room, address, count
+        self.released = False
         self.give_way = give_way      # called when others need the slot; None: never
 
     def release(self):
@@ -2735,7 +2736,7 @@ class Room:
         self.share = max(1, most // SHARE)
         self.taken = 0
         self._by = defaultdict(int)        # group -> how much
-        self._slots = {}                   # address -> {Slot: True}, oldest first
+        self._slots = defaultdict(dict)    # group -> {Slot: True}, oldest first
         self._released = threading.Condition()     # notified when there is more room
 
     def take(self, address, count=1, *, give_way=None, reserved=False, always=False,
@@ -2743,26 +2744,29 @@ class Room:
         """Take a Slot of `count`. address: whose it is, None for nobody's. reserved: it may
         use the reserved tenth. always: never refused. Raises RelayError if there is no
         room, after blocking up to `wait` seconds for it."""
-        groups, lost = self._groups(address), None
+        groups, lost = self._groups(address), []
         with self._released:
             if not always and any(self._by.get(group, 0) + count > self.hard * factor
                                   for group, factor in groups):
                 raise self._none_left("rate_limited", "your address")
             most = self.most if reserved or not groups else (
                 self.most - self.most // RESERVED)
-            if not always and self.taken + count > most:
-                lost = self._largest_above_share(count, groups)
-                if lost is not None:
-                    self._release(lost)
-                elif not self._released.wait_for(lambda: self.taken + count <= most, wait):
-                    raise self._none_left("relay_busy", "now")
+            while not always and self.taken + count > most:
+                slot = self._newest_above_share(count, groups)
+                if slot is None:
+                    break
+                self._release(slot)
+                lost.append(slot)
+            if not (always or self._released.wait_for(
+                    lambda: self.taken + count <= most, wait)):
+                raise self._none_left("relay_busy", "now")
             slot = Slot(self, address, count, give_way)
             self.taken += count
             for group, _ in groups:
                 self._by[group] += count
-            self._slots.setdefault(address, {})[slot] = True
-        if lost is not None:
-            lost.give_way()
+                self._slots[group][slot] = True
+        for other in lost:
+            other.give_way()
         return slot
 
     def _groups(self, address):
@@ -2773,17 +2777,18 @@ class Room:
         return RelayError(name, "This relay has no more %s for %s. Try again in a few "
                           "seconds." % (self.what, whom), retry_after=5)
 
-    def _largest_above_share(self, count, groups):
-        """The newest slot, at least of that size, of the address that has most."""
-        mine = max((self._by.get(group, 0) / factor for group, factor in groups), default=0)
-        if mine + count > self.share:
+    def _newest_above_share(self, count, groups):
+        """The newest slot of the group that has most, if that is above its share and the
+        groups that ask would not be above theirs."""
+        if max((self._by.get(group, 0) + count) / factor
+               for group, factor in groups or ((None, 1),)) > self.share:
             return None
         for group in sorted(self._by, key=self._by.get, reverse=True)[:SHARE]:
-            if self._by[group] <= self.share:
-                return None
-            for slot in reversed(list(self._slots.get(group, ()))):
-                if slot.give_way is not None and slot.count >= count:
-                    return slot
+            factor = WIDE_SHARE if group.endswith("/48") else 1
+            if self._by[group] > self.share * factor:
+                for slot in reversed(list(self._slots[group])):
+                    if slot.give_way is not None:
+                        return slot
         return None
 
     def release(self, slot):
@@ -2792,17 +2797,16 @@ class Room:
             self._release(slot)
 
     def _release(self, slot):
-        slots = self._slots.get(slot.address, {})
-        if slots.pop(slot, None) is None:
+        if slot.released:
             return
-        if not slots:
-            del self._slots[slot.address]
+        slot.released = True
         self.taken -= slot.count
-        self._released.notify()
+        self._released.notify_all()
         for group, _ in self._groups(slot.address):
             self._by[group] -= slot.count
-            if not self._by[group]:
-                del self._by[group]
+            del self._slots[group][slot]
+            if not self._slots[group]:
+                del self._slots[group], self._by[group]
 
 
 class Memory:

@@ -299,6 +299,26 @@ def test_an_address_above_its_share_gives_way_to_one_below():
     slot.release()
 
 
+def test_room_is_taken_from_many_small_slots_and_from_a_whole_ipv6_site():
+    room, lost = neuroengine_server.Room("memory", 100), []
+    for n in range(90):
+        room.take("2001:db8:0:%x::/64" % (n % 9), give_way=lambda n=n: lost.append(n))
+    room.take("203.0.113.1", 9)
+    assert len(lost) == 9 and room.taken == 90
+
+
+def test_every_waiter_that_fits_gets_room_when_some_is_released():
+    room = neuroengine_server.Room("memory", 1000)
+    held = [room.take(None, 500), room.take(None, 500)]
+    large = in_thread(room.take, None, 900, wait=SOON)
+    small = in_thread(room.take, None, 50, wait=SOON)
+    until(lambda: len(room._released._waiters) == 2)
+    held[0].release()
+    assert small().count == 50
+    held[1].release()
+    assert large().count == 900
+
+
 def test_an_ipv6_household_is_one_address_and_its_provider_has_a_larger_share():
     room = neuroengine_server.Room("slots", 1000, hard=2)
     for n in range(4):
@@ -320,7 +340,7 @@ def test_many_unknown_jobs_of_a_poll_cost_little(desk):
     session = desk.login()
     began = time.monotonic()
     _, cancels = desk.poll(session, [("j%d" % n, 1) for n in range(20000)])
-    assert len(cancels) == 20000 and time.monotonic() - began < 5
+    assert len(cancels) == 2 and time.monotonic() - began < 5
 
 
 def test_an_idle_provider_gets_the_job_it_avoided_once_it_is_the_only_one(desk):
