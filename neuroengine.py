@@ -4518,6 +4518,8 @@ def run_register(options):
 def run_keys(options):
     """keys: who may use a service of one's own, and when; access keys for its guests."""
     limits = {name: getattr(options, name) for name in KEY_LIMITS}
+    if options.days == 0:
+        raise Usage("--days must be above 0")
     if options.add is None and (options.days or any(limits.values())):
         raise Usage("limits are for a new key: add --add LABEL. (To change those of a key, "
                     "make a new one and --revoke the old.)")
@@ -4762,27 +4764,17 @@ def number_or_default(text):
     return text if text == "default" else whole(0)(text)
 
 
-def build_parser():
-    """The command line's options and subcommands."""
-    import argparse                            # the library is imported without it
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            words = re.sub(r"\Aargument (\S+): (expected one argument)?",
-                           lambda m: m[1] + (" needs a value" if m[2] else " "), message)
-            words = words.replace("not allowed with argument", "does not go with")
-            raise Usage(words.replace("the following arguments are required: name",
-                                      "the name of the service is missing"))
-
-    def group():
-        return argparse.ArgumentParser(add_help=False)
-    common, asking, naming, owning = group(), group(), group(), group()
+def shared_options():
+    """The options that several commands have, as parents for argparse: of all commands, of a
+    guest, for asking, a name, of an operator, of a description, for a registration."""
+    import argparse
+    common, guest, asking, named, owning, naming, inviting = (
+        argparse.ArgumentParser(add_help=False) for _ in range(7))
     common.add_argument("--relay", metavar="URL", help="the relay; otherwise "
                         "$NEUROENGINE_SERVER, otherwise " + DEFAULT_SERVER)
     common.add_argument("--ca", metavar="FILE", help="trust this certificate")
     common.add_argument("--insecure", action="store_true",
                         help="do not check the relay's certificate")
-    guest = group()
     guest.add_argument("--key", help="access key of a private service; otherwise "
                        "$NEUROENGINE_ACCESS_KEY, which others on this machine do not see")
     asking.add_argument("--service", metavar="NAME", help="the service; otherwise "
@@ -4801,35 +4793,17 @@ def build_parser():
     naming.add_argument("--comment", help="a line about it")
     naming.add_argument("--suggest", action="append", metavar="TEXT", help="a prompt that the "
                         "page suggests; up to four times")
-    inviting = group()
     inviting.add_argument("--invitation", metavar="CODE", help="for a relay that registers by "
                           "invitation only; otherwise $NEUROENGINE_INVITATION")
-    named = group()
     named.add_argument("name", help="the name of the service")
     owning.add_argument("--key-file", metavar="FILE", help="the file with the service key; "
                         "otherwise $NEUROENGINE_KEY, otherwise the file that `register` wrote")
     owning.add_argument("--key", help="the service key itself; others on this machine see it "
                         "here, so prefer --key-file")
-    parser = Parser(
-        prog=program_name(), description="Use an LLM that somebody shares, or share your own. "
-        "`%s \"prompt\"` is short for `ask`." % program_name())
-    parser.add_argument("--version", action="version",
-                        version="neuroengine " + __version__)
-    adder = parser.add_subparsers(dest="command", metavar="COMMAND")
-    parser.commands = adder.choices
-    add = adder.add_parser
-    ask = add("ask", parents=[common, guest, asking], help="send a prompt, print the answer")
-    ask.add_argument("prompt", nargs="*", help="the prompt, in quotes; - stands for standard "
-                     "input, alone or beside a prompt")
-    ask.add_argument("--json", action="store_true", help="print the answer as JSON, with its "
-                     "statistics")
-    add("chat", parents=[common, guest, asking], help="talk, on the terminal")
-    models = add("models", parents=[common, guest], help="list the services of the relay")
-    models.add_argument("--json", action="store_true", help="print them as JSON")
-    add("register", parents=[common, named, owning, naming, inviting],
-        help="register a service, get its key")
-    share = add("share", parents=[common, owning, naming, inviting],
-                help="share a local LLM server")
+    return common, guest, asking, named, owning, naming, inviting
+
+
+def add_share_options(share):
     share.add_argument("names", nargs="*", metavar="NAME[=MODEL]", help="the name of the "
                        "service; several, each with a model, share these from one server")
     share.add_argument("--all", metavar="PREFIX", help="share all models that can chat, each "
@@ -4847,8 +4821,9 @@ def build_parser():
                        "by URL: the server fetches them, also from your own network")
     share.add_argument("--hours", metavar="FROM-TO", help="share only at these hours, by "
                        "this machine's clock: 22-8, 22:30-8, or 9-12,14-17")
-    keys = add("keys", parents=[common, named, owning], help="your service: access keys for its "
-               "guests, and whether it answers")
+
+
+def add_keys_options(keys):
     keys.add_argument("--add", metavar="LABEL", help="make a key, for whom LABEL says")
     keys.add_argument("--revoke", metavar="ID", help="make a key invalid, at once")
     kind = keys.add_mutually_exclusive_group()
@@ -4869,6 +4844,45 @@ def build_parser():
         keys.add_argument("--" + limit.replace("_", "-"), type=whole(1), metavar="N",
                           help="with --add: " + text)
     keys.add_argument("--days", type=decimal, metavar="N", help="with --add: it expires")
+
+
+def build_parser():
+    """The command line's options and subcommands."""
+    import argparse                            # the library is imported without it
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            words = re.sub(r"\Aargument (\S+): (expected one argument)?",
+                           lambda m: m[1] + (" needs a value" if m[2] else " "), message)
+            words = words.replace("not allowed with argument", "does not go with")
+            raise Usage(words.replace("the following arguments are required: name",
+                                      "the name of the service is missing"))
+
+    common, guest, asking, named, owning, naming, inviting = shared_options()
+    parser = Parser(
+        prog=program_name(), description="Use an LLM that somebody shares, or share your own. "
+        "`%s \"prompt\"` is short for `ask`." % program_name())
+    parser.add_argument("--version", action="version",
+                        version="neuroengine " + __version__)
+    adder = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.commands = adder.choices
+    add = adder.add_parser
+    ask = add("ask", parents=[common, guest, asking], help="send a prompt, print the answer")
+    ask.add_argument("prompt", nargs="*", help="the prompt, in quotes; - stands for standard "
+                     "input, alone or beside a prompt")
+    ask.add_argument("--json", action="store_true", help="print the answer as JSON, with its "
+                     "statistics")
+    add("chat", parents=[common, guest, asking], help="talk, on the terminal")
+    models = add("models", parents=[common, guest], help="list the services of the relay")
+    models.add_argument("--json", action="store_true", help="print them as JSON")
+    add("register", parents=[common, named, owning, naming, inviting],
+        help="register a service, get its key")
+    share = add("share", parents=[common, owning, naming, inviting],
+                help="share a local LLM server")
+    add_share_options(share)
+    keys = add("keys", parents=[common, named, owning], help="your service: access keys for its "
+               "guests, and whether it answers")
+    add_keys_options(keys)
     add("describe", parents=[common, named, owning, naming],
         help="your service: what the directory says about it")
     add("new-key", parents=[common, named, owning], help="your service: replace its key")

@@ -6364,6 +6364,7 @@ def test_ask_as_json_and_an_answer_that_was_cut(command, relay, provide):
     (["ask", "x", "--temperature", "nan"], "--temperature must be a number"),
     (["ask", "x", "--seed"], "--seed needs a value"), (["keys"], "name of the service is missing"),
     (["keys", "X", "--pause", "--resume"], "--resume does not go with --pause"),
+    (["keys", "X", "--add", "Bob", "--days", "0"], "--days must be above 0"),
     (["models", "x"], "models does not take x"), (["rename", "A", "B"], "`describe`"),
     (["keys", "X", "--requests-per-day", "5"], "add --add LABEL")])
 def test_a_command_line_that_is_not_right_is_told_in_words(command, relay, args, words):
