@@ -78,6 +78,7 @@ REQUEST_SECONDS = 120        # silence of the relay within one request
 ANSWER_SECONDS = 3700        # a whole reply; the relay gives up a little sooner
 STREAM_SECONDS = 30          # silence within a stream; heartbeats come every 9 s
 POLL_SECONDS = 40            # a held poll; the relay answers within 25 s
+YIELD_SECONDS = 0.005        # from new jobs to the next poll, unless items were sent before
 GATHER_SECONDS = 0.005       # between two requests with items, other than first ones and ends
 HEARTBEAT_SECONDS = 5        # a provider with jobs is sends something this often
 CANCEL_SECONDS = 5           # for a cancel or a logout
@@ -2146,6 +2147,23 @@ class NeuroengineServer:
         except NeuroengineError:
             pass                               # it has ended, or will by itself
 
+class Alarm:
+    """Lets one task wait until another rings, or for some seconds. For one event loop."""
+
+    def __init__(self, loop):
+        self._loop, self._rung = loop, None
+
+    def ring(self):
+        if self._rung is not None and not self._rung.done():
+            self._rung.set_result(None)
+
+    async def wait(self, seconds):
+        self._rung = self._loop.create_future()
+        timer = self._loop.call_later(seconds, self.ring)
+        await self._rung
+        timer.cancel()
+
+
 class _Listening:
     """One call of listen, as tasks of an event loop: one that polls and starts the jobs
     (with Workers or a Bridge), one that sends their items."""
@@ -2155,8 +2173,10 @@ class _Listening:
         self.status = status or Status(server._hours)
         self.outbox = Outbox(self._wake)
         self._closing = False                  # the hours are over: no more jobs
+        self._fresh = False                    # jobs came since the last poll
         self._loop = self._thread = self._relay = None
-        self._woken = self._stopped = None     # futures: for the sender, for run
+        self._stopped = None                   # future that run waits for
+        self._woken = self._replied = None     # Alarms: for the sender, for the poll
         answerer.attach(self)
         self.status.watch(self.outbox)
 
@@ -2166,6 +2186,7 @@ class _Listening:
         import asyncio
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._stopped = self._loop.create_future()
+        self._woken, self._replied = Alarm(self._loop), Alarm(self._loop)
         self.server._listening, self.server._stopping = self, False
         serving = asyncio.ensure_future(self._serve())
         try:
@@ -2247,7 +2268,7 @@ class _Listening:
             else:
                 if failures:
                     self.status.event("Connected again.")
-                    self._wake_here()          # the sender may be waiting, too
+                    self._woken.ring()         # the sender may be waiting, too
                 return answer
 
     async def _poll_always(self):
@@ -2259,6 +2280,9 @@ class _Listening:
             if server._paused:
                 await self._wait_until_ready()
             await self._keep_trying(self._poll)
+            if self._fresh:                    # their first items go first; and the response
+                self._fresh = False            # to those brings jobs, too
+                await self._replied.wait(YIELD_SECONDS)
 
     async def _wait_until_ready(self):
         import asyncio
@@ -2318,6 +2342,7 @@ class _Listening:
             for job in answer.get("jobs", ()):
                 work = Work(job["job"], job["attempt"], job["at"], job["request"])
                 if self.outbox.add(work):
+                    self._fresh = True
                     self.answerer.start(work)
         except (KeyError, TypeError, AttributeError) as error:
             raise NeuroengineError(NO_CONNECTION, "The relay answered a poll in a way that "
@@ -2341,30 +2366,19 @@ class _Listening:
     def _wake(self):
         """Have the sender look into the outbox; from any thread."""
         if threading.get_ident() == self._thread:
-            self._wake_here()
+            self._woken.ring()
         else:
             try:
-                self._loop.call_soon_threadsafe(self._wake_here)
+                self._loop.call_soon_threadsafe(self._woken.ring)
             except RuntimeError:
                 pass                           # the loop has ended
-
-    def _wake_here(self):
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_result(None)
-
-    async def _rest(self, seconds):
-        """Rest until woken, or so long."""
-        self._woken = self._loop.create_future()
-        timer = self._loop.call_later(seconds, self._wake_here)
-        await self._woken
-        timer.cancel()
 
     async def _send_always(self):
         """Send items as long as there are any, and something every few seconds."""
         failures = 0
         while True:
             if self.outbox.rest():
-                await self._rest(HEARTBEAT_SECONDS)
+                await self._woken.wait(HEARTBEAT_SECONDS)
             entries, taken = self.outbox.take()
             if not taken and (self.server._session is None or not self.outbox.running()):
                 continue
@@ -2375,18 +2389,19 @@ class _Listening:
                 if error.name in REFUSED and taken:
                     await self._send_singly([work for work, *_ in taken])
                 else:
-                    await self._rest(pause_before(failures, error.retry_after))
+                    await self._woken.wait(pause_before(failures, error.retry_after))
                     failures = min(failures + 1, 4)
                 continue
             failures = 0
             if self._closing and not self.outbox.running():
                 await self._end_poll()
             if self.outbox.rest(gather=True):
-                await self._rest(GATHER_SECONDS)
+                await self._woken.wait(GATHER_SECONDS)
 
     async def _send(self, entries, taken):
         answer = await self._call("reply", '"replies":[%s]' % ",".join(entries))
         self.outbox.settle(taken, sent=True)
+        self._replied.ring()
         refused = {refusal.get("job") for refusal in answer.get("refused", ())}
         if refused:
             self.outbox.cancel([(work.job, work.attempt) for work, *_ in taken
