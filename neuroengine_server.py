@@ -268,7 +268,9 @@ class Session:
         if job.needs is not None and not self.features.has(job.needs):
             return False
         return not job.returned or (self.features.continues or not job.seen) and (
-            job.avoid is not self or len(self.service.sessions) == 1)
+            job.avoid is not self or not any(
+                other.free() > 0 for other in self.service.sessions.values()
+                if other is not self))
 
     def remember_ended(self, pair):
         """Note that the provider itself ended this lease: a poll may still name it."""
@@ -430,9 +432,15 @@ class Queue:
         if not line and line is not self._first:
             del self._turns[job.caller]
 
-    def longest(self):
-        """The waiting jobs of the caller that has most; None if no caller has any."""
-        return max(self._turns.values(), key=len, default=None)
+    def largest(self, group_of):
+        """Return (how many jobs wait, by group of callers; the newest of the largest)."""
+        sizes, newest = Counter(), {}
+        for caller, line in self._turns.items():
+            group = group_of(caller)
+            sizes[group] += len(line)
+            newest[group] = max(newest.get(group, line[-1]), line[-1],
+                                key=lambda job: job.number)
+        return sizes, newest[max(sizes, key=sizes.get)] if sizes else None
 
     def take(self, session):
         """Take out the job that this session should have next; None if there is none. A
@@ -615,15 +623,15 @@ class Admission:
                              retry_after=self.retry_after(service))
 
     def gives_way(self, job):
-        """The job that must leave a full queue for this one: the newest of the caller that
-        has most, if that caller would still have more. None: nobody gives way."""
-        queue = job.service.queue
-        if queue.size < self._limits.max_queue:
+        """The job that must leave a full queue for this one: the newest of those that have
+        most, if they would still have more. None: nobody gives way."""
+        if job.service.queue.size < self._limits.max_queue:
             return None
-        line = queue.longest()
-        if line is None or len(line) <= queue.count(job.caller, job.by_operator) + 1:
+        sizes, newest = job.service.queue.largest(widest_group)
+        if newest is None or sizes[widest_group(newest.caller)] <= 1 + sizes[
+                widest_group(job.caller)]:
             return None
-        return line[-1]
+        return newest
 
     def queue_taken(self, service):
         """The error for a job that gave way."""
@@ -1101,9 +1109,9 @@ class Jobs:
         job.move(state)
         job.ended_at, job.error = self._clock(), error
         self.counts[state] += 1
-        if job.lease is not None and job.lease.state != "cancelled":
+        if job.lease is not None:
             job.lease.move("ended", job.ended_at)
-        job.lease = None
+            job.lease = None
         if job.access is not None:
             job.access.running -= 1
             job.access.tokens += count_tokens(job.items)
@@ -1149,6 +1157,7 @@ class Jobs:
         error = error or RelayError("cancelled", "This request was cancelled.")
         lease = job.lease
         if lease is not None:
+            job.lease = None
             lease.stop(self._clock())
             lease.session.arrived.notify()
         self._end_locked(job, "cancelled" if error.name == "cancelled" else "failed", error)
@@ -1714,8 +1723,8 @@ REQUEST_IDS = unique_ids()
 JSON = "application/json"
 FORWARDED = frozenset(("x-forwarded-for", "forwarded", "x-real-ip"))
 MAX_SMALL_BODY_BYTES = 1 << 18   # of requests that are neither a prompt nor a push
-LARGE_BODY_BYTES = 1 << 20       # only one of these is parsed at a time
-LARGE_PER_MINUTE = 300           # MiB in such bodies per address
+LARGE_BODY_BYTES = 1 << 16       # only one of these is parsed at a time
+LARGE_PER_MINUTE = 300           # MiB in bodies of a MiB or more, per address
 
 
 class Exchange:
@@ -1814,14 +1823,14 @@ class Exchange:
             self.fingerprint = hashlib.sha256(body).digest()
             if len(body) > LARGE_BODY_BYTES:
                 self._charge_large(len(body))
-                # Parsed, it may need ten times its bytes: so one at a time.
+                # Parsed, it may need thirty times its bytes: so one at a time.
                 self.relay.large_bodies.acquire()
                 self.large = True
             return parse_json(body)
 
     def _charge_large(self, size):
         """Count a large body for this address."""
-        for _ in range(0 if self.local or self.trusted else size // LARGE_BODY_BYTES):
+        for _ in range(0 if self.local or self.trusted else size // MIB):
             self.relay.megabytes.take_by_address(
                 self.address, LARGE_PER_MINUTE, 60, "large requests, in MB")
 
@@ -2405,7 +2414,8 @@ def post_poll(exchange, name):
     lost = functools.partial(broker.poll_lost, session, token)
     exchange.connection.on_close = lost    # if this connection closes, so has the poll
     exchange.connection.when_gone(lost)
-    with exchange.relay.polls.take(exchange.address, reserved=not service.sessions,
+    first = not any(session.parked for session in list(service.sessions.values()))
+    with exchange.relay.polls.take(exchange.address, reserved=first,
                                    give_way=functools.partial(broker.poll_lost, session,
                                                               token)):
         offers, cancels = broker.poll(service, session, token, running)
@@ -2627,6 +2637,12 @@ def groups_of(address):
         return ((address, 1),)
     wide = ipaddress.ip_network(address).supernet(new_prefix=48)
     return ((address, 1), (str(wide), WIDE_SHARE))
+
+
+def widest_group(caller):
+    """The largest network that a caller is charged with: a caller that is an access key, or
+    an IPv4 address, stands for itself."""
+    return groups_of(caller)[-1][0] if "::" in caller else caller
 
 
 class Rates:
@@ -2992,8 +3008,9 @@ def read_head(connection, limits):
         buffer = connection.buffer
         if buffer[:2] == b"\r\n" and not skipped:
             skipped = True                 # RFC 9112, 2.2: one empty line is ignored
-            buffer = connection.buffer = buffer[2:]
-        elif buffer[:2] == b"\r\n" or buffer[:1] == b"\x16":
+            connection.buffer = buffer[2:]
+            continue
+        if buffer[:2] == b"\r\n" or buffer[:1] == b"\x16":
             connection.last_head, connection.head = buffer[:256], None
             raise RelayError("bad_http", "That is not an HTTP/1.1 request line." if
                              buffer[:1] == b"\r" else "This port speaks plain HTTP, not TLS.")

@@ -561,6 +561,35 @@ def test_seen_items_that_are_not_text_are_not_handed_on(desk):
     assert reader.job.error.name == "provider_lost"
 
 
+@pytest.mark.parametrize("handed_out", [False, True])
+def test_a_job_may_be_cancelled_before_and_after_it_was_handed_out(desk, handed_out):
+    session = desk.login()
+    parked = desk.broker._sessions[session]
+    parked.parked, desk.service.idle[parked] = True, None    # as if its poll waited
+    reader = desk.submit(grace=0.0)
+    assert reader.job.lease.state == "offered"
+    if handed_out:
+        assert len(desk.poll(session)[0]) == 1
+    desk.broker.hang_up(reader)
+    assert reader.job.state == "cancelled" and reader.job.lease is None
+    assert desk.poll(session)[1] == [(reader.job.id, 1)] * handed_out
+
+
+def test_a_lost_hand_over_comes_again_while_all_others_are_busy(desk):
+    busy, other = desk.login(), desk.login(workers=8)
+    desk.submit(caller="bob")
+    (long, _, _, _), = desk.poll(busy)[0]
+    desk.poll(busy, [(long, 1)])
+    readers = [desk.submit() for _ in range(3)]
+    assert len(desk.poll(other)[0]) == 3
+    desk.later(3)
+    desk.poll(busy, [(long, 1)])
+    desk.later(3)                          # none was confirmed
+    later = desk.submit()
+    assert [job for job, _, _, _ in desk.poll(other)[0]] == [
+        reader.job.id for reader in readers + [later]]
+
+
 def test_a_provider_whose_job_passed_to_another_is_fenced_off(desk):
     reader, session, job = desk.start()
     token = Poll()
