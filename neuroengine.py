@@ -973,9 +973,10 @@ class Neuroengine:
             repeat = secrets.token_hex(16)
             try:
                 answer = self._ask(command, tries_of(tries), call, idempotency_key=repeat)
-            finally:
-                if call.cancelled:
+            except BaseException as error:     # cancelled, or Ctrl-C
+                if call.cancelled or not isinstance(error, NeuroengineError):
                     self._stop(repeat)
+                raise
             return Reply(answer["reply"], stats=answer.get("stats"))
         except NeuroengineError as error:
             return Reply(error.message, error.errorcode, error.name)

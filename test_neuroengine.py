@@ -4345,6 +4345,19 @@ def test_a_cancelled_arequest_closes_the_providers_iterator(relay, provide):
     assert closed.wait(1)
 
 
+def test_a_request_that_ctrl_c_interrupts_is_cancelled(relay, provide, monkeypatch):
+    api, stopped = client_of(relay, "any"), []
+    monkeypatch.setattr(api, "_stop", stopped.append)
+
+    def interrupted(*args, idempotency_key, **more):
+        stopped.append(idempotency_key)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(api, "_send", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        api.request("hi")
+    assert len(stopped) == 2 and stopped[0] == stopped[1]
+
+
 def test_a_receipt_has_the_finish_reason_whole_and_streamed(relay, provide):
     name, _ = provide(lambda request: ["cut", {"finish_reason": "length"}])
     api = client_of(relay, name)
