@@ -600,7 +600,7 @@ class Admission:
             raise self.offline(service)
         self._check_queue(job)
         size = JOB_BYTES + len(job.payload)
-        if self.memory.held_by(job.holder) + size > self.memory.most // 4:
+        if size > self.memory.share_left(job.holder):
             raise RelayError("rate_limited", "Your prompts and their answers take a quarter "
                              "of the relay's memory. Wait until some are answered.",
                              retry_after=10)
@@ -887,6 +887,10 @@ class Jobs:
             job.by_operator, job.wait, job.access = by_operator, wait, access
             job.cost, job.urgent, job.needs = cost, urgent, needs
             job.grace = self.limits.grace_seconds if grace is None else grace
+            for kept in self._memory.kept_by(job.holder):
+                if self._memory.share_left(job.holder) < JOB_BYTES + len(payload) and (
+                        not kept.readers):
+                    self._forget_locked(kept)
             self._admission.check(job, rated)
             victim = self._admission.gives_way(job)
             if victim is not None:
@@ -2327,8 +2331,15 @@ def stream_identity(exchange, service, key, access, fingerprint=None):
 
 def open_stream(exchange, identity, at):
     """Return a Reader of a stream that began before. Guesses are counted."""
-    try:
+    with counted_guesses(exchange):
         return exchange.broker.open(identity, at)
+
+
+@contextlib.contextmanager
+def counted_guesses(exchange):
+    """Count a stream key that names nothing for this address."""
+    try:
+        yield
     except RelayError as error:
         if error.name == "stream_unknown":
             exchange.charge_guess("unknown stream keys")
@@ -2360,10 +2371,11 @@ def submit_native(exchange, service, request, by_operator, access):
                        if field not in NOT_FOR_PROVIDERS})
     request.clear()
     exchange.parsed()
-    return exchange.broker.submit(
-        service, payload, caller=caller, identity=identity, at=at, wait=wait,
-        by_operator=by_operator, access=access, rated=not exchange.local,
-        holder=exchange.address)
+    with counted_guesses(exchange):
+        return exchange.broker.submit(
+            service, payload, caller=caller, identity=identity, at=at, wait=wait,
+            by_operator=by_operator, access=access, rated=not exchange.local,
+            holder=exchange.address)
 
 
 def repeat_identity(exchange, service, caller, repeat):
@@ -2862,6 +2874,14 @@ class Memory:
     def held_by(self, holder):
         """The bytes of one holder."""
         return self._by.get(holder, 0)
+
+    def share_left(self, holder):
+        """How many bytes more one holder may have: it may have a quarter of all."""
+        return self.most // 4 - self.held_by(holder)
+
+    def kept_by(self, holder):
+        """The ended jobs of one holder that are kept, oldest first."""
+        return list(self._kept.get(holder, ()))
 
     def victim(self, size, holder):
         """The job that must go so that `holder` can have `size` bytes more.
@@ -4769,15 +4789,18 @@ class OpaqueStream:
         return b": waiting\n\n"
 
     def end(self, job):
-        if job.error is None:
+        error = job.error
+        if error is None and not any(type(item) is Raw for item in job.items):
+            error = RelayError("provider_error", "The provider's answer was empty.")
+        if error is None:
             return b""
         if self._api == "messages":
-            return b"event: error\ndata: %s\n\n" % dumps(anthropic_error(job.error))
+            return b"event: error\ndata: %s\n\n" % dumps(anthropic_error(error))
         if self._api == "responses":
             return b"event: error\ndata: %s\n\n" % dumps({
-                "type": "error", "code": job.error.code, "message": job.error.words,
-                "param": job.error.param, "sequence_number": len(job.items)})
-        return b"data: %s\n\n" % dumps(openai_error(job.error))
+                "type": "error", "code": error.code, "message": error.words,
+                "param": error.param, "sequence_number": len(job.items)})
+        return b"data: %s\n\n" % dumps(openai_error(error))
 
 
 def send_openai_models(exchange, name=None):
@@ -4787,7 +4810,7 @@ def send_openai_models(exchange, name=None):
         entry = directory.entry(find_model(exchange, name))
         return exchange.respond(200, {"object": "list", "data": [openai_model(entry)]})
     everything = "all=1" in exchange.head.target.partition("?")[2].split("&")
-    exchange.respond(200, directory.models(everything))
+    send_counted(exchange, directory.models(everything))
 
 
 def send_openai_model(exchange, name, _=None):
@@ -5023,9 +5046,9 @@ class Directory:
                     time.sleep(0)          # let other threads run
             for everything in (False, True):
                 self._models[everything] = b'{"object":"list","data":[%s]}' % b",".join([
-                    dumps(openai_model(entry)) for entry in entries
+                    to_json(openai_model(entry)) for entry in entries
                     if everything or entry["connected"]])
-            self._body = b"[" + b",".join(map(dumps, entries)) + b"]"
+            self._body = b"[" + b",".join(map(to_json, entries)) + b"]"
             self._zipped = gzip.compress(self._body, 1)
             self._etag = '"%s"' % hashlib.sha256(self._body).hexdigest()[:20]
             self._built_at, self._version = self._broker.now(), version
@@ -5045,8 +5068,18 @@ def send_cached(exchange, body, zipped, etag, kind, **headers):
         return exchange.respond(304, b"", kind, **headers)
     codings = exchange.head.fields.get("accept-encoding", "").lower()
     if re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?(?:\s|,|$))", codings):
-        return exchange.respond(200, zipped, kind, content_encoding="gzip", **headers)
-    exchange.respond(200, body, kind, **headers)
+        body, headers["content_encoding"] = zipped, "gzip"
+    send_counted(exchange, body, kind, **headers)
+
+
+def send_counted(exchange, body, kind=JSON, **headers):
+    """Answer with bytes that count as memory until they are sent: a slow reader keeps them
+    when others get a newer version."""
+    if len(body) <= PUSHED_BYTES:
+        return exchange.respond(200, body, kind, **headers)
+    with exchange.relay.bytes.take(exchange.address, len(body),
+                                   give_way=exchange.connection.abort):
+        exchange.respond(200, body, kind, **headers)
 
 
 class Page:
