@@ -3191,26 +3191,17 @@ class Completion:
         if not isinstance(delta, dict):
             raise not_json()
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-        if isinstance(reasoning, str):
-            items.append({"reasoning": self._clean(reasoning)})
         text = delta.get("content")
         if text is None and "text" in choice:
             text = choice["text"]
         if isinstance(text, list):             # parts, of which some are thoughts
-            thoughts = "".join(content_text(part.get("thinking")) for part in text
-                               if isinstance(part, dict))
-            if thoughts:
-                items.append({"reasoning": self._clean(thoughts)})
+            reasoning = reasoning or "".join(content_text(part.get("thinking"))
+                                             for part in text if isinstance(part, dict))
             text = content_text(text)
+        if reasoning and isinstance(reasoning, str):
+            items.append({"reasoning": self._clean(reasoning)})
         if text:
-            if not isinstance(text, str):
-                raise not_json()
-            if self._cut:
-                text = self._cut.whole(text)
-            if self._half or "\ud800" <= text[-1:] <= "\udbff":
-                text = self._joined(text)
-            self._texts.append(text)
-            items.append(text)
+            self._take_text(text, items)
         calls = delta.get("tool_calls")
         if calls:
             if not isinstance(calls, list):
@@ -3225,6 +3216,16 @@ class Completion:
                     if value and name not in SAID_ELSEWHERE}
             if more:
                 items.append({"delta": more})
+
+    def _take_text(self, text, items):
+        if not isinstance(text, str):
+            raise not_json()
+        if self._cut:
+            text = self._cut.whole(text)
+        if self._half or "\ud800" <= text[-1:] <= "\udbff":
+            text = self._joined(text)
+        self._texts.append(text)
+        items.append(text)
 
     def _joined(self, text):
         """The text with the first half of a surrogate pair that the one before ended with,
@@ -3698,7 +3699,13 @@ class Share:
         if str(why) != self.said:
             self.said = str(why)
             self.bridges[0].listening.status.event(
-                "%s Its prompts are the relay's again; waiting for it." % why)
+                "%s Its prompts went back to the relay; waiting for it." % why)
+
+    def say_back(self):
+        """Say that the upstream can be used again, if the contrary was said."""
+        if self.said is not None:
+            self.said = None
+            self.bridges[0].listening.status.event("The LLM server is back.")
 
 
 class Bridge:
@@ -3731,7 +3738,7 @@ class Bridge:
         while True:
             try:
                 await in_thread(self._find, lambda: None)
-                self.share.said = None
+                self.share.say_back()
                 return self._declare()
             except Unavailable as why:
                 self.share.say(why)

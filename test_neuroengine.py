@@ -5863,7 +5863,8 @@ def dead(handler):
 
 
 @pytest.mark.parametrize("how", ["502 of a proxy", "reset", "stopped"])
-def test_an_upstream_that_is_gone_hands_its_prompts_back_and_is_waited_for(how, monkeypatch):
+def test_an_upstream_that_is_gone_hands_its_prompts_back_and_is_waited_for(
+        how, monkeypatch, capfd):
     monkeypatch.setattr(neuroengine, "RETRY_UPSTREAM_SECONDS", 0.02)
     gone = threading.Event()
 
@@ -5882,6 +5883,7 @@ def test_an_upstream_that_is_gone_hands_its_prompts_back_and_is_waited_for(how, 
         gone.clear()
         until(lambda: [call for call in relay.calls if call[1] == "login"][1:])
         assert relay.ask({"message": "x"}, "c")[1]["done"]
+        assert re.search("went back to the relay.*\n.*is back", capfd.readouterr().err)
 
 
 def test_an_upstream_that_ends_while_idle_is_noticed(monkeypatch):
