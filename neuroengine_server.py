@@ -34,11 +34,9 @@ import argparse
 import base64
 import bisect
 import contextlib
-import difflib
 import errno
 import fnmatch
 import functools
-import gzip
 import hashlib
 import heapq
 import hmac
@@ -63,6 +61,7 @@ import subprocess
 import threading
 import time
 import urllib.parse
+import zlib
 from collections import Counter
 from collections import OrderedDict
 from collections import defaultdict
@@ -5049,7 +5048,7 @@ class Directory:
                     to_json(openai_model(entry)) for entry in entries
                     if everything or entry["connected"]])
             self._body = b"[" + b",".join(map(to_json, entries)) + b"]"
-            self._zipped = gzip.compress(self._body, 1)
+            self._zipped = gzipped(self._body, 1)
             self._etag = '"%s"' % hashlib.sha256(self._body).hexdigest()[:20]
             self._built_at, self._version = self._broker.now(), version
             self._took = self._built_at - now
@@ -5058,6 +5057,12 @@ class Directory:
         """Answer with all entries."""
         self._refresh()
         send_cached(exchange, self._body, self._zipped, self._etag, JSON)
+
+
+def gzipped(body, level):
+    """Return body as gzip (RFC 1952)."""
+    coder = zlib.compressobj(level, zlib.DEFLATED, 31)
+    return coder.compress(body) + coder.flush()
 
 
 def send_cached(exchange, body, zipped, etag, kind, **headers):
@@ -5087,7 +5092,7 @@ class Page:
 
     def __init__(self, body, kind):
         self.body, self.kind = body, kind
-        self.zipped = gzip.compress(body, 9)
+        self.zipped = gzipped(body, 9)
         self.etag = '"%s"' % hashlib.sha256(body).hexdigest()[:20]
         self.policy = content_security_policy(body)
 
@@ -6330,6 +6335,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
         return super()._get_help_string(action)
 
 
+def close_matches(word, words, count):
+    """The words that somebody may have meant, best first."""
+    import difflib                         # only for mistakes: kept out of the start-up
+    return difflib.get_close_matches(word, words, count)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence in place of the whole usage."""
 
@@ -6437,7 +6448,7 @@ def refuse_unknown_options(parser, argv):
         name = word.partition("=")[0]
         if not re.match(r"-[^\d.]", word) or any(other.startswith(name) for other in known):
             continue
-        close = difflib.get_close_matches("--" + name.lstrip("-"), known, 1)
+        close = close_matches("--" + name.lstrip("-"), known, 1)
         parser.error("unknown option %s; %s" % (printable(name, 60), (
             "did you mean %s?" % close[0]) if close else "see --help and --help-all"))
 
@@ -6446,7 +6457,7 @@ def refuse_wrong_command(parser, options):
     """Exit if there is no such command, or if it gets what it does not take."""
     name, given = options.command, len(options.arguments)
     if name is not None and name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, 1)
+        close = close_matches(name, COMMANDS, 1)
         parser.error("unknown command %s; %s" % (printable(name, 60), (
             "did you mean --port %s?" % name) if name.isdigit() else (
             "did you mean %s?" % close[0]) if close else "--help lists them"))
@@ -6844,7 +6855,7 @@ def find_stored(store, name):
     """Return the stored Service of that name, in any case. Raises StoreError."""
     services = {service.name.lower(): service for service in store.load()}
     if name.lower() not in services:
-        close = difflib.get_close_matches(name.lower(), services, 1)
+        close = close_matches(name.lower(), services, 1)
         raise StoreError("There is no service %s%s." % (
             printable(name, 80), "; did you mean %s?" % services[close[0]].name
             if close else ""))
@@ -7142,10 +7153,11 @@ def reload_files(relay):
 def serve_until_signal(relay, options):
     """Run a relay until a signal ends it. Its answers under way may finish."""
     signals = Signals()
+    if options.demo:
+        start_demo(relay)
     relay.start()
     say("neuroengine %s listens at %s" % (__version__, relay.url))
     if options.demo:
-        start_demo(relay)
         say("Open %s/Eliza in a browser. Ctrl-C stops it." % relay.url)
     log("started", version=__version__, url=relay.url)
     while signals.wait() == signals.hangup:
