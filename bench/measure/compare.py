@@ -112,7 +112,7 @@ class Bench(Workspace):
             self.note("CPU %s, of the provider" % what, target.name, far / count)
 
     def curve(self, title, points):
-        """Keep, of each point, the best of all runs."""
+        """Keep the best of all runs of each point."""
         old = dict(self.curves.get(title, ()))
         self.curves[title] = [[n, min(value, old.get(n, value))] for n, value in points]
         print("  %-40s %s" % (title, ", ".join("{:,}: {}".format(n, shown("", value))
@@ -299,7 +299,7 @@ def part_waiting(bench):
 def part_tls(bench):
     """Kept-alive requests a second of 16 clients, plain and TLS, by wrk."""
     if not shutil.which("wrk"):
-        return print("  wrk is not installed: nothing is said of TLS")
+        return print("  wrk is not installed: TLS is not measured")
     rates = {}
     for tls in False, True:
         with bench.relay(tls=tls) as relay:
@@ -332,7 +332,7 @@ def wrk(bench, target, clients):
 
 
 def part_check(bench):
-    """Our clients against wrk, of the fastest target: they must not be what limits."""
+    """Our clients compared with wrk: they must not be the bottleneck."""
     def work(target):
         got = bench.ask(target, target.request(), 16)
         bench.note("requests/s, 16 clients, ours", target.name,
@@ -430,7 +430,7 @@ def socket_cost(bench, services=1, polls=0):
 
 
 def part_soak(bench):
-    """Memory before and after a million jobs; takes minutes, so only if it is named."""
+    """Memory before and after a million jobs; takes minutes, so it must be named."""
     with bench.relay() as relay:
         relay.start()
         jobs, next_note = 0, 20000
@@ -457,7 +457,7 @@ PEERS = {"hello": Hello, "nginx": Nginx, "ssh": Ssh, "fastchat": FastChat,
 
 
 ##############################################################################
-# What is printed
+# Output
 ##############################################################################
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The provider of compare.py: as lean as Python allows, with an LLM that takes no time.
+"""The lean provider of compare.py: as little work as Python allows, and an LLM without delay.
 
     python bench/measure/provider.py PORT SERVICE KEY [tls]
 

@@ -34,7 +34,7 @@ class Target:
 
     path, model, headers = "/v1/chat/completions", "m", {}
     streams = True            # whether it can stream
-    lingers = False           # whether it goes on working when its clients have gone
+    lingers = False           # whether it keeps working after its clients have gone
     port = None               # where it listens; None while it does not
     first_answer = None       # seconds from its start to that
     first_cpu = None          # and of processor time
@@ -62,8 +62,8 @@ class Target:
         self.children, self.own, self.far, self.port = [], [], [], None
 
     def rest(self):
-        """Called when clients have gone. Some go on for long with what those left: they
-        are started anew."""
+        """Called when clients have gone. A target that keeps working on what they left is
+        restarted."""
         deadline = time.monotonic() + REST_SECONDS
         while self.lingers:
             used, = self.cpu()[:1]
@@ -73,7 +73,7 @@ class Target:
             if time.monotonic() > deadline:
                 self.end()
                 self.start()
-                self.first_answer = None      # it tells nothing new
+                self.first_answer = None      # was noted before
                 break
 
     def wait(self, child, url=None, path="/v1/models"):
