@@ -3068,6 +3068,10 @@ def read_body(connection, head, limits, most=None, count=None):
             raise RelayError("bad_http", "This relay does not know that Expect.")
         if head.version:
             connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+    if head.length is not None and head.length <= len(connection.buffer):
+        body = connection.buffer[:head.length]         # it came with the head
+        connection.buffer = connection.buffer[head.length:]
+        return body
     reader = BodyReader(connection, time.monotonic() + limits.body_seconds, count)
     try:
         if head.length is not None:
