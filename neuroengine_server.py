@@ -11,15 +11,16 @@ is generated. It hosts no LLM, and it neither stores nor logs prompts or answers
     python3 neuroengine_server.py --port 443 --cert fullchain.pem --key privkey.pem
     python3 neuroengine_server.py doctor        # what is wrong? --help: more commands
 
-How to read this file. It has two halves. The spine comes first and takes half an
+How to read this file. It has two halves. The spine comes first and takes about an
 hour from top to bottom: what a job is, who waits for what, how a prompt gets in
 and how items get out. The machinery follows: HTTP, TLS, JSON, the OpenAI and
 Anthropic APIs, operators, page, storage, serving, command line. Its sections can
 be read in any order. Searching for "####" lists all sections, and ROUTES, at the
 end of the spine, lists all paths.
 
-Data flows one way. In: Connection -> Exchange -> handler -> Admission -> Broker ->
-Lease -> provider. Out: push -> Broker -> Outlet -> Connection.
+A prompt goes in: Connection -> Exchange -> handler -> Admission -> Broker -> Lease (a
+provider's right to work on a job) -> provider. Items come out: push -> Broker -> Outlet
+(one for each response) -> Connection.
 
 The tables of fields, errors and limits are in docs/. What this does not protect
 against: the relay and the provider read what passes through them.
@@ -184,7 +185,8 @@ class Service:
         self.connected = connected    # sessions, as the data file knows
         self.stored = False           # whether it is in the data file
         self.keys = {}                # digest -> AccessKey, those of its guests
-        self.sessions = {}            # id -> Session, those that are connected
+        self.sessions = {}            # id -> Session, those that are connected; one that is
+                                      # lost keeps its leases until its deadline
         self.idle = OrderedDict()     # sessions with a parked poll and a free worker
         self.queue = Queue()          # jobs that wait
         self.job_seconds = None       # measured, as a moving average
@@ -266,10 +268,12 @@ class Session:
         where another session began."""
         if job.needs is not None and not self.features.has(job.needs):
             return False
-        return not job.returned or (self.features.continues or not job.seen) and (
-            job.avoid is not self or not any(
-                other.free() > 0 for other in self.service.sessions.values()
-                if other is not self))
+        if not job.returned:
+            return True
+        if job.seen and not self.features.continues:
+            return False
+        return job.avoid is not self or not any(
+            other.free() > 0 for other in self.service.sessions.values() if other is not self)
 
     def remember_ended(self, pair):
         """Note that the provider itself ended this lease: a poll may still name it."""
@@ -279,7 +283,7 @@ class Session:
 
 
 class Poll:
-    """Names one poll of a session."""
+    """One poll. Its identity tells a newer poll of a session from an older."""
 
     lost = False                      # its connection has broken
 
@@ -311,15 +315,18 @@ class Job:
     # Class attributes: what a job begins with, and most jobs never change.
     state = "queued"
     identity = None               # how other requests find this job
-    grace, by_operator, wait = 0.0, False, False
+    grace = 0.0                   # seconds that it lives without a reader
+    by_operator = False           # it goes before the prompts of others
+    wait = False                  # it may queue even if no provider is connected
     returned = False              # a provider had it: it goes before all others
     seen = 0                      # items that some client has been sent
-    delivered = 0                 # items given to a client that does not count
+    delivered = 0                 # items given to a polled client that names no offset (at):
+                                  # it goes on from there
     attempt = deaths = 0          # leases so far; providers that died on it
     lease = avoid = None          # its Lease; the Session that gave it back
     access = None                 # the AccessKey it counts for
     cost = 1                      # how many prompts it counts as
-    urgent = False                # it goes first, as the operator's prompts do
+    urgent = False                # the same, for requests that cost nearly nothing
     needs = None                  # the API that its provider must pass through; None: text
     left_at = None                # when the last reader left
     error, error_told = None, False
@@ -329,7 +336,8 @@ class Job:
 
     def __init__(self, service, caller, payload, now, holder=None):
         self.id, self.number = next(JOB_IDS), next(JOB_NUMBERS)
-        self.service, self.caller, self.payload = service, caller, payload
+        self.service, self.payload = service, payload
+        self.caller = caller                       # "key ID", or an address
         self.holder = holder or caller             # the address whose memory it takes
         self.items, self.size = [], 0
         self.readers = []
@@ -370,14 +378,14 @@ class Identity:
 class Reader:
     """One client's hold on a job: it has read up to `cursor`."""
 
-    __slots__ = ("job", "cursor", "start", "news", "wanted", "offer", "behind", "attached",
+    __slots__ = ("job", "cursor", "start", "news", "wanted", "deliver", "behind", "attached",
                  "gone")
 
     def __init__(self, job, cursor):
         self.job, self.cursor, self.start = job, cursor, cursor
         self.news = None              # the condition its thread waits for, made when it does
         self.wanted = math.inf        # how many items there must be to tell it
-        self.offer = None             # called, without the lock, by a thread that brought
+        self.deliver = None           # called, without the lock, by a thread that brought
                                       # items; None: the reader's own thread is woken
         self.behind = False           # there is work that its own thread must do
         self.attached, self.gone = True, False
@@ -394,16 +402,16 @@ class Queue:
     def __init__(self):
         self._returned = []           # jobs that a provider gave back go first, by number
         self._first = deque()         # then those of the operator, and urgent ones
-        self._turns = OrderedDict()   # then caller -> deque of jobs; callers take turns
+        self._sendings = OrderedDict()   # then caller -> deque of jobs; callers take turns
         self.size = 0                 # of all together
 
     def __iter__(self):
-        for jobs in (self._returned, self._first, *self._turns.values()):
+        for jobs in (self._returned, self._first, *self._sendings.values()):
             yield from jobs
 
     def count(self, caller, by_operator):
         """How many jobs of one caller, or of the operator, wait."""
-        return len(self._first if by_operator else self._turns.get(caller, ()))
+        return len(self._first if by_operator else self._sendings.get(caller, ()))
 
     def add(self, job):
         """Put a job where it belongs."""
@@ -418,7 +426,7 @@ class Queue:
         """The deque of a job that no provider has had."""
         if job.by_operator or job.urgent:
             return self._first
-        return self._turns.setdefault(job.caller, deque())
+        return self._sendings.setdefault(job.caller, deque())
 
     def remove(self, job):
         """Take out this very job."""
@@ -429,12 +437,12 @@ class Queue:
         line = self._line_of(job)
         line.remove(job)
         if not line and line is not self._first:
-            del self._turns[job.caller]
+            del self._sendings[job.caller]
 
     def largest(self, group_of):
         """Return (how many jobs wait, by group of callers; the newest of the largest)."""
         sizes, newest = Counter(), {}
-        for caller, line in self._turns.items():
+        for caller, line in self._sendings.items():
             group = group_of(caller)
             sizes[group] += len(line)
             newest[group] = max(newest.get(group, line[-1]), line[-1],
@@ -446,12 +454,12 @@ class Queue:
         caller whose next job this session cannot answer is passed over."""
         lines = itertools.chain(
             self._returned, itertools.islice(self._first, 1),
-            (line[0] for line in self._turns.values()))
+            (line[0] for line in self._sendings.values()))
         job = next(filter(session.may_take, lines), None)
         if job is not None:
-            if job.caller in self._turns and not job.returned and job is (
-                    self._turns[job.caller][0]):
-                self._turns.move_to_end(job.caller)   # the next caller's turn
+            if job.caller in self._sendings and not job.returned and job is (
+                    self._sendings[job.caller][0]):
+                self._sendings.move_to_end(job.caller)   # the next caller's turn
             self.remove(job)
         return job
 
@@ -463,13 +471,13 @@ class Queue:
         if job.by_operator or job.urgent:
             return ahead + self._first.index(job) + 1
         ahead += len(self._first)
-        turn = self._turns[job.caller].index(job)
+        turn = self._sendings[job.caller].index(job)
         earlier = True                                # callers whose turn is sooner
-        for caller, jobs in self._turns.items():
+        for caller, jobs in self._sendings.items():
             if caller == job.caller:
                 earlier = False
             else:
-                ahead += min(len(jobs), turn + earlier)
+                ahead += min(len(jobs), turn + (1 if earlier else 0))
         return ahead + turn + 1
 
 
@@ -489,6 +497,8 @@ class Lease:
     confirmed   the provider named it in a poll, or pushed items for it
     cancelled   the provider must stop, and has not said that it did
     ended       over
+
+    A lease goes back from confirmed when a later poll does not name it any more.
     """
 
     MOVES = {
@@ -503,7 +513,8 @@ class Lease:
     __slots__ = ("session", "job", "pair", "state", "since")
 
     def __init__(self, session, job, pair, state, now):
-        """job: None for a pair that a provider names and that is not its own."""
+        """job: None if the provider names a job that it has no right to: it must be told to
+        stop."""
         self.session, self.job, self.pair = session, job, pair
         self.state, self.since = state, now
         session.leases[pair] = self
@@ -632,7 +643,7 @@ class Admission:
             return None
         return newest
 
-    def queue_taken(self, service):
+    def gave_way_error(self, service):
         """The error for a job that gave way."""
         return RelayError("rate_limited", "The queue of %s is full, and you have most of it: "
                           "others need the room." % service.name,
@@ -680,6 +691,11 @@ class Admission:
             access.running += 1
             access.last_used = self._wall()
 
+    def discharge(self, job):
+        """Count the end of a job for its access key."""
+        job.access.running -= 1
+        job.access.tokens += count_tokens(job.items)
+
     def eta(self, service, position):
         """Seconds until the job at that queue position is answered; None: unknown."""
         workers = sum(session.workers for session in service.sessions.values())
@@ -719,22 +735,22 @@ MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
 MAX_HANDOVER_BYTES = 1 << 22     # prompts in one response, if there is more than one
 
 
-class OfferLock:
-    """The broker's lock. The thread that releases it then makes the offers that were gathered
+class DeliveryLock:
+    """The broker's lock. The thread that releases it then makes the deliveries that were gathered
     under it: so items go out in the thread that brought them, and never under the lock."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.offers = []
+        self.deliveries = []
 
     def __enter__(self):
         self.lock.acquire()
 
     def __exit__(self, *_):
-        offers, self.offers = self.offers, []
+        deliveries, self.deliveries = self.deliveries, []
         self.lock.release()
-        for offer in offers:
-            offer()
+        for deliver in deliveries:
+            deliver()
 
 
 class Jobs:
@@ -742,14 +758,16 @@ class Jobs:
 
     A client submits a prompt or opens a stream, reads until the job has ended, and leaves.
     The thread that sees its connection break calls hang_up. Methods named _locked need the
-    lock; all others take it.
+    lock; the others take it, except those that read one value (find, is_known, now).
+
+    This half calls the other: the class is split for reading only.
     """
 
     def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
         self.limits = limits or Limits()
         self._clock, self._wall = clock, wall
         # Guards everything below, and every record. Each condition is built on it.
-        self._lock = OfferLock()
+        self._lock = DeliveryLock()
         self._services = {}           # lower-case name -> Service
         self._sessions = {}           # id -> Session, lost ones until their deadline
         self._jobs = {}               # id -> Job, all that are not forgotten
@@ -893,7 +911,7 @@ class Jobs:
             self._admission.check(job, rated)
             victim = self._admission.gives_way(job)
             if victim is not None:
-                self._cancel_locked(victim, self._admission.queue_taken(service))
+                self._cancel_locked(victim, self._admission.gave_way_error(service))
             if not self._make_room_locked(JOB_BYTES + len(payload), job.holder):
                 raise self._admission.memory_full()
             self._admission.charge(job)
@@ -909,8 +927,8 @@ class Jobs:
             return reader
 
     def is_known(self, identity):
-        """Whether a job has this identity. Ask before submit: if so, it matters which
-        clients have hung up by now."""
+        """Whether a job has this identity. If so, call hang_ups.look() before submit: the
+        job is only found again if its client is known to have left."""
         return identity.key in self._identified
 
     def open(self, identity, at=None):
@@ -940,12 +958,12 @@ class Jobs:
                 return [], False
             return self._take_items_locked(reader, most)
 
-    def offer_to(self, reader, offer, wanted):
-        """From now on call offer() when the job has `wanted` items or has ended, in the
+    def deliver_to(self, reader, deliver, wanted):
+        """From now on call deliver() when the job has `wanted` items or has ended, in the
         thread that brought them. It must not block. Call it once yourself, for what came
-        before. With None for offer, the reader's own thread is woken instead."""
+        before. With None for deliver, the reader's own thread is woken instead."""
         with self._lock:
-            reader.offer, reader.wanted = offer, wanted
+            reader.deliver, reader.wanted = deliver, wanted
 
     def leave_to_own(self, reader):
         """There is work for the reader's own thread: wake it."""
@@ -953,7 +971,7 @@ class Jobs:
             reader.behind = True
             self._wake_locked(reader)
 
-    def wait(self, reader, timeout):
+    def wait_for_work(self, reader, timeout):
         """Block the reader's own thread until there is work for it (see leave_to_own), it
         has left, or its client has gone; at most for timeout seconds."""
         with self._lock:
@@ -983,7 +1001,7 @@ class Jobs:
             reader.job.delivered = max(reader.job.delivered, reader.cursor)
 
     def leave(self, reader, delivered=False):
-        """The reader goes. delivered: its client has what was read, as far as we know."""
+        """Detach the reader. delivered: its client has what was read, as far as we know."""
         with self._lock:
             self._leave_locked(reader, delivered)
 
@@ -1067,8 +1085,8 @@ class Jobs:
         """Items came, or the job has ended: offer them to the readers that want them."""
         for reader in job.readers:
             if job.ended_at is not None or len(job.items) >= reader.wanted:
-                if reader.offer is not None:
-                    self._lock.offers.append(reader.offer)
+                if reader.deliver is not None:
+                    self._lock.deliveries.append(reader.deliver)
                 else:
                     self._wake_locked(reader)
 
@@ -1076,12 +1094,12 @@ class Jobs:
         """Detach a reader; decide what becomes of a job that has none left."""
         if not reader.attached:
             return
-        reader.attached, reader.offer = False, None
+        reader.attached, reader.deliver = False, None
         self._wake_locked(reader)
         job = reader.job
         job.readers.remove(reader)
         if not delivered and job.delivered == reader.cursor:
-            job.delivered = reader.start
+            job.delivered = reader.start              # its last read did not arrive
         if job.readers:
             return
         named = job.identity is not None and job.identity.named
@@ -1116,8 +1134,7 @@ class Jobs:
             job.lease.move("ended", job.ended_at)
             job.lease = None
         if job.access is not None:
-            job.access.running -= 1
-            job.access.tokens += count_tokens(job.items)
+            self._admission.discharge(job)
             self._count_locked(job.service)
         if state == "done":
             self._measure_locked(job)
@@ -1269,7 +1286,7 @@ class Broker(Jobs):
                 self._connect_locked(session)
             self._confirm_locked(session, running)
             self._fill_locked(session)
-            hold = self._poll_hold(session, timeout)
+            hold = self._poll_hold_locked(session, timeout)
             self._heard_locked(session, 0 if session.leases else hold)
             try:
                 self._park_locked(session, token, hold)
@@ -1412,7 +1429,7 @@ class Broker(Jobs):
         if job.leased_at is None:
             job.leased_at = self._clock()
 
-    def _poll_hold(self, session, timeout):
+    def _poll_hold_locked(self, session, timeout):
         """How long a poll of this session is held, in seconds."""
         limits = self.limits
         hold = limits.busy_poll_seconds if session.jobs() else limits.poll_seconds
@@ -1463,7 +1480,8 @@ class Broker(Jobs):
                 if now - lease.since >= self.limits.handover_seconds / 2:
                     lease.move("cancelled", now)
             elif pair not in session.ended and session.free() > -session.workers:
-                # Not its own; else its last push overtook this poll, or it makes them up.
+                # Not its own (else its last push overtook this poll). At most twice its
+                # workers in all: pairs can be made up without end.
                 Lease(session, None, pair, "cancelled", now)
         for lease in list(session.leases.values()):
             if lease.pair not in running and lease not in session.outbox:
@@ -1507,6 +1525,7 @@ class Broker(Jobs):
         if lease is None or lease.state == "cancelled":
             if ending and lease is not None:
                 lease.move("ended", now)
+            # Fenced off: this lease is not, or no longer, the session's.
             return {"job": pair[0], "error": "fenced"}
         lease.move("confirmed", now)
         job, items = lease.job, entry.get("items", ())
@@ -1549,14 +1568,15 @@ class Broker(Jobs):
         """Take a job from its session: back to the queue, or to its end."""
         job, session = lease.job, lease.session
         if lease.state == "offered":                  # it never got there
-            job.attempt, died = job.attempt - 1, False
+            job.attempt -= 1
+        died = died and lease.state == "confirmed"    # it had begun to work on it
         lease.move("ended", self._clock())
         job.lease = None
         job.deaths += died
         service = session.service
         if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
             self._end_locked(job, "failed", RelayError(
-                "provider_lost", "%d providers of %s went away while they worked on this "
+                "provider_lost", "%d providers of %s went away after they were given this "
                 "prompt." % (job.attempt, service.name), retry=False))
         elif job.seen and not (only_text(job.items) and service.continues(but=session)):
             # What is not text, such as half a tool call, cannot be handed on.
@@ -1618,7 +1638,7 @@ class Broker(Jobs):
     # -- timers: each looks at the facts again, for they may have changed --
 
     def _check_later_locked(self, job):
-        """Make sure that a timer looks after a job without a reader."""
+        """Make sure that a timer checks a job without a reader."""
         if not job.checked:
             job.checked = True
             self._check_job_locked(job)
@@ -1651,7 +1671,9 @@ class Broker(Jobs):
             return
         left = session.deadline - self._clock()
         if left > 0:
-            self._timers.call_later(left, self._silent_locked, session)
+            # A later poll may have brought the deadline forward: look once per lease.
+            self._timers.call_later(min(left, self.limits.lease_seconds),
+                                    self._silent_locked, session)
         else:
             self._end_session_locked(session, died=True)
 
@@ -1766,11 +1788,11 @@ class Exchange:
         except (PeerGone, socket.timeout, ConnectionError):
             raise PeerGone()
         except Exception as error:
-            if self.head is None:          # all we have to go by are the bytes
+            if self.head is None:          # only the bytes tell whose API it is
                 self.api = guess_api(self.connection.last_head)
             self.fail(self.explain(error))
         finally:
-            self.parsed()
+            self.release_large_body()
             self.release_slot()
         return self.keep_alive and self.body_read
 
@@ -1837,7 +1859,7 @@ class Exchange:
             self.relay.megabytes.take_by_address(
                 self.address, LARGE_PER_MINUTE, 60, "large requests, in MB")
 
-    def parsed(self):
+    def release_large_body(self):
         """The body, if it was large, is not in memory as objects any more."""
         if self.large:
             self.large = False
@@ -1972,10 +1994,10 @@ LATE_HEAD_SECONDS = 60       # then a whole answer begins before it is there
 class Outlet:
     """Moves the bytes of one answer to its connection.
 
-    Two kinds of threads come here. Those that bring items call offer, which never blocks:
-    half the processor time of a token, since no thread has to be woken for it. The
-    exchange's own thread calls answer, and does what is left: the rest of a full socket,
-    large pieces, heartbeats, queue news. Only the one that holds the turn reads and sends.
+    Two kinds of threads come here. Those that bring items call deliver, which never
+    blocks: not waking a thread for each token halves its processor time. The exchange's own
+    thread calls answer, and does what is left: the rest of a full socket, large pieces,
+    heartbeats, queue news. Only the thread that holds _sending reads and sends.
     """
 
     def __init__(self, exchange, reader, encoder):
@@ -1983,7 +2005,7 @@ class Outlet:
         self.job, self.connection = reader.job, exchange.connection
         self.broker, self.limits = exchange.broker, exchange.limits
         self.complete = False              # the last byte was given to the connection
-        self._turn = threading.Lock()
+        self._sending = threading.Lock()
 
     def answer(self):
         """Serve the exchange from its own thread, until the answer is complete. Raises
@@ -1997,7 +2019,7 @@ class Outlet:
             self.complete = True
             raise
         finally:
-            with self._turn:               # no other thread is sending now, or will
+            with self._sending:               # no other thread is sending now, or will
                 if self.reader.attached:   # else the thread that sent the end has left it
                     delivered = self.complete and not self.connection.unsent
                     self.broker.leave(self.reader, delivered)
@@ -2008,9 +2030,9 @@ class Outlet:
             "rate_limited", "Your address has more prompts under way than its share, and "
             "others need the room. Try again in a few seconds.", retry_after=5))
 
-    def offer(self):
+    def deliver(self):
         """Send what has come, in the thread that brought it. Never blocks, never raises."""
-        if not self._turn.acquire(False):
+        if not self._sending.acquire(False):
             return self.broker.leave_to_own(self.reader)
         try:
             if self.complete or not self.reader.attached:
@@ -2027,12 +2049,12 @@ class Outlet:
                 self.exchange.explain(error)
             self.broker.hang_up(self.reader)
         finally:
-            self._turn.release()
+            self._sending.release()
 
     def work(self):
         """Do what is left, in the exchange's own thread. Blocks for as long as the client
         takes to read. Raises PeerGone."""
-        with self._turn:
+        with self._sending:
             self.connection.flush()
             if self.complete:
                 return
@@ -2070,16 +2092,16 @@ class WholeOutlet(Outlet):
     late = False                           # the response has begun without the answer
 
     def run(self):
-        self.broker.offer_to(self.reader, self.offer, math.inf)
+        self.broker.deliver_to(self.reader, self.deliver, math.inf)
         if self.job.ended_at is not None:  # before there was an offer
-            self.offer()
+            self.deliver()
         # While others bring the answer, this thread waits for the next request already: so
         # it is woken once per prompt, not twice (a fifth of a prompt's processor time).
         if not (self.complete or self.reader.behind or self.encoder.large) and (
                 self.exchange.keep_alive):
             self.connection.wait_for_more(WHOLE_WAIT_SECONDS)
         while not self.complete or self.connection.unsent:
-            self.broker.wait(self.reader, self._patience())
+            self.broker.wait_for_work(self.reader, self._patience())
             if self.reader.gone:
                 raise PeerGone()
             if self.job.ended_at is not None or self.complete:
@@ -2152,7 +2174,7 @@ class WholeOutlet(Outlet):
     def _stay_open(self):
         """Keep the connection open with spaces, which may stand before JSON. An error can
         then only be told in the body."""
-        with self._turn:
+        with self._sending:
             if self.job.ended_at is None:
                 head = b"" if self.late else self.exchange.chunked_head(self.encoder.kind)
                 self.late = True
@@ -2166,10 +2188,10 @@ class StreamOutlet(Outlet):
 
     def run(self):
         self.wrote_at = self.broker.now()
-        self.broker.offer_to(self.reader, self.offer, 0)
-        self.offer()
+        self.broker.deliver_to(self.reader, self.deliver, 0)
+        self.deliver()
         while not self.complete or self.connection.unsent:
-            self.broker.wait(self.reader, self._patience())
+            self.broker.wait_for_work(self.reader, self._patience())
             if self.reader.gone:
                 raise PeerGone()
             self.work()
@@ -2227,6 +2249,8 @@ class StreamOutlet(Outlet):
 # Native API: encoders and handlers
 ##############################################################################
 
+# Fields that the relay itself acts on, or that only it may say. All others go to the provider;
+# NATIVE_FIELDS checks those that it knows.
 NOT_FOR_PROVIDERS = frozenset(("key", "gettokens", "at", "stream", "wait", "command",
                                "api", "opaque", "reply_so_far"))
 SHORT_KEY = 16               # a shorter stream key is for the caller that began the stream
@@ -2369,7 +2393,7 @@ def submit_native(exchange, service, request, by_operator, access):
     payload = to_json({field: value for field, value in request.items()
                        if field not in NOT_FOR_PROVIDERS})
     request.clear()
-    exchange.parsed()
+    exchange.release_large_body()
     with counted_guesses(exchange):
         return exchange.broker.submit(
             service, payload, caller=caller, identity=identity, at=at, wait=wait,
@@ -2423,12 +2447,12 @@ def post_poll(exchange, name):
                          % (4 * exchange.limits.max_workers), param="running")
     token, broker = Poll(), exchange.broker
     lost = functools.partial(broker.poll_lost, session, token)
-    exchange.connection.on_close = lost    # if this connection closes, so has the poll
+    # when_gone: the provider hung up while this poll waits. on_close: its connection ended
+    # later, between two requests.
     exchange.connection.when_gone(lost)
+    exchange.connection.on_close = lost
     first = not any(session.parked for session in list(service.sessions.values()))
-    with exchange.relay.polls.take(exchange.address, reserved=first,
-                                   give_way=functools.partial(broker.poll_lost, session,
-                                                              token)):
+    with exchange.relay.polls.take(exchange.address, reserved=first, give_way=lost):
         offers, cancels = broker.poll(service, session, token, running)
     send_work(exchange, offers, cancels)
 
@@ -2442,7 +2466,7 @@ def post_reply(exchange, name):
                          % MAX_ENTRIES, param="replies")
     for entry in entries:
         check_entry(entry)
-    exchange.parsed()
+    exchange.release_large_body()
     refused, offers, cancels = exchange.broker.push(service, session, entries)
     send_work(exchange, offers, cancels, refused)
 
@@ -2469,7 +2493,8 @@ def send_work(exchange, offers, cancels, refused=None):
         b",".join(parts), dumps(cancels) if cancels else b"[]")
     if refused is not None:
         body += b',"refused":%s' % (dumps(refused) if refused else b"[]")
-    # What was admitted is never refused on its way out: so not send_whole, which may.
+    # Not send_whole, which clears when_gone: a poll's connection is watched after its
+    # response, too.
     exchange.connection.send(b"".join(exchange.response(200, body + b"}")))
 
 
@@ -2489,8 +2514,8 @@ class Route:
 CHALLENGE = Route("page", GET="send_challenge")
 
 ROUTES = {  # "*" stands for one segment: a service's name, a key's id
-    "/": Route("page", GET="send_page", POST="post_native"),
-    "/*": Route("page", GET="send_page", POST="post_native"),
+    "/": Route("native", GET="send_page", POST="post_native"),
+    "/*": Route("native", GET="send_page", POST="post_native"),
     "/neuroengine.py": Route("page", GET="send_client"),
     "/.well-known/acme-challenge/*": CHALLENGE,
     "/healthz": Route("page", GET="send_health"),
@@ -3143,7 +3168,7 @@ class BodyReader:
 # requests a connection waits in the Lobby and has no thread.
 ##############################################################################
 
-LINGER_SECONDS = 2           # for a peer to read our last words
+LINGER_SECONDS = 2           # for a peer to read the last response
 SHORT_WAIT_SECONDS = 0.25    # a thread waits for the next request; then the Lobby does
 KEPT_SECONDS = 5             # an idle thread waits for work
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)    # Windows has none
@@ -3398,7 +3423,7 @@ class Connection:
             callback()
 
     def hang_up(self):
-        """The peer has hung up: tell the one who asked to know."""
+        """The peer has hung up: call the callback of when_gone."""
         self.gone = True
         on_gone = self.on_gone
         if on_gone is not None:
@@ -3430,7 +3455,7 @@ class Connection:
             self.sock.shutdown(socket.SHUT_WR)
 
     def linger(self):
-        """Let the peer read our last words before the connection is reset. Blocks at most
+        """Let the peer read the last response before the connection is reset. Blocks at most
         LINGER_SECONDS.
 
         Closing with its bytes unread would make the kernel send RST, which destroys the
@@ -4546,7 +4571,7 @@ def submit_api(exchange, api, service, request, by_operator, access, opaque):
                                 if field not in FOR_RELAY and field != "reply_so_far"},
                                api=api))
     request.clear()
-    exchange.parsed()
+    exchange.release_large_body()
     return exchange.broker.submit(
         service, payload, caller=caller, by_operator=by_operator, access=access,
         rated=not exchange.local, holder=exchange.address, wait=wait, at=0,

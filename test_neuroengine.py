@@ -202,8 +202,9 @@ def test_queues_are_bounded_per_service_and_per_caller():
         desk.submit()
     assert refused.value.name == "rate_limited" and refused.value.retry_after
     desk.submit(caller="bob")
+    desk.submit(caller="carol")            # one of the two gives way
     with pytest.raises(RelayError) as refused:
-        desk.submit(caller="carol")
+        desk.submit(caller="dave")
     assert refused.value.name == "queue_full" and refused.value.retry_after
 
 
@@ -490,6 +491,30 @@ def test_silence_is_loss_after_the_lease(desk):
     assert reader.job.state == "queued"
     with pytest.raises(RelayError):
         desk.poll(session)
+
+
+def test_silence_after_an_idle_poll_is_loss_after_one_lease(desk):
+    session = desk.login()
+    parked = desk.broker._sessions[session]
+    desk.broker._heard_locked(parked, 25)      # an idle poll is held so long
+    desk.later(15)
+    reader = desk.submit()
+    (job, _, _, _), = desk.poll(session)[0]
+    desk.push(session, job, ["seen"])
+    desk.broker.read(reader)
+    for _ in range(16):
+        desk.later(1)
+    assert reader.job.error.name == "provider_lost"
+
+
+def test_a_hand_over_that_was_never_confirmed_is_no_death(desk):
+    reader = desk.submit(wait=True)
+    for _ in range(2):
+        session, token = desk.login(), Poll()
+        assert desk.poll(session, (), token)[0]
+        desk.broker.poll_lost(session, token)
+        desk.later(1)
+    assert reader.job.state == "queued" and reader.job.deaths == 0
 
 
 def test_a_heartbeat_keeps_the_lease(desk):
@@ -911,8 +936,8 @@ def test_a_reader_is_woken_only_when_enough_items_are_there(desk):
 def test_no_thread_is_woken_for_items_that_are_delivered(desk):
     reader, session, job = desk.start()
     got = []
-    desk.broker.offer_to(reader, lambda: got.append(desk.broker.read(reader, most=9)), 0)
-    thread = threading.Thread(target=desk.broker.wait, args=(reader, 9), daemon=True)
+    desk.broker.deliver_to(reader, lambda: got.append(desk.broker.read(reader, most=9)), 0)
+    thread = threading.Thread(target=desk.broker.wait_for_work, args=(reader, 9), daemon=True)
     thread.start()
     until(lambda: reader.news and reader.news._waiters)
     desk.push(session, job, ["b", "c"])
@@ -1004,7 +1029,7 @@ def outlet_of(desk, reader, kind, most=10**9):
     exchange = FakeExchange(desk.broker, FakeConnection(most))
     outlet = kind(exchange, reader, Upper())
     outlet.wrote_at = desk.time
-    desk.broker.offer_to(reader, outlet.offer,
+    desk.broker.deliver_to(reader, outlet.deliver,
                          float("inf") if kind is neuroengine_server.WholeOutlet else 0)
     return outlet
 
@@ -1036,7 +1061,7 @@ def test_no_item_overtakes_unsent_bytes(stream):
 
 def test_nothing_is_sent_twice_when_the_exchanges_own_thread_is_sending(stream):
     outlet, push = stream
-    with outlet._turn:
+    with outlet._sending:
         push(["a"])
     assert outlet.connection.sent == [] and outlet.reader.behind
     outlet.work()
@@ -1087,7 +1112,7 @@ def test_a_fault_while_an_answer_is_sent_stops_no_other(whole, desk):
     outlet, push = whole
     outlet.connection.send_now = None
     push(["a"], done=True)
-    assert outlet.reader.gone and not outlet._turn.locked()
+    assert outlet.reader.gone and not outlet._sending.locked()
 
 
 def test_an_encoder_that_raises_becomes_a_500(whole, monkeypatch):
@@ -1164,7 +1189,7 @@ def test_a_timers_error_reaches_the_client_at_once():
     broker.logout(service, broker.login(service))
     service.expected_until = broker.now() + 9
     reader, told = broker.submit(service, b"{}", caller="a"), threading.Event()
-    broker.offer_to(reader, told.set, float("inf"))
+    broker.deliver_to(reader, told.set, float("inf"))
     threading.Thread(target=lambda: [None for _ in iter(broker.upkeep, False)],
                      daemon=True).start()
     assert told.wait(SOON) and reader.job.error.name == "service_offline"
