@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BATCHES, JOBS = 5, 200
 ITEM = "word~ "
 
@@ -207,7 +207,7 @@ CURVES = {  # title: (what is measured, how many there are)
 def main():
     arguments = [a for a in sys.argv[1:] if a != "--quick"]
     relay = load(arguments[0] if arguments else
-                 os.path.join(os.path.dirname(HERE), "neuroengine_server.py"))
+                 os.path.join(ROOT, "neuroengine_server.py"))
     threading.stack_size(256 * 1024)
     curves = {}
     for title, (measure, counts) in CURVES.items():
