@@ -54,12 +54,12 @@ class World:
 
     def native(self, prompt, key):
         """Start a native streamed prompt; its socket is kept by the response."""
-        return self._post("/Slots", {"message": prompt, "stream": True, "key": key,
+        return self._post("/Bench", {"message": prompt, "stream": True, "key": key,
                                      "max_new_len": self.context, "ignore_eos": True})
 
     def openai(self, prompt, stream):
         return self._post("/v1/chat/completions", {
-            "model": "Slots", "messages": [{"role": "user", "content": prompt}],
+            "model": "Bench", "messages": [{"role": "user", "content": prompt}],
             "stream": stream, "max_tokens": self.context, "ignore_eos": True})
 
     def _post(self, path, body):
@@ -84,7 +84,7 @@ class World:
                 time.sleep(0.5)
         began = time.monotonic()
         if how == "stop command":
-            neuroengine.Neuroengine("Slots", self.relay).cancel(key)
+            neuroengine.Neuroengine("Bench", self.relay).cancel(key)
         else:
             connection.sock.close()
         self.until_busy(0)
@@ -107,7 +107,7 @@ class World:
         connections[0].sock.close()
         thread.join(30)
         took = first[0] - began
-        neuroengine.Neuroengine("Slots", self.relay).cancel("last")
+        neuroengine.Neuroengine("Bench", self.relay).cancel("last")
         for connection in connections:
             connection.sock.close()
         self.until_busy(0)
@@ -125,19 +125,23 @@ def continuation(upstream):
     """An answer that is cut after some tokens and continued, and the same one uncut."""
     llm = neuroengine.Upstream(upstream)
     llm.find()
-    rows = []
+    model, rows = llm.model(), []
     for request in ({"message": "List the planets of the solar system."},
                     {"message": "The planets are Mercury,", "raw": "True"}):
         request = dict(request, temperature=0, top_k=1, seed=1)
-        whole = text_of(llm, dict(request, max_new_len=24))
-        begun = text_of(llm, dict(request, max_new_len=9))
-        rest = text_of(llm, dict(request, max_new_len=15, reply_so_far=begun))
+        whole = text_of(llm, model, dict(request, max_new_len=24))
+        begun = text_of(llm, model, dict(request, max_new_len=9))
+        rest = text_of(llm, model, dict(request, max_new_len=15, reply_so_far=begun))
         rows.append((whole, begun, rest))
-    return llm.continues, rows
+    return model.continues, rows
 
 
-def text_of(llm, request):
-    return "".join(item for item in llm.answer(request) if isinstance(item, str))
+def text_of(llm, model, request):
+    """The text of the answer that the bridge makes of a request."""
+    question = neuroengine.Rendering(model, llm.kind).question(request)
+    parser = question.parser(model)
+    items = parser.feed(llm.transport.open("POST", question.path, question.body).read())
+    return "".join(item for item in items + parser.finish() if isinstance(item, str))
 
 
 def main(argv=None):
@@ -153,7 +157,7 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         stack.callback(relay.stop)
         space = stack.enter_context(Workspace("slots"))
-        share(space, relay.url, "Slots", upstream, "--workers", "4")
+        share(space, relay.url, "Bench", upstream, "--workers", "4")
         world = World(relay.url, upstream, slots[0]["n_ctx"])
         for how in ("stop command", "/v1 streamed hang-up", "/v1 whole hang-up"):
             for phase in ("in prefill", "mid-answer"):
