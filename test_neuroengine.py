@@ -9702,7 +9702,7 @@ def test_page_takes_every_word_from_one_table(page_relay, page_provider, page_ta
                 && !own.test(node.data.trim())) out.push(node.data);
         }
         for (const el of document.querySelectorAll("[aria-label], [title], [placeholder]"))
-            for (const name of el.closest(".code") ? [] : ["aria-label", "title", "placeholder"]) {
+            for (const name of ["aria-label", "title", "placeholder"]) {
                 const words = el.getAttribute(name) || "";
                 if (/[A-Za-z]{2}/.test(words) && !words.includes("«") && !own.test(words))
                     out.push(name + "=" + words);
