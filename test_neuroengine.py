@@ -1515,7 +1515,7 @@ def test_a_key_is_stored_as_its_hash_alone(relay, tmp_path):
 # HTTP reader
 ##############################################################################
 
-GOOD = b"POST /a HTTP/1.1\r\nHost: localhost\r\n"
+GOOD_HEAD = b"POST /a HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @pytest.mark.parametrize("head", [
@@ -1526,22 +1526,22 @@ GOOD = b"POST /a HTTP/1.1\r\nHost: localhost\r\n"
     b"GET / http/1.1\r\nHost: localhost\r\n", b"GET / HTTP/1.1 \r\nHost: localhost\r\n",
     b"GET a HTTP/1.1\r\nHost: localhost\r\n", b"GET * HTTP/1.1\r\nHost: localhost\r\n",
     b"CONNECT host:443 HTTP/1.1\r\nHost: localhost\r\n",
-    GOOD + b"Content-Length: 3\r\nContent-Length: 3\r\n",
-    GOOD + b"Content-Length: +3\r\n", GOOD + b"Content-Length: 1_0\r\n",
-    GOOD + b"Content-Length: -1\r\n", GOOD + b"Content-Length: 0x3\r\n",
-    GOOD + b"Content-Length: \xb2\r\n", GOOD + b"Content-Length: 3, 3\r\n",
-    GOOD + b"Content-Length: 9999999999999999\r\n", GOOD + b"Content-Length:\r\n",
-    GOOD + b"Content-Length : 3\r\n", GOOD + b"X Y: 3\r\n", GOOD + b": 3\r\n",
-    GOOD + b"no colon\r\n", GOOD + b"X: a\r\n folded\r\n", GOOD + b" X: a\r\n",
-    GOOD + b"X: a\rb\r\n", GOOD + b"X: a\nb\r\n", GOOD + b"X: a\x00b\r\n",
-    GOOD + b"X: a\x0bb\r\n",
-    GOOD + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n",
-    GOOD + b"Transfer-Encoding: gzip, chunked\r\n",
-    GOOD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
-    GOOD + b"Transfer-Encoding: xchunked\r\n", GOOD + b"Transfer-Encoding: \r\n",
+    GOOD_HEAD + b"Content-Length: 3\r\nContent-Length: 3\r\n",
+    GOOD_HEAD + b"Content-Length: +3\r\n", GOOD_HEAD + b"Content-Length: 1_0\r\n",
+    GOOD_HEAD + b"Content-Length: -1\r\n", GOOD_HEAD + b"Content-Length: 0x3\r\n",
+    GOOD_HEAD + b"Content-Length: \xb2\r\n", GOOD_HEAD + b"Content-Length: 3, 3\r\n",
+    GOOD_HEAD + b"Content-Length: 9999999999999999\r\n", GOOD_HEAD + b"Content-Length:\r\n",
+    GOOD_HEAD + b"Content-Length : 3\r\n", GOOD_HEAD + b"X Y: 3\r\n", GOOD_HEAD + b": 3\r\n",
+    GOOD_HEAD + b"no colon\r\n", GOOD_HEAD + b"X: a\r\n folded\r\n", GOOD_HEAD + b" X: a\r\n",
+    GOOD_HEAD + b"X: a\rb\r\n", GOOD_HEAD + b"X: a\nb\r\n", GOOD_HEAD + b"X: a\x00b\r\n",
+    GOOD_HEAD + b"X: a\x0bb\r\n",
+    GOOD_HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n",
+    GOOD_HEAD + b"Transfer-Encoding: gzip, chunked\r\n",
+    GOOD_HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
+    GOOD_HEAD + b"Transfer-Encoding: xchunked\r\n", GOOD_HEAD + b"Transfer-Encoding: \r\n",
     b"POST /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n",
-    GOOD + b"Authorization: a\r\nAuthorization: b\r\nContent-Length: 0\r\n",
-    GOOD + b"A: b\r\n" * 65,
+    GOOD_HEAD + b"Authorization: a\r\nAuthorization: b\r\nContent-Length: 0\r\n",
+    GOOD_HEAD + b"A: b\r\n" * 65,
 ])
 def test_an_ambiguous_or_malformed_head_is_refused(head):
     with pytest.raises(RelayError) as refused:
@@ -1567,10 +1567,10 @@ def test_the_depth_of_json_is_measured_exactly(depth):
 
 
 def test_a_good_head_is_read_whole():
-    head = parse_head(GOOD + b"Content-Length: 12\r\nX-A:  b \r\nx-a: c\r\n")
+    head = parse_head(GOOD_HEAD + b"Content-Length: 12\r\nX-A:  b \r\nx-a: c\r\n")
     assert (head.method, head.length, head.fields["x-a"]) == ("POST", 12, "b, c")
     assert head.keep_alive
-    assert not parse_head(GOOD + b"Content-Length: 0\r\nConnection: a, Close\r\n").keep_alive
+    assert not parse_head(GOOD_HEAD + b"Content-Length: 0\r\nConnection: a, Close\r\n").keep_alive
 
 
 def test_random_bytes_are_refused_and_nothing_else_happens():
@@ -3397,7 +3397,7 @@ def test_the_key_of_a_repeated_registration_is_kept_nowhere_and_ends_with_a_new_
     assert (first[0], again[0]) == (201, 201) and first[1]["key"] == again[1]["key"]
     key = {"Authorization": "Bearer " + first[1]["key"]}
     assert ask(relay, "/api/services/" + name, {"new_key": True}, "PATCH", **key)[0] == 200
-    assert ask(relay, "/api/services", {"name": name}, Idempotency_Key="k" + name)[0] == 409
+    assert ask(relay, "/api/services", {"name": name}, Idempotency_Key="k" + name)[0] == 422
 
 
 def test_page_client_and_directory_are_sent_compressed_and_once(relay, hand):
