@@ -7600,6 +7600,13 @@ class PageProvider:
         threading.Thread(target=self._poll, daemon=True).start()
 
     def _call(self, connection, action, body):
+        try:
+            return self._call_once(connection, action, body)
+        except (ConnectionError, http.client.HTTPException):
+            connection.close()           # the relay did so first, while nothing was said;
+            return self._call_once(connection, action, body)       # a repeat does no harm
+
+    def _call_once(self, connection, action, body):
         connection.request("POST", self.path + action, json.dumps(body),
                            {"Authorization": "Bearer " + self.key})
         return json.loads(connection.getresponse().read())
