@@ -6572,11 +6572,9 @@ def test_what_others_wrote_never_commands_the_terminal(command, relay, provide):
     status, text = command(relay, "ask", "--service", name, "x")
     assert text.startswith("a\ufffd]52;c;aGk=") and text.endswith("b\n\tc\n")
     service = relay.broker.find(name)
-    service.comment, service.operator = evil + "\u202ecomment", evil
-    try:
-        text += command(relay, "models")[1]
-    finally:
-        service.comment = service.operator = ""
+    relay.registry.change(service, comment=evil + "\u202ecomment", operator=evil)
+    text += command(relay, "models")[1]
+    relay.registry.change(service, comment="", operator="")
     assert "comment" in text and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
 
 
