@@ -3452,6 +3452,7 @@ class Upstream:
         self.kind, self.slots = "", None
         self.entries = {}          # model id -> what the server says of it
         self._props = {}           # what llama.cpp says of itself
+        self._studio = {}          # model id -> what LM Studio says of it
 
     def find(self):
         """Look once whether it is there, and what it has. Raises Unavailable."""

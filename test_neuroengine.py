@@ -981,7 +981,8 @@ class FakeExchange:
     def __init__(self, broker, connection):
         self.broker, self.connection, self.limits = broker, connection, broker.limits
         self.address, self.released = "127.0.0.1", False
-        self.relay = argparse.Namespace(bytes=neuroengine_server.Room("memory", 10**8))
+        self.relay = argparse.Namespace(bytes=neuroengine_server.Room("memory", 10**8),
+                                        large_bodies=threading.Lock())
 
     def response(self, status, body, kind, more=b""):
         self.started = True
@@ -4584,13 +4585,6 @@ def test_at_closing_time_running_jobs_are_finished_and_no_more_are_taken(
     provider._ready = lambda: neuroengine.wait_for_opening(provider._hours)
     assert provider.login(key["name"], key["key"]) == 0
     thread = threading.Thread(target=provider.listen, args=(answer, 2), daemon=True)
-    polls, call = [()], provider._call
-
-    def noting(action, **body):
-        if action == "poll" and threading.current_thread() is thread:
-            polls.append(body["running"])
-        return call(action, **body)
-    provider._call = noting
     thread.start()
     service = relay.broker.find(key["name"])
     api = client_of(relay, key["name"])
@@ -4600,8 +4594,8 @@ def test_at_closing_time_running_jobs_are_finished_and_no_more_are_taken(
         clock[0] = 60 * 22
         # Its worker that is free looks taken to the relay, from now on: no poll from
         # before is still on its way.
-        until(lambda: [job for job, _ in polls[-1] if job == "closing"])
-        until(lambda: [s for s in service.sessions.values() if s.free() < 1])
+        until(lambda: [s for s in service.sessions.values() if s.free() < 1
+                       and any(job == "closing" for job, _ in s.leases)])
         second = in_thread(api.request, "second")
         until(lambda: service.queue.size)
         time.sleep(0.1)                    # in which it might, wrongly, be handed out
@@ -6366,6 +6360,7 @@ def test_an_invitation_is_sent_and_the_relays_words_are_shown(
         raise NeuroengineError(35, "A new service needs an invitation.", "invitation_needed")
     monkeypatch.setattr(neuroengine.Transport, "call", call)
     monkeypatch.setattr(neuroengine.Upstream, "wait", lambda *args: None)
+    monkeypatch.setattr(neuroengine.Bridge, "learn", lambda self: None)
     monkeypatch.delenv("NEUROENGINE_KEY", raising=False)
     args = ["--invitation", "code"] if how == "option" else []
     if how == "environment":
