@@ -402,16 +402,16 @@ class Queue:
     def __init__(self):
         self._returned = []           # jobs that a provider gave back go first, by number
         self._first = deque()         # then those of the operator, and urgent ones
-        self._sendings = OrderedDict()   # then caller -> deque of jobs; callers take turns
+        self._turns = OrderedDict()   # then caller -> deque of jobs; callers take turns
         self.size = 0                 # of all together
 
     def __iter__(self):
-        for jobs in (self._returned, self._first, *self._sendings.values()):
+        for jobs in (self._returned, self._first, *self._turns.values()):
             yield from jobs
 
     def count(self, caller, by_operator):
         """How many jobs of one caller, or of the operator, wait."""
-        return len(self._first if by_operator else self._sendings.get(caller, ()))
+        return len(self._first if by_operator else self._turns.get(caller, ()))
 
     def add(self, job):
         """Put a job where it belongs."""
@@ -426,7 +426,7 @@ class Queue:
         """The deque of a job that no provider has had."""
         if job.by_operator or job.urgent:
             return self._first
-        return self._sendings.setdefault(job.caller, deque())
+        return self._turns.setdefault(job.caller, deque())
 
     def remove(self, job):
         """Take out this very job."""
@@ -437,12 +437,12 @@ class Queue:
         line = self._line_of(job)
         line.remove(job)
         if not line and line is not self._first:
-            del self._sendings[job.caller]
+            del self._turns[job.caller]
 
     def largest(self, group_of):
         """Return (how many jobs wait, by group of callers; the newest of the largest)."""
         sizes, newest = Counter(), {}
-        for caller, line in self._sendings.items():
+        for caller, line in self._turns.items():
             group = group_of(caller)
             sizes[group] += len(line)
             newest[group] = max(newest.get(group, line[-1]), line[-1],
@@ -454,12 +454,12 @@ class Queue:
         caller whose next job this session cannot answer is passed over."""
         lines = itertools.chain(
             self._returned, itertools.islice(self._first, 1),
-            (line[0] for line in self._sendings.values()))
+            (line[0] for line in self._turns.values()))
         job = next(filter(session.may_take, lines), None)
         if job is not None:
-            if job.caller in self._sendings and not job.returned and job is (
-                    self._sendings[job.caller][0]):
-                self._sendings.move_to_end(job.caller)   # the next caller's turn
+            if job.caller in self._turns and not job.returned and job is (
+                    self._turns[job.caller][0]):
+                self._turns.move_to_end(job.caller)   # the next caller's turn
             self.remove(job)
         return job
 
@@ -471,9 +471,9 @@ class Queue:
         if job.by_operator or job.urgent:
             return ahead + self._first.index(job) + 1
         ahead += len(self._first)
-        turn = self._sendings[job.caller].index(job)
+        turn = self._turns[job.caller].index(job)
         earlier = True                                # callers whose turn is sooner
-        for caller, jobs in self._sendings.items():
+        for caller, jobs in self._turns.items():
             if caller == job.caller:
                 earlier = False
             else:

@@ -640,8 +640,18 @@ def test_a_job_that_waits_for_a_continuing_provider_times_out(desk):
     desk.broker.logout(desk.service, going)
     for _ in range(2):
         desk.later(desk.broker.limits.offline_seconds / 2 + 0.1)
-        desk.poll(plain)
+        assert desk.poll(plain)[0] == []
     assert reader.job.error.name == "provider_lost"
+
+
+def test_returned_jobs_keep_their_order_whichever_provider_returns_first(desk):
+    first, second = desk.login(), desk.login()
+    readers = [desk.submit(), desk.submit()]
+    desk.poll(first), desk.poll(second)
+    desk.broker.logout(desk.service, second)
+    desk.broker.logout(desk.service, first)
+    third = desk.login(workers=2)
+    assert [job for job, _, _, _ in desk.poll(third)[0]] == [r.job.id for r in readers]
 
 
 def test_a_job_with_items_that_its_provider_lost_goes_to_another(desk):
