@@ -1154,6 +1154,21 @@ def test_a_full_queue_takes_from_the_caller_that_has_most_and_keeps_room_for_gue
     with pytest.raises(RelayError) as refused:           # now all have one
         desk.submit(caller="modest")
     assert refused.value.name == "queue_full"
+    desk.submit(caller="key i", access=key)              # but guests have room
+    for _ in range(9):
+        with contextlib.suppress(RelayError):
+            desk.submit(by_operator=True)
+    assert desk.service.queue.size == 11
+
+
+def test_an_operators_own_prompts_are_bounded_too():
+    desk = Desk(max_queue_per_caller=2)
+    desk.login()
+    for _ in range(2):
+        desk.submit(by_operator=True)
+    with pytest.raises(RelayError) as refused:
+        desk.submit(by_operator=True)
+    assert refused.value.name == "rate_limited"
 
 
 def test_jobs_come_back_in_the_order_in_which_they_were_submitted(desk):
