@@ -2793,10 +2793,10 @@ def in_words(seconds):
 class Slot:
     """A part of a Room that somebody has taken, until it is released."""
 
-    __slots__ = ("room", "address", "count", "give_way", "released")
+    __slots__ = ("room", "groups", "count", "give_way", "released")
 
-    def __init__(self, room, address, count, give_way):
-        self.room, self.address, self.count = room, address, count
+    def __init__(self, room, groups, count, give_way):
+        self.room, self.groups, self.count = room, groups, count
         self.released = False
         self.give_way = give_way      # called when others need the slot; None: never
 
@@ -2849,7 +2849,7 @@ class Room:
             if not (always or self._released.wait_for(
                     lambda: self.taken + count <= most, wait)):
                 raise self._none_left("relay_busy", "now")
-            slot = Slot(self, address, count, give_way)
+            slot = Slot(self, groups, count, give_way)
             self.taken += count
             for group, _ in groups:
                 self._by[group] += count
@@ -2891,7 +2891,7 @@ class Room:
         slot.released = True
         self.taken -= slot.count
         self._released.notify_all()
-        for group, _ in self._groups(slot.address):
+        for group, _ in slot.groups:
             self._by[group] -= slot.count
             del self._slots[group][slot]
             if not self._slots[group]:

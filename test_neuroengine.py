@@ -58,6 +58,8 @@ from neuroengine_server import parse_head
 from neuroengine_server import read_page
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+with contextlib.suppress(AttributeError, ValueError):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)     # under nohup, programs would inherit it
 SOON = 10.0      # seconds that only a failure reaches
 
 
