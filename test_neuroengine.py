@@ -58,8 +58,11 @@ from neuroengine_server import parse_head
 from neuroengine_server import read_page
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-with contextlib.suppress(AttributeError, ValueError):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)     # under nohup, programs would inherit it
+for ignored in (getattr(signal, "SIGHUP", None), signal.SIGINT):
+    # Under nohup, or in the background of a shell, programs would inherit that.
+    with contextlib.suppress(TypeError, ValueError):
+        if signal.getsignal(ignored) == signal.SIG_IGN:
+            signal.signal(ignored, signal.SIG_DFL)
 SOON = 10.0      # seconds that only a failure reaches
 
 
