@@ -1477,6 +1477,8 @@ class Exchange:
         self.reader, self.sink = ResponseReader(), sink
         self.body = b""
         self.done = loop.create_future()
+        # It may fail when nobody waits for it any more: asyncio must not complain then.
+        self.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._loop, self._timeout, self._heard = loop, timeout, loop.time()
         self._timer = loop.call_later(timeout, self._look)
 
