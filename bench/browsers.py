@@ -231,6 +231,7 @@ class Page:
 
     def __init__(self, browser):
         self.browser, self.timeout = browser, 30
+        self.folders = []                  # of files that were chosen
         self.handle = self.command("NewWindow", type="window")["handle"]
         self.keyboard, self.mouse = Keyboard(self), Mouse(self)
 
@@ -379,16 +380,15 @@ class Page:
 
     def set_input_files(self, selector, file):
         """Choose a file: its path, or a dict with its "name" and bytes ("buffer")."""
-        with tempfile.TemporaryDirectory() as folder:
-            if isinstance(file, dict):
-                path = os.path.join(folder, file["name"])
-                with open(path, "wb") as copy:
-                    copy.write(file["buffer"])
-            else:
-                path = str(file)
-            self._act(selector, lambda element: self.command(
-                "ElementSendKeys", id=element, text=path), "attached")
-            self._with(selector, "return el.files.length > 0 || el.value === ''")
+        path = file
+        if isinstance(file, dict):
+            # Kept until the test ends: a browser may read it long after it was chosen.
+            self.folders.append(tempfile.TemporaryDirectory())
+            path = os.path.join(self.folders[-1].name, file["name"])
+            with open(path, "wb") as copy:
+                copy.write(file["buffer"])
+        self._act(selector, lambda element: self.command(
+            "ElementSendKeys", id=element, text=str(path)), "attached")
 
     def actions(self, kind, *steps, **more):
         self.command("PerformActions", actions=[
