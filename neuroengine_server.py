@@ -1232,14 +1232,12 @@ class Jobs:
             self._memory.hold(job, size)
 
     def keep_encoded(self, job, encoder, data):
-        """Keep a whole answer as it is sent, so that other readers of the job share it.
-        Returns the bytes to send."""
+        """Keep a whole answer as it is sent, so that other readers of the job share it."""
         with self._lock:
             if job.id in self._jobs and job.encoded is None and self._make_room_locked(
                     len(data), job.holder) and job.items:
                 self._hold_locked(job, len(data))
                 job.encoded = encoder, data
-        return data
 
 
 class Broker(Jobs):

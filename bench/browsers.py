@@ -69,7 +69,7 @@ def end(process):
 
 
 class Firefox:
-    """Headless Firefox in a profile of its own. Marionette: JSON arrays over TCP, each
+    """Headless Firefox with its own profile. Marionette: JSON arrays over TCP, each
     with its length before it; [0, id, command, parameters] and [1, id, error, result]."""
 
     PREFERENCES = {"marionette.port": 0, "app.update.enabled": False,
@@ -282,7 +282,7 @@ class Page:
         return found and found[ELEMENT]
 
     def _until(self, attempt, what):
-        """Repeat until attempt() returns something: the page is being changed meanwhile."""
+        """Repeat until attempt() returns something, because the page keeps changing."""
         deadline = time.monotonic() + self.timeout
         while True:
             error = "it is not there"
