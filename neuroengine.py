@@ -2085,6 +2085,7 @@ class NeuroengineServer:
         "" after success.
         """
         self.service_name, self.service_key, self.error = service_name, service_key, ""
+        self._stopping = False
         try:
             self._log_in()
         except NeuroengineError as error:
@@ -2115,12 +2116,13 @@ class NeuroengineServer:
         run_listenings([_Listening(self, Workers(answer_callback))])
 
     def stop(self) -> None:
-        """Make listen, which runs in another thread, return as if by Ctrl-C."""
+        """Make listen, which runs in another thread, return as if by Ctrl-C. If that thread
+        has not come as far as listen, it will return at once, unless login follows first."""
         self._stopping = True
         listening = self._listening
         if listening is not None:
             return listening.stop()
-        session, self._session = self._session, None
+        session, self._session, self._stale = self._session, None, True
         if session:
             self._log_out(session)
 
@@ -2193,7 +2195,9 @@ class _Listening:
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._stopped = self._loop.create_future()
         self._woken, self._replied = Alarm(self._loop), Alarm(self._loop)
-        self.server._listening, self.server._stopping = self, False
+        self.server._listening = self          # stop stores first, too: neither is missed
+        if self.server._stopping:
+            self.stop()
         serving = asyncio.ensure_future(self._serve())
         try:
             await asyncio.wait([serving, self._stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -2201,6 +2205,7 @@ class _Listening:
             await self._end()
             serving.cancel()
             await asyncio.wait([serving])
+            self.server._stopping = False      # done; listen may be called again
         if not serving.cancelled():
             serving.result()
 

@@ -4041,6 +4041,34 @@ def test_listen_works_where_an_event_loop_runs_already(relay, provide):
     asyncio.run(cell())
 
 
+def test_stop_before_listen_has_begun_ends_it_at_once(relay):
+    """Its thread may be slow to start."""
+    hand = Hand(relay)
+    hand.logout()
+    server = NeuroengineServer(relay.url)
+    assert server.login(hand.name, hand.key) == 0
+    server.stop()
+    in_thread(server.listen, lambda request: "x")()
+
+
+def test_listen_can_be_called_again_after_stop(relay):
+    hand = Hand(relay)
+    hand.logout()
+    server = NeuroengineServer(relay.url)
+    assert server.login(hand.name, hand.key) == 0
+    for answer in "once", "twice":
+        ended = in_thread(server.listen, lambda request, answer=answer: answer)
+        assert client_of(relay, hand.name).request("x") == answer
+        server.stop()
+        ended()
+    server.stop()
+    assert server.login(hand.name, hand.key) == 0
+    ended = in_thread(server.listen, lambda request: "after a new login")
+    assert client_of(relay, hand.name).request("x") == "after a new login"
+    server.stop()
+    ended()
+
+
 def test_messages_become_a_prompt_for_a_callback_that_takes_text(relay, provide):
     name, _ = provide(lambda request: request["message"])
     api = client_of(relay, name)
