@@ -403,6 +403,8 @@ class Queue:
         self._returned = []           # jobs that a provider gave back go first, by number
         self._first = deque()         # then those of the operator, and urgent ones
         self._turns = OrderedDict()   # then caller -> deque of jobs; callers take turns
+        self._counts = Counter()      # caller, None for the operator -> jobs
+        self._positions = None        # Job -> queue position, until something changes
         self.size = 0                 # of all together
 
     def __iter__(self):
@@ -411,11 +413,19 @@ class Queue:
 
     def count(self, caller, by_operator):
         """How many jobs of one caller, or of the operator, wait."""
-        return len(self._first if by_operator else self._turns.get(caller, ()))
+        return self._counts[None if by_operator else caller]
+
+    def _count(self, job, change):
+        self.size += change
+        self._positions = None
+        caller = None if job.by_operator else job.caller
+        self._counts[caller] += change
+        if not self._counts[caller]:
+            del self._counts[caller]
 
     def add(self, job):
         """Put a job where it belongs."""
-        self.size += 1
+        self._count(job, 1)
         if job.returned:
             numbers = [other.number for other in self._returned]
             self._returned.insert(bisect.bisect(numbers, job.number), job)
@@ -430,7 +440,7 @@ class Queue:
 
     def remove(self, job):
         """Take out this very job."""
-        self.size -= 1
+        self._count(job, -1)
         if job.returned:
             self._returned.remove(job)
             return
@@ -440,14 +450,17 @@ class Queue:
             del self._turns[job.caller]
 
     def largest(self, group_of):
-        """Return (how many jobs wait, by group of callers; the newest of the largest)."""
-        sizes, newest = Counter(), {}
-        for caller, line in self._turns.items():
-            group = group_of(caller)
-            sizes[group] += len(line)
-            newest[group] = max(newest.get(group, line[-1]), line[-1],
-                                key=lambda job: job.number)
-        return sizes, newest[max(sizes, key=sizes.get)] if sizes else None
+        """Return (how many jobs wait, by group of callers; the newest of the largest). The
+        operator's do not count, and returned jobs are not chosen."""
+        sizes = Counter()
+        for caller, count in self._counts.items():
+            if caller is not None:
+                sizes[group_of(caller)] += count
+        group = max(sizes, key=sizes.get, default=None)
+        return sizes, max((
+            job for jobs in (self._first, *self._turns.values()) for job in jobs
+            if not job.by_operator and group_of(job.caller) == group),
+            key=lambda job: job.number, default=None)
 
     def take(self, session):
         """Take out the job that this session should have next; None if there is none. A
@@ -465,20 +478,13 @@ class Queue:
 
     def position(self, job):
         """The job's rank among those that wait; 1 is next."""
-        if job.returned:
-            return self._returned.index(job) + 1
-        ahead = len(self._returned)
-        if job.by_operator or job.urgent:
-            return ahead + self._first.index(job) + 1
-        ahead += len(self._first)
-        turn = self._turns[job.caller].index(job)
-        earlier = True                                # callers whose turn is sooner
-        for caller, jobs in self._turns.items():
-            if caller == job.caller:
-                earlier = False
-            else:
-                ahead += min(len(jobs), turn + (1 if earlier else 0))
-        return ahead + turn + 1
+        # All at once, because each of 1,000 waiting streams asks every two seconds.
+        if self._positions is None:
+            turns = sorted(((turn, job) for jobs in self._turns.values()
+                            for turn, job in enumerate(jobs)), key=lambda pair: pair[0])
+            order = itertools.chain(self._returned, self._first, (job for _, job in turns))
+            self._positions = {job: rank for rank, job in enumerate(order, 1)}
+        return self._positions[job]
 
 
 ##############################################################################
@@ -1121,7 +1127,7 @@ class Jobs:
             self._dispatch_locked(service)
         elif not service.sessions:
             self._timers.call_later(self.limits.offline_seconds, self._deserted_locked,
-                                    service)
+                                    service, job)
 
     def _end_locked(self, job, state, error=None):
         """End a job: state is "done", "failed" or "cancelled"."""
@@ -1186,10 +1192,12 @@ class Jobs:
             self._dispatch_locked(lease.session.service)
 
     def _forget_locked(self, job):
-        """Let go of an ended job."""
+        """Let go of an ended job, which has no reader."""
         if self._jobs.pop(job.id, None) is not None:
             self._memory.forget(job)
             self._disown_locked(job)
+            # A lease that its provider has not given up still refers to the job.
+            job.payload, job.items, job.encoded = b"", [], None
 
     def _fail_waiting_locked(self, service, error):
         """End all jobs that wait for a service."""
@@ -1638,14 +1646,14 @@ class Broker(Jobs):
     def _check_later_locked(self, job):
         """Make sure that a timer checks a job without a reader."""
         if not job.checked:
-            job.checked = True
-            self._check_job_locked(job)
+            self._check_job_locked(job.id)
 
-    def _check_job_locked(self, job):
+    def _check_job_locked(self, job_id):
         """Cancel a job that nobody came back for; forget one kept long enough."""
-        job.checked = False
-        if job.id not in self._jobs:
+        job = self._jobs.get(job_id)
+        if job is None:                    # forgotten, to make room
             return
+        job.checked = False
         now = self._clock()
         if job.ended_at is not None:
             named = job.identity is not None and job.identity.named
@@ -1657,7 +1665,7 @@ class Broker(Jobs):
             return
         if due > now or job.readers:
             job.checked = True
-            self._timers.call_later(max(due - now, 1), self._check_job_locked, job)
+            self._timers.call_later(max(due - now, 1), self._check_job_locked, job_id)
         elif job.ended_at is not None:
             self._forget_locked(job)
         else:
@@ -1708,12 +1716,14 @@ class Broker(Jobs):
         if left < math.inf:
             self._check_handover_later_locked(session, left)
 
-    def _deserted_locked(self, service):
+    def _deserted_locked(self, service, *jobs):
         """Some time after the last provider left, or the last that can go on with a begun
-        answer: has one come back?"""
+        answer: has one come back? jobs: those that must not wait longer; by default all."""
         if service.continues():
             return
-        for job in list(service.queue):
+        for job in jobs or list(service.queue):
+            if job.state != "queued":
+                continue
             if job.seen:
                 self._end_locked(job, "failed", self._lost_midway(service))
             elif not service.sessions and not job.wait:

@@ -213,6 +213,56 @@ def test_queues_are_bounded_per_service_and_per_caller():
     assert refused.value.name == "queue_full" and refused.value.retry_after
 
 
+def test_urgent_prompts_count_for_their_caller_and_not_for_the_operator():
+    desk = Desk(max_queue=4, max_queue_per_caller=2)
+    desk.login()
+    desk.submit(urgent=True), desk.submit(urgent=True)
+    with pytest.raises(RelayError) as refused:
+        desk.submit(urgent=True)
+    assert refused.value.name == "rate_limited"
+    desk.submit(by_operator=True), desk.submit(by_operator=True)
+    newest = desk.submit(caller="bob", urgent=True)      # the newest of alice gives way
+    assert newest.job.error is None and desk.service.queue.size == 4
+
+
+def test_queue_positions_are_the_order_in_which_jobs_are_taken():
+    desk, rand = Desk(max_queue_per_caller=99), random.Random(1)
+    first = desk.login(workers=4)
+    readers = [desk.submit(caller=rand.choice("abcdef"), by_operator=rand.random() < 0.1,
+                           urgent=rand.random() < 0.1) for _ in range(60)]
+    desk.poll(first)
+    desk.broker.logout(desk.service, first)              # its four come back
+    waiting = sorted((reader.job for reader in readers), key=lambda job: desk.
+                     broker.queue_position(job)["position"])
+    second = desk.login(workers=60)
+    jobs, _ = desk.broker.poll(desk.service, second, Poll(), (), timeout=0)
+    assert [job for job, _, _, _ in jobs] == waiting
+
+
+def test_a_job_without_a_provider_is_looked_at_alone(desk, monkeypatch):
+    """With a look at the whole queue for each, 1,000 jobs held the lock for 0.3 s."""
+    readers = [desk.submit(caller=name, wait=True) for name in "abc"]
+    monkeypatch.setattr(neuroengine_server.Queue, "__iter__", lambda _: 1 / 0)
+    desk.later(desk.broker.limits.offline_seconds + 1)
+    assert all(reader.job.state == "queued" for reader in readers)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_not_counted_any_more_is_not_in_memory_either(desk, named):
+    """A provider that never lets go of a cancelled job, and a timer, refer to it still."""
+    identity = desk.identity("stream", "k" * 20) if named else None
+    reader, session, job = desk.start(identity=identity)
+    desk.push(session, job, ["x" * 1000])
+    desk.broker.cancel(reader.job)
+    desk.broker.leave(reader, True)
+    if named:
+        desk.submit(b"x" * (desk.broker.limits.max_held_bytes // 4 - 4096), wait=True)
+    desk.poll(session, [(job, 1)])
+    record = reader.job
+    assert job not in desk.broker._jobs and (job, 1) in desk.broker._sessions[session].leases
+    assert not record.items and not record.payload
+
+
 def test_held_bytes_are_bounded_and_come_back_to_zero():
     desk = Desk(max_held_bytes=40000)
     reader, session, job = desk.start()
