@@ -519,7 +519,7 @@ class Lease:
     __slots__ = ("session", "job", "pair", "state", "since")
 
     def __init__(self, session, job, pair, state, now):
-        """job: None if the provider names a job that it has no right to: it must be told to
+        """job: None if the provider has no right to it, or no longer: it must be told to
         stop."""
         self.session, self.job, self.pair = session, job, pair
         self.state, self.since = state, now
@@ -543,6 +543,7 @@ class Lease:
     def stop(self, now):
         """The provider must not go on: tell it, unless this lease was never sent."""
         self.move("ended" if self.state == "offered" else "cancelled", now)
+        self.job = None           # a provider that never gives it up keeps no memory
 
 
 ##############################################################################
@@ -1192,12 +1193,10 @@ class Jobs:
             self._dispatch_locked(lease.session.service)
 
     def _forget_locked(self, job):
-        """Let go of an ended job, which has no reader."""
+        """Let go of an ended job, which has no reader: what is not counted is not kept."""
         if self._jobs.pop(job.id, None) is not None:
             self._memory.forget(job)
             self._disown_locked(job)
-            # A lease that its provider has not given up still refers to the job.
-            job.payload, job.items, job.encoded = b"", [], None
 
     def _fail_waiting_locked(self, service, error):
         """End all jobs that wait for a service."""
@@ -2529,7 +2528,7 @@ def send_work(exchange, offers, cancels, refused=None):
     """The response to poll and reply. The prompts are JSON already."""
     parts = []
     for job, attempt, at, text in offers:
-        request = job.payload
+        request = job.payload or b"{}"     # empty if the job has just been dropped
         if text is not None:
             request = request[:-1] + b',"reply_so_far":%s}' % to_json(text)
         parts.append(b'{"job":"%s","attempt":%d,"at":%d,"request":%s}' % (

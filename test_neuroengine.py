@@ -10,6 +10,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import gc
 import gzip
 import http.client
 import http.server
@@ -36,6 +37,7 @@ import threading
 import time
 import types
 import uuid
+import weakref
 import zlib
 
 import pytest
@@ -258,9 +260,10 @@ def test_what_is_not_counted_any_more_is_not_in_memory_either(desk, named):
     if named:
         desk.submit(b"x" * (desk.broker.limits.max_held_bytes // 4 - 4096), wait=True)
     desk.poll(session, [(job, 1)])
-    record = reader.job
-    assert job not in desk.broker._jobs and (job, 1) in desk.broker._sessions[session].leases
-    assert not record.items and not record.payload
+    record = weakref.ref(reader.job)
+    del reader
+    gc.collect()
+    assert (job, 1) in desk.broker._sessions[session].leases and record() is None
 
 
 def test_held_bytes_are_bounded_and_come_back_to_zero():
