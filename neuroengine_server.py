@@ -1863,7 +1863,7 @@ class Exchange:
             raise RelayError("unsupported_encoding", "Send the body without a "
                              "Content-Encoding.")
         with BytesUnderWay(self) as count:
-            body = read_body(self.connection, self.head, self.limits, most, count)
+            body = self.read_bytes(most, count)
             self.body_read = True
             self.fingerprint = hashlib.sha256(body).digest()
             if len(body) > LARGE_BODY_BYTES:
@@ -1872,6 +1872,10 @@ class Exchange:
                 self.relay.large_bodies.acquire()
                 self.large = True
             return parse_json(body)
+
+    def read_bytes(self, most, count):
+        """Return the request's body as bytes: see read_body."""
+        return read_body(self.connection, self.head, self.limits, most, count)
 
     def _charge_large(self, size):
         """Count a large body for this address."""
@@ -2750,9 +2754,7 @@ class Rates:
                 oldest = itertools.islice(self._due, self.LOOKED_AT)
                 del self._due[min(oldest, key=self._due.get)]
         if late:
-            raise RelayError(name, "Too many %s: %d in %s are allowed. Try again in %s." % (
-                what, most, in_words(seconds), in_words(late)),
-                retry_after=late, limit=most)
+            raise too_many(what, most, seconds, late, name)
 
     def take_by_address(self, address, most, seconds, what):
         """The same for an address and the network it belongs to."""
@@ -2787,6 +2789,12 @@ class Quotas(Rates):
         """Continue with what was saved."""
         with self._lock:
             self._due.update(pairs)
+
+
+def too_many(what, most, seconds, late, name="rate_limited"):
+    """The error for one `what` more than `most` in `seconds`, which is `late` seconds early."""
+    return RelayError(name, "Too many %s: %d in %s are allowed. Try again in %s." % (
+        what, most, in_words(seconds), in_words(late)), retry_after=late, limit=most)
 
 
 def in_words(seconds):
@@ -5112,6 +5120,15 @@ class Directory:
                 entry[name] = value
         return entry
 
+    def entries(self):
+        """Those of all services, in any order."""
+        entries = []
+        for number, service in enumerate(self._broker.services()):
+            entries.append(self.entry(service))
+            if number % 500 == 499:
+                time.sleep(0)              # let other threads run
+        return entries
+
     def models(self, everything):
         """The body of /v1/models: the services that answer now, or all."""
         self._refresh()
@@ -5125,12 +5142,7 @@ class Directory:
                 DIRECTORY_SECONDS, 20 * self._took)
             if now - self._built_at < age:
                 return
-            entries = []
-            services = sorted(self._broker.services(), key=lambda s: s.name.lower())
-            for number, service in enumerate(services):
-                entries.append(self.entry(service))
-                if number % 500 == 499:
-                    time.sleep(0)          # let other threads run
+            entries = sorted(self.entries(), key=lambda entry: entry["name"].lower())
             for everything in (False, True):
                 self._models[everything] = b'{"object":"list","data":[%s]}' % b",".join([
                     to_json(openai_model(entry)) for entry in entries
@@ -5818,13 +5830,14 @@ def host_name(host):
 class Relay(ThreadingHTTPServer):
     """Accepts connections and serves them in threads."""
 
+    exchange_type = Exchange
     daemon_threads = True
     request_queue_size = 1024              # the default, 5, drops bursts of connections
     allow_reuse_port = False
 
     def __init__(self, host="", port=0, *, store=None, limits=None, tls=None, page=None,
                  broker=None, registration="open", proxies=(), hops=1, names=(),
-                 webroot=None, listener=None, plain=None):
+                 webroot=None, listener=None, plain=None, registry=None):
         """tls: a Certificate, or None for plain HTTP. page: the bytes of chat.html.
 
         registration: one of REGISTRATION. proxies: ipaddress networks of proxies whose
@@ -5832,11 +5845,13 @@ class Relay(ThreadingHTTPServer):
         names of the relay, if it answers to no other. webroot: a folder with ACME's
         challenges. listener: a socket that listens already, in place of host and port.
         plain: a second one, on which a relay with TLS answers those challenges, and
-        redirects browsers to https.
+        redirects browsers to https. registry: one that keeps services elsewhere than in a
+        Store.
         """
         self.limits = limits or Limits()
         self.broker = broker or Broker(self.limits)
-        self.registry = Registry(store or Store(":memory:"), self.broker, registration)
+        self.registry = registry or Registry(
+            store or Store(":memory:"), self.broker, registration)
         self.directory = Directory(self.broker, self.registry)
         self.tls, self.webroot, self.plain = tls, webroot, plain
         self.proxies, self.hops = proxies, hops
@@ -6003,7 +6018,7 @@ class Relay(ThreadingHTTPServer):
 
     def _exchange(self, connection):
         """Answer one request; return whether another may follow."""
-        exchange = Exchange(self, connection)
+        exchange = self.exchange_type(self, connection)
         self.active.add(exchange)
         try:
             goes_on = exchange.run()
