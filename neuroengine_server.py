@@ -1917,13 +1917,26 @@ class Exchange:
         self.send_whole(*self.response(status, body, kind, **more))
 
     def send_whole(self, head, body):
-        """Send a whole response."""
+        """Send a whole response, the last of its exchange."""
         # A client that has the whole answer may disconnect, and ask the same again at once.
         self.connection.when_gone(None)
+        self.send_parts(head, body)
+
+    def send_parts(self, head, body):
+        """Send a whole response. If the peer hangs up, when_gone's callback is called."""
         if len(body) <= MAX_SMALL_BODY_BYTES:
             return self.connection.send(head + body)
         self.connection.send(head)         # two writes, but no copy
         self.connection.send(body)
+
+    def room(self, size):
+        """Take memory for the bytes of a response, before they are made. Blocks until there
+        is some. Returns a context manager that releases it."""
+        if size <= PUSHED_BYTES:
+            return contextlib.nullcontext()
+        room = self.relay.bytes
+        return room.take(self.address, min(size, room.most // 2), reserved=True,
+                         give_way=self.connection.abort, wait=self.limits.write_seconds)
 
     def response(self, status, body, kind=JSON, error=None, more=b"", **headers):
         """Return (head, body) of a whole response as bytes. body: bytes, or a value to be
@@ -2082,7 +2095,7 @@ class Outlet:
             self.connection.flush()
             if self.complete:
                 return
-            with self.room(json_size(self.next_items())):
+            with self.exchange.room(json_size(self.next_items())):
                 self.move(self.connection.send)
 
     def encoded(self, size, encode, *arguments):
@@ -2091,15 +2104,6 @@ class Outlet:
             return encode(*arguments)
         with self.exchange.relay.large_bodies:
             return encode(*arguments)
-
-    def room(self, size):
-        """Take memory for a copy of an answer, before it is made. Blocks until there is
-        some. Returns a context manager that releases it."""
-        if size <= PUSHED_BYTES:
-            return contextlib.nullcontext()
-        room = self.exchange.relay.bytes
-        return room.take(self.exchange.address, min(size, room.most // 2), reserved=True,
-                         give_way=self.connection.abort, wait=self.limits.write_seconds)
 
     def size(self):
         """Roughly the bytes that wait for this reader."""
@@ -2530,20 +2534,22 @@ def post_logout(exchange, name):
 
 def send_work(exchange, offers, cancels, refused=None):
     """The response to poll and reply. The prompts are JSON already."""
-    parts = []
+    parts = [b'{"errorcode":0,"jobs":[']
     for job, attempt, at, text in offers:
         request = job.payload or b"{}"     # empty if the job has just been dropped
         if text is not None:
             request = request[:-1] + b',"reply_so_far":%s}' % to_json(text)
-        parts.append(b'{"job":"%s","attempt":%d,"at":%d,"request":%s}' % (
-            job.id.encode("ascii"), attempt, at, request))
-    body = b'{"errorcode":0,"jobs":[%s],"cancel":%s' % (
-        b",".join(parts), dumps(cancels) if cancels else b"[]")
+        parts += (b'%s{"job":"%s","attempt":%d,"at":%d,"request":' % (
+            b"," if len(parts) > 1 else b"", job.id.encode("ascii"), attempt, at),
+            request, b"}")
+    parts.append(b'],"cancel":%s' % (dumps(cancels) if cancels else b"[]"))
     if refused is not None:
-        body += b',"refused":%s' % (dumps(refused) if refused else b"[]")
-    # Not send_whole, which clears when_gone: a poll's connection is watched after its
-    # response, too.
-    exchange.connection.send(b"".join(exchange.response(200, body + b"}")))
+        parts.append(b',"refused":%s' % (dumps(refused) if refused else b"[]"))
+    parts.append(b"}")
+    # A provider that does not read keeps its copy of prompts that it may have lost since.
+    # Not send_whole: a poll's connection is watched after its response, too.
+    with exchange.room(sum(map(len, parts))):
+        exchange.send_parts(*exchange.response(200, b"".join(parts)))
 
 
 ##############################################################################
@@ -2746,7 +2752,8 @@ class Rates:
         is one too many."""
         with self._lock:
             now, pause = self._clock(), seconds / most
-            due = max(now, self._due.pop(caller, now))
+            # More than `seconds` from now it can only be because the clock was set back.
+            due = min(max(now, self._due.pop(caller, now)), now + seconds)
             late = due + pause - now - seconds
             late = late if late > 0.001 else 0        # rounding may leave 1e-12
             self._due[caller] = due if late else due + pause
@@ -2998,6 +3005,7 @@ class Memory:
 
 MAX_FIELDS = 64              # headers of one request; browsers send about 20
 BODY_BYTES_PER_SECOND = 16384
+SMALL_PIECE = 4096           # bytes of a body; those that come in smaller ones are joined
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(" + TOKEN + r") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
 # Control characters, a bare CR or LF, white space before the colon and folded lines do not
@@ -3175,38 +3183,49 @@ class BodyReader:
     def __init__(self, connection, deadline, count):
         self._connection, self._deadline = connection, deadline
         self._count = count or (lambda size: None)
+        self._uncounted = 0
 
     def take(self, length):
         """Return exactly `length` bytes. Each 16 KiB that come give a second more."""
-        connection, parts, missing = self._connection, [], length
+        parts = []
+        self._take_into(parts, length)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _take_into(self, parts, length):
+        connection, missing = self._connection, length
         while missing:
             if not connection.buffer:
                 connection.receive(self._deadline)
             part = connection.buffer[:missing]
             connection.buffer = connection.buffer[missing:]
             if len(part) < length:         # it did not come at once
-                self._count(len(part))
-            parts.append(part)
+                self._uncounted += len(part)
+            if self._uncounted >= SMALL_PIECE:
+                self._count(self._uncounted)
+                self._uncounted = 0
+            if parts and len(parts[-1]) < SMALL_PIECE:
+                parts[-1] += part          # a million of two bytes would take 250 MB
+            else:
+                parts.append(part)
             missing -= len(part)
             self._deadline += len(part) / BODY_BYTES_PER_SECOND
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def take_chunked(self, most):
         """Return a chunked body (RFC 9112, 7.1)."""
         parts, total = [], 0
-        while True:
+        for chunks in itertools.count():
             match = CHUNK_LINE.match(self._take_line())
             if not match:
                 raise RelayError("bad_http", "The chunked body is malformed.")
             size = int(match[1], 16)
             total += size
-            if total > most or len(parts) > 4096 + total // 64:      # many tiny ones
+            if total > most or chunks > 4096 + total // 64:      # many tiny ones
                 raise too_large(most)
             if size == 0:
                 if self._take_line():
                     raise RelayError("bad_http", "Trailers are not accepted.")
                 return b"".join(parts)
-            parts.append(self.take(size))
+            self._take_into(parts, size)
             if self.take(2) != b"\r\n":
                 raise RelayError("bad_http", "The chunked body is malformed.")
 
@@ -3228,6 +3247,7 @@ class BodyReader:
 ##############################################################################
 
 LINGER_SECONDS = 2           # for a peer to read the last response
+LINGER_BYTES = 1 << 25       # that it may still send meanwhile
 SHORT_WAIT_SECONDS = 0.25    # a thread waits for the next request; then the Lobby does
 KEPT_SECONDS = 5             # an idle thread waits for work
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)    # Windows has none
@@ -3522,8 +3542,9 @@ class Connection:
         """
         deadline = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError, PeerGone):
-            for _ in range(512):           # at most 32 MiB
-                self._receive_some(deadline)
+            left = LINGER_BYTES
+            while left > 0:
+                left -= len(self._receive_some(deadline))
 
     def close(self):
         """Close the socket, give the slot back, and tell the one who waits for it."""
@@ -3636,6 +3657,7 @@ class Lobby:
 
     def run(self):
         """Watch until the process ends. Run it in its own thread."""
+        next_look = 0.0
         while True:
             for key, _ in self._selector.select(1 if self._parked else None):
                 if key.fileobj is self._woken:
@@ -3646,6 +3668,9 @@ class Lobby:
             while self._arriving:
                 self._arrive(self._arriving.popleft())
             now = time.monotonic()
+            if now < next_look:            # a look at 10,000 takes a millisecond
+                continue
+            next_look = now + 1
             for connection in [c for c, due in self._parked.items() if due <= now]:
                 self._remove(connection)
                 connection.close()
@@ -4437,7 +4462,7 @@ class PollOutlet(Outlet):
             raise job.error
         else:
             answer.update(done=True, stats=json.loads(stats_of(job)))
-        with self.room(json_size(texts)):  # before the texts are joined
+        with self.exchange.room(json_size(texts)):  # before the texts are joined
             self.exchange.respond(200, dict(answer, reply="".join(texts)))
         self.complete = True
 
@@ -5928,7 +5953,7 @@ class Relay(ThreadingHTTPServer):
         return self._accept(self.socket)
 
     def _accept(self, listener):
-        """Accept a connection; when out of file descriptors, turn one away instead.
+        """Accept a connection; when out of file descriptors, turn away those that wait.
 
         Otherwise the listening socket stays readable and the loop spins: measured elsewhere
         at 350,000 failing accepts a second.
@@ -5942,7 +5967,10 @@ class Relay(ThreadingHTTPServer):
                 spare, self._spare = self._spare, None
                 with contextlib.suppress(OSError, TypeError):
                     os.close(spare)
-                    listener.accept()[0].close()
+                    for _ in range(self.request_queue_size):
+                        listener.accept()[0].close()
+                        if not is_ready(listener, selectors.EVENT_READ, 0):
+                            break
                 with contextlib.suppress(OSError):
                     self._spare = os.open(os.devnull, os.O_RDONLY)
                 time.sleep(ACCEPT_PAUSE_SECONDS)
