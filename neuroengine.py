@@ -74,6 +74,7 @@ __all__ = ["Neuroengine", "NeuroengineError", "NeuroengineServer", "Reply", "mai
 ##############################################################################
 
 DEFAULT_SERVER = "api.neuroengine.ai"
+DEFAULT_RELAY = "https://%s:443" % DEFAULT_SERVER
 REQUEST_SECONDS = 120        # silence of the relay within one request
 ANSWER_SECONDS = 3700        # a whole reply; the relay gives up a little sooner
 STREAM_SECONDS = 30          # silence within a stream; heartbeats come every 9 s
@@ -98,6 +99,8 @@ MAX_KEPT = 16                # idle connections to one server
 PIECE_BYTES = 1 << 18        # of a request, sent at once
 REMEMBERED_STREAMS = 1000    # cursors of the streams that request() reads
 MAX_LOST = 1                 # times that a prompt is sent again after it lost its providers
+MAX_OFFLINE = 1              # ... to a service whose provider has just left
+TOLD_PAUSE_SECONDS = 3       # a pause that the command line mentions where there is no terminal
 AHEAD = 8                    # replies that map() keeps for later, times at_once
 DEFAULT_MAX_TOKENS = 4096    # for an upstream whose own default is unlimited
 UPSTREAM_SECONDS = 600       # silence of the local LLM server; prefill can be slow
@@ -130,6 +133,9 @@ WAY_ERRORS = frozenset(("no_connection", "certificate", "no_tls", "bad_address",
                         "bad_certificate_file"))
 
 
+KEY = re.compile(r"\bne_[A-Za-z0-9_-]{20,}")     # it must never be shown by mistake
+
+
 class NeuroengineError(Exception):
     """The relay refused, or could not be reached.
 
@@ -142,6 +148,7 @@ class NeuroengineError(Exception):
     def __init__(self, errorcode: int, message: str, name: str = "",
                  retry_after: Optional[float] = None, retry: Optional[bool] = None, *,
                  row: str = "") -> None:
+        message = KEY.sub("ne_...", message)   # given in the place of a name, say
         super().__init__(message)
         self.errorcode, self.message, self.name = errorcode, message, name
         self.retry_after, self.retry, self.said = retry_after, retry, message
@@ -189,6 +196,10 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
     "service_unknown": (
         "There is no service {service} at {relay}.", "getModels() lists the services.",
         "`models` lists the services."),
+    "nothing_registered": (
+        "There is no service {service} at {relay}.",
+        "`python3 neuroengine.py register {service}` registers it.",
+        "`register {service}` makes one, `models` lists those that are there."),
     "service_offline": (
         "", "Try again later, or pass wait=True to wait for a provider.",
         "Try again later, or add --wait to wait for a provider."),
@@ -215,6 +226,8 @@ def advise(error, interface, **names):
     row = error.row
     if row == "invalid_key" and names.get("kind"):
         row = names["kind"] + ("_wrong" if names.get("key") else "_missing")
+    elif row == "service_unknown" and names.get("kind") == "service_key":
+        row = "nothing_registered"
     elif row == "forbidden" and names.get("key") and "access key" in error.said:
         row = "key_of_another"
     fact, *steps = ADVICE.get(row, ("", "", ""))
@@ -223,12 +236,23 @@ def advise(error, interface, **names):
         fact, step = fact.format(**names), step.format(**names)
     except KeyError:
         fact = step = ""
+    fact = KEY.sub("ne_...", fact)
     if step and not fact:
         # The relay's next step is in the words of HTTP, so it makes room for ours.
-        fact = re.split(r"(?<=[.!]) (?=[A-Z])", error.said, maxsplit=1)[0]
-    error.message = " ".join(filter(None, (fact or error.said, step)))
+        fact = first_sentence(error.said)
+    where = ""
+    if names.get("relay") == DEFAULT_RELAY and not os.environ.get("NEUROENGINE_SERVER") \
+            and row != "no_relay_named":
+        where = "(NEUROENGINE_SERVER is not set, so this was the default relay, %s.)" \
+            % DEFAULT_SERVER
+    error.message = " ".join(filter(None, (fact or error.said, step, where)))
     error.names = names
     return error
+
+
+def first_sentence(text):
+    """The first sentence of a text."""
+    return re.split(r"(?<=[.!]) (?=[A-Z])", text, maxsplit=1)[0]
 
 
 ##############################################################################
@@ -247,11 +271,14 @@ def relay_url(address, port=443):
     address = re.sub(r"(?<=[^/:])/+\Z", "", str(address).strip())
     if "://" in address:
         return address[:-3] if address.endswith("/v1") else address
-    if address.count(":") > 1 and address[0] != "[":
-        address = "[%s]" % address                 # a bare IPv6 address
-    if ":" in address.rpartition("]")[2]:          # host:port
-        return "https://" + address
-    return "https://%s:%s" % (address, port)
+    host, slash, path = address.partition("/")
+    if slash and host.rstrip(":") in ("http", "https"):     # a slip, not a host
+        return address
+    if host.count(":") > 1 and host[0] != "[":
+        host = "[%s]" % host                       # a bare IPv6 address
+    if ":" not in host.rpartition("]")[2]:
+        host += ":%s" % port
+    return "https://" + host + slash + path
 
 
 def parse_answer(status, headers, body, kind=dict):
@@ -626,13 +653,16 @@ class Transport:
             url = urllib.parse.urlsplit(self.base)
             secure = {"http": False, "https": True}[url.scheme]
             host = url.netloc.rpartition("@")[2].encode("idna").decode("ascii")
-            if not url.hostname or not re.match(r"[!-~]+\Z", url.path or "/"):
+            if not re.match(r"[\w.:%-]+\Z", url.hostname or "") \
+                    or not re.match(r"[!-~]+\Z", url.path or "/") or url.query or url.fragment:
                 raise ValueError
-            http.client.HTTPConnection(host)           # is the port a number?
-        except (KeyError, ValueError, http.client.HTTPException):
-            raise NeuroengineError(NO_CONNECTION, "%r is not an address of a relay: write "
-                                   "http://HOST:PORT or https://HOST." % self.base,
-                                   "bad_address") from None
+            port = re.search(r":([^\]]*)\Z", host)
+            if port and not 0 < int(port.group(1)) < 65536:
+                raise ValueError
+        except (KeyError, ValueError):
+            raise NeuroengineError(NO_CONNECTION, "%s is not an address of a relay: write "
+                                   "http://HOST:PORT or https://HOST, with a PORT from 1 to "
+                                   "65535." % self.base, "bad_address") from None
         proxy, headers = proxy_of(url)
         return secure, host, url.path.rstrip("/"), proxy, headers
 
@@ -675,6 +705,13 @@ class RelayTransport(Transport):
 
     def explain(self, error):
         """The error, or a better one if the address is that of another kind of server."""
+        prefix = self.where()[2] if error.name not in WAY_ERRORS else ""
+        if prefix and error.name in ("not_found", "method_not_allowed") \
+                and error.said.startswith("There is no /"):
+            return NeuroengineError(NO_CONNECTION, (
+                "The address %s has a path, %s, where the relay has nothing. Write %s: the "
+                "name of the service is not part of it." % (
+                    self.base, prefix, self.base[:-len(prefix)])), "bad_address")
         if error.name == "forbidden" and "not https" in error.said:
             return NeuroengineError(NO_CONNECTION, "%s speaks TLS: write %s." % (
                 self.base, self.base.replace("http:", "https:", 1)), "needs_tls")
@@ -696,8 +733,7 @@ class RelayTransport(Transport):
 def proxy_of(url):
     """(host and port of the proxy for a split URL, the headers it wants); or (None, {}).
     Loopback is never reached through a proxy."""
-    if re.match(r"(localhost|127\..*|::1)\Z", url.hostname) \
-            or urllib.request.proxy_bypass(url.netloc):
+    if is_loopback(url.hostname) or urllib.request.proxy_bypass(url.netloc):
         return None, {}
     proxy, headers = urllib.request.getproxies().get(url.scheme), {}
     if not proxy:
@@ -762,13 +798,33 @@ def no_connection(base, error):
                                 "write %s." % (base, base.replace("https:", "http:", 1)),
                                 "no_tls")
     why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if base == "https://%s:443" % DEFAULT_SERVER and not os.environ.get("NEUROENGINE_SERVER"):
+    if base == DEFAULT_RELAY and not os.environ.get("NEUROENGINE_SERVER"):
         return NeuroengineError(NO_CONNECTION, "The environment variable NEUROENGINE_SERVER, "
                                 "which names the relay, is not set, and the default relay %s "
                                 "cannot be reached (%s)." % (base, why), "no_connection",
                                 row="no_relay_named")
+    url = urllib.parse.urlsplit(base)
+    proxy = proxy_of(url)[0]
+    if proxy:
+        return NeuroengineError(NO_CONNECTION, "Connection error with %s through the proxy %s "
+                                "(%s)." % (base, proxy, why), "no_connection")
+    if isinstance(error, socket.gaierror):
+        return NeuroengineError(NO_CONNECTION, "The host %s was not found (%s). Is the relay's "
+                                "address right?" % (url.hostname, why), "no_connection",
+                                row="no_host")
+    if isinstance(error, ConnectionRefusedError):
+        here = is_loopback(url.hostname)
+        return NeuroengineError(NO_CONNECTION, "No relay runs at %s (%s). %s" % (
+            base, why.lower(), "Start one there with: python3 neuroengine_server.py --port %d"
+            % (url.port or (443 if url.scheme == "https" else 80)) if here else
+            "Are the address and the port right?"), "no_connection", row="no_relay")
     return NeuroengineError(NO_CONNECTION, "Connection error with %s (%s)." % (base, why),
                             "no_connection")
+
+
+def is_loopback(host):
+    """Whether a host is this machine."""
+    return bool(re.match(r"(localhost|127\..*|::1)\Z", host or ""))
 
 
 def pause_before(try_number, retry_after=None):
@@ -901,7 +957,7 @@ class Tries:
 
     def __init__(self, tries):
         self.left = max(1, tries) - 1
-        self.failures = self.lost = 0
+        self.failures = self.lost = self.offline = 0
         self._deadline = time.monotonic() + ANSWER_SECONDS
 
     def progress(self):
@@ -909,20 +965,22 @@ class Tries:
         self.left, self.failures = self.left + self.failures, 0
 
     def again(self, error, call):
-        """Wait until the prompt may be sent again; raises the error if it may not."""
+        """Seconds until the prompt may be sent again; raises the error if it may not."""
         self.lost += error.name == "provider_lost"
+        self.offline += error.name == "service_offline"
         retry = error.retry
         if retry is None:
             retry = error.name == "no_connection" or error.name in RETRIED
         if not retry or not self.left or call.cancelled or self.lost > MAX_LOST \
+                or self.offline > MAX_OFFLINE \
                 or (error.retry_after or 0) > LONGEST_RETRY_AFTER_SECONDS \
                 or time.monotonic() > self._deadline:
             raise error
         if error.name == "still_waiting":      # the relay is there, and so is the prompt
-            return call.pause(0.01)
+            return 0.01
         self.left -= 1
         self.failures += 1
-        call.pause(pause_before(self.failures - 1, error.retry_after))
+        return pause_before(self.failures - 1, error.retry_after)
 
 
 class Neuroengine:
@@ -1082,7 +1140,7 @@ class Neuroengine:
                 # The stream of a key has ended with its provider, however often we ask.
                 if error.name == "provider_lost" and command.get("key"):
                     raise
-                tries.again(error, call)
+                call.pause(tries.again(error, call))
 
     def _next_tokens(self, command, prompt, streamkey, gettokens, tries, call):
         known, at = self._cursors.get(streamkey, (prompt, 0))
@@ -1105,7 +1163,8 @@ class Neuroengine:
         """Send a prompt and yield what happens, as (kind, value):
 
         "text" and the next piece; "item" and a dict of what text cannot say; "queue" and
-        {"position", "waiting", "eta_s"}, or None once a provider has the prompt; at the end
+        {"position", "waiting", "eta_s", "connected"}, or None once a provider has the
+        prompt; "retry" and (error, seconds until the prompt is sent again); at the end
         "stats" and the receipt. Resumes by itself. Raises NeuroengineError.
         """
         params = dict(params)
@@ -1131,10 +1190,12 @@ class Neuroengine:
                     try:
                         if lost and at:
                             raise
-                        tries.again(error, call)
+                        pause = tries.again(error, call)
                     except NeuroengineError:
                         finished = not call.cancelled        # there is nothing to stop
                         raise
+                    yield "retry", (error, pause)
+                    call.pause(pause)
                     if lost:                   # before its first token: begin another
                         command["key"] = secrets.token_hex(16)
         finally:
@@ -2089,8 +2150,7 @@ class NeuroengineServer:
         try:
             self._log_in()
         except NeuroengineError as error:
-            self.error = advise(error, PYTHON, service=service_name, key=service_key, source="",
-                                relay=self._transport.base, kind="service_key").message
+            self.error = self._advise(error).message
             return -abs(error.errorcode)
         return 0
 
@@ -2113,7 +2173,10 @@ class NeuroengineServer:
         if self.service_name is None:
             raise NeuroengineError(NO_CONNECTION, "Call login() before listen().")
         self._declare(workers=workers, continues=continues)
-        run_listenings([_Listening(self, Workers(answer_callback))])
+        try:
+            run_listenings([_Listening(self, Workers(answer_callback))])
+        except NeuroengineError as error:
+            raise error.with_traceback(None) from None     # theirs would hide the words
 
     def stop(self) -> None:
         """Make listen, which runs in another thread, return as if by Ctrl-C. If that thread
@@ -2125,6 +2188,11 @@ class NeuroengineServer:
         session, self._session, self._stale = self._session, None, True
         if session:
             self._log_out(session)
+
+    def _advise(self, error):
+        return advise(error, PYTHON, service=self.service_name, key=self.service_key,
+                      relay=self._transport.base, kind="service_key",
+                      source="where `share` found it")
 
     def _declare(self, **features):
         """Tell the relay what this provider can do, at the next login."""
@@ -2271,9 +2339,9 @@ class _Listening:
                     continue
                 if error.name in FINAL or first and not failures \
                         and error.name != "no_connection" and error.name not in RETRIED:
-                    raise
+                    raise self.server._advise(error)
                 if not failures:
-                    self.status.event(error.message)
+                    self.status.event(error.message + " Trying again until it succeeds.")
                 await asyncio.sleep(pause_before(failures, error.retry_after))
                 failures += 1
             else:
@@ -2438,60 +2506,80 @@ class _Listening:
 
 
 def run_listenings(listenings):
-    """Run them on one event loop until all have ended, or Ctrl-C or SIGTERM ends them.
+    """Run them on one event loop until all have ended, or Ctrl-C or SIGTERM ends them; at a
+    second signal, return without waiting for them.
 
     The loop runs in another thread, so Ctrl-C is noticed on Windows as well, and listen works
     where another loop is running already (Jupyter). Raises the first error.
     """
-    import asyncio
-    errors = []
-
-    async def run_all():
-        tasks = [asyncio.ensure_future(listening.run()) for listening in listenings]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for listening in listenings:
-            listening.stop()
-        errors.extend(filter(None, await asyncio.gather(*tasks, return_exceptions=True)))
+    errors, ended, stops = [], [], []
+    # A bare lock: a signal's exception amid the code of an Event would break that. And no
+    # join: before Python 3.13, one that Ctrl-C interrupts takes the thread for ended.
+    awake = threading.Lock()
+    awake.acquire()
 
     def run():
+        import asyncio
         try:
-            asyncio.run(run_all())
+            asyncio.run(run_all(listenings, errors))
         finally:
-            ended.set()
-    # No join: before Python 3.13, one that Ctrl-C interrupts takes the thread for ended.
-    ended = threading.Event()
-    with terminated_as_interrupted():
-        try:
-            threading.Thread(target=run, daemon=True).start()
-            while not ended.wait(SLICE_SECONDS):
-                pass
-        except (KeyboardInterrupt, SystemExit) as why:     # the latter by a user's handler
+            ended.append(True)
+            awake.release()
+
+    def stop():
+        stops.append(True)
+        if len(stops) == 1:
             listenings[0].status.event("Stopping: unfinished prompts go back to the relay.")
             for listening in listenings:
+                listening.server._stopping = True      # seen by one that is only beginning
                 listening.stop()
-            ended.wait(2 * CANCEL_SECONDS)
+    with signals_call(stop):
+        left = 2 * CANCEL_SECONDS / SLICE_SECONDS      # slices to wait after a signal
+        try:
+            threading.Thread(target=run, daemon=True).start()
+            while not ended and left > 0 and len(stops) < 2:
+                awake.acquire(timeout=SLICE_SECONDS)
+                left -= bool(stops)
+        except (KeyboardInterrupt, SystemExit) as why:     # by a handler of the program's own
+            stop()
+            if not ended:
+                awake.acquire(timeout=2 * CANCEL_SECONDS)
             if isinstance(why, SystemExit):
                 raise
     for error in errors:
         raise error
 
 
+async def run_all(listenings, errors):
+    """Run them until all have ended; when one ends, so do the others. Adds to errors."""
+    import asyncio
+    tasks = [asyncio.ensure_future(listening.run()) for listening in listenings]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    for listening in listenings:
+        listening.stop()
+    errors.extend(filter(None, await asyncio.gather(*tasks, return_exceptions=True)))
+
+
 @contextlib.contextmanager
-def terminated_as_interrupted():
-    """Let SIGTERM, a service manager's stop, be as Ctrl-C, unless the program has its own
-    way with it."""
+def signals_call(stop):
+    """Let Ctrl-C, and SIGTERM of a service manager, call stop(), unless the program has its
+    own way with them. (Python's way, an exception, may come amid any code, and twice.)"""
     import signal
+    before = {}
     try:
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            raise ValueError
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:                         # or this is not the main thread
-        yield
-        return
+        for number in (getattr(signal, name, signal.SIGTERM)
+                       for name in ("SIGINT", "SIGTERM", "SIGHUP")):
+            handler = signal.getsignal(number)
+            if handler in (signal.default_int_handler, end_by_signal) or (
+                    number == signal.SIGTERM and handler == signal.SIG_DFL):
+                before[number] = signal.signal(number, lambda *_: stop())
+    except ValueError:
+        pass                                   # this is not the main thread
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parse_hours(text):
@@ -4023,7 +4111,7 @@ class Answer:
 
     def __init__(self, quiet=False):
         self.text, self.finish_reason, self.stats = "", "", {}
-        self._quiet, self._line = quiet, Line()
+        self._quiet, self._line, self._told = quiet, Line(), False
 
     def show(self, client, messages, fields):
         """Ask, and print the answer as it comes. Raises NeuroengineError."""
@@ -4046,6 +4134,8 @@ class Answer:
                 sys.stdout.flush()
         elif kind == "queue" and not self.text:
             self._line.show(queue_words(value))
+        elif kind == "retry" and not self.text:
+            self._say_retry(*value)
         elif kind == "stats":
             self.stats = value
             self.finish_reason = str(value.get("finish_reason") or self.finish_reason)
@@ -4054,11 +4144,22 @@ class Answer:
             if value.get("reasoning") and not self.text:
                 self._line.show("thinking ...")
 
+    def _say_retry(self, error, seconds):
+        """Say why nothing comes: on a terminal in the last line, elsewhere once."""
+        words = "%s; trying again in %d s" % (first_sentence(error.said).rstrip("."),
+                                              math.ceil(seconds))
+        self._line.show(words + " ...")
+        if seconds >= TOLD_PAUSE_SECONDS and not is_terminal(sys.stderr) and not self._told:
+            print(printable(words) + ".", file=sys.stderr, flush=True)
+            self._told = True
+
 
 def queue_words(queue):
     """What a record says about the queue, in words."""
     if not isinstance(queue, dict):
         return "waiting ..."
+    if queue.get("connected") is False:
+        return "waiting for a provider ..."
     words = "position %s of %s in the queue" % (queue.get("position"), queue.get("waiting"))
     eta = queue.get("eta_s")
     return words + (", about %s" % span_words(eta) if isinstance(eta, (int, float)) else "")
@@ -4687,7 +4788,7 @@ def patiently(status, action):
             if error.name != "no_connection" and error.name not in RETRIED:
                 raise
             if not failures:
-                status.event(in_options(error))
+                status.event(in_options(error) + " Trying again until it succeeds.")
             time.sleep(pause_before(failures, error.retry_after))
             failures += 1
 
@@ -5016,19 +5117,21 @@ def run(argv):
         return 130
 
 
+def end_by_signal(number, frame):
+    """A signal's handler: end the program by an exception."""
+    raise SystemExit(128 + number)
+
+
 @contextlib.contextmanager
 def signals_that_end():
     """Let SIGTERM, and SIGHUP of a closed terminal, end the program by an exception, which
     stops the answer under way. A signal that is ignored or handled stays so."""
     import signal
-
-    def end(number, frame):
-        raise SystemExit(128 + number)
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL
                and threading.current_thread() is threading.main_thread()]
     for number in numbers:
-        signal.signal(number, end)
+        signal.signal(number, end_by_signal)
     try:
         yield
     finally:

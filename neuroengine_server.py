@@ -715,8 +715,8 @@ class Admission:
         eta = self.eta(service, service.queue.size)
         return 10 if eta is None else min(max(math.ceil(eta), 1), 120)
 
-    def offline(self, service):
-        """The error of a service without a provider."""
+    def offline(self, service, waited=False):
+        """The error of a service without a provider. waited: the job has waited for one."""
         # A provider that has just left may be restarting. Whether to wait for any other is
         # a person's decision: OpenAI's clients would wait Retry-After out twice, silently.
         just_gone = service.last_seen is not None and \
@@ -725,7 +725,7 @@ class Admission:
             "%Y-%m-%d %H:%M", time.gmtime(service.last_seen))
         return RelayError("service_offline", "No provider of %s is connected%s. Try again "
                           "later, or send \"wait\": true to queue." % (service.name, since),
-                          retry_after=5 if just_gone else 30, retry=just_gone)
+                          retry_after=5 if just_gone else 30, retry=just_gone and not waited)
 
     def memory_full(self):
         """The error when no more bytes can be held."""
@@ -987,13 +987,15 @@ class Jobs:
             reader.behind = False
 
     def queue_position(self, job):
-        """Where a queued job stands: position, waiting, eta_s; None if it is not queued."""
+        """Where a queued job stands: position, waiting, eta_s, and whether a provider is
+        connected; None if it is not queued."""
         with self._lock:
             if job.state != "queued":
                 return None
             position = job.service.queue.position(job)
             return {"position": position, "waiting": job.service.queue.size,
-                    "eta_s": self._admission.eta(job.service, position)}
+                    "eta_s": self._admission.eta(job.service, position),
+                    "connected": bool(job.service.sessions)}
 
     def eta(self, service):
         """Seconds until a prompt submitted now would be answered; None: unknown."""
@@ -1726,7 +1728,7 @@ class Broker(Jobs):
             if job.seen:
                 self._end_locked(job, "failed", self._lost_midway(service))
             elif not service.sessions and not job.wait:
-                self._end_locked(job, "failed", self._admission.offline(service))
+                self._end_locked(job, "failed", self._admission.offline(service, waited=True))
 
 
 def json_size(items):

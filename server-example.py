@@ -11,6 +11,7 @@ NEUROENGINE_SERVER, a host name or a URL, is the relay.
 import os
 import sys
 
+from neuroengine import NeuroengineError
 from neuroengine import NeuroengineServer
 
 service = "MYGPT"                      # your service's name
@@ -35,4 +36,7 @@ if server.login(service, service_key) < 0:
     print("Cannot log in:", server.error)
     sys.exit(1)
 print("Logged in! Sharing %s; Ctrl-C stops." % service, flush=True)
-server.listen(answer)
+try:
+    server.listen(answer)
+except NeuroengineError as error:      # the key was replaced, or the service deleted
+    sys.exit("Stopped sharing: %s" % error)

@@ -1405,7 +1405,7 @@ def test_the_estimate_comes_from_measured_times(desk):
     desk.poll(session)
     desk.submit(), desk.submit()
     place = desk.broker.queue_position(desk.submit().job)
-    assert place == {"position": 3, "waiting": 3, "eta_s": 12.0}
+    assert place == {"position": 3, "waiting": 3, "eta_s": 12.0, "connected": True}
 
 
 ##############################################################################
@@ -2010,7 +2010,8 @@ def test_a_queued_stream_gets_its_queue_position(relay, hand):
         with contextlib.closing(sent(relay, "/" + hand.name, {
                 "message": "y", "stream": True})) as sock:
             records = records_of(sock)
-            assert next(records)["queue"] == {"position": 1, "waiting": 1, "eta_s": None}
+            assert next(records)["queue"] == {"position": 1, "waiting": 1, "eta_s": None,
+                                              "connected": True}
             hand.reply({"job": hand.running[0][0], "attempt": 1}, ["x"], done=True)
             assert next(record for record in records if record) == {"queue": None}
 
@@ -4371,7 +4372,7 @@ def test_request_never_raises_and_stream_and_getmodels_do():
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
         api = Neuroengine("x", "http://127.0.0.1:%d" % sock.getsockname()[1])
-        assert "Connection error" in api.request("hi", tries=1)
+        assert "No relay runs at http://127.0.0.1" in api.request("hi", tries=1)
         for call in (lambda: list(api.stream("hi", tries=1)), api.getModels):
             with pytest.raises(NeuroengineError) as failed:
                 call()
@@ -4503,6 +4504,19 @@ def test_a_prompt_that_lost_its_providers_twice_is_not_sent_again(answering, mon
             else:
                 assert api.request("hi").error == "provider_lost"
             assert len(server.prompts()) == times
+
+
+def test_a_service_whose_provider_has_just_left_is_asked_once_more(answering, monkeypatch):
+    monkeypatch.setattr(neuroengine.Call, "pause", lambda *_: None)
+    gone = {"reply": "No provider of x is connected. Send it.", "errorcode": 41,
+            "error": "service_offline", "retry": True}
+    server, told = answering(http_answer(gone, 503, Retry_After=5)), []
+    api = Neuroengine("x", server.url)
+    with pytest.raises(NeuroengineError):
+        for kind, value in api._events("hi", {}):
+            told.append((kind, value[0].name, value[1] > 5))
+    assert told == [("retry", "service_offline", True)] and len(server.prompts()) == 2
+    assert api.request("hi").error == "service_offline" and len(server.prompts()) == 4
 
 
 def test_heartbeats_and_queue_news_do_not_renew_the_tries(answering, monkeypatch):
@@ -4839,6 +4853,60 @@ def test_at_closing_time_running_jobs_are_finished_and_no_more_are_taken(
     (" host \r\n", 443, "https://host:443"), ("http://host/v1/", 443, "http://host")])
 def test_an_address_is_a_host_name_or_a_url(address, port, url):
     assert neuroengine.relay_url(address, port) == url
+
+
+@pytest.mark.parametrize("address", [
+    "http://", "htp://x", "http//localhost", "localhost:port", "http://localhost:8000:8000",
+    "http://local host", "http://localhost:230000", "http://host:0", "http://host:", "",
+    "http://x?y"])
+def test_what_is_no_address_is_an_error_in_words(address):
+    reply = Neuroengine("x", address).request("hi")
+    assert "is not an address of a relay: write http://HOST:PORT" in reply
+
+
+def test_the_services_name_in_the_address_is_told_from_a_proxys_path(relay, hand):
+    api = Neuroengine(hand.name, "%s/%s" % (relay.url, hand.name))
+    words = "has a path, /%s, where the relay has nothing. Write %s:" % (hand.name, relay.url)
+    assert words in api.request("hi")
+    with pytest.raises(NeuroengineError, match=words):
+        next(api.stream("hi"))
+    server = NeuroengineServer(api._transport.base)
+    assert server.login(hand.name, hand.key) < 0 and words in server.error
+
+
+@pytest.mark.parametrize("url, error, words", [
+    ("http://localhost:8000", ConnectionRefusedError(111, "Connection refused"),
+     "No relay runs at http://localhost:8000 (connection refused). Start one there with: "
+     "python3 neuroengine_server.py --port 8000"),
+    ("https://relay.example", ConnectionRefusedError(111, "Connection refused"),
+     "No relay runs at https://relay.example (connection refused). Are the address and the "
+     "port right?"),
+    ("https://relay.example", socket.gaierror(-2, "Name or service not known"),
+     "The host relay.example was not found (Name or service not known). Is the relay's address "
+     "right?")])
+def test_a_relay_that_is_not_there_is_told_by_what_is_known_of_it(url, error, words, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    error = neuroengine.no_connection(url, error)
+    for interface in (neuroengine.PYTHON, neuroengine.COMMAND_LINE):
+        assert neuroengine.advise(error, interface).message == words
+    assert error.name == "no_connection"
+
+
+def test_an_error_of_the_default_relay_says_that_it_is_the_default(monkeypatch):
+    monkeypatch.delenv("NEUROENGINE_SERVER", raising=False)
+    error = NeuroengineError(40, "There is no service x here.", "service_unknown")
+    names = {"service": "x", "relay": "https://api.neuroengine.ai:443"}
+    words = "NEUROENGINE_SERVER is not set, so this was the default relay"
+    assert words in neuroengine.advise(error, neuroengine.PYTHON, **names).message
+    monkeypatch.setenv("NEUROENGINE_SERVER", "api.neuroengine.ai")
+    assert words not in neuroengine.advise(error, neuroengine.PYTHON, **names).message
+
+
+def test_a_key_in_the_place_of_a_name_is_never_shown(relay, hand):
+    for name in (hand.key, "x " + hand.key):
+        reply = Neuroengine(name, relay.url).request("hi")
+        assert reply.errorcode and hand.key not in reply and "ne_..." in reply
 
 
 def test_the_environment_replaces_the_default_address_only(monkeypatch):
@@ -6793,9 +6861,22 @@ def test_what_others_wrote_never_commands_the_terminal(command, relay, provide):
     ({"position": 1, "waiting": 1, "eta_s": None}, "position 1 of 1 in the queue"),
     ({"position": 9, "waiting": 9, "eta_s": 7200}, "position 9 of 9 in the queue, about 2 h"),
     ({"position": 9, "waiting": 9, "eta_s": 200000}, "position 9 of 9 in the queue, about 2 days"),
+    ({"position": 1, "waiting": 1, "eta_s": None, "connected": False},
+     "waiting for a provider ..."),
     (None, "waiting ..."), ([1], "waiting ...")])
 def test_the_position_in_the_queue_is_shown_in_words(queue, words):
     assert neuroengine.queue_words(queue) == words
+
+
+def test_ask_says_that_it_waits_for_a_provider_that_has_just_left(command, relay, monkeypatch):
+    hand = Hand(relay)
+    hand.logout()
+    monkeypatch.setattr(neuroengine.Call, "pause", lambda *_: None)
+    status, said = command(relay, "ask", "--service", hand.name, "hi")
+    waiting, error = said.splitlines()
+    assert status == 1 and re.match(
+        r"No provider of %s is connected since .*; trying again in 6 s\.$" % hand.name, waiting)
+    assert error.endswith("Try again later, or add --wait to wait for a provider.")
 
 
 def test_models_tells_the_state_of_each_service(command, relay, provide, monkeypatch):
@@ -7137,6 +7218,52 @@ def test_ctrl_c_of_a_provider_hands_its_jobs_back_at_once(start, relay):
     first.says("listen returned")
     assert first.process.wait(SOON) == 0 and "Traceback" not in first.output
     second.end(signal.SIGINT)
+
+
+STUCK = """
+import asyncio, types
+import neuroengine
+class Stuck:
+    server, status = types.SimpleNamespace(), neuroengine.Status()
+    def stop(self):
+        pass
+    async def run(self):
+        print("runs", flush=True)
+        await asyncio.sleep(60)
+neuroengine.run_listenings([Stuck()])
+print("returned")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_second_signal_ends_a_provider_at_once_and_quietly(start):
+    for second in (signal.SIGINT, signal.SIGTERM):
+        program = start("-c", STUCK)
+        program.says("runs")
+        program.process.send_signal(signal.SIGINT)
+        program.says("Stopping")
+        program.process.send_signal(second)
+        program.says("returned")
+        assert program.process.wait(SOON) == 0 and "Traceback" not in program.output
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_provider_of_a_deleted_service_ends_in_words(start, relay):
+    hand = Hand(relay)
+    provider = start("server-example.py", hand.name, hand.key, NEUROENGINE_SERVER=relay.url)
+    provider.says("Logged in")
+    ask(relay, "/api/services/" + hand.name, method="DELETE", Authorization="Bearer " + hand.key)
+    provider.says("Stopped sharing: There is no service %s at %s" % (hand.name, relay.url))
+    assert provider.process.wait(SOON) == 1 and "Traceback" not in provider.output
+
+
+def test_listen_after_a_login_that_failed_says_why_in_a_short_traceback(relay, hand):
+    server = NeuroengineServer(relay.url)
+    server.login(hand.name, "wrong")
+    with pytest.raises(NeuroengineError, match="This is not the service key of .* Pass login") as (
+            failed):
+        server.listen(count_to(1))
+    assert len(failed.traceback) == 2 and failed.value.__suppress_context__
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
@@ -10682,9 +10809,12 @@ def paste(tmp_path):
 
 
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
+    """A port that stays free: below those that the system gives to others meanwhile."""
+    while True:
+        port = random.randrange(10000, 30000)
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(("", port))
+            return port
 
 
 def blocks(name, language):
