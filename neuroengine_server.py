@@ -3746,12 +3746,11 @@ class Threads:
 MAX_DEPTH = 100              # of nested JSON
 # Parsing holds the interpreter lock, so all other threads wait: these bounds keep a body
 # under about 50 ms, measured at 200 ns a number or object and 20 ns an escape.
-MAX_BRACKETS = 200000        # objects and lists in one body: each takes 60 to 300 bytes
-MAX_COMMAS = 250000          # outside of texts
-MAX_QUOTES = 400000          # that begin or end a text
+MAX_BRACKETS = 100000        # objects and lists in one body: each takes 60 to 300 bytes
+MAX_COMMAS = 150000          # outside of texts; a prompt may be 128,000 numbers of tokens
+MAX_QUOTES = 200000          # that begin or end a text
 MAX_ESCAPES = 2000000        # backslashes
-MAX_DIGITS = 640             # of a whole number, whose conversion takes quadratic time; no
-                             # Python can be told a smaller bound (set_int_max_str_digits)
+MAX_DIGITS = 100             # of a whole number, whose conversion takes quadratic time
 LENGTH_FIELDS = ("max_new_len", "max_tokens", "max_completion_tokens", "max_output_tokens",
                  "n_predict", "num_predict", "max_length", "max_new_tokens",
                  "max_tokens_to_sample")
@@ -3814,29 +3813,23 @@ def short_int(text):
     return int(text) if len(text) <= MAX_DIGITS else refuse_constant("So long a number")
 
 
-def bound_digits():
-    """Let Python itself refuse long numbers, faster than short_int, where it can."""
-    if hasattr(sys, "set_int_max_str_digits"):
-        sys.set_int_max_str_digits(MAX_DIGITS)
-
-
-decode_json = json.JSONDecoder(
-    parse_constant=refuse_constant, parse_float=finite,
-    parse_int=int if hasattr(sys, "set_int_max_str_digits") else short_int).decode
+# A thread may lose its turn in a function of Python's, but not between numbers in C.
+decode_json = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite,
+                               parse_int=short_int).decode
 
 
 def check_counts(body):
     """Raise RelayError if parsing this JSON would take too long."""
-    escapes, commas = body.count(b"\\"), body.count(b",")
-    quotes = body.count(b'"') - (body.count(b'\\"') if escapes else 0)
-    if commas > MAX_COMMAS and escapes <= MAX_ESCAPES:
-        commas = outside_texts(body).count(b",")
-    for what, count, most in (
-            ("backslashes", escapes, MAX_ESCAPES), ("quotes", quotes, MAX_QUOTES),
-            ("commas", commas, MAX_COMMAS),
-            ("objects and lists", body.count(b"{") + body.count(b"["), MAX_BRACKETS)):
+    def check(what, count, most):
         if count > most:
             raise RelayError("invalid_json", "The body has more than %d %s." % (most, what))
+
+    escapes = body.count(b"\\")
+    check("backslashes", escapes, MAX_ESCAPES)
+    check("quotes", body.count(b'"') - (body.count(b'\\"') if escapes else 0), MAX_QUOTES)
+    check("objects and lists", body.count(b"{") + body.count(b"["), MAX_BRACKETS)
+    if body.count(b",") > MAX_COMMAS:      # last: with more quotes this would take long
+        check("commas", outside_texts(body).count(b","), MAX_COMMAS)
 
 
 def parse_json(body):
@@ -5910,7 +5903,6 @@ class Relay(ThreadingHTTPServer):
         limits = self.limits
         self.registrations, self.wrong_keys, self.changes = Rates(), Rates(), Rates()
         self.megabytes = Rates()               # of large bodies
-        bound_digits()
         each = limits.max_connections_per_address
         self.connections = Room("connections", limits.max_connections, hard=each)
         self.proxied = Room("connections", 10**9, hard=each)     # behind a proxy's

@@ -3390,7 +3390,8 @@ def test_a_key_that_was_changed_while_a_body_was_on_its_way_is_refused(relay, ha
 
 
 @pytest.mark.parametrize("body", [
-    b'{"a":' + b"9" * 5000 + b"}", b'["' + b'","' * 500000 + b'"]', b"[" + b"1," * 1000001])
+    b'{"a":' + b"9" * 101 + b"}", b'["' + b'","' * 500000 + b'"]', b"[" + b"1," * 1000001,
+    b'{"a":[' + b"[]," * 100001 + b"1]}", b'{"a":"' + b"\\n" * 2000001 + b'"}'])
 def test_json_that_would_block_other_threads_is_refused(relay, body):
     with pytest.raises(RelayError) as refused:
         neuroengine_server.parse_json(body)
@@ -5134,6 +5135,18 @@ def test_outbox_sends_a_long_outage_in_pieces(monkeypatch):
         got += entries[0]["items"]
         outbox.settle(taken, sent=True)
     assert got == ["abc"] * 30
+
+
+@pytest.mark.parametrize("item", ["a", {"r": ""}, {"tool_calls": [{}]}])
+def test_a_full_batch_of_the_smallest_items_is_within_the_relays_bounds(item):
+    outbox = neuroengine.Outbox()
+    work = neuroengine.Work("j", 1, 0, {})
+    outbox.add(work)
+    for _ in range(2 * neuroengine.MAX_BATCH_BYTES // (len(json.dumps(item)) + 1)):
+        outbox.put(work, item)
+    entries, _ = outbox.take()
+    body = '{"replies":[%s]}' % ",".join(entries)
+    assert len(neuroengine_server.parse_json(body.encode())["replies"][0]["items"]) > 10000
 
 
 @pytest.mark.parametrize("item", [{"reasoning": {1, 2}}, {"x": float("nan")}, {"x": b""}, {

@@ -28,6 +28,8 @@ from watch import Modest, Watcher, first_of, hold, kept_alive, part, sent
 HELD = 64 << 20          # --max-held-bytes of the parts about memory
 TOO_MUCH = 3000 * MB     # a relay beyond this is killed, or it would take the machine down
 TRUST = ("--trusted-proxy", "127.0.0.1")
+# The modest client speaks as such a proxy, so its prompts are counted; they are many.
+MANY_PROMPTS = ("--max-prompts-per-minute", 10**6, "--max-anonymous-per-day", 10**6)
 CHAT = "/v1/chat/completions"
 
 
@@ -404,7 +406,7 @@ def whole_response(sock, statuses):
 @part("hostile-requests")
 def hostile_requests(siege, figures):
     """A list of the worst requests, each on three connections: others' p99 under 100 ms."""
-    with Relay(siege, *TRUST) as relay:
+    with Relay(siege, *TRUST, *MANY_PROMPTS) as relay:
         world = World(relay)
         with Modest(relay, every=0.02) as quiet:
             time.sleep(3)
@@ -417,7 +419,7 @@ def hostile_requests(siege, figures):
 @part("hostile-directory")
 def hostile_directory(siege, figures):
     """The directory of 10,000 services, asked for on three connections."""
-    with Relay(siege, *TRUST, "--max-registrations-per-hour", 20000,
+    with Relay(siege, *TRUST, *MANY_PROMPTS, "--max-registrations-per-hour", 20000,
                "--max-changes-per-minute", 100000) as relay:
         at_once(lambda n: relay.register("Service%d" % n), range(9_990), 4)
         for method, path in (("GET", "/api/models"), ("HEAD", "/api/models"),
