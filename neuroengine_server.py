@@ -58,6 +58,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -350,6 +351,10 @@ class Job:
                 self.id, self.state, state))
         self.state = state
 
+    def answer_bytes(self):
+        """What its items take; with its whole answer, if that is kept encoded."""
+        return self.size - JOB_BYTES - len(self.payload)
+
     def readable(self):
         """Whether its items may be shown: not while it may be generated anew."""
         return self.state != "queued" or self.seen > 0
@@ -403,7 +408,7 @@ class Queue:
         self._returned = []           # jobs that a provider gave back go first, by number
         self._first = deque()         # then those of the operator, and urgent ones
         self._turns = OrderedDict()   # then caller -> deque of jobs; callers take turns
-        self._counts = Counter()      # caller, None for the operator -> jobs
+        self._counts = {}             # caller, None for the operator -> how many jobs
         self._positions = None        # Job -> queue position, until something changes
         self.size = 0                 # of all together
 
@@ -413,15 +418,15 @@ class Queue:
 
     def count(self, caller, by_operator):
         """How many jobs of one caller, or of the operator, wait."""
-        return self._counts[None if by_operator else caller]
+        return self._counts.get(None if by_operator else caller, 0)
 
     def _count(self, job, change):
         self.size += change
         self._positions = None
         caller = None if job.by_operator else job.caller
-        self._counts[caller] += change
-        if not self._counts[caller]:
-            del self._counts[caller]
+        count = self._counts.pop(caller, 0) + change
+        if count:
+            self._counts[caller] = count
 
     def add(self, job):
         """Put a job where it belongs."""
@@ -439,15 +444,13 @@ class Queue:
         return self._turns.setdefault(job.caller, deque())
 
     def remove(self, job):
-        """Take out this very job."""
+        """Take out this very job; return the line where it stood."""
         self._count(job, -1)
-        if job.returned:
-            self._returned.remove(job)
-            return
-        line = self._line_of(job)
+        line = self._returned if job.returned else self._line_of(job)
         line.remove(job)
-        if not line and line is not self._first:
+        if not line and line is self._turns.get(job.caller):
             del self._turns[job.caller]
+        return line
 
     def largest(self, group_of):
         """Return (how many jobs wait, by group of callers; the newest of the largest). The
@@ -465,16 +468,16 @@ class Queue:
     def take(self, session):
         """Take out the job that this session should have next; None if there is none. A
         caller whose next job this session cannot answer is passed over."""
-        lines = itertools.chain(
-            self._returned, itertools.islice(self._first, 1),
-            (line[0] for line in self._turns.values()))
-        job = next(filter(session.may_take, lines), None)
-        if job is not None:
-            if job.caller in self._turns and not job.returned and job is (
-                    self._turns[job.caller][0]):
-                self._turns.move_to_end(job.caller)   # the next caller's turn
-            self.remove(job)
-        return job
+        if not self.size:
+            return None
+        for job in itertools.chain(self._returned, itertools.islice(self._first, 1),
+                                   (line[0] for line in self._turns.values())):
+            if session.may_take(job):
+                line = self.remove(job)
+                if line is self._turns.get(job.caller):
+                    self._turns.move_to_end(job.caller)   # the next caller's turn
+                return job
+        return None
 
     def position(self, job):
         """The job's rank among those that wait; 1 is next."""
@@ -510,7 +513,7 @@ class Lease:
     MOVES = {
         "offered": ("handed_out", "confirmed", "ended"),
         "handed_out": ("offered", "confirmed", "cancelled", "ended"),
-        "confirmed": ("confirmed", "offered", "handed_out", "cancelled", "ended"),
+        "confirmed": ("offered", "handed_out", "cancelled", "ended"),
         "cancelled": ("cancelled", "ended"),
         "ended": (),
     }
@@ -539,6 +542,13 @@ class Lease:
             self.session.outbox.pop(self, None)
         if state == "ended":
             del self.session.leases[self.pair]
+
+    def confirm(self, now):
+        """The provider named it, or pushed items for it."""
+        if self.state == "confirmed":          # as with all items but the first
+            self.since = now
+        else:
+            self.move("confirmed", now)
 
     def stop(self, now):
         """The provider must not go on: tell it, unless this lease was never sent."""
@@ -691,7 +701,7 @@ class Admission:
 
     def charge(self, job):
         """Count an accepted job."""
-        self.memory.hold(job, JOB_BYTES + len(job.payload))
+        self.memory.add(job, JOB_BYTES + len(job.payload))
         access = job.access
         if access is not None:
             access.requests += job.cost
@@ -753,7 +763,9 @@ class DeliveryLock:
     def __enter__(self):
         self.lock.acquire()
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
+        if not self.deliveries:
+            return self.lock.release()
         deliveries, self.deliveries = self.deliveries, []
         self.lock.release()
         for deliver in deliveries:
@@ -1481,7 +1493,7 @@ class Broker(Jobs):
         for pair in running:
             lease = session.leases.get(pair) or self._continue_locked(session, pair)
             if lease is not None and lease.state != "cancelled":
-                lease.move("confirmed", now)
+                lease.confirm(now)
             elif lease is not None:
                 # Say it again only if the response that said it may have been lost.
                 if now - lease.since >= self.limits.handover_seconds / 2:
@@ -1534,9 +1546,10 @@ class Broker(Jobs):
                 lease.move("ended", now)
             # Fenced off: this lease is not, or no longer, the session's.
             return {"job": pair[0], "error": "fenced"}
-        lease.move("confirmed", now)
         job, items = lease.job, entry.get("items", ())
         have = len(job.items)
+        if not ending or at > have:
+            lease.confirm(now)
         if entry.get("raw") and job.needs is None:
             error = ending = RelayError("provider_error", "The provider answered a prompt "
                                         "for text with something else.")
@@ -1777,20 +1790,21 @@ LARGE_PER_MINUTE = 300           # MiB in bodies of a MiB or more, per address
 class Exchange:
     """One request and its response. One thread runs it until it has ended."""
 
+    head = None                        # of the request, once it was read
+    api = "native"                     # whose form errors take, see ERROR_FORMS
+    local = False                      # whether the request comes from this machine
+    trusted = False                    # whether it came with the service's key
+    keep_alive, body_read = False, True
+    started = False                    # whether a part of the response was made
+    slot = None                        # of the Room for waiting prompts
+    fingerprint = None                 # the SHA-256 of the body
+    large = False                      # whether it holds relay.large_bodies
+
     def __init__(self, relay, connection):
         self.relay, self.connection = relay, connection
         self.broker, self.limits = relay.broker, relay.limits
         self.id = next(REQUEST_IDS)
-        self.head = None                   # of the request, once it was read
-        self.api = "native"                # whose form errors take, see ERROR_FORMS
         self.address = connection.address  # whose limits count; a proxy's client's
-        self.local = False                 # whether the request comes from this machine
-        self.trusted = False               # whether it came with the service's key
-        self.keep_alive, self.body_read = False, True
-        self.started = False               # whether a part of the response was made
-        self.slot = None                   # of the Room for waiting prompts
-        self.fingerprint = None            # the SHA-256 of the body
-        self.large = False                 # whether it holds relay.large_bodies
         self.began = self.broker.now()
 
     def run(self):
@@ -1831,22 +1845,21 @@ class Exchange:
                              printable("/" + "/".join(head.path)))
         self.api = route.api
         self.relay.count("requests", route.api)
-        method = "GET" if head.method == "HEAD" else head.method
-        if method == "OPTIONS":
+        handler = route.handlers.get("GET" if head.method == "HEAD" else head.method)
+        if handler is None and head.method == "OPTIONS":
             return answer_options(self, route)
-        handler = route.handlers.get(method)
         if handler is None:
             raise RelayError("method_not_allowed", "There is no %s here, only %s." % (
-                printable(method, 20), route.allow), allow=route.allow)
+                printable(head.method, 20), route.allow), allow=route.allow)
         if route.api == "operator":
-            self._check_manager(method)
+            self._check_manager(head.method)
         globals()[handler](self, *arguments)
 
     def _check_manager(self, method):
         """Raise RelayError if this may not manage services now."""
         if self.head.fields.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise RelayError("forbidden", "A page of another site may not do this.")
-        if method != "GET":
+        if method not in ("GET", "HEAD"):
             self.charge_change()
 
     def charge_change(self):
@@ -2161,7 +2174,7 @@ class WholeOutlet(Outlet):
         encoded = self.job.encoded
         if encoded is not None and encoded[0] == self.encoder.name:
             return 0                       # shared with another reader, and counted there
-        return size_of(self.job.items)
+        return self.job.answer_bytes()
 
     def move(self, send):
         if self.job.ended_at is None:
@@ -2200,7 +2213,7 @@ class WholeOutlet(Outlet):
         encoded = job.encoded
         if encoded is not None and encoded[0] == encoder.name:
             return encoded[1]
-        body = self.encoded(size_of(job.items), encoder.whole, job)
+        body = self.encoded(job.answer_bytes(), encoder.whole, job)
         if len(body) > MAX_SMALL_BODY_BYTES:
             self.broker.keep_encoded(job, encoder.name, body)
         return body
@@ -2400,26 +2413,19 @@ def cancel_native(exchange, service, request, access):
     exchange.respond(200, {"reply": "", "errorcode": 0})
 
 
-def stream_identity(exchange, service, key, access, fingerprint=None):
-    """The identity of a stream key."""
+def stream_identity(exchange, service, key, access, prompt=None):
+    """The identity of a stream key, and of the prompt if it is known."""
     name = (key,) if len(key) >= SHORT_KEY else (key, exchange.caller(access))
+    fingerprint = None if prompt is None else hashlib.sha256(to_json(prompt)).digest()
     return Identity("stream", service, *name, fingerprint=fingerprint)
 
 
 def open_stream(exchange, identity, at):
     """Return a Reader of a stream that began before. Guesses are counted."""
-    with counted_guesses(exchange):
-        return exchange.broker.open(identity, at)
-
-
-@contextlib.contextmanager
-def counted_guesses(exchange):
-    """Count a stream key that names nothing for this address."""
     try:
-        yield
-    except RelayError as error:
-        if error.name == "stream_unknown":
-            exchange.charge_guess("unknown stream keys")
+        return exchange.broker.open(identity, at)
+    except RelayError:
+        exchange.charge_guess("unknown stream keys")
         raise
 
 
@@ -2427,15 +2433,15 @@ def submit_native(exchange, service, request, by_operator, access):
     """Submit a native prompt, or find the job it already is; return a Reader."""
     key, at, caller = request.get("key"), request.get("at"), exchange.caller(access)
     prompt = request.get("message", request.get("messages"))
-    if prompt is None and key:
-        return open_stream(exchange, stream_identity(exchange, service, key, access), at)
+    if key and (prompt is None or at):     # it names a stream that must be there
+        identity = stream_identity(exchange, service, key, access, prompt)
+        return open_stream(exchange, identity, at)
     if prompt is None:
         raise RelayError("invalid_request", "message is missing: the prompt, a text.",
                          param="message")
     repeat = exchange.head.fields.get("idempotency-key")
     if key:
-        identity = stream_identity(exchange, service, key, access,
-                                   hashlib.sha256(to_json(prompt)).digest())
+        identity = stream_identity(exchange, service, key, access, prompt)
     elif repeat:
         identity, at = repeat_identity(exchange, service, caller, repeat), 0
     else:
@@ -2448,11 +2454,10 @@ def submit_native(exchange, service, request, by_operator, access):
                        if field not in NOT_FOR_PROVIDERS})
     request.clear()
     exchange.release_large_body()
-    with counted_guesses(exchange):
-        return exchange.broker.submit(
-            service, payload, caller=caller, identity=identity, at=at, wait=wait,
-            by_operator=by_operator, access=access, rated=not exchange.local,
-            holder=exchange.address)
+    return exchange.broker.submit(
+        service, payload, caller=caller, identity=identity, at=at, wait=wait,
+        by_operator=by_operator, access=access, rated=not exchange.local,
+        holder=exchange.address)
 
 
 def repeat_identity(exchange, service, caller, repeat):
@@ -2560,10 +2565,11 @@ def send_work(exchange, offers, cancels, refused=None):
 
 
 class Route:
-    """The handlers of one path, by method, and whose API it belongs to."""
+    """The handlers of one path, by method, and whose API it belongs to. arguments: what
+    they get before those from the path."""
 
-    def __init__(self, api, **handlers):
-        self.api, self.handlers = api, handlers
+    def __init__(self, api, *arguments, **handlers):
+        self.api, self.arguments, self.handlers = api, arguments, handlers
         self.allow = ", ".join(handlers)
 
 
@@ -2592,15 +2598,15 @@ ROUTES = {  # "*" stands for one segment: a service's name, a key's id
 API_ROUTES = {  # below /v1, below /{service}/v1, and without either
     "/models": Route("openai", GET="send_openai_models"),
     "/models/*": Route("openai", GET="send_openai_model"),
-    "/chat/completions": Route("openai", POST="post_chat"),
-    "/completions": Route("openai", POST="post_completions"),
-    "/embeddings": Route("openai", POST="post_embeddings"),
-    "/responses": Route("openai", POST="post_responses"),
-    "/rerank": Route("openai", POST="post_rerank"),
-    "/tokenize": Route("openai", POST="post_tokenize"),
-    "/detokenize": Route("openai", POST="post_detokenize"),
-    "/messages": Route("anthropic", POST="post_messages"),
-    "/messages/count_tokens": Route("anthropic", POST="post_count_tokens"),
+    "/chat/completions": Route("openai", "chat", POST="post_api"),
+    "/completions": Route("openai", "completions", POST="post_api"),
+    "/embeddings": Route("openai", "embeddings", POST="post_api"),
+    "/responses": Route("openai", "responses", POST="post_api"),
+    "/rerank": Route("openai", "rerank", POST="post_api"),
+    "/tokenize": Route("openai", "tokenize", POST="post_api"),
+    "/detokenize": Route("openai", "detokenize", POST="post_api"),
+    "/messages": Route("anthropic", "messages", POST="post_api"),
+    "/messages/count_tokens": Route("anthropic", "count_tokens", POST="post_api"),
 }
 ROUTES.update({base + path: route for base in ("", "/v1", "/*/v1")
                for path, route in API_ROUTES.items()})
@@ -2618,13 +2624,14 @@ def find_route(path):
         return None, ()
     route = ROUTES.get("/" + "/".join(path))
     if route is not None:
-        return route, ()
+        return route, route.arguments
     for count in (1, 2):
         for places in itertools.combinations(range(len(path)), count):
             pattern = "/" + "/".join("*" if place in places else segment
                                      for place, segment in enumerate(path))
-            if pattern in ROUTES:
-                return ROUTES[pattern], tuple(path[place] for place in places)
+            route = ROUTES.get(pattern)
+            if route is not None:
+                return route, route.arguments + tuple(path[place] for place in places)
     return None, ()
 
 
@@ -2857,30 +2864,39 @@ class Room:
         """Take a Slot of `count`. address: whose it is, None for nobody's. reserved: it may
         use the reserved tenth. always: never refused. Raises RelayError if there is no
         room, after blocking up to `wait` seconds for it."""
-        groups, lost = self._groups(address), []
-        with self._released:
-            if not always and any(self._by.get(group, 0) + count > self.hard * factor
-                                  for group, factor in groups):
-                raise self._none_left("rate_limited", "your address")
-            most = self.most if reserved or not groups else (
-                self.most - self.most // RESERVED)
-            while not always and self.taken + count > most:
-                slot = self._newest_above_share(count, groups)
-                if slot is None:
-                    break
-                self._release(slot)
-                lost.append(slot)
-            if not (always or self._released.wait_for(
-                    lambda: self.taken + count <= most, wait)):
-                raise self._none_left("relay_busy", "now")
-            slot = Slot(self, groups, count, give_way)
-            self.taken += count
-            for group, _ in groups:
-                self._by[group] += count
-                self._slots[group][slot] = True
-        for other in lost:
-            other.give_way()
-        return slot
+        groups, lost = self._groups(address), ()
+        try:
+            with self._released:
+                if not always and any([self._by.get(group, 0) + count > self.hard * factor
+                                       for group, factor in groups]):
+                    raise self._none_left("rate_limited", "your address")
+                most = self.most if reserved or not groups else (
+                    self.most - self.most // RESERVED)
+                if self.taken + count > most and not always:
+                    lost = self._make_way(count, groups, most)
+                    if not self._released.wait_for(
+                            lambda: self.taken + count <= most, wait):
+                        raise self._none_left("relay_busy", "now")
+                slot = Slot(self, groups, count, give_way)
+                self.taken += count
+                for group, _ in groups:
+                    self._by[group] += count
+                    self._slots[group][slot] = True
+                return slot
+        finally:
+            for other in lost:
+                other.give_way()
+
+    def _make_way(self, count, groups, most):
+        """Take slots away until there is room, as far as that goes; return them."""
+        lost = []
+        while self.taken + count > most:
+            slot = self._newest_above_share(count, groups)
+            if slot is None:
+                break
+            self._release(slot)
+            lost.append(slot)
+        return lost
 
     def _groups(self, address):
         """Whom to charge; nobody for what belongs to this machine."""
@@ -2932,12 +2948,16 @@ class Memory:
         self._jobs = defaultdict(dict)     # holder -> {Job: True}, in order of arrival
         self._kept = defaultdict(dict)     # holder -> {Job: True}: ended, oldest first
 
+    def add(self, job, size):
+        """Count a new job, and the bytes that it takes."""
+        self._jobs[job.holder][job] = True
+        self.hold(job, size)
+
     def hold(self, job, size):
         """Count bytes that a job takes from now on, or, below zero, no longer."""
         job.size += size
         self.held += size
         self._by[job.holder] += size
-        self._jobs[job.holder][job] = True
 
     def keep(self, job, candidate=True):
         """An ended job stays readable. candidate: it is among the first to be forgotten."""
@@ -3116,38 +3136,50 @@ def read_head(connection, limits):
     Raises PeerGone if the connection closes, RelayError if the head is malformed, too
     large, or not complete by the connection's deadline for it.
     """
-    deadline, found, skipped = connection.head_deadline(), -1, False
-    while found < 0:
-        buffer = connection.buffer
-        if buffer[:2] == b"\r\n" and not skipped:
-            skipped = True                 # RFC 9112, 2.2: one empty line is ignored
-            connection.buffer = buffer[2:]
-            continue
-        if buffer[:2] == b"\r\n" or buffer[:1] == b"\x16":
-            connection.last_head, connection.head = buffer[:256], None
-            raise RelayError("bad_http", "That is not an HTTP/1.1 request line." if
-                             buffer[:1] == b"\r" else "This port speaks plain HTTP, not TLS.")
-        found = buffer.find(b"\r\n\r\n")
-        if found > limits.max_head_bytes or found < 0 and len(buffer) > limits.max_head_bytes:
-            connection.last_head, connection.head = buffer[:256], None
-            raise RelayError("head_too_large", "The headers are larger than %d bytes."
-                             % limits.max_head_bytes)
-        if found < 0:
-            try:
-                connection.receive(deadline)
-            except socket.timeout:
-                if not connection.buffer.strip():
-                    raise PeerGone() from None
-                connection.last_head, connection.head = connection.buffer[:256], None
-                raise RelayError("request_timeout", "The headers did not come within %g s."
-                                 % limits.head_seconds) from None
-    data = connection.buffer[:found + 2]
-    connection.buffer = connection.buffer[found + 4:]
+    end = connection.buffer.find(b"\r\n\r\n")
+    if not 0 < end <= limits.max_head_bytes or connection.buffer[0] in b"\r\x16":
+        end = wait_for_head(connection, limits)
+    data = connection.buffer[:end + 2]
+    connection.buffer = connection.buffer[end + 4:]
     # A client's heads are often alike, and parsing one takes 7 % of a prompt's time.
     if connection.head is None or data != connection.last_head:
         connection.last_head, connection.head = data, None
         connection.head = parse_head(data)
     return connection.head
+
+
+def wait_for_head(connection, limits):
+    """Receive until a head is complete, and return where it ends. Raises as read_head."""
+    deadline, most, skipped = connection.head_deadline(), limits.max_head_bytes, False
+    while True:
+        buffer, error = connection.buffer, None
+        end = buffer.find(b"\r\n\r\n")
+        if buffer[:2] == b"\r\n" and not skipped:
+            connection.buffer, skipped = buffer[2:], True      # RFC 9112, 2.2
+        elif buffer[:2] == b"\r\n":
+            error = RelayError("bad_http", "That is not an HTTP/1.1 request line.")
+        elif buffer[:1] == b"\x16":
+            error = RelayError("bad_http", "This port speaks plain HTTP, not TLS.")
+        elif end > most or end < 0 and len(buffer) > most:
+            error = RelayError("head_too_large", "The headers are larger than %d bytes."
+                               % most)
+        elif end >= 0:
+            return end
+        else:
+            error = receive_more(connection, deadline, limits.head_seconds)
+        if error is not None:
+            connection.last_head, connection.head = connection.buffer[:256], None
+            raise error
+
+
+def receive_more(connection, deadline, seconds):
+    """Receive more of a head; return the error to answer with if nothing came."""
+    try:
+        connection.receive(deadline)
+    except socket.timeout:
+        if not connection.buffer.strip():
+            raise PeerGone() from None
+        return RelayError("request_timeout", "The headers did not come within %g s." % seconds)
 
 
 def read_body(connection, head, limits, most=None, count=None):
@@ -3253,6 +3285,11 @@ LINGER_BYTES = 1 << 25       # that it may still send meanwhile
 SHORT_WAIT_SECONDS = 0.25    # a thread waits for the next request; then the Lobby does
 KEPT_SECONDS = 5             # an idle thread waits for work
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)    # Windows has none
+# On Linux the kernel ends a receive after this long (a struct timeval), so that the usual one
+# needs no poll: a tenth of a prompt's time. None: sockets do not block, and are polled.
+RECEIVE_TIMEOUT = None
+if sys.platform == "linux" and sys.maxsize > 1 << 32:
+    RECEIVE_TIMEOUT = struct.pack("@ll", 0, int(SHORT_WAIT_SECONDS * 1e6))
 
 
 class Tls:
@@ -3317,14 +3354,16 @@ class Tls:
 class Connection:
     """Bytes in and out of one socket, each wait under a deadline.
 
-    One thread reads and one writes at a time; they need not be the same. The socket never
-    blocks; where a method may wait, its docstring says so.
+    One thread reads and one writes at a time; they need not be the same. Where a method may
+    wait, its docstring says so.
     """
 
     def __init__(self, sock, limits, tls_context=None):
         """tls_context: an ssl.SSLContext, if the peer is to speak TLS."""
         self.sock, self._limits = sock, limits
-        sock.setblocking(False)
+        sock.setblocking(RECEIVE_TIMEOUT is not None)
+        if RECEIVE_TIMEOUT is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, RECEIVE_TIMEOUT)
         self.tls = Tls(tls_context) if tls_context else None
         self.secured = self.tls is None    # whether the handshake, if any, is done
         self.buffer = b""                  # what has come and was not read
@@ -3351,10 +3390,11 @@ class Connection:
 
     def _receive_some(self, deadline):
         """Return what comes, as it comes. Raises PeerGone, socket.timeout."""
+        # With TLS less, because OpenSSL keeps the memory that it once used.
+        most, flags = 65536 if self.tls is None else 16384, 0 if deadline else MSG_DONTWAIT
         while True:
             try:
-                # With TLS less, because OpenSSL keeps the memory that it once used.
-                data = self.sock.recv(65536 if self.tls is None else 16384)
+                data = self.sock.recv(most, flags)
             except (BlockingIOError, InterruptedError):
                 self._wait(selectors.EVENT_READ, deadline)
                 continue
@@ -3381,8 +3421,6 @@ class Connection:
         PeerGone."""
         deadline = time.monotonic() + seconds
         try:
-            # The next request is hardly ever there: ask first, in place of a failed recv.
-            self._wait(selectors.EVENT_READ, deadline)
             self.receive(deadline)
             return True
         except socket.timeout:
@@ -3465,7 +3503,7 @@ class Connection:
         deadline = None
         while data:
             try:
-                sent = self.sock.send(data)
+                sent = self.sock.send(data, MSG_DONTWAIT)
                 if sent == len(data):
                     return
                 data = memoryview(data)[sent:]
@@ -3480,7 +3518,7 @@ class Connection:
         if self.tls is not None:
             data = self.tls.encrypt(data)
         try:
-            sent = self.sock.send(data)
+            sent = self.sock.send(data, MSG_DONTWAIT)
         except OSError:                    # full; or broken, as the next write will see
             sent = 0
         self.unsent = data[sent:]
@@ -4505,55 +4543,14 @@ APIS = {  # name: (path, field for the answer's length, field of the prompt, goe
     "detokenize": Api("/detokenize", None, None, True),
 }
 MAX_COST = 128               # prompts in one request
+TEXT_FIELDS = {              # of the APIs whose prompts the relay understands: the prompt's
+    "chat": {"messages": NATIVE_FIELDS["messages"]},
+    "completions": {"prompt": NATIVE_FIELDS["message"]},
+}
 
 
-def post_chat(exchange, name=None):
-    """POST /v1/chat/completions"""
-    answer_api(exchange, "chat", name)
-
-
-def post_completions(exchange, name=None):
-    """POST /v1/completions"""
-    answer_api(exchange, "completions", name)
-
-
-def post_embeddings(exchange, name=None):
-    """POST /v1/embeddings"""
-    answer_api(exchange, "embeddings", name)
-
-
-def post_responses(exchange, name=None):
-    """POST /v1/responses"""
-    answer_api(exchange, "responses", name)
-
-
-def post_rerank(exchange, name=None):
-    """POST /v1/rerank"""
-    answer_api(exchange, "rerank", name)
-
-
-def post_tokenize(exchange, name=None):
-    """POST /tokenize"""
-    answer_api(exchange, "tokenize", name)
-
-
-def post_detokenize(exchange, name=None):
-    """POST /detokenize"""
-    answer_api(exchange, "detokenize", name)
-
-
-def post_messages(exchange, name=None):
-    """POST /v1/messages"""
-    answer_api(exchange, "messages", name)
-
-
-def post_count_tokens(exchange, name=None):
-    """POST /v1/messages/count_tokens"""
-    answer_api(exchange, "count_tokens", name)
-
-
-def answer_api(exchange, api, name):
-    """Answer a request of one of APIS. name: the service, if the path has it."""
+def post_api(exchange, api, name=None):
+    """POST /v1/...: a request of one of APIS. name: the service, if the path has it."""
     request = exchange.read_object()
     model = request.get("model") if name is None else name
     if not isinstance(model, str):
@@ -4590,26 +4587,23 @@ def find_model(exchange, name):
 
 def is_opaque(api, request):
     """Whether a request needs more than text items can say."""
-    if api not in ("chat", "completions"):
+    if api not in TEXT_FIELDS:
         return api != "embeddings"
-    prompt = request.get("prompt")
-    if api == "completions" and isinstance(prompt, list) and len(prompt) == 1 \
-            and isinstance(prompt[0], str):
+    prompt = request.get("prompt") if api == "completions" else None
+    if type(prompt) is list and len(prompt) == 1 and type(prompt[0]) is str:
         prompt = request["prompt"] = prompt[0]
-    logprobs = request.get("logprobs")
-    return bool(request.get("n", 1) > 1 or request.get("best_of", 1) > 1
-                or logprobs or logprobs == 0 and logprobs is not False
-                or request.get("echo") or api == "completions" and isinstance(prompt, list))
+    logprobs = request.get("logprobs")     # 0 is a number of alternatives
+    return type(prompt) is list or bool(
+        logprobs is not None and logprobs is not False or request.get("echo")
+        or request.get("n", 1) > 1 or request.get("best_of", 1) > 1)
 
 
 def check_api(api, service, request, opaque):
     """Raise RelayError if the request has no prompt, or no provider of the service can
     answer it."""
     field = APIS[api].prompt
-    if not opaque and api == "chat":
-        check_fields(request, {"messages": NATIVE_FIELDS["messages"]})
-    elif not opaque and api == "completions":
-        check_fields(request, {"prompt": NATIVE_FIELDS["message"]})
+    if not opaque and api in TEXT_FIELDS:
+        check_fields(request, TEXT_FIELDS[api])
     if field is not None and request.get(field) is None and not (
             api == "responses" and request.get("prompt")):
         raise RelayError("invalid_request", "%s is missing." % field, param=field)
@@ -4620,17 +4614,18 @@ def check_api(api, service, request, opaque):
         if opaque and api in ("chat", "completions"):
             what += " with n, best_of, logprobs, echo, or a prompt that is a list"
         raise RelayError("not_found", "The provider of %s has no %s." % (service.name, what))
-    if cost_of(request) > MAX_COST:
-        raise RelayError("invalid_request", "One request may have at most %d prompts."
-                         % MAX_COST, param=field)
 
 
 def cost_of(request):
-    """How many prompts a request counts as."""
-    prompt = request.get("prompt")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(
-        prompt[0], int) else 1
-    return prompts * max(request.get("n", 1), request.get("best_of", 1))
+    """How many prompts a request counts as. Raises RelayError if they are too many."""
+    prompt, cost = request.get("prompt"), 1
+    if type(prompt) is list and prompt and type(prompt[0]) is not int:
+        cost = len(prompt)
+    cost *= max(request.get("n", 1), request.get("best_of", 1))
+    if cost > MAX_COST:
+        raise RelayError("invalid_request", "One request may have at most %d prompts."
+                         % MAX_COST, param="prompt" if type(prompt) is list else "n")
+    return cost
 
 
 def submit_api(exchange, api, service, request, by_operator, access, opaque):
@@ -4680,14 +4675,13 @@ class TextEncoder:
         self.tells_queue = tells_queue or options.get("include_queue")
         self.finish_reason = self.usage = None
         self.begun, self.tokens, self.calls = False, 0, False
-        what = "chat.completion" if self.chat else "text_completion"
-        if stream and self.chat:
-            what += ".chunk"
-        # Around each piece of text stands the same: a fifth of a streamed token's cost.
+        what = b"text_completion" if not self.chat else (
+            b"chat.completion.chunk" if stream else b"chat.completion")
         self.base = b'{"id":"%s-%s","object":"%s","created":%d,"model":"%s","choices":[' % (
-            b"chatcmpl" if self.chat else b"cmpl", job.id[:24].encode("ascii"),
-            what.encode("ascii"), time.time(), model.encode("ascii"))
+            b"chatcmpl" if self.chat else b"cmpl", job.id[:24].encode("ascii"), what,
+            time.time(), model.encode("ascii"))
         if stream:
+            # Around each piece of text stands the same: a fifth of a streamed token's cost.
             self.before, self.after = self._chunk({"content": ""}).split(b'""')
 
     def headers(self, exchange, job):
