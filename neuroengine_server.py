@@ -3393,6 +3393,8 @@ class Connection:
         # With TLS less, because OpenSSL keeps the memory that it once used.
         most, flags = 65536 if self.tls is None else 16384, 0 if deadline else MSG_DONTWAIT
         while True:
+            if deadline and time.monotonic() >= deadline:      # bytes that drip do not help
+                raise socket.timeout()
             try:
                 data = self.sock.recv(most, flags)
             except (BlockingIOError, InterruptedError):
