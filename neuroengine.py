@@ -4621,6 +4621,17 @@ class Operating:
                 ", which may belong to another service"
                 if self.source == "$NEUROENGINE_KEY" else ""))
 
+    def key_path(self, word):
+        """Where an access key is changed, by its id or its label. Raises NeuroengineError."""
+        keys = self.call("GET", "/keys").get("keys") or ()
+        found = [key for key in keys if key.get("id") == word] or [
+            key for key in keys if str(key.get("label")).lower() == word.lower()]
+        if len(found) != 1:
+            raise NeuroengineError(NO_CONNECTION, "%s has %s access key %s: `keys %s` lists "
+                                   "%s." % (self.name, len(found) or "no", word, self.name,
+                                            "their IDs" if found else "them"), "no_such_key")
+        return "/keys/" + urllib.parse.quote(str(found[0].get("id")), safe="")
+
     def change(self, words, **fields):
         """Change the service, and say so."""
         self.call("PATCH", body=fields)
@@ -4654,12 +4665,12 @@ def run_register(options):
 
 def run_keys(options):
     """keys: who may use a service of one's own, and when; access keys for its guests."""
-    limits = {name: getattr(options, name) for name in KEY_LIMITS}
-    if options.days == 0:
-        raise Usage("--days must be above 0")
-    if options.add is None and (options.days or any(limits.values())):
-        raise Usage("limits are for a new key: add --add LABEL. (To change those of a key, "
-                    "make a new one and --revoke the old.)")
+    limits = limits_of(options)
+    if limits and options.add is None and options.change is None:
+        raise Usage("whose limits? Add --add LABEL for a new key, or --change KEY")
+    if options.change is not None and not limits:
+        raise Usage("--change needs limits, such as --requests-per-day 100, or "
+                    "--requests-per-day none")
     service = Operating(options)
     if options.private is not None:
         service.change("is %s now" % ("private" if options.private else "open"),
@@ -4673,23 +4684,36 @@ def run_keys(options):
         service.change("is paused now" if options.paused else "goes on now",
                        paused=options.paused)
     if options.add is not None:
-        answer = service.call("POST", "/keys", dict(
-            limits, label=options.add,
-            expires=options.days and time.time() + 86400 * options.days))
+        answer = service.call("POST", "/keys", dict(limits, label=options.add))
         print("The access key of %s, which is not shown again:\n%s\nAn invitation to the "
               "page:\n%s/%s#k=%s" % (
                   printable(options.add or answer.get("id")), answer.get("key"),
                   service.transport.base, options.name, answer.get("key")))
+    if options.change is not None:
+        key = service.call("PATCH", service.key_path(options.change), limits)
+        print("Changed: " + key_words(key))
     if options.revoke:
-        service.call("DELETE", "/keys/" + urllib.parse.quote(options.revoke, safe=""))
+        service.call("DELETE", service.key_path(options.revoke))
         print("Revoked %s." % printable(options.revoke))
     if options.drain:
         service.change("is paused now, until --resume", paused=True)
         wait_until_drained(service)
         print("Nothing waits or runs any more: its providers can be stopped now.")
     if not options.revoke and not options.drain and all(value is None for value in (
-            options.add, options.private, options.anonymous, options.paused)):
+            options.add, options.change, options.private, options.anonymous, options.paused)):
         show_keys(service)
+
+
+def limits_of(options):
+    """The limits that the options of `keys` set; None for one that is taken away."""
+    limits = {name: getattr(options, name) for name in KEY_LIMITS}
+    if options.days == 0:
+        raise Usage("--days must be above 0")
+    if options.days is not None:
+        limits["expires"] = options.days if options.days == "none" \
+            else time.time() + 86400 * options.days
+    return {name: None if limit == "none" else limit
+            for name, limit in limits.items() if limit is not None}
 
 
 def show_keys(service):
@@ -4704,14 +4728,19 @@ def show_keys(service):
     if not keys:
         print("It has no access keys; `keys %s --add LABEL` makes one." % service.name)
     for key in keys or ():
-        limits = ["%s %s" % (name.replace("_", " "), key[name])
-                  for name in KEY_LIMITS if key.get(name) is not None]
-        if isinstance(key.get("expires"), (int, float)):
-            limits.append("until " + time.strftime("%Y-%m-%d %H:%M",
-                                                   time.localtime(key["expires"])))
-        print(printable("%s  %-20s  today %s requests, %s tokens  %s" % (
-            key.get("id"), key.get("label"), key.get("requests_today"),
-            key.get("tokens_today"), ", ".join(limits))))
+        print(key_words(key))
+
+
+def key_words(key):
+    """A line about an access key: its use, and its limits."""
+    limits = ["%s %s" % (name.replace("_", " "), key[name])
+              for name in KEY_LIMITS if key.get(name) is not None]
+    if isinstance(key.get("expires"), (int, float)):
+        limits.append("until " + time.strftime("%Y-%m-%d %H:%M",
+                                               time.localtime(key["expires"])))
+    return printable("%s  %-20s  today %s requests, %s tokens  %s" % (
+        key.get("id"), key.get("label"), key.get("requests_today"),
+        key.get("tokens_today"), ", ".join(limits) or "no limits"))
 
 
 def wait_until_drained(service):
@@ -4746,6 +4775,22 @@ def run_describe(options):
     print(printable("%s\noperator: %s\ncomment: %s\nsuggestions: %s" % (
         model.get("name"), model.get("operator") or "", model.get("comment") or "",
         "; ".join(map(str, model.get("suggestions") or ()))), lines=True))
+
+
+def run_rename(options):
+    """rename: another name for a service; its key file follows."""
+    service = Operating(options)
+    old, new = (key_file(service.transport.base, name)
+                for name in (options.name, options.new_name))
+    check_can_save(new)
+    service.call("PATCH", body={"name": options.new_name})
+    if read_key(old, needed=False) == service.key:
+        save_key(new, service.key)
+        if old != new:
+            os.remove(old)
+    print("%s is called %s now. Its key, access keys and counters stay. Start its providers "
+          "again, and tell its users: programs that use the old name get an error."
+          % (options.name, options.new_name))
 
 
 def run_new_key(options):
@@ -4896,9 +4941,9 @@ def decimal(text):
     return number
 
 
-def number_or_default(text):
-    """What --anonymous takes."""
-    return text if text == "default" else whole(0)(text)
+def or_word(word, kind):
+    """A type of option: what `kind` takes, or this word."""
+    return lambda text: text if text == word else kind(text)
 
 
 def shared_options():
@@ -4962,13 +5007,15 @@ def add_share_options(share):
 
 def add_keys_options(keys):
     keys.add_argument("--add", metavar="LABEL", help="make a key, for whom LABEL says")
-    keys.add_argument("--revoke", metavar="ID", help="make a key invalid, at once")
+    keys.add_argument("--change", metavar="KEY", help="change the limits of a key, named by "
+                      "its ID or its label")
+    keys.add_argument("--revoke", metavar="KEY", help="make a key invalid, at once")
     kind = keys.add_mutually_exclusive_group()
     kind.add_argument("--private", action="store_true", default=None,
                       help="only guests may ask")
     kind.add_argument("--open", dest="private", action="store_false", default=None,
                       help="everybody may ask")
-    keys.add_argument("--anonymous", metavar="N", type=number_or_default, help="prompts a "
+    keys.add_argument("--anonymous", metavar="N", type=or_word("default", whole(0)), help="prompts a "
                       "day of each caller without a key; `default`: as the relay has it")
     pausing = keys.add_mutually_exclusive_group()
     pausing.add_argument("--pause", dest="paused", action="store_true", default=None,
@@ -4978,9 +5025,10 @@ def add_keys_options(keys):
     pausing.add_argument("--drain", action="store_true", help="pause, and wait until "
                          "nothing waits or runs, so that providers can be stopped")
     for limit, text in KEY_LIMITS.items():
-        keys.add_argument("--" + limit.replace("_", "-"), type=whole(1), metavar="N",
-                          help="with --add: " + text)
-    keys.add_argument("--days", type=decimal, metavar="N", help="with --add: it expires")
+        keys.add_argument("--" + limit.replace("_", "-"), type=or_word("none", whole(1)),
+                          metavar="N", help="with --add or --change: %s; `none`: no limit" % text)
+    keys.add_argument("--days", type=or_word("none", decimal), metavar="N",
+                      help="with --add or --change: it expires so many days from now")
 
 
 def build_parser():
@@ -4992,8 +5040,9 @@ def build_parser():
             words = re.sub(r"\Aargument (\S+): (expected one argument)?",
                            lambda m: m[1] + (" needs a value" if m[2] else " "), message)
             words = words.replace("not allowed with argument", "does not go with")
-            raise Usage(words.replace("the following arguments are required: name",
-                                      "the name of the service is missing"))
+            words = words.replace("the following arguments are required: name",
+                                  "the name of the service is missing")
+            raise Usage(re.sub(".*required: newname", "the new name is missing", words))
 
     common, guest, asking, named, owning, naming, inviting = shared_options()
     parser = Parser(
@@ -5022,6 +5071,8 @@ def build_parser():
     add_keys_options(keys)
     add("describe", parents=[common, named, owning, naming],
         help="your service: what the directory says about it")
+    rename = add("rename", parents=[common, named, owning], help="your service: another name")
+    rename.add_argument("new_name", metavar="newname", help="its new name")
     add("new-key", parents=[common, named, owning], help="your service: replace its key")
     unregister = add("unregister", parents=[common, named, owning], help="your service: delete it")
     unregister.add_argument("--yes", action="store_true", help="do not ask")
@@ -5030,7 +5081,22 @@ def build_parser():
 
 COMMANDS = {"ask": run_ask, "chat": run_chat, "models": run_models,
             "register": run_register, "share": run_share, "keys": run_keys,
-            "describe": run_describe, "new-key": run_new_key, "unregister": run_unregister}
+            "describe": run_describe, "rename": run_rename, "new-key": run_new_key,
+            "unregister": run_unregister}
+# Commands that people try, and those of the relay's own program.
+TRIED = {"list": "`models` lists the services", "ls": "`models` lists the services",
+         "status": "`models` shows the services, `keys NAME` your own",
+         "login": "`register NAME` makes a service, `share NAME` logs in",
+         "delete": "`unregister NAME` deletes a service",
+         "serve": "`share NAME` shares an LLM; neuroengine_server.py is the relay",
+         "start": "`share NAME` shares an LLM; neuroengine_server.py is the relay",
+         "version": "--version shows it"}
+# What other programs call our options.
+ELSEWHERE = {"--server": "--relay", "--url": "--relay", "--base-url": "--relay",
+             "--host": "--relay http://HOST:PORT", "--port": "--relay http://HOST:PORT",
+             "--model": "--service", "--name": "--service", "--api-key": "--key",
+             "--max-tokens": "--max-new-len", "--llm": "--upstream", "--label": "--add"}
+SERVERS = ("doctor", "reset-key", "invite", "backup", "restore")
 KEY_LIMITS = {"requests_per_day": "requests from midnight to midnight, UTC",
               "tokens_per_day": "tokens of answers in that time",
               "concurrency": "prompts at once", "max_new_len": "longest answer, in tokens"}
@@ -5051,16 +5117,27 @@ def with_command(argv):
     word = argv[at] if at < len(argv) else ""
     if word in COMMANDS:
         return [word] + argv[:at] + argv[at + 1:]
-    if word == "rename" and len(argv) > at + 1:
-        raise Usage("a service keeps its name, for it stands in its users' programs. "
-                    "`register` the new name, and `unregister` the old one later. `describe` "
-                    "changes the operator, the comment and the suggestions.")
-    import difflib
-    close = difflib.get_close_matches(word, COMMANDS, 1, 0.75)
+    if word == "help":
+        return argv[at + 1:][:1] + ["--help"]
+    if word in SERVERS and len(argv) <= at + 2:
+        raise Usage("%s belongs to the relay: neuroengine_server.py %s" % (word, word))
+    to_send = ' (To send it as a prompt: ask "%s")' % word
+    if word in TRIED:
+        raise Usage("there is no command %s: %s.%s" % (word, TRIED[word], to_send))
+    close = [name for name in COMMANDS if is_slip(word, name)]
     if close:
-        raise Usage('there is no command %s; did you mean %s? (To send it as a prompt: ask '
-                    '"%s")' % (word, close[0], word))
+        raise Usage("there is no command %s; did you mean %s?%s" % (word, close[0], to_send))
     return ["ask"] + argv
+
+
+def is_slip(word, name):
+    """Whether a word is a name with one letter wrong, missing, added or out of order."""
+    if abs(len(word) - len(name)) > 1 or word == name or len(name) < 4:
+        return False
+    at = next((i for i, (a, b) in enumerate(zip(word, name)) if a != b), min(map(len, (word, name))))
+    rest, other = word[at:], name[at:]
+    return rest[1:] == other[1:] or rest == other[1:] or rest[1:] == other \
+        or rest[:2] == other[:2][::-1] and rest[2:] == other[2:]
 
 
 def parse_options(argv):
@@ -5072,8 +5149,9 @@ def parse_options(argv):
         if word[:1] == "-" and word != "-":
             import difflib
             option = word.partition("=")[0]
-            close = difflib.get_close_matches(
-                option, parser.commands[options.command]._option_string_actions, 1, 0.6)
+            known = parser.commands[options.command]._option_string_actions
+            close = [ELSEWHERE[option]] if ELSEWHERE.get(option, "").split(" ")[0] in known \
+                else difflib.get_close_matches(option, known, 1, 0.7)
             raise Usage("unknown option %s%s" % (
                 option, "; did you mean %s?" % close[0] if close else
                 "; put -- before a prompt that begins with -" if " " in word else
@@ -5084,7 +5162,18 @@ def parse_options(argv):
         raise Usage("%s does not take %s" % (options.command, " ".join(rest)))
     if not options.command:
         parser.print_help()
+    refuse_keys(options)
     return options
+
+
+def refuse_keys(options):
+    """Raise Usage if a key stands where something belongs that others see."""
+    names = [getattr(options, name, None) for name in ("name", "new_name", "service")]
+    for name in names + getattr(options, "names", []):
+        if name and KEY.search(name):
+            raise Usage("a key stands where the name of the service belongs")
+    if any(map(KEY.fullmatch, getattr(options, "prompt", ()))):
+        raise Usage("the prompt is a key: nothing was sent")
 
 
 def in_options(error):
@@ -5108,7 +5197,7 @@ def run(argv):
             tls_context(options.ca)            # report a wrong file before doing anything
         return COMMANDS[options.command](options) or 0
     except Usage as why:
-        print("%s: %s" % (program_name(), printable(why)), file=sys.stderr)
+        print("%s: %s" % (program_name(), KEY.sub("ne_...", printable(why))), file=sys.stderr)
         return 2
     except NeuroengineError as error:
         print(in_options(error), file=sys.stderr)

@@ -844,6 +844,16 @@ class Jobs:
             self._changed.pop(service.name, None)
             self._touched += 1
 
+    def rename(self, service, name):
+        """Give a service another name, which is free. Its providers know the old one, so
+        their sessions end."""
+        with self._lock:
+            del self._services[service.name.lower()]
+            self._services[name.lower()] = service
+            self._end_sessions_locked(service)
+            service.name = name
+            self._touched += 1
+
     def services(self):
         """All services, as they are at this moment."""
         with self._lock:
@@ -2588,7 +2598,7 @@ ROUTES = {  # "*" stands for one segment: a service's name, a key's id
     "/api/services/*": Route("operator", GET="send_service", PATCH="change_service",
                              DELETE="delete_service"),
     "/api/services/*/keys": Route("operator", GET="send_keys", POST="add_key"),
-    "/api/services/*/keys/*": Route("operator", DELETE="revoke_key"),
+    "/api/services/*/keys/*": Route("operator", PATCH="change_key", DELETE="revoke_key"),
 
     "/provider/*/login": Route("provider", POST="post_login"),
     "/provider/*/poll": Route("provider", POST="post_poll"),
@@ -4030,6 +4040,7 @@ SERVICE_FIELDS = {
 }
 CHANGE_FIELDS = dict(
     SERVICE_FIELDS,
+    name=text(),
     private=flag(),
     paused=flag(),
     new_key=flag(),
@@ -4995,10 +5006,7 @@ def register(exchange):
     invitation = None
     if registry.registration == "invited":
         invitation = digest(str(request.get("invitation"))[:200])
-    if not exchange.local:
-        exchange.relay.registrations.take_by_address(
-            exchange.address, exchange.limits.max_registrations_per_hour, 3600,
-            "registrations")
+    charge_registration(exchange)
     registry.register(Service(name, digest(key), created=time.time(),
                               **stored_fields(request, SERVICE_FIELDS)), invitation,
                       exchange.head.key_digest)
@@ -5021,7 +5029,7 @@ def send_service(exchange, name):
 
 
 def change_service(exchange, name):
-    """PATCH /api/services/{name}: the fields of CHANGE_FIELDS"""
+    """PATCH /api/services/{name}: the fields of CHANGE_FIELDS; a new name, too"""
     service, request = read_authorized(exchange, name)
     reset = {"anonymous_per_day": None} if "anonymous_per_day" in request else {}
     check_fields(request, CHANGE_FIELDS)
@@ -5029,13 +5037,34 @@ def change_service(exchange, name):
     if changes.pop("new_key", False):
         answer["key"] = new_key()
         changes["key_digest"] = digest(answer["key"])
+    new_name = changes.pop("name", service.name)
     with exchange.relay.registry.changing:
         still_authorized(exchange, service)
+        if new_name != service.name:
+            rename_service(exchange, service, new_name)
         exchange.relay.registry.change(service, **changes)
     if answer:
         log("new_key", service=service.name, address=exchange.address)
     exchange.respond(200, dict(exchange.relay.directory.entry(service), errorcode=0,
                                **answer))
+
+
+def rename_service(exchange, service, name):
+    """Give a service another name. That counts as a registration: the old name may stay
+    reserved."""
+    if not is_name(name):
+        raise RelayError("invalid_name", invalid_name_words(name), param="name")
+    charge_registration(exchange)
+    log("renamed", service=service.name, name=name, address=exchange.address)
+    exchange.relay.registry.rename(service, name)
+
+
+def charge_registration(exchange):
+    """Count a registration for its address. Raises RelayError if there were too many."""
+    if not exchange.local:
+        exchange.relay.registrations.take_by_address(
+            exchange.address, exchange.limits.max_registrations_per_hour, 3600,
+            "registrations")
 
 
 def send_keys(exchange, name):
@@ -5058,6 +5087,21 @@ def add_key(exchange, name):
         exchange.relay.registry.add_key(service, access)
     log("key_added", service=service.name, key_id=access.id)
     exchange.respond(201, dict(access.shown(time.time()), key=key, errorcode=0))
+
+
+def change_key(exchange, name, key_id):
+    """PATCH /api/services/{name}/keys/{id}: the fields of KEY_FIELDS; null: no limit"""
+    service, request = read_authorized(exchange, name)
+    for field in request.keys() - KEY_FIELDS.keys():
+        raise RelayError("invalid_request", "An access key has no %s to change: there are %s."
+                         % (printable(field, 40), ", ".join(KEY_FIELDS)), param=field)
+    changes = {limit: None for limit in KEY_LIMITS if limit in request}
+    check_fields(request, KEY_FIELDS)
+    with exchange.relay.registry.changing:
+        still_authorized(exchange, service)
+        access = exchange.relay.registry.change_key(service, key_id, dict(changes, **request))
+    log("key_changed", service=service.name, key_id=access.id)
+    exchange.respond(200, dict(access.shown(time.time()), errorcode=0))
 
 
 def revoke_key(exchange, name, key_id):
@@ -5431,13 +5475,7 @@ class Store:
         or used up, or the name is reserved for another key than that of old_digest.
         """
         with self._transaction():
-            reserved = self._db.execute("SELECT key_digest FROM reserved WHERE name=?",
-                                        (service.name,)).fetchone()
-            if reserved and reserved[0] != old_digest:
-                raise RelayError("name_taken", "The name %r is reserved for the operator who "
-                                 "had it. With its old key it can be registered again; "
-                                 "otherwise choose another." % service.name)
-            self._db.execute("DELETE FROM reserved WHERE name=?", (service.name,))
+            self._take_name(service.name, old_digest)
             if invitation is not None and not self._db.execute(
                     "UPDATE invitations SET uses=uses-1 WHERE digest=? AND uses>0",
                     (invitation,)).rowcount:
@@ -5450,6 +5488,32 @@ class Store:
                     ", ".join(Service.COLUMNS), ", ?" * (len(Service.COLUMNS) - 1)),
                 [getattr(service, name) for name in Service.COLUMNS])
         service.stored = True
+
+    def _take_name(self, name, key_digest):
+        """End the reservation of a name. Raises RelayError if it is for another key."""
+        reserved = self._db.execute("SELECT key_digest FROM reserved WHERE name=?",
+                                    (name,)).fetchone()
+        if reserved and reserved[0] != key_digest:
+            raise RelayError("name_taken", "The name %r is reserved for the operator who had "
+                             "it. With its old key it can be registered again; otherwise "
+                             "choose another." % name)
+        self._db.execute("DELETE FROM reserved WHERE name=?", (name,))
+
+    def rename(self, service, name, reserve):
+        """Write another name of a service. reserve: keep the old one for the holder of its
+        key. Raises RelayError if the new one is reserved for another."""
+        with self._transaction():
+            self._take_name(name, service.key_digest)
+            self._db.execute("PRAGMA defer_foreign_keys=ON")     # until the end of this
+            self._db.execute("UPDATE services SET name=? WHERE name=? AND created=?",
+                             (name, service.name, service.created))
+            self._db.execute("UPDATE keys SET service=? WHERE service=?", (name, service.name))
+            if reserve:
+                self._reserve(service)
+
+    def _reserve(self, service):
+        self._db.execute("INSERT OR REPLACE INTO reserved VALUES (?, ?)",
+                         (service.name, service.key_digest))
 
     def invite(self, invitation, uses):
         """Write an invitation, by its hash, to register `uses` services."""
@@ -5490,6 +5554,12 @@ class Store:
                 "INSERT INTO keys VALUES (?%s)" % (", ?" * len(AccessKey.COLUMNS)),
                 [service.name] + [getattr(key, name) for name in AccessKey.COLUMNS])
 
+    def change_key(self, key, **columns):
+        """Write new values of an access key's columns."""
+        with self._transaction():
+            self._db.execute("UPDATE keys SET %s WHERE id=?" % ", ".join(
+                name + "=?" for name in columns), [*columns.values(), key.id])
+
     def remove_key(self, key):
         """Delete an access key."""
         with self._transaction():
@@ -5501,8 +5571,7 @@ class Store:
             self._db.execute("DELETE FROM services WHERE name=? AND created=?",
                              (service.name, service.created))
             if reserve:
-                self._db.execute("INSERT OR REPLACE INTO reserved VALUES (?, ?)",
-                                 (service.name, service.key_digest))
+                self._reserve(service)
 
     def save_quotas(self, pairs):
         """Write quotas of callers: pairs (hash, instant)."""
@@ -5646,6 +5715,18 @@ class Registry:
         if "key_digest" in changes:
             self._broker.close_sessions(service)
 
+    def rename(self, service, name):
+        """Give a service another name: its providers are logged out, its prompts wait for
+        them. The old name stays reserved for its key if a provider ever had it, so that
+        nobody else receives its clients' prompts. Raises RelayError, sqlite3.Error."""
+        with self.changing:
+            if any(other.name.lower() == name.lower() and other is not service
+                   for other in self._broker.services()):
+                raise RelayError("name_taken", "The name %r is taken. Choose another." % name)
+            self._store.rename(service, name, reserve=service.last_seen is not None
+                               and name.lower() != service.name.lower())
+            self._broker.rename(service, name)
+
     def delete(self, service, reserve=False):
         """Delete a service; reserve: keep its name for its key. Raises sqlite3.Error."""
         with self.changing:
@@ -5665,6 +5746,19 @@ class Registry:
             self._store.add_key(service, key)
             service.keys[key.digest] = key
             self._digests.add(key.digest)
+
+    def change_key(self, service, key_id, changes):
+        """Change the label or limits of an access key, and return it. Raises RelayError,
+        sqlite3.Error."""
+        with self.changing:
+            key = next((k for k in service.keys.values() if k.id == key_id), None)
+            if key is None:
+                raise RelayError("not_found", "%s has no such access key." % service.name)
+            if changes:
+                self._store.change_key(key, **changes)
+            for field, value in changes.items():
+                setattr(key, field, value)
+            return key
 
     def revoke_key(self, service, key_id):
         """Revoke an access key: in force when this returns. Return whether it is on the
@@ -5793,7 +5887,9 @@ class Registry:
         revoked = {key.id for key in self._revoked}    # there only as the disk is full
         for hashed, key in new.keys.items():
             if key.id not in revoked:
-                service.keys.setdefault(hashed, key)
+                known = service.keys.setdefault(hashed, key)
+                for field in ("label",) + KEY_LIMITS:
+                    setattr(known, field, getattr(key, field))
 
     def close(self):
         """Save, and close the file."""
@@ -6397,7 +6493,15 @@ OTHER_DESCRIPTORS = 64           # open files that are not connections
 MIN_FREE_MIB = 50                # on the disk with the data file
 STACK_BYTES = 256 * 1024         # of a thread; the system's usual 8 MiB add up
 REGISTRATION = ("open", "invited", "closed")
+SQLITE_HEAD = b"SQLite format 3\0"
 DATA_SUFFIXES = ("", "-wal", "-shm")    # of a data file and what SQLite keeps next to it
+# Commands of neuroengine.py, which people look for here.
+CLIENT_COMMANDS = ("ask", "chat", "models", "register", "share", "keys", "describe", "rename",
+                   "new-key", "unregister")
+# What other programs call our options.
+ELSEWHERE = {"--bind": "--host", "--address": "--host", "--listen": "--host", "--ssl": "--cert",
+             "--https": "--cert", "--ssl-certfile": "--cert", "--ssl-keyfile": "--key",
+             "--db": "--data", "--database": "--data"}
 LIMIT_GROUPS = {"capacity": "limits of the relay", "callers": "limits per caller",
                 "more": "more limits"}
 
@@ -6471,7 +6575,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
 def close_matches(word, words, count):
     """The words that somebody may have meant, best first."""
     import difflib                         # only for mistakes: kept out of the start-up
-    return difflib.get_close_matches(word, words, count)
+    return difflib.get_close_matches(word, words, count, 0.7)
 
 
 class Parser(argparse.ArgumentParser):
@@ -6581,7 +6685,8 @@ def refuse_unknown_options(parser, argv):
         name = word.partition("=")[0]
         if not re.match(r"-[^\d.]", word) or any(other.startswith(name) for other in known):
             continue
-        close = close_matches("--" + name.lstrip("-"), known, 1)
+        close = [ELSEWHERE[name]] if name in ELSEWHERE else close_matches(
+            "--" + name.lstrip("-"), known, 1)
         parser.error("unknown option %s; %s" % (printable(name, 60), (
             "did you mean %s?" % close[0]) if close else "see --help and --help-all"))
 
@@ -6589,10 +6694,15 @@ def refuse_unknown_options(parser, argv):
 def refuse_wrong_command(parser, options):
     """Exit if there is no such command, or if it gets what it does not take."""
     name, given = options.command, len(options.arguments)
+    if name == "help":
+        parser.print_help()
+        parser.exit()
     if name is not None and name not in COMMANDS:
         close = close_matches(name, COMMANDS, 1)
         parser.error("unknown command %s; %s" % (printable(name, 60), (
             "did you mean --port %s?" % name) if name.isdigit() else (
+            "the client has it: neuroengine.py %s" % name) if name in CLIENT_COMMANDS else (
+            "the relay starts without one") if name in ("start", "run", "serve") else (
             "did you mean %s?" % close[0]) if close else "--help lists them"))
     takes = COMMANDS[name][1] if name else ""
     if given > (math.inf if takes.endswith("...") else bool(takes)):
@@ -6637,6 +6747,7 @@ class DataLock:
         return self
 
     def _take(self):
+        refuse_other_file(self.data)             # nothing must be left next to it
         self._file = open_private(self._path, os.O_RDWR)
         keep_owner(self._path, self.data)
         deadline = time.monotonic() + self.WAIT_SECONDS
@@ -6672,6 +6783,18 @@ class DataLock:
     def name(holder):
         """What to call the process that holder() found."""
         return "A relay (process %d)" % holder if holder else "Another relay"
+
+
+def refuse_other_file(path):
+    """Raise StoreError if the data file's path is that of a folder, or of another file."""
+    if os.path.isdir(path):
+        raise StoreError("%s is a folder: name a file in it with --data." % path)
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            head = file.read(len(SQLITE_HEAD))
+        if head and head != SQLITE_HEAD:
+            raise StoreError("%s is not a data file of neuroengine: name another with --data, "
+                             "or put a backup in its place." % path)
 
 
 def lock_file(file):
@@ -6757,13 +6880,37 @@ def choose_tls(options):
 def cannot_use(files, error):
     """Say why a certificate and its key cannot be used."""
     why = str(getattr(error, "reason", None) or getattr(error, "strerror", None)
-              or error).lower()
-    for file in files:
-        if not os.access(file, os.R_OK):
-            why = file + (" may not be read by this user" if os.path.exists(file)
-                          else " does not exist")
-    return ("The certificate %s with the key %s cannot be used: %s. Both are files in PEM "
-            "format." % (*files, why.replace("_", " ")))
+              or error).lower().replace("_", " ")
+    (cert, no_cert), (key, no_key) = (what_is_in(file) for file in files)
+    if "mismatch" in why:
+        why = "the key belongs to another certificate"
+    if "key" in cert and "certificate" in key and files[0] != files[1]:
+        why = "they are swapped: --cert names the key, and --key the certificate"
+    elif "certificate" not in cert:
+        why = "%s %s" % (files[0], no_cert or "holds no certificate in PEM format")
+    elif "key" not in key and files[0] == files[1]:
+        why = "that file holds no key: name its file with --key"
+    elif "key" not in key:
+        why = "%s %s" % (files[1], no_key or "holds no private key in PEM format")
+    elif "encrypted" in key:
+        why = "the key has a pass phrase. `openssl pkey -in %s -out NEW` removes it" % files[1]
+    return "The certificate %s with the key %s cannot be used: %s." % (*files, why)
+
+
+def what_is_in(path):
+    """(the kinds of PEM in a file: "certificate", "key", "encrypted"; why it holds none)."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(1 << 20)
+    except OSError as error:
+        return (), "cannot be read (%s)" % error.strerror
+    if data[:2] == b"\x30\x82":
+        return (), "is in DER format: `openssl x509 -inform der` turns it into PEM"
+    return [kind for pattern, kind in (
+        (b"-----BEGIN (TRUSTED )?CERTIFICATE", "certificate"),
+        (b"-----BEGIN [A-Z ]*PRIVATE KEY", "key"),
+        (b"-----BEGIN ENCRYPTED|Proc-Type: 4,ENCRYPTED", "encrypted"))
+        if re.search(pattern, data)], ""
 
 
 def open_relay(options):
@@ -6823,6 +6970,10 @@ def cannot_listen(options, error):
     elif error.errno == errno.EACCES:
         why = ("ports below 1024 need root or CAP_NET_BIND_SERVICE, which "
                "deploy/neuroengine.service gives")
+    elif isinstance(error, socket.gaierror) or error.errno in (
+            errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL):
+        return ("Cannot listen on %s: it is no address of this machine. Leave --host out to "
+                "listen on all addresses." % printable(options.host, 80))
     return "Cannot listen on %s port %d: %s. Choose another with --port." % (
         options.host or "any address", options.port, why)
 
@@ -7113,7 +7264,7 @@ def run_backup(options):
         with contextlib.closing(Store(options.data, existing=True)) as store:
             store.backup(path)
     except OSError as error:
-        raise StoreError("Cannot write %s: %s." % (path, error.strerror))
+        raise StoreError("Cannot write %s: %s. Name a new file." % (path, error.strerror))
     print("Copied to %s. To restore it, stop the relay and run: neuroengine_server.py "
           "restore %s" % (path, path))
 

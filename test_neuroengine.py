@@ -2360,6 +2360,65 @@ def test_a_private_service_is_for_its_guests_and_its_operator(relay, hand):
     assert manage(relay, hand, "DELETE", "/keys/" + guest["id"])[0] == 404
 
 
+def test_the_limits_of_an_access_key_are_changed_or_refused(relay, hand):
+    key_id = manage(relay, hand, "POST", "/keys", {
+        "label": "Ann", "requests_per_day": 0, "tokens_per_day": 9})[1]["id"]
+    status, key = manage(relay, hand, "PATCH", "/keys/" + key_id, {
+        "requests_per_day": 5, "tokens_per_day": None, "label": "Bob"})[:2]
+    assert status == 200 and (key["requests_per_day"], key["tokens_per_day"], key["label"]) == (
+        5, None, "Bob")
+    for body, status in (({"requests_per_day": -1}, 400), ({"requests_a_day": 1}, 400), ([], 400)):
+        assert manage(relay, hand, "PATCH", "/keys/" + key_id, body)[0] == status
+    assert manage(relay, hand, "PATCH", "/keys/nosuch", {"label": "x"})[0] == 404
+    del key["errorcode"]
+    assert manage(relay, hand, "GET", "/keys")[1]["keys"] == [key]
+
+
+def test_changed_limits_are_in_force_at_once_and_after_a_restart(tmp_path):
+    broker, path = Broker(Limits()), str(tmp_path / "data")
+    registry = neuroengine_server.Registry(Store(path), broker)
+    registry.register(Service("s", "d"))
+    access = neuroengine_server.AccessKey("id", "digest", "Ann", 1, 5, None, None, None, None,
+                                          0, 0, 0, None)
+    registry.add_key(broker.find("s"), access)
+    other = neuroengine_server.Registry(Store(path), Broker(Limits()))
+    registry.change_key(broker.find("s"), "id", {"requests_per_day": 9, "expires": 2.5})
+    assert (access.requests_per_day, access.expires) == (9, 2.5)
+    other.reload()                         # another process on the file, or a restart
+    seen = other._broker.find("s").keys["digest"]
+    assert (seen.requests_per_day, seen.expires) == (9, 2.5)
+    registry.close(), other.close()
+
+
+def test_a_renamed_service_keeps_all_and_its_old_name_is_reserved(relay):
+    hand = Hand(relay)
+    old, new = hand.name, name_of()
+    key_id = manage(relay, hand, "POST", "/keys", {"label": "Ann"})[1]["id"]
+    waiting = in_thread(Neuroengine(old, relay.url).request, "hi")
+    hand.next_job()
+    assert manage(relay, hand, "PATCH", body={"name": new, "comment": "c"})[0] == 200
+    with pytest.raises(AssertionError, match="service_unknown"):
+        hand.poll()
+    hand.name, hand.running = new, []
+    hand.session = hand.call("login", workers=1)["session"]
+    hand.reply(hand.next_job(), ["x"], done=True)      # which went back to the queue
+    assert waiting() == "x"
+    shown = manage(relay, hand, "GET")[1]
+    assert (shown["name"], shown["comment"], shown["numreq"]) == (new, "c", 1)
+    assert [key["id"] for key in manage(relay, hand, "GET", "/keys")[1]["keys"]] == [key_id]
+    assert ask(relay, "/api/services", {"name": old})[1]["error"] == "name_taken"
+    assert ask(relay, "/api/services", {"name": old}, Authorization="Bearer " + hand.key)[0] == 201
+
+
+def test_a_service_is_only_renamed_to_a_free_and_possible_name(relay, hand):
+    other = Hand(relay)
+    for name, error in ((other.name.upper(), "name_taken"), ("x/y", "invalid_name"),
+                        ("api", "invalid_name"), (5, "invalid_request")):
+        assert manage(relay, hand, "PATCH", body={"name": name})[1]["error"] == error
+    assert manage(relay, hand, "PATCH", body={"name": hand.name.swapcase()})[0] == 200
+    assert ask(relay, "/api/services", {"name": hand.name})[1]["error"] == "name_taken"
+
+
 def test_an_access_key_keeps_to_its_limits(relay, hand):
     guest = manage(relay, hand, "POST", "/keys", {
         "requests_per_day": 2, "concurrency": 1, "max_new_len": 7})[1]
@@ -6598,6 +6657,10 @@ def test_keys_are_made_listed_and_revoked_from_the_command_line(command, relay):
     assert "No provider" in Neuroengine(name, relay.url, key=key).request("x")
     listed = run("keys", name)
     assert "Ann" in listed and "requests per day 5" in listed and key not in listed
+    text = run("keys", name, "--change", "ann", "--requests-per-day", "none", "--concurrency",
+               "3", "--days", "none")
+    assert "concurrency 3" in text and "requests per day" not in text and "until" not in text
+    assert "no access key Bob" in command(relay, "keys", name, "--revoke", "Bob")[1]
     run("keys", name, "--revoke", listed.splitlines()[1].split()[0])
     assert "key is not valid" in Neuroengine(name, relay.url, key=key).request("x")
     assert "is open now" in run("keys", name, "--open")
@@ -6718,6 +6781,14 @@ def test_ask_as_json_and_an_answer_that_was_cut(command, relay, provide):
     (["ask"], "what is the prompt"), (["ask", ""], "the prompt is empty"),
     (["models", "--relai", "x"], "unknown option --relai; did you mean --relay?"),
     (["ask", "x", "--prot", "8000"], "unknown option --prot"),
+    (["list"], "`models` lists the services. (To send it as a prompt: ask"),
+    (["doctor"], "belongs to the relay: neuroengine_server.py doctor"),
+    (["rename", "X"], "the new name is missing"), (["ask", "--model", "x"], "mean --service?"),
+    (["keys", "X", "--concurrency", "2"], "whose limits? Add --add LABEL"),
+    (["keys", "X", "--change", "Bob"], "--change needs limits"),
+    (["register", "ne_" + 40 * "x"], "a key stands where the name of the service belongs"),
+    (["ne_" + 40 * "x"], "the prompt is a key: nothing was sent"),
+    (["keys", "X", "ne_" + 40 * "x"], "keys does not take ne_..."),
     (["modles"], "did you mean models?"), (["shre", "X"], "did you mean share?"),
     (["share", "X", "--workers", "0"], "--workers must be a whole number, at least 1"),
     (["share", "X", "--max-tokens", "-5"], "--max-tokens must be"),
@@ -6725,8 +6796,7 @@ def test_ask_as_json_and_an_answer_that_was_cut(command, relay, provide):
     (["ask", "x", "--seed"], "--seed needs a value"), (["keys"], "name of the service is missing"),
     (["keys", "X", "--pause", "--resume"], "--resume does not go with --pause"),
     (["keys", "X", "--add", "Bob", "--days", "0"], "--days must be above 0"),
-    (["models", "x"], "models does not take x"), (["rename", "A", "B"], "`describe`"),
-    (["keys", "X", "--requests-per-day", "5"], "add --add LABEL")])
+    (["models", "x"], "models does not take x")])
 def test_a_command_line_that_is_not_right_is_told_in_words(command, relay, args, words):
     status, text = command(relay, *args)
     assert status == 2 and words in text and text.count("\n") == 1
@@ -6770,6 +6840,17 @@ def test_a_key_file_of_powershell_is_read(tmp_path):
     for encoding in ("utf-16", "utf-8-sig"):
         (tmp_path / "k").write_bytes("ne_key\r\n".encode(encoding))
         assert neuroengine.read_key(str(tmp_path / "k")) == "ne_key"
+
+
+def test_rename_takes_the_key_file_along(command, relay, tmp_path):
+    name, new = name_of(), name_of()
+    command(relay, "register", name)
+    status, text = command(relay, "rename", name, new)
+    assert status == 0 and "is called %s now" % new in text
+    files = [path.name for path in (tmp_path / "home").glob("*/*")]
+    assert files == [new.lower() + ".key"]
+    assert "no access keys" in command(relay, "keys", new)[1]
+    assert "`register %s` makes one" % name in command(relay, "keys", name)[1]
 
 
 def test_registering_twice_gives_the_key_again(command, relay):
@@ -7157,6 +7238,9 @@ def test_a_limit_that_help_does_not_show_is_an_option_all_the_same():
     ("--max-queue many", "--max-queue: a whole number of at least 1 is needed, not many"),
     ("--grace-seconds nan", "--grace-seconds: a number of at least 0 is needed, not nan"),
     ("--trusted-proxy here", "--trusted-proxy: an address (10.0.0.1) or network"),
+    ("--ssl", "unknown option --ssl; did you mean --cert?"),
+    ("register", "unknown command register; the client has it: neuroengine.py register"),
+    ("start", "unknown command start; the relay starts without one"),
     ("list x", "list takes no argument"),
     ("backup a b", "backup takes one argument: FILE"),
     ("reset-key", "reset-key needs an argument: reset-key NAME"),
@@ -7596,8 +7680,8 @@ def test_the_doctor_says_what_is_wrong(tmp_path, doctor, monkeypatch, certificat
     for args, status, words in (
             (pair("soon.pem", "soon.key"), 0, "warning .*relay.example.org.*renew it"),
             (pair("expired.pem", "good.key"), 1, "error .*certificate has expired"),
-            (pair("good.pem", "soon.key"), 1, "error .*key values mismatch"),
-            (pair("good.pem", "nosuch"), 1, "error .*nosuch does not exist"),
+            (pair("good.pem", "soon.key"), 1, "error .*belongs to another cert"),
+            (pair("good.pem", "nosuch"), 1, "error .*nosuch cannot be read .No such file"),
             (["--key", "x"], 1, "error .*--cert and --key together"),
             (["--port", 8443], 0, "warning .*is self-signed.*--webroot"),
             (["--max-connections", 10**8], 0, "warning .*LimitNOFILE"),
@@ -7730,6 +7814,40 @@ def test_a_new_certificate_is_told_from_one_that_cannot_be_used(tmp_path, certif
     assert not certificate.renew() and certificate.context is first
     shutil.copy(str(certificates / "soon.key"), key)
     assert certificate.renew() and certificate.context is not first
+
+
+def test_what_is_wrong_with_a_certificate_is_told(tmp_path, certificates, capsys):
+    openssl(certificates, "pkey", "-in", "good.key", "-aes128", "-passout", "pass:x", "-out",
+            "secret.key")
+    openssl(certificates, "x509", "-in", "good.pem", "-outform", "der", "-out", "good.der")
+    for cert, key, words in (
+            ("good.key", "good.pem", "they are swapped: --cert names the key"),
+            ("good.der", "good.key", "good.der is in DER format"),
+            ("conf", "good.key", "conf holds no certificate in PEM"),
+            ("good.pem", "conf", "conf holds no private key in PEM"),
+            ("good.pem", "good.pem", "that file holds no key: name its file with --key"),
+            ("good.pem", "secret.key", "the key has a pass phrase")):
+        assert neuroengine_server.main([
+            "--port", "0", "--data", str(tmp_path / "data.sqlite3"),
+            "--cert", str(certificates / cert), "--key", str(certificates / key)]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_what_is_no_data_file_gets_no_file_beside_it(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("hello")
+    for data, words in ((tmp_path / "README.md", "is not a data file of neuroengine"),
+                        (tmp_path, "is a folder: name a file in it")):
+        assert neuroengine_server.main(["--port", "0", "--data", str(data)]) == 1
+        assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_host_that_is_not_here_is_told_apart_from_a_port_that_is_taken(tmp_path, capsys):
+    for host in ("192.0.2.1", "nosuch.invalid"):
+        assert neuroengine_server.main(["--port", "0", "--data", str(tmp_path / "data.sqlite3"),
+                                        "--host", host]) == 1
+        words = capsys.readouterr().err
+        assert "%s: it is no address of this machine. Leave --host out" % host in words
 
 
 def test_a_missing_openssl_is_one_sentence(tmp_path, monkeypatch):
