@@ -5251,13 +5251,14 @@ class Page:
     """A file that is served from memory."""
 
     def __init__(self, body, kind):
-        self.body, self.kind = body, kind
-        self.zipped = gzipped(body, 9)
+        self.body, self.kind, self._zipped = body, kind, None
         self.etag = '"%s"' % hashlib.sha256(body).hexdigest()[:20]
         self.policy = content_security_policy(body)
 
     def send(self, exchange):
-        send_cached(exchange, self.body, self.zipped, self.etag, self.kind,
+        if self._zipped is None:           # not at the relay's start, which it would double
+            self._zipped = gzipped(self.body, 9)
+        send_cached(exchange, self.body, self._zipped, self.etag, self.kind,
                     content_security_policy=self.policy)
 
 

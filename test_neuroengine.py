@@ -1513,36 +1513,52 @@ def test_saving_writes_only_counters(tmp_path):
     assert (loaded.key_digest, loaded.comment, loaded.numreq) == ("new", "changed", 7)
 
 
-WRITER = """
-import itertools, sys
+WRITERS = """
+import itertools, os, sys
 from neuroengine_server import AccessKey, Service, Store
-store = Store(sys.argv[1])
-for n in itertools.count():
-    service = Service("%s.%d" % (sys.argv[2], n), "digest", created=n)
-    store.add(service)
-    key = AccessKey(service.name, service.name, "", 0, *9 * [None])
-    store.add_key(service, key)
-    print(service.name, flush=True)
-    service.numreq = n
-    store.save([service])
+
+def write(run):
+    store = Store(sys.argv[1])
+    for n in itertools.count():
+        service = Service("run%s.%d" % (run, n), "digest", created=n)
+        store.add(service)
+        key = AccessKey(service.name, service.name, "", 0, *9 * [None])
+        store.add_key(service, key)
+        print(service.name, flush=True)
+        service.numreq = n
+        store.save([service])
+
+for run in map(str.strip, sys.stdin):      # a process for each, without its own start
+    pid = os.fork()
+    if not pid:
+        write(run)
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("killed", flush=True)
 """
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_acknowledged_changes_survive_kill_9(tmp_path):
     path, acknowledged, choose = str(tmp_path / "data.sqlite3"), set(), random.Random(1)
+    process = subprocess.Popen([sys.executable, "-c", WRITERS, path], cwd=HERE,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     for run in range(15):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, path, "run%d" % run],
-                                   cwd=HERE, stdout=subprocess.PIPE)
-        first = process.stdout.readline()
+        process.stdin.write(b"%d\n" % run)
+        process.stdin.flush()
+        lines = [process.stdout.readline() for _ in range(2)]   # its number, and a service
         time.sleep(choose.uniform(0, 0.1))
-        process.kill()
-        rest = process.communicate()[0]
-        acknowledged.update((first + rest).decode().split("\n")[:-1])
+        os.kill(int(next(line for line in lines if line[:1].isdigit())), signal.SIGKILL)
+        lines += iter(process.stdout.readline, b"killed\n")
+        acknowledged.update(line.decode().strip() for line in lines if line[:3] == b"run")
         with contextlib.closing(Store(path)) as store:    # which looks whether it is whole
             services = {service.name: service for service in store.load()}
         for name in acknowledged:
             assert name in services[name].keys
     assert len(acknowledged) >= 15
+    process.stdin.close()
+    assert process.wait(SOON) == 0
+    process.stdout.close()
 
 
 def test_a_backup_during_writes_is_whole_and_private(tmp_path):
@@ -2205,7 +2221,7 @@ def test_hang_ups_are_noticed_without_epoll(monkeypatch):
 def test_a_client_that_gives_up_and_retries_five_times_causes_one_generation(relay, hand):
     body = json.dumps({"message": "slow"}).encode()
     for _ in range(4):
-        connection = http.client.HTTPConnection(*relay.server_address[:2], timeout=0.4)
+        connection = http.client.HTTPConnection(*relay.server_address[:2], timeout=0.2)
         connection.request("POST", "/" + hand.name, body)
         with pytest.raises(socket.timeout):
             connection.getresponse()
@@ -2892,7 +2908,7 @@ def test_a_silent_or_dripping_peer_times_out(tmp_path, limit, start, secure):
             pytest.skip("needs the openssl program")
         tls = neuroengine_server.Certificate(*neuroengine_server.self_signed(str(tmp_path)))
     limits = {name: 30 for name in ("head_seconds", "body_seconds", "idle_seconds")}
-    with running_relay(tls=tls, limits=Limits(**dict(limits, **{limit: 0.5}))) as relay:
+    with running_relay(tls=tls, limits=Limits(**dict(limits, **{limit: 0.3}))) as relay:
         sock = socket.create_connection(relay.server_address, SOON)
         if secure:
             context = ssl.create_default_context()
@@ -2901,9 +2917,9 @@ def test_a_silent_or_dripping_peer_times_out(tmp_path, limit, start, secure):
         began = time.monotonic()
         with contextlib.suppress(OSError):
             sock.sendall(start)
-            for _ in range(24 if start and limit != "idle_seconds" else 0):
+            for _ in range(20 if start and limit != "idle_seconds" else 0):
                 sock.sendall(b"x")         # never silent for as long as the limit
-                time.sleep(0.05)
+                time.sleep(0.03)
         with contextlib.suppress(OSError):
             while sock.recv(65536):
                 pass
@@ -3259,7 +3275,7 @@ def test_a_relay_of_this_machine_alone_answers_to_its_own_names_only(host, statu
 
 
 def test_waiting_prompts_and_polls_leave_connections_for_control():
-    with running_relay(limits=Limits(max_polls=1, max_waiting=1, poll_seconds=2)) as relay:
+    with running_relay(limits=Limits(max_polls=1, max_waiting=1)) as relay:
         hand, other = Hand(relay), Hand(relay)
         parked = in_thread(hand.poll)
         until(lambda: relay.polls.taken == 1)
@@ -3272,7 +3288,9 @@ def test_waiting_prompts_and_polls_leave_connections_for_control():
         assert ask(relay, "/api/models")[0] == 200
         waiting.close()
         until(lambda: relay.waiting.taken == 0)
-        parked()
+        answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
+        hand.reply(parked()["jobs"][0], ["x"], done=True)
+        assert answer()[0] == 200
         hand.logout()
 
 
@@ -3667,7 +3685,8 @@ def test_paths_that_clients_probe_are_not_the_page(relay):
         assert ask(relay, path, method="GET")[0] == 404
 
 
-def test_idle_connections_need_no_threads_and_close_together(tmp_path):
+def test_idle_connections_need_no_threads_and_close_together(monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "KEPT_SECONDS", 0.2)
     with running_relay(limits=Limits(max_connections=600)) as relay:
         threads = threading.active_count()
         socks = [socket.create_connection(relay.server_address, SOON) for _ in range(300)]
@@ -3684,7 +3703,7 @@ def test_idle_connections_need_no_threads_and_close_together(tmp_path):
 
 @pytest.mark.parametrize("parts", [(b"\r", b"\n"), (b"G", b"E", b"T")])
 def test_a_head_has_one_deadline_from_its_first_byte(parts):
-    with running_relay(limits=Limits(head_seconds=1.0)) as relay:
+    with running_relay(limits=Limits(head_seconds=0.5)) as relay:
         for kept in (False, True):
             sock = socket.create_connection(relay.server_address, SOON)
             if kept:
@@ -3694,7 +3713,7 @@ def test_a_head_has_one_deadline_from_its_first_byte(parts):
             with contextlib.suppress(OSError):
                 for part in parts:
                     sock.sendall(part)
-                    time.sleep(0.6)
+                    time.sleep(0.3)
                 while sock.recv(1000):
                     pass
             assert time.monotonic() - began < 4
@@ -4274,8 +4293,10 @@ def test_listen_can_be_called_again_after_stop(relay):
     hand.logout()
     server = NeuroengineServer(relay.url)
     assert server.login(hand.name, hand.key) == 0
+    service = relay.broker.find(hand.name)
     for answer in "once", "twice":
         ended = in_thread(server.listen, lambda request, answer=answer: answer)
+        until(lambda: service.idle)
         assert client_of(relay, hand.name).request("x") == answer
         server.stop()
         ended()
@@ -6312,6 +6333,7 @@ def test_an_upstream_waits_while_the_relay_takes_nothing(monkeypatch):
 def test_a_hostile_retry_after_neither_kills_a_provider_nor_puts_it_to_sleep(
         pause, monkeypatch):
     monkeypatch.setattr(neuroengine, "LONGEST_RETRY_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(neuroengine, "FIRST_PAUSE_SECONDS", 0.01)
     busy = {"errorcode": 44, "error": "relay_busy", "reply": "Busy."}
     with fake_llm() as (llm, url), sharing(url) as (relay, _):
         relay.refusals += [(503, busy, [("Retry-After", pause)]), (200, [1]),
@@ -6503,14 +6525,22 @@ def test_refusals_and_annotations_reach_the_client_streamed_and_whole(relay, llm
 ##############################################################################
 
 
+def as_module(args):
+    """-m for one of our two files: Python keeps the bytecode of modules, and compiling it
+    would take longer than all else of a start."""
+    module, extension = os.path.splitext(args[0])
+    known = extension == ".py" and module in ("neuroengine", "neuroengine_server")
+    return (["-m", module] if known else args[:1]) + args[1:]
+
+
 class Program:
     """One of our programs, started as a user would, with its output gathered."""
 
     def __init__(self, *args, **environment):
         self.process = subprocess.Popen(
-            [sys.executable, "-u"] + [str(a) for a in args], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=HERE,
-            env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1", **environment))
+            [sys.executable, "-u"] + as_module([str(a) for a in args]),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            cwd=HERE, env=dict(os.environ, **environment))
         self.output = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -6629,17 +6659,16 @@ def test_ask_models_and_register_do_what_they_say(start, command):
     assert program.process.wait(SOON) == 0 and "Traceback" not in program.output
 
 
-def test_a_busy_port_or_a_missing_certificate_is_one_sentence(start, relay, tmp_path):
+def test_a_busy_port_or_a_missing_certificate_is_one_sentence(relay, tmp_path, capfd):
     port = relay.server_address[1]
     for args, words in ((["--port", port, "--host", "127.0.0.1", "--demo"], "Cannot listen"),
                         (["--port", 0, "--key", "k.pem", "--data", tmp_path / "d.sqlite3"],
                          "--cert and --key together"),
                         (["--port", 0, "--cert", "nosuch.pem", "--demo"], "nosuch.pem"),
                         (["--port", 0, "--data", "/nosuch/dir/x"], "/nosuch/dir/x")):
-        program = start("neuroengine_server.py", *args)
-        assert program.process.wait(SOON) == 1
-        program.says(words)
-        assert "Traceback" not in program.output
+        assert neuroengine_server.main([str(arg) for arg in args]) == 1
+        said = capfd.readouterr().err
+        assert words in said and said.count("\n") == 1
 
 
 def test_keys_are_made_listed_and_revoked_from_the_command_line(command, relay):
@@ -6674,17 +6703,15 @@ def test_a_service_is_paused_resumed_and_drained_from_the_command_line(
         yield "a"
         assert go.wait(SOON)
     name, provider = provide(answer)
-    keys = ["neuroengine.py", "keys", name, "--relay", relay.url]
-    own = {"NEUROENGINE_KEY": provider.service_key}
+    keys = ["keys", name, "--key", provider.service_key]
     api, service = client_of(relay, name), relay.broker.find(name)
-    start(*keys, "--pause", **own).says("is paused now")
+    assert "is paused now" in command(relay, *keys, "--pause")[1]
     assert "paused" in api.request("x")
-    start(*keys, "--resume", **own).says("goes on now")
-    until(lambda: not service.paused)
+    assert "goes on now" in command(relay, *keys, "--resume")[1]
     first, second = in_thread(api.request, "x"), in_thread(api.request, "y")
     until(lambda: service.queue.size == 1)
     for number in range(2):
-        drain = start(*keys, "--drain", **own)
+        drain = start("neuroengine.py", "--relay", relay.url, *keys, "--drain")
         drain.says("1 waiting, 1 running")
         if not number:
             assert drain.end(signal.SIGINT) == 130 and service.paused
@@ -6911,7 +6938,7 @@ def test_a_reader_that_has_seen_enough_ends_the_program_quietly(start, relay, pr
     closed = threading.Event()
     name, _ = provide(endless(closed))
     process = subprocess.Popen(
-        [sys.executable, "neuroengine.py", "--relay", relay.url, "--service", name, "x"],
+        [sys.executable, "-m", "neuroengine", "--relay", relay.url, "--service", name, "x"],
         cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(1) == b"x"
     process.stdout.close()
@@ -7097,7 +7124,7 @@ def test_chat_on_a_terminal_takes_a_pasted_block_as_one_message(relay, provide):
     name, _ = provide(lambda request: got.append(request["message"]) or "ok")
     here, there = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "neuroengine.py", "chat", "--relay", relay.url, "--service", name],
+        [sys.executable, "-m", "neuroengine", "chat", "--relay", relay.url, "--service", name],
         cwd=HERE, stdin=there, stdout=there, stderr=there, close_fds=True,
         env=dict(os.environ, TERM="xterm"))
     os.close(there)
@@ -7778,7 +7805,7 @@ def test_a_relay_runs_without_standard_output_and_error(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = free.getsockname()
     process = subprocess.Popen(
-        ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "neuroengine_server.py",
+        ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "neuroengine_server",
          "--demo", "--port", str(address[1])], cwd=HERE)
     try:
         def healthy():
@@ -7798,7 +7825,7 @@ def test_a_reader_that_left_early_and_a_poor_terminal_cause_no_traceback(data_fi
     for line in ('"$@" list | true', '"$@" --help | true', '"$@" list >/dev/full',
                  'PYTHONIOENCODING=ascii "$@" delete "\u00e9"'):
         result = subprocess.run(
-            ["sh", "-c", line, "sh", sys.executable, "neuroengine_server.py", "--data",
+            ["sh", "-c", line, "sh", sys.executable, "-m", "neuroengine_server", "--data",
              str(path)], cwd=HERE, stderr=subprocess.PIPE, timeout=SOON)
         assert b"Traceback" not in result.stderr and b"Exception" not in result.stderr, line
 
@@ -7873,7 +7900,7 @@ def test_a_socket_that_systemd_holds_refuses_no_connection_in_a_restart(start, t
         for _ in range(2):
             process = subprocess.Popen(
                 [sys.executable, "-c", AS_SYSTEMD_DOES, str(listener.fileno()),
-                 "neuroengine_server.py", "--data", str(tmp_path / "d.sqlite3")],
+                 "-m", "neuroengine_server", "--data", str(tmp_path / "d.sqlite3")],
                 cwd=HERE, pass_fds=[listener.fileno()], stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL)
             waiting.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -10829,10 +10856,12 @@ def test_documented_options_are_the_relays_options():
         "--help", "--help-all", "--version"}
 
 
-def test_documented_commands_and_options_are_the_command_lines():
+def test_documented_commands_and_options_are_the_command_lines(capsys):
     def help_of(*command):
-        return subprocess.run([sys.executable, "neuroengine.py", *command, "--help"], cwd=HERE,
-                              stdout=subprocess.PIPE, check=True).stdout.decode()
+        with pytest.raises(SystemExit) as ended:
+            neuroengine.main([*command, "--help"])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
     commands = {row[0] for row in table("docs/command-line.md", "# The command line")}
     assert commands == set(re.findall(r"^    ([a-z-]+)", help_of(), re.M))
     common = options_in(str(table("docs/command-line.md", "## Options of all commands")))

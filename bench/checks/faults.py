@@ -410,10 +410,10 @@ class Run:
     """One fault run, from the start of the relay to the table."""
 
     def __init__(self, seconds, seed, clients=28, lease=15.0, grace=3.0, keep=5.0,
-                 longest_stop=25.0, fault_every=2.0, restarts=12, pause=0.03):
+                 longest_stop=25.0, fault_every=2.0, restarts=12, pause=0.03, look=0.5):
         self.seconds, self.seed, self.lease, self.keep = seconds, seed, lease, keep
         self.clients, self.longest_stop, self.pause = clients, longest_stop, pause
-        self.fault_every, self.restarts = fault_every, restarts
+        self.fault_every, self.restarts, self.look = fault_every, restarts, look
         self.rand = random.Random(seed)
         self.space = Workspace("faults")
         self.options = ("--lease-seconds=%d --grace-seconds=%d --keep-seconds=%d "
@@ -617,7 +617,7 @@ class Run:
                   "sessions": len(self.providers)}
         deadline, left = time.monotonic() + CALM_SECONDS, "?"
         while left and time.monotonic() < deadline:
-            time.sleep(0.5)
+            time.sleep(self.look)
             metrics = self.relay.metrics()
             left = ", ".join("%s is %s instead of %d" % (name, metrics.get(name), value)
                              for name, value in wanted.items()
@@ -629,7 +629,7 @@ class Run:
         some time to come down to what it was before."""
         looks, deadline = [], time.monotonic() + 20
         while len(looks) < 5 or self.before and time.monotonic() < deadline:
-            time.sleep(0.5)
+            time.sleep(self.look)
             looks.append(self.relay.child.resources())
             least = tuple(min(column) for column in zip(*looks))
             if self.before and not self.grown(least):
@@ -728,7 +728,7 @@ class Run:
 def short_run(seconds=2.0, seed=1):
     """A run for the test suite; (what was wrong, the table)."""
     run = Run(seconds, seed, clients=14, lease=6.0, grace=2.0, keep=3.0, longest_stop=1.0,
-              fault_every=0.4, restarts=1, pause=0.015)
+              fault_every=0.4, restarts=1, pause=0.015, look=0.1)
     run.run()
     return run.wrong, run.table()
 
