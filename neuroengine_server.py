@@ -470,7 +470,7 @@ class Queue:
         caller whose next job this session cannot answer is passed over."""
         if not self.size:
             return None
-        for job in itertools.chain(self._returned, itertools.islice(self._first, 1),
+        for job in itertools.chain(self._returned, self._next_of_each(),
                                    (line[0] for line in self._turns.values())):
             if session.may_take(job):
                 line = self.remove(job)
@@ -478,6 +478,15 @@ class Queue:
                     self._turns.move_to_end(job.caller)   # the next caller's turn
                 return job
         return None
+
+    def _next_of_each(self):
+        """The first job of each caller in the first line."""
+        seen = set()
+        for job in self._first:
+            caller = job.by_operator, job.caller
+            if caller not in seen:
+                seen.add(caller)
+                yield job
 
     def position(self, job):
         """The job's rank among those that wait; 1 is next."""

@@ -187,6 +187,23 @@ def test_a_lease_moves_only_as_the_table_says(desk):
                 lease.move(other, desk.time)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_random_walks_lose_nothing_and_double_nothing(seed):
+    """bench/checks/walk.py takes longer ones."""
+    walks = bench_module("checks", "walk.py")
+    walks.walk(seed, 500)
+
+
+def test_the_operators_next_prompt_goes_before_those_of_others_whoever_can_take_it(desk):
+    reader = desk.submit(by_operator=True, wait=True, needs="chat", caller="a laptop")
+    second = desk.submit(by_operator=True, wait=True, needs="chat", caller="a laptop")
+    desk.submit(wait=True), desk.submit(by_operator=True, wait=True, caller="a phone")
+    session = desk.login()                 # of a provider without that API
+    job, = desk.poll(session)[0]
+    assert desk.broker._jobs[job[0]].caller == "a phone"
+    assert reader.job.state == second.job.state == "queued"
+
+
 def test_callers_take_turns_and_the_operator_goes_first(desk):
     desk.login()
     order = []
