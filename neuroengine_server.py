@@ -1817,11 +1817,11 @@ class Exchange:
     started = False                    # whether a part of the response was made
     slot = None                        # of the Room for waiting prompts
     fingerprint = None                 # the SHA-256 of the body
-    large = False                      # whether it holds relay.large_bodies
+    large = False                      # whether it holds bounds.large_bodies
 
     def __init__(self, relay, connection):
         self.relay, self.connection = relay, connection
-        self.broker, self.limits = relay.broker, relay.limits
+        self.broker, self.limits, self.bounds = relay.broker, relay.limits, relay.bounds
         self.id = next(REQUEST_IDS)
         self.address = connection.address  # whose limits count; a proxy's client's
         self.began = self.broker.now()
@@ -1836,7 +1836,7 @@ class Exchange:
             self.began = self.broker.now()
             if self.connection.proxied:    # it counts for the client that it speaks for
                 self.address = self.relay.forwarded_for(head, self.address)
-                with self.relay.proxied.take(self.address):
+                with self.bounds.proxied.take(self.address):
                     self._dispatch(head)
             else:
                 self._dispatch(head)
@@ -1884,7 +1884,7 @@ class Exchange:
     def charge_change(self):
         """Count a login, or a change of a service or key, for this address."""
         if not self.local:
-            self.relay.changes.take_by_address(
+            self.bounds.changes.take_by_address(
                 self.address, self.limits.max_changes_per_minute, 60, "logins and changes")
 
     # -- the request --
@@ -1903,7 +1903,7 @@ class Exchange:
             if len(body) > LARGE_BODY_BYTES:
                 self._charge_large(len(body))
                 # Parsed, it may need thirty times its bytes: so one at a time.
-                self.relay.large_bodies.acquire()
+                self.bounds.large_bodies.acquire()
                 self.large = True
             return parse_json(body)
 
@@ -1914,18 +1914,18 @@ class Exchange:
     def _charge_large(self, size):
         """Count a large body for this address."""
         for _ in range(0 if self.local or self.trusted else size // MIB):
-            self.relay.megabytes.take_by_address(
+            self.bounds.megabytes.take_by_address(
                 self.address, LARGE_PER_MINUTE, 60, "large requests, in MB")
 
     def release_large_body(self):
         """The body, if it was large, is not in memory as objects any more."""
         if self.large:
             self.large = False
-            self.relay.large_bodies.release()
+            self.bounds.large_bodies.release()
 
     def charge_guess(self, what):
         """Count a wrong key, or a stream key that names nothing, for this address."""
-        self.relay.wrong_keys.take_by_address(
+        self.bounds.wrong_keys.take_by_address(
             self.address, self.limits.max_wrong_keys_per_minute, 60, what)
 
     def caller(self, access=None):
@@ -1935,7 +1935,7 @@ class Exchange:
     def take_slot(self, reserved):
         """Take one of the slots for waiting prompts, until this one is answered. reserved:
         for operators and key holders."""
-        self.slot = self.relay.waiting.take(self.address, reserved=reserved,
+        self.slot = self.bounds.waiting.take(self.address, reserved=reserved,
                                             give_way=self.connection.abort)
 
     def release_slot(self):
@@ -1968,7 +1968,7 @@ class Exchange:
         is some. Returns a context manager that releases it."""
         if size <= PUSHED_BYTES:
             return contextlib.nullcontext()
-        room = self.relay.bytes
+        room = self.bounds.bytes
         return room.take(self.address, min(size, room.most // 2), reserved=True,
                          give_way=self.connection.abort, wait=self.limits.write_seconds)
 
@@ -2136,7 +2136,7 @@ class Outlet:
         """Return encode(*arguments). Objects are parsed for it: large ones one at a time."""
         if size <= LARGE_BODY_BYTES:
             return encode(*arguments)
-        with self.exchange.relay.large_bodies:
+        with self.exchange.bounds.large_bodies:
             return encode(*arguments)
 
     def size(self):
@@ -2530,7 +2530,7 @@ def post_poll(exchange, name):
     exchange.connection.when_gone(lost)
     exchange.connection.on_close = lost
     first = not any(session.parked for session in list(service.sessions.values()))
-    with exchange.relay.polls.take(exchange.address, reserved=first, give_way=lost):
+    with exchange.bounds.polls.take(exchange.address, reserved=first, give_way=lost):
         offers, cancels = broker.poll(service, session, token, running)
     send_work(exchange, offers, cancels)
 
@@ -2955,6 +2955,21 @@ class Room:
             del self._slots[group][slot]
             if not self._slots[group]:
                 del self._slots[group], self._by[group]
+
+
+class Bounds:
+    """What is bounded for all connections together, and by address."""
+
+    def __init__(self, limits):
+        each = limits.max_connections_per_address
+        self.registrations, self.wrong_keys, self.changes = Rates(), Rates(), Rates()
+        self.megabytes = Rates()               # of large bodies
+        self.connections = Room("connections", limits.max_connections, hard=each)
+        self.proxied = Room("connections", 10**9, hard=each)     # behind a proxy's
+        self.polls = Room("polls", limits.max_polls)
+        self.waiting = Room("slots for prompts", limits.max_waiting)
+        self.bytes = Room("memory", limits.max_held_bytes // 4)  # bodies and responses
+        self.large_bodies = threading.Lock()   # held while a large body is parsed
 
 
 class Memory:
@@ -4213,7 +4228,7 @@ class BytesUnderWay:
         """Take room for bytes that came. Raises RelayError if there is none."""
         exchange = self._exchange
         self._total += size
-        self._slots.append(exchange.relay.bytes.take(
+        self._slots.append(exchange.bounds.bytes.take(
             exchange.address, size, always=self._total <= self.UNCOUNTED,
             reserved=exchange.trusted, give_way=exchange.connection.abort))
 
@@ -5071,7 +5086,7 @@ def rename_service(exchange, service, name):
 def charge_registration(exchange):
     """Count a registration for its address. Raises RelayError if there were too many."""
     if not exchange.local:
-        exchange.relay.registrations.take_by_address(
+        exchange.bounds.registrations.take_by_address(
             exchange.address, exchange.limits.max_registrations_per_hour, 3600,
             "registrations")
 
@@ -5251,7 +5266,7 @@ def send_counted(exchange, body, kind=JSON, **headers):
     when others get a newer version."""
     if len(body) <= PUSHED_BYTES:
         return exchange.respond(200, body, kind, **headers)
-    with exchange.relay.bytes.take(exchange.address, len(body),
+    with exchange.bounds.bytes.take(exchange.address, len(body),
                                    give_way=exchange.connection.abort):
         exchange.respond(200, body, kind, **headers)
 
@@ -5324,7 +5339,7 @@ def send_metrics(exchange):
     relay = exchange.relay
     counters, gauges, histograms = exchange.broker.totals()
     for name in ("connections", "polls", "waiting", "bytes"):
-        gauges[name] = getattr(relay, name).taken
+        gauges[name] = getattr(relay.bounds, name).taken
     lines = []
     for kind, values in (("gauge", gauges), ("counter", counters)):
         for name, value in sorted(values.items()):
@@ -5978,7 +5993,7 @@ class Relay(ThreadingHTTPServer):
         self.tls, self.webroot, self.plain = tls, webroot, plain
         self.proxies, self.hops = proxies, hops
         self.show(page)
-        self._add_limits()
+        self.bounds = Bounds(self.limits)
         self.hang_ups = HangUps()
         self.threads, self.lobby = Threads(), Lobby(self._start)
         self.stopping = False
@@ -5999,19 +6014,6 @@ class Relay(ThreadingHTTPServer):
         self.names = {name.lower() for name in names}
         if self.names or is_loopback(canonical_address(self.server_address[0])):
             self.names.add("localhost")
-
-    def _add_limits(self):
-        """What is bounded for all connections together, and by address."""
-        limits = self.limits
-        self.registrations, self.wrong_keys, self.changes = Rates(), Rates(), Rates()
-        self.megabytes = Rates()               # of large bodies
-        each = limits.max_connections_per_address
-        self.connections = Room("connections", limits.max_connections, hard=each)
-        self.proxied = Room("connections", 10**9, hard=each)     # behind a proxy's
-        self.polls = Room("polls", limits.max_polls)
-        self.waiting = Room("slots for prompts", limits.max_waiting)
-        self.bytes = Room("memory", limits.max_held_bytes // 4)  # bodies and responses
-        self.large_bodies = threading.Lock()   # held while a large body is parsed
 
     def show(self, page):
         """Serve these bytes of chat.html from now on; None for no page. And the client file
@@ -6094,7 +6096,7 @@ class Relay(ThreadingHTTPServer):
         address = canonical_address(client_address[0])
         try:
             # What comes through a proxy counts for its clients, see Exchange.run.
-            slot = self.connections.take(None if proxied else address, reserved=True)
+            slot = self.bounds.connections.take(None if proxied else address, reserved=True)
         except RelayError as error:
             if error.name == "relay_busy":
                 self.lobby.close_oldest()

@@ -1080,8 +1080,7 @@ class FakeExchange:
     def __init__(self, broker, connection):
         self.broker, self.connection, self.limits = broker, connection, broker.limits
         self.address, self.released = "127.0.0.1", False
-        self.relay = argparse.Namespace(bytes=neuroengine_server.Room("memory", 10**8),
-                                        large_bodies=threading.Lock())
+        self.bounds = neuroengine_server.Bounds(Limits())
 
     def room(self, size):
         return contextlib.nullcontext()
@@ -2303,7 +2302,7 @@ def test_an_answered_prompt_frees_its_slot_at_once(relay, hand, monkeypatch):
     with contextlib.closing(sent(relay, "/" + hand.name, {"message": "x"})) as sock:
         hand.reply(hand.next_job(), ["a"], done=True)
         assert sock.recv(65536)            # and it keeps the connection
-        until(lambda: relay.waiting.taken == 0, 1)
+        until(lambda: relay.bounds.waiting.taken == 0, 1)
 
 
 def test_an_internal_error_in_an_answer_is_a_500(relay, hand, monkeypatch):
@@ -2944,7 +2943,7 @@ def test_a_silent_or_dripping_peer_times_out(tmp_path, limit, start, secure):
             while sock.recv(65536):
                 pass
         sock.close()
-        until(lambda: relay.connections.taken == 0)
+        until(lambda: relay.bounds.connections.taken == 0)
         assert time.monotonic() - began < 6
 
 
@@ -3145,7 +3144,7 @@ def test_half_delivered_answers_are_sent_again(relay, hand):
     reader.recv(1000)
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     reader.close()                         # reset, as a line that breaks
-    until(lambda: relay.waiting.taken == 0)
+    until(lambda: relay.bounds.waiting.taken == 0)
     again = sent(relay, "/" + hand.name, {"message": "once"})
     assert again.recv(100).startswith(b"HTTP/1.1 200")
     assert relay.broker.counts["jobs"] == jobs + 1
@@ -3160,10 +3159,10 @@ def test_large_pieces_for_slow_readers_count_as_memory():
         job = hand.next_job()
         until(lambda: len(relay.broker._jobs[job["job"]].readers) == 3)
         hand.reply(job, ["y" * 8000000])
-        until(lambda: relay.bytes.taken > 20000000)
+        until(lambda: relay.bounds.bytes.taken > 20000000)
         for reader in readers:
             reader.close()
-        until(lambda: relay.bytes.taken == 0)
+        until(lambda: relay.bounds.bytes.taken == 0)
         hand.logout()
 
 
@@ -3226,11 +3225,11 @@ def test_connections_are_bounded_and_the_next_gets_a_503():
     with running_relay(limits=Limits(max_connections=2)) as relay:
         with socket.create_connection(relay.server_address[:2]), \
                 socket.create_connection(relay.server_address[:2]):
-            until(lambda: relay.connections.taken == 2)
+            until(lambda: relay.bounds.connections.taken == 2)
             status, answer, headers = ask(relay, "/healthz")
             assert status == 503 and answer["error"] == "relay_busy"
             assert headers["Retry-After"]
-        until(lambda: relay.connections.taken == 0)
+        until(lambda: relay.bounds.connections.taken == 0)
         assert ask(relay, "/healthz")[0] == 200
 
 
@@ -3271,7 +3270,7 @@ def test_limits_apply_to_the_client_of_a_trusted_proxy():
         assert register("203.0.113.10") == 201
         hand, service = Hand(relay), {"message": "x", "wait": True}
         first = sent(relay, "/" + hand.name, service, X_Forwarded_For="203.0.113.9")
-        until(lambda: relay.waiting.taken == 1)
+        until(lambda: relay.bounds.waiting.taken == 1)
         assert ask(relay, "/" + hand.name, service, X_Forwarded_For="203.0.113.9")[
             1]["error"] == "rate_limited"
         first.close()
@@ -3281,7 +3280,7 @@ def test_limits_apply_to_the_client_of_a_trusted_proxy():
 def test_without_a_trusted_proxy_its_header_means_nothing(relay):
     for _ in range(3):
         ask(relay, "/api/models", X_Forwarded_For="203.0.113.77")
-    assert not any("203.0.113" in address for address in relay.connections._by)
+    assert not any("203.0.113" in address for address in relay.bounds.connections._by)
 
 
 @pytest.mark.parametrize("host, status", [
@@ -3298,16 +3297,16 @@ def test_waiting_prompts_and_polls_leave_connections_for_control():
     with running_relay(limits=Limits(max_polls=1, max_waiting=1)) as relay:
         hand, other = Hand(relay), Hand(relay)
         parked = in_thread(hand.poll)
-        until(lambda: relay.polls.taken == 1)
+        until(lambda: relay.bounds.polls.taken == 1)
         with pytest.raises(AssertionError, match="relay_busy"):
             other.poll()
         waiting = sent(relay, "/" + other.name, {"message": "x"})
-        until(lambda: relay.waiting.taken == 1)
+        until(lambda: relay.bounds.waiting.taken == 1)
         status, answer, headers = ask(relay, "/" + other.name, {"message": "x"})
         assert (status, answer["error"]) == (503, "relay_busy") and headers["Retry-After"]
         assert ask(relay, "/api/models")[0] == 200
         waiting.close()
-        until(lambda: relay.waiting.taken == 0)
+        until(lambda: relay.bounds.waiting.taken == 0)
         answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
         hand.reply(parked()["jobs"][0], ["x"], done=True)
         assert answer()[0] == 200
@@ -3323,7 +3322,7 @@ def test_the_longest_idle_connection_makes_room_for_the_next_one():
         refused = socket.create_connection(relay.server_address, SOON)
         assert refused.recv(100).startswith(b"HTTP/1.1 503")
         assert idle[0].recv(1) == b""      # of the two, the first
-        until(lambda: relay.connections.taken == 1)
+        until(lambda: relay.bounds.connections.taken == 1)
         assert ask(relay, "/healthz")[0] == 200
         for sock in idle + [refused]:
             sock.close()
@@ -3339,14 +3338,14 @@ def test_bodies_under_way_count_as_memory_and_small_ones_always_pass():
                       b"Expect: 100-continue\r\n\r\n" % (hand.name.encode(), size + 1))
         first.recv(100)                    # it reads the body now, all that comes counts
         first.sendall(b" " * (size - 1))
-        until(lambda: relay.bytes.taken > size - 1 - neuroengine_server.SMALL_PIECE)
+        until(lambda: relay.bounds.bytes.taken > size - 1 - neuroengine_server.SMALL_PIECE)
         status, answer, _ = ask(relay, "/" + hand.name, b" " * size)
         assert (status, answer["error"]) == (503, "relay_busy")
         waiting = in_thread(ask, relay, "/" + hand.name, {"message": "x" * 10000})
         hand.reply(hand.next_job(), ["y" * 10000], done=True)
         assert waiting()[0] == 200
         first.close()
-        until(lambda: relay.bytes.taken == 0)
+        until(lambda: relay.bounds.bytes.taken == 0)
         assert ask(relay, "/" + hand.name, b" " * (size // 2))[0] == 400
         hand.logout()
 
@@ -3360,13 +3359,13 @@ def test_unread_responses_count_as_memory():
         hand.reply(hand.next_job(), ["y" * 4 * size], done=True)
         assert waiting()[0] == 200
         readers = [sent(relay, "/" + hand.name, body) for _ in range(2)]
-        until(lambda: relay.bytes.taken > 7 * size)
+        until(lambda: relay.bounds.bytes.taken > 7 * size)
         third = in_thread(ask, relay, "/" + hand.name, body)     # waits for room
-        assert relay.bytes.taken <= relay.bytes.most
+        assert relay.bounds.bytes.taken <= relay.bounds.bytes.most
         for reader in readers:
             reader.close()
         assert third()[0] == 200
-        until(lambda: relay.bytes.taken == 0)
+        until(lambda: relay.bounds.bytes.taken == 0)
         hand.logout()
 
 
@@ -3396,7 +3395,7 @@ def test_a_body_in_tiny_pieces_takes_little_more_than_its_bytes(chunk):
         finally:
             tracemalloc.stop()
         assert len(body) == size and most < 2.5 * size
-        assert size - 4096 <= exchange.relay.bytes.taken <= 1.3 * size
+        assert size - 4096 <= exchange.bounds.bytes.taken <= 1.3 * size
 
 
 def test_a_poll_that_nobody_reads_counts_as_memory():
@@ -3408,9 +3407,9 @@ def test_a_poll_that_nobody_reads_counts_as_memory():
         poll = {"session": hand.session, "running": []}
         silent = sent(relay, "/provider/%s/poll" % hand.name, poll,
                       Authorization="Bearer " + hand.key)
-        until(lambda: relay.bytes.taken > size)
+        until(lambda: relay.bounds.bytes.taken > size)
         silent.close()
-        until(lambda: relay.bytes.taken == 0)
+        until(lambda: relay.bounds.bytes.taken == 0)
         for sock in waiting:
             sock.close()
         hand.logout()
@@ -3718,7 +3717,7 @@ def test_idle_connections_need_no_threads_and_close_together(monkeypatch):
             assert sock.recv(100).startswith(b"HTTP/1.1 200")
         for sock in socks:
             sock.close()
-        until(lambda: relay.connections.taken == 0)
+        until(lambda: relay.bounds.connections.taken == 0)
 
 
 @pytest.mark.parametrize("parts", [(b"\r", b"\n"), (b"G", b"E", b"T")])
