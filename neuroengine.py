@@ -126,6 +126,8 @@ RETRIED = frozenset(("internal_error", "request_timeout", "queue_full", "rate_li
 # Those that end a provider. Everything else may pass, even a wrong certificate (a captive
 # portal, a late renewal).
 FINAL = frozenset(("invalid_key", "invalid_name", "service_unknown"))
+# Those that may pass though nothing has succeeded yet, so that they need not be a mistake.
+PASSING = RETRIED | {"no_connection", "certificate"}
 NO_CONNECTION = -1           # errorcode of what the relay did not say
 # Errors of the way to the relay; after others of errorcode -1 it is worth a look whether
 # this is a relay.
@@ -2338,7 +2340,7 @@ class _Listening:
                     action = self._log_in
                     continue
                 if error.name in FINAL or first and not failures \
-                        and error.name != "no_connection" and error.name not in RETRIED:
+                        and error.name not in PASSING:
                     raise self.server._advise(error)
                 if not failures:
                     self.status.event(error.message + " Trying again until it succeeds.")
@@ -3633,8 +3635,7 @@ class Upstream:
                                       timeout=LOOK_UPSTREAM_SECONDS)
             data = response.read()
         except BROKEN as error:
-            raise Unavailable("The LLM server at %s does not answer (%s)." % (
-                transport.base, str(error) or type(error).__name__)) from None
+            raise Unavailable(self._no_answer(transport.base, error)) from None
         if response.headers.get("Server") == "neuroengine":
             raise Unavailable("At %s is a relay, not an LLM server." % transport.base)
         if response.status in (401, 403):
@@ -3653,6 +3654,16 @@ class Upstream:
                                   transport.base, response.status))
         return {entry["id"]: entry for entry in models
                 if isinstance(entry, dict) and isinstance(entry.get("id"), str)}
+
+    def _no_answer(self, base, error):
+        """What to say of a server that cannot be asked."""
+        known = no_connection(base, error)
+        if known.name == "no_connection":
+            return "The LLM server at %s does not answer (%s)." % (
+                base, str(error) or type(error).__name__)
+        advice = " If it is your own, name a file with it in $SSL_CERT_FILE." \
+            if known.name == "certificate" else ""
+        return known.message + advice
 
     def _learn(self):
         self.kind = next((KINDS[entry.get("owned_by")] for entry in self.entries.values()
@@ -4824,13 +4835,14 @@ def run_unregister(options):
 
 
 def patiently(status, action):
-    """Do action, and again for as long as the relay cannot be reached."""
+    """Do action, and again for as long as the relay cannot be reached, or its certificate
+    is wrong (a captive portal, a late renewal)."""
     failures = 0
     while True:
         try:
             return action()
         except NeuroengineError as error:
-            if error.name != "no_connection" and error.name not in RETRIED:
+            if error.name not in PASSING:
                 raise
             if not failures:
                 status.event(in_options(error) + " Trying again until it succeeds.")

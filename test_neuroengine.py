@@ -6375,6 +6375,42 @@ def test_what_may_pass_does_not_end_a_provider(name, monkeypatch):
         assert relay.ask({"message": "x"})[1]["done"] and not failures
 
 
+@pytest.mark.parametrize("name, waits", [("certificate", True), ("no_connection", True),
+                                         ("relay_busy", True), ("bad_address", False),
+                                         ("no_tls", False), ("invalid_key", False)])
+def test_share_waits_at_its_start_for_what_may_pass(name, waits, monkeypatch, capfd):
+    monkeypatch.setattr(neuroengine, "FIRST_PAUSE_SECONDS", 0.01)
+    failures = [NeuroengineError(-1, "It is not so.", name)] * 2
+
+    def act():
+        if failures:
+            raise failures.pop()
+        return "done"
+    if waits:
+        assert neuroengine.patiently(neuroengine.Status(), act) == "done"
+        said = capfd.readouterr().err
+        assert said.count("It is not so.") == 1 and said.endswith("until it succeeds.\n")
+    else:
+        with pytest.raises(NeuroengineError):
+            neuroengine.patiently(neuroengine.Status(), act)
+
+
+def test_an_upstreams_wrong_certificate_is_told_and_waited_for():
+    wrong = ssl.SSLCertVerificationError(1, "no")
+    wrong.verify_message = "self-signed certificate"
+
+    def refuse(*args, **more):
+        if failures:
+            raise failures.pop()
+        return opened(*args, **more)
+    with fake_llm() as (llm, url), pytest.MonkeyPatch.context() as patch:
+        opened, failures, said = neuroengine.Transport.open, [wrong], []
+        patch.setattr(neuroengine.Transport, "open", refuse)
+        neuroengine.Upstream(url).wait(said.append, pause=0.01)
+    assert len(said) == 1 and "(self-signed certificate)" in said[0] \
+        and "$SSL_CERT_FILE" in said[0]
+
+
 def test_several_models_are_shared_from_one_process_with_workers_in_common():
     running, most = [], []
 
