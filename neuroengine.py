@@ -2798,13 +2798,10 @@ class Rendering:
             return Question(api, dict(body, model=self.model.id), stream=False)
         body, own = (self._from_openai if api else self._from_native)(request)
         self._check(body)
-        own |= {"stream_options", "return_progress"}
+        own.add("stream_options")
         body.update(model=self.model.id, stream=True)
         body["stream_options"] = dict(as_dict(body.get("stream_options")), include_usage=True)
-        if self.kind == "llama.cpp":
-            # It notices that we hung up only when it writes. Without reports of its
-            # progress a prompt of 3000 tokens was read on for 32 s; with them, 0.5 s.
-            body["return_progress"] = True
+        own |= self._watch(body)
         for message in body.get("messages", ()):
             if message.get("role") == "developer":
                 message["role"] = "system"     # many templates leave out what they do not
@@ -2835,6 +2832,8 @@ class Rendering:
                                           include_usage=True)
         if api in GENERATING:
             own |= self._bound(api, body)
+            if request.get("stream"):
+                own |= self._watch(body)
         headers = [(name, value) for name, value in as_dict(request.get("headers")).items()
                    if name in ("anthropic-version", "anthropic-beta")
                    and re.match(r"[ -~]*\Z", str(value))]
@@ -2890,6 +2889,15 @@ class Rendering:
         body["messages"] = messages + [{"role": "assistant", "content": begun + so_far}]
         if self.kind == "vLLM":
             body.update(continue_final_message=True, add_generation_prompt=False)
+
+    def _watch(self, body):
+        """Have llama.cpp report its progress; returns the fields added. It notices that we
+        hung up only when it writes: without reports a prompt of 3000 tokens was read to its
+        end, for 32 s; with them, 0.5 s."""
+        if self.kind != "llama.cpp" or "return_progress" in body:
+            return set()
+        body["return_progress"] = True
+        return {"return_progress"}
 
     def _bound(self, api, body):
         """Apply the operator's limit, under whatever name; returns the fields added."""
@@ -3401,10 +3409,14 @@ class Events:
 
     LAST = {"responses": ("response.completed", "response.failed", "response.incomplete"),
             "messages": ("message_stop",)}
+    OPENING = ("message_start", "response.created", "response.in_progress")
 
     def __init__(self, model, question):
         self._model, self._api = model, question.api
         self._hides_usage = "stream_options" in question.own
+        self._hides_progress = "return_progress" in question.own
+        self._opening = {}         # events before the answer: as long as they are not sent,
+                                   # another provider can answer instead
         self._lines, self._kind, self._data = Lines(), "", []
         self._usage = {}
         self._ended, self._choices = set(), question.choices()
@@ -3421,6 +3433,7 @@ class Events:
         items = []
         for line in self._lines.end() + [b""]:
             self._take(line, items)
+        self._open(items)
         if not self.finished:
             raise NeuroengineError(1, "the LLM server's answer ended in the middle"
                                    if not self._json else "the LLM server answered at once "
@@ -3462,6 +3475,7 @@ class Events:
     def _take_event(self, kind, data, items):
         if data == b"[DONE]":
             self._done = self.finished = True
+            self._open(items)
             items.append({"event": "data: [DONE]"})
             return
         event = self._parse(data)
@@ -3471,10 +3485,29 @@ class Events:
             return
         if not isinstance(event, dict):
             raise not_json()
-        if self._look(kind, event):
-            text = "data: " + json.dumps(renamed(event, self._model.service),
-                                         ensure_ascii=False, separators=(",", ":"))
-            items.append({"event": "event: %s\n%s" % (kind, text) if kind else text})
+        progress = event.get("prompt_progress")
+        if progress is not None and self._hides_progress:
+            del event["prompt_progress"]
+        if progress is None and event.get("type") not in self.OPENING:
+            self._open(items)
+            if self._look(kind, event):
+                items.append(self._item(kind, event))
+        elif self._look(kind, event):          # reports repeat what opens the stream
+            choices = event.get("choices")
+            index = [as_dict(choice).get("index") for choice in choices] if isinstance(
+                choices, list) else None
+            self._opening.setdefault(str((event.get("type"), index)), self._item(kind, event))
+
+    def _item(self, kind, event):
+        text = "data: " + json.dumps(renamed(event, self._model.service),
+                                     ensure_ascii=False, separators=(",", ":"))
+        return {"event": "event: %s\n%s" % (kind, text) if kind else text}
+
+    def _open(self, items):
+        """The answer begins: the events before it can go."""
+        if self._opening:
+            items.extend(self._opening.values())
+            self._opening = {}
 
     def _look(self, kind, event):
         """Note usage and ends; whether the client is to get this event."""

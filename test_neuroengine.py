@@ -5971,6 +5971,36 @@ def test_an_opaque_stream_is_passed_event_by_event_to_its_own_end(api, pairs, bo
             passed(question, sent_as_events(pairs[:cut - (api == "responses")]), how)
 
 
+LONG_PREFILL = {           # as llama.cpp reports its progress: by what opens the stream
+    "chat": [("", {"created": n, "prompt_progress": {"processed": n}, "choices": [
+        {"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}]})
+        for n in range(3)] + CHOICES[:2],
+    "responses": RESPONSES[:1] + [("response.in_progress", {"prompt_progress": {
+        "processed": n}}) for n in range(3)] + RESPONSES[1:],
+    "messages": ANTHROPIC}
+
+
+@pytest.mark.parametrize("api, count", [("chat", 4), ("responses", 4), ("messages", 5)])
+def test_the_progress_that_the_bridge_has_llama_cpp_report_stays_with_it(api, count):
+    question = opaque(api, {}, stream=True, kind="llama.cpp")
+    assert question.body["return_progress"] is True
+    *events, _ = passed(question, sent_as_events(LONG_PREFILL[api], b"data: [DONE]\n\n"
+                                                 * (api == "chat"))) + [None]
+    texts = [item["event"] for item in events if "event" in item]
+    assert len(texts) == count and "prompt_progress" not in "".join(texts)
+    question = opaque(api, {"return_progress": False}, stream=True, kind="llama.cpp")
+    assert question.body["return_progress"] is False
+    for kind in ("", "vLLM"):
+        assert "return_progress" not in opaque(api, {}, stream=True, kind=kind).body
+
+
+def test_what_opens_a_stream_goes_with_its_first_answer_so_that_another_provider_can_answer():
+    question = opaque("messages", {}, stream=True)
+    parser = question.parser(neuroengine.Model("m"))
+    assert parser.feed(sent_as_events(ANTHROPIC[:1])) == []
+    assert len(parser.feed(sent_as_events(ANTHROPIC[1:2]))) == 2
+
+
 @pytest.mark.parametrize("api, data", [
     ("messages", b'event: error\ndata: {"type": "error", "error": {"type": '
      b'"overloaded_error", "message": "busy"}}\n\n'),
@@ -6544,7 +6574,7 @@ def test_a_stream_of_any_api_passes_from_the_server_to_the_client(
               if line.startswith("data:") and "[DONE]" not in line]
     assert [event.get("type") for event in events] == [kind or None for kind, _ in shown]
     assert "secret" not in data.decode() and fake.got[-1][1]["model"] == "/secret/model.gguf"
-    fake.script.append(events_by(pairs[:1]))   # dies amid its answer
+    fake.script.append(events_by(pairs[:2]))   # dies amid its answer
     data = ask(relay, path, dict(body, model=name, stream=True))[1].decode()
     assert "ended in the middle" in data and "error" in data.splitlines()[-2]
 
@@ -6563,6 +6593,26 @@ def test_a_whole_answer_and_an_error_of_any_api_pass_from_the_server_to_the_clie
     assert (status, answer["type"], answer["error"]["message"]) == (400, "error", "no thinking")
     status, answer, _ = ask(relay, "/v1/messages", dict(body, lora=[1]))
     assert status == 400 and "lora" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path, body", [
+    ("/v1/messages", {"max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}),
+    ("/v1/responses", {"input": "x"}), ("/v1/completions", {"prompt": ["a", "b"]}),
+    ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "x"}]})])
+def test_a_client_that_leaves_while_the_server_reads_its_prompt_ends_that(
+        relay, llm_of_all, path, body, stream):
+    fake, name = llm_of_all
+    gone = threading.Event()
+
+    def prefill(handler):                      # says nothing until its peer has gone
+        if handler.connection.recv(1) == b"":
+            gone.set()
+    fake.script.append(prefill)
+    sock = sent(relay, path, dict(body, model=name, stream=stream))
+    until(lambda: not fake.script)
+    sock.close()
+    assert gone.wait(SOON)
 
 
 def test_refusals_and_annotations_reach_the_client_streamed_and_whole(relay, llm_of_all):
