@@ -316,33 +316,34 @@ class Job:
     # Class attributes: what a job begins with, and most jobs never change.
     state = "queued"
     identity = None               # how other requests find this job
-    grace = 0.0                   # seconds that it lives without a reader
-    by_operator = False           # it goes before the prompts of others
-    wait = False                  # it may queue even if no provider is connected
     returned = False              # a provider had it: it goes before all others
     seen = 0                      # items that some client has been sent
     delivered = 0                 # items given to a polled client that names no offset (at):
                                   # it goes on from there
     attempt = deaths = 0          # leases so far; providers that died on it
     lease = avoid = None          # its Lease; the Session that gave it back
-    access = None                 # the AccessKey it counts for
-    cost = 1                      # how many prompts it counts as
-    urgent = False                # the same, for requests that cost nearly nothing
-    needs = None                  # the API that its provider must pass through; None: text
     left_at = None                # when the last reader left
     error, error_told = None, False
     checked = False               # whether a timer will look at it
-    leased_at = first_at = ended_at = None
+    created = leased_at = first_at = ended_at = None
     encoded = None                # (encoder's name, bytes): the whole answer, made once
 
-    def __init__(self, service, caller, payload, now, holder=None):
-        self.id, self.number = next(JOB_IDS), next(JOB_NUMBERS)
-        self.service, self.payload = service, payload
+    def __init__(self, service, payload, caller="", *, holder=None, access=None, rated=False,
+                 by_operator=False, urgent=False, wait=False, grace=None, cost=1, needs=None):
+        self.id, self.service = next(JOB_IDS), service
+        self.payload = payload                     # the prompt as the provider gets it, JSON
         self.caller = caller                       # "key ID", or an address
         self.holder = holder or caller             # the address whose memory it takes
-        self.items, self.size = [], 0
-        self.readers = []
-        self.created = now
+        self.access = access                       # the AccessKey it counts for
+        self.rated = rated                         # the caller's prompts are limited
+        self.by_operator = by_operator             # it goes before the prompts of others
+        self.urgent = urgent                       # the same, for what costs nearly nothing
+        self.wait = wait                           # it queues even if no provider is there
+        self.grace = grace                         # seconds that it lives without a reader
+        self.cost = cost                           # how many prompts it counts as
+        self.needs = needs                         # the API that its provider must pass
+                                                   # through; None: text
+        self.items, self.size, self.readers = [], 0, []
 
     def move(self, state):
         """Change the state, in one of the ways that MOVES has."""
@@ -623,9 +624,9 @@ class Admission:
         self._rates, self.quotas = Rates(clock), Quotas(wall)
         self.memory = Memory(limits.max_held_bytes)
 
-    def check(self, job, rated):
+    def check(self, job):
         """Raise RelayError if the service, the queue, or a limit of the caller does not
-        allow this prompt. rated: prompts of this caller are limited in number."""
+        allow this prompt."""
         service = job.service
         if service.paused and not job.by_operator:
             raise RelayError("service_paused", "%s is paused by its operator. Try again "
@@ -640,7 +641,7 @@ class Admission:
             raise RelayError("rate_limited", "Your prompts and their answers take a quarter "
                              "of the relay's memory. Wait until some are answered.",
                              retry_after=10)
-        self._check_rates(job, rated)
+        self._check_rates(job)
 
     def _check_queue(self, job):
         service, limits = job.service, self._limits
@@ -675,15 +676,15 @@ class Admission:
                           "others need the room." % service.name,
                           retry_after=self.retry_after(service))
 
-    def _check_rates(self, job, rated):
+    def _check_rates(self, job):
         service, limits = job.service, self._limits
         if job.by_operator:
             return
         groups = ((job.caller, 1),) if job.access is not None else groups_of(job.caller)
-        for _ in range(job.cost if rated else 0):
+        for _ in range(job.cost if job.rated else 0):
             for group, factor in groups:
                 self._rates.take(group, limits.max_prompts_per_minute * factor, 60, "prompts")
-        if job.access is None and (rated or service.anonymous_per_day):
+        if job.access is None and (job.rated or service.anonymous_per_day):
             most = service.anonymous_per_day or limits.max_anonymous_per_day
             for _ in range(job.cost):
                 for group, factor in groups:
@@ -917,40 +918,32 @@ class Jobs:
 
     # -- clients, in the order a job lives --
 
-    def submit(self, service, payload, *, caller="", identity=None, at=None, rated=False,
-               by_operator=False, wait=False, grace=None, access=None, holder=None, cost=1,
-               urgent=False, needs=None):
-        """Accept a prompt, or find the job it already is, and return a Reader of it.
+    def submit(self, job, identity=None, at=None):
+        """Accept a job, or find the one it already is, and return a Reader of it.
 
-        payload: the request as JSON bytes, for the provider. identity: how the job is found
-        again. at: the item offset to read from. rated: the caller's prompts are limited in
-        number. by_operator: it goes first. wait: queue even if no provider is connected.
-        grace: seconds to live without a reader, instead of the limit. access: the
-        AccessKey it counts for. holder: whose memory it takes, the caller's by default.
-        cost: how many prompts it counts as. urgent: it goes first. needs: the API that its
-        provider must pass through. Raises RelayError. Does not block.
+        identity: how the job is found again. at: the item offset to read from. Raises
+        RelayError. Does not block.
         """
         with self._lock:
-            job = self._find_job_locked(identity)
-            if job is not None:
-                return self._attach_locked(job, at)
+            known = self._find_job_locked(identity)
+            if known is not None:
+                return self._attach_locked(known, at)
             if at:
                 raise self._stream_unknown()
             if self.draining:
                 raise self._shutting_down()
-            job = Job(service, caller, payload, self._clock(), holder)
-            job.by_operator, job.wait, job.access = by_operator, wait, access
-            job.cost, job.urgent, job.needs = cost, urgent, needs
-            job.grace = self.limits.grace_seconds if grace is None else grace
+            job.number, job.created, service = next(JOB_NUMBERS), self._clock(), job.service
+            if job.grace is None:
+                job.grace = self.limits.grace_seconds
+            size = JOB_BYTES + len(job.payload)
             for kept in self._memory.kept_by(job.holder):
-                if self._memory.share_left(job.holder) < JOB_BYTES + len(payload) and (
-                        not kept.readers):
+                if self._memory.share_left(job.holder) < size and not kept.readers:
                     self._forget_locked(kept)
-            self._admission.check(job, rated)
+            self._admission.check(job)
             victim = self._admission.gives_way(job)
             if victim is not None:
                 self._cancel_locked(victim, self._admission.gave_way_error(service))
-            if not self._make_room_locked(JOB_BYTES + len(payload), job.holder):
+            if not self._make_room_locked(size, job.holder):
                 raise self._admission.memory_full()
             self._admission.charge(job)
             self._jobs[job.id] = job
@@ -2473,10 +2466,9 @@ def submit_native(exchange, service, request, by_operator, access):
                        if field not in NOT_FOR_PROVIDERS})
     request.clear()
     exchange.release_large_body()
-    return exchange.broker.submit(
-        service, payload, caller=caller, identity=identity, at=at, wait=wait,
-        by_operator=by_operator, access=access, rated=not exchange.local,
-        holder=exchange.address)
+    job = Job(service, payload, caller, holder=exchange.address, access=access,
+              rated=not exchange.local, by_operator=by_operator, wait=wait)
+    return exchange.broker.submit(job, identity, at)
 
 
 def repeat_identity(exchange, service, caller, repeat):
@@ -4682,12 +4674,12 @@ def submit_api(exchange, api, service, request, by_operator, access, opaque):
                                api=api))
     request.clear()
     exchange.release_large_body()
-    return exchange.broker.submit(
-        service, payload, caller=caller, by_operator=by_operator, access=access,
-        rated=not exchange.local, holder=exchange.address, wait=wait, at=0,
-        grace=None if repeat else 0.0, cost=cost, urgent=APIS[api].urgent,
-        identity=repeat_identity(exchange, service, caller, repeat) if repeat else None,
-        needs=api if opaque or api == "embeddings" else None)
+    job = Job(service, payload, caller, holder=exchange.address, access=access,
+              rated=not exchange.local, by_operator=by_operator, urgent=APIS[api].urgent,
+              wait=wait, grace=None if repeat else 0.0, cost=cost,
+              needs=api if opaque or api == "embeddings" else None)
+    return exchange.broker.submit(job, repeat_identity(
+        exchange, service, caller, repeat) if repeat else None, 0)
 
 
 def time_headers(exchange, job):

@@ -51,6 +51,7 @@ from neuroengine import NeuroengineError
 from neuroengine import NeuroengineServer
 from neuroengine_server import Broker
 from neuroengine_server import Identity
+from neuroengine_server import Job
 from neuroengine_server import Limits
 from neuroengine_server import Poll
 from neuroengine_server import Relay
@@ -125,9 +126,9 @@ class Desk:
     def identity(self, kind, name, fingerprint=None):
         return Identity(kind, self.service, name, fingerprint=fingerprint)
 
-    def submit(self, text=b'{"message":"hi"}', **kw):
-        kw.setdefault("caller", "alice")
-        return self.broker.submit(self.service, text, **kw)
+    def submit(self, text=b'{"message":"hi"}', caller="alice", identity=None, at=None,
+               **facts):
+        return self.broker.submit(Job(self.service, text, caller, **facts), identity, at)
 
     def push(self, session, job, items=(), at=0, attempt=1, **kw):
         entry = dict(kw, job=job, attempt=attempt, at=at, items=list(items))
@@ -534,11 +535,11 @@ def test_a_service_without_a_provider_says_so_at_once_or_waits_if_asked(desk):
 def test_after_a_restart_prompts_wait_for_the_provider_to_come_back(desk):
     service = Service("Old", "")
     desk.broker.add(service, returning=True)
-    reader = desk.broker.submit(service, b"{}")
+    reader = desk.broker.submit(Job(service, b"{}"))
     desk.later(desk.broker.limits.offline_seconds + 0.1)
     assert reader.job.error.name == "service_offline"
     with pytest.raises(RelayError):
-        desk.broker.submit(service, b"{}")
+        desk.broker.submit(Job(service, b"{}"))
 
 
 def test_offline_says_since_when(desk):
@@ -1305,7 +1306,7 @@ def test_a_timers_error_reaches_the_client_at_once():
     broker.add(service)
     broker.logout(service, broker.login(service))
     service.expected_until = broker.now() + 9
-    reader, told = broker.submit(service, b"{}", caller="a"), threading.Event()
+    reader, told = broker.submit(Job(service, b"{}", "a")), threading.Event()
     broker.deliver_to(reader, told.set, float("inf"))
     threading.Thread(target=lambda: [None for _ in iter(broker.upkeep, False)],
                      daemon=True).start()
@@ -1343,10 +1344,10 @@ def test_quotas_of_strangers_outlive_the_process(tmp_path):
         broker.add(service)
         if n == 0:
             for _ in range(3):
-                broker.submit(service, b"{}", caller="203.0.113.1", rated=True, wait=True)
+                broker.submit(Job(service, b"{}", "203.0.113.1", rated=True, wait=True))
         else:
             with pytest.raises(RelayError) as refused:
-                broker.submit(service, b"{}", caller="203.0.113.1", rated=True, wait=True)
+                broker.submit(Job(service, b"{}", "203.0.113.1", rated=True, wait=True))
             assert refused.value.name == "quota_exceeded"
         registry.close()
     assert b"203.0.113" not in open(path, "rb").read()
@@ -2604,7 +2605,7 @@ def test_no_failing_statement_leaves_a_change_half_done(tmp_path, stays):
         key = insist("POST", "", {"name": name, "comment": "first"})["key"]
         service = relay.broker.find(name)
         guest = insist("POST", "/%s/keys" % name, {"label": "Ann"}, key)
-        relay.broker.submit(service, b"{}", wait=True)
+        relay.broker.submit(Job(service, b"{}", wait=True))
         relay.registry.save()
         step("DELETE", "/%s/keys/%s" % (name, guest["id"]), None, key)
         assert not service.keys            # in force, whatever the disk

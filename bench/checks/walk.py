@@ -151,11 +151,12 @@ class Walk:
             identity = ne.Identity(rand.choice(("stream", "repeat", "body")), service, caller,
                                    "%d" % rand.randrange(10**9), fingerprint=b"f")
             self.identities.append(identity)
-        self.attach(lambda: self.broker.submit(
-            service, b"x" * rand.choice((2, 50, 3000, 9000)), caller=caller, holder=address,
-            identity=identity, at=0, rated=True, by_operator=kind > 0.9,
-            wait=rand.random() < 0.5, grace=rand.choice((None, None, 0)), access=access,
-            urgent=rand.random() < 0.1, needs=rand.choice((None,) * 4 + ("chat",))), identity)
+        job = ne.Job(
+            service, b"x" * rand.choice((2, 50, 3000, 9000)), caller, holder=address,
+            rated=True, by_operator=kind > 0.9, wait=rand.random() < 0.5,
+            grace=rand.choice((None, None, 0)), access=access, urgent=rand.random() < 0.1,
+            needs=rand.choice((None,) * 4 + ("chat",)))
+        self.attach(lambda: self.broker.submit(job, identity, 0), identity)
 
     def attach(self, open_reader, identity):
         reader = open_reader()

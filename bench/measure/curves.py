@@ -64,8 +64,8 @@ class World:
             pass
 
     def submit(self, caller=None):
-        reader = self.broker.submit(self.service, b'{"message":"Hello"}', wait=True,
-                                    caller=caller or next(self.callers))
+        reader = self.broker.submit(relay.Job(self.service, b'{"message":"Hello"}',
+                                        caller or next(self.callers), wait=True))
         self.readers[reader.job.id] = reader
         return reader
 
@@ -112,7 +112,7 @@ def parked(relay, count):
                      "done": True}])
 
     def ask():
-        reader = broker.submit(service, b'{"message":"Hello"}', wait=True)
+        reader = broker.submit(relay.Job(service, b'{"message":"Hello"}', wait=True))
         broker.read(reader, None, 10)
         broker.leave(reader, True)
 
