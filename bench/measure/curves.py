@@ -64,8 +64,8 @@ class World:
             pass
 
     def submit(self, caller=None):
-        reader = self.broker.submit(relay.Job(self.service, b'{"message":"Hello"}',
-                                        caller or next(self.callers), wait=True))
+        reader = self.broker.submit(self.relay.Job(
+            self.service, b'{"message":"Hello"}', caller or next(self.callers), wait=True))
         self.readers[reader.job.id] = reader
         return reader
 
