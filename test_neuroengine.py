@@ -68,18 +68,27 @@ for ignored in (getattr(signal, "SIGHUP", None), signal.SIGINT):
     with contextlib.suppress(TypeError, ValueError):
         if signal.getsignal(ignored) == signal.SIG_IGN:
             signal.signal(ignored, signal.SIG_DFL)
-SOON = 10.0      # seconds that only a failure reaches
 
 
-def until(fact, seconds=SOON):
+def patient(seconds):
+    """A bound for what takes so long at most. Where other programs keep the processors busy,
+    each gets its share of them and takes longer by as much."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    return seconds * min(max(1, load / os.cpu_count()), 20)
+
+
+SOON = patient(10)      # seconds that only a failure reaches
+
+
+def until(fact, seconds=10):
     """Wait until fact() is true, and return what it returned."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    began = time.monotonic()
+    while True:
         value = fact()
         if value:
             return value
+        assert time.monotonic() - began < patient(seconds), "it did not happen in time"
         time.sleep(0.005)
-    raise AssertionError("it did not happen within %g s" % seconds)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -419,7 +428,7 @@ def test_many_unknown_jobs_of_a_poll_cost_little(desk):
     session = desk.login()
     began = time.monotonic()
     _, cancels = desk.poll(session, [("j%d" % n, 1) for n in range(20000)])
-    assert len(cancels) == 2 and time.monotonic() - began < 5
+    assert len(cancels) == 2 and time.monotonic() - began < patient(5)
 
 
 def test_an_idle_provider_gets_the_job_it_avoided_once_it_is_the_only_one(desk):
@@ -1739,9 +1748,9 @@ def running_relay(**kw):
 
 @pytest.fixture(scope="session")
 def relay():
-    with running_relay(limits=Limits(
-            grace_seconds=0.6, wait_seconds=1.0, head_seconds=1.0, heartbeat_seconds=0.4,
-            body_seconds=1.0, max_request_bytes=1 << 20)) as relay:
+    """One for all tests that need no other. Its times are the usual ones, so that none of
+    them passes while a test is held up."""
+    with running_relay(limits=Limits(max_request_bytes=1 << 20)) as relay:
         yield relay
 
 
@@ -1838,7 +1847,7 @@ def in_thread(function, *args, **kw):
     thread.start()
 
     def wait():
-        thread.join(SOON)
+        thread.join(patient(10))
         assert result, "it did not return"
         return result[0]
     return wait
@@ -1961,12 +1970,15 @@ def test_a_polled_read_returns_a_second_after_the_first_token(relay, hand):
     answer = in_thread(ask, relay, "/" + hand.name, {"message": "hi", "key": name_of()})
     hand.reply(hand.next_job(), ["one"])
     assert answer()[1]["reply"] == "one"
-    assert 0.9 < time.monotonic() - began < 5
+    assert 0.9 < time.monotonic() - began < patient(5)
 
 
-def test_a_long_wait_for_the_first_token_says_still_waiting(relay, hand):
-    status, answer, _ = ask(relay, "/" + hand.name, {"message": "hi", "key": name_of()})
-    assert status == 202 and answer["error"] == "still_waiting" and answer["errorcode"]
+def test_a_long_wait_for_the_first_token_says_still_waiting():
+    with running_relay(limits=Limits(wait_seconds=0.1)) as relay:
+        hand = Hand(relay)
+        status, answer, _ = ask(relay, "/" + hand.name, {"message": "hi", "key": "k"})
+        assert status == 202 and answer["error"] == "still_waiting" and answer["errorcode"]
+        hand.logout()
 
 
 def test_reasoning_alone_does_not_end_a_polled_stream(relay, hand):
@@ -1986,17 +1998,20 @@ def records_of(sock):
         yield json.loads(line)
 
 
-def test_a_stream_brings_items_and_heartbeats_and_a_last_record(relay, hand):
-    with contextlib.closing(sent(relay, "/" + hand.name,
-                                 {"message": "x", "stream": True})) as sock:
-        job = hand.next_job()
-        hand.reply(job, ["a"])
-        records = records_of(sock)
-        assert next(records) == {"at": 0, "items": ["a"]}
-        assert next(records) == {}
-        hand.reply(job, ["b", {"finish_reason": "stop"}], at=1, done=True)
-        assert [r for r in records if r][:1] == [
-            {"at": 1, "items": ["b", {"finish_reason": "stop"}]}]
+def test_a_stream_brings_items_and_heartbeats_and_a_last_record():
+    with running_relay(limits=Limits(heartbeat_seconds=0.1)) as relay:
+        hand = Hand(relay)
+        with contextlib.closing(sent(relay, "/" + hand.name,
+                                     {"message": "x", "stream": True})) as sock:
+            job = hand.next_job()
+            hand.reply(job, ["a"])
+            records = records_of(sock)
+            assert next(r for r in records if r) == {"at": 0, "items": ["a"]}
+            assert next(records) == {}
+            hand.reply(job, ["b", {"finish_reason": "stop"}], at=1, done=True)
+            assert [r for r in records if r][:1] == [
+                {"at": 1, "items": ["b", {"finish_reason": "stop"}]}]
+        hand.logout()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere each stream's own thread writes")
@@ -2124,18 +2139,19 @@ def until_left(relay, job):
 @pytest.mark.parametrize("path, body", [
     ("", {"message": "x"}), ("", {"message": "x", "stream": True}),
     ("", {"message": "x", "key": "k"})])
-def test_a_client_that_hangs_up_is_noticed_within_a_second(relay, hand, path, body):
-    if "key" in body:
-        body = dict(body, key=name_of())
-    sock = sent(relay, "/" + hand.name, body)
-    job = hand.next_job()
-    time.sleep(0.3)                        # its own thread waits elsewhere; either must do
-    sock.close()
-    began = time.monotonic()
-    until_left(relay, job)
-    while not hand.poll()["cancel"]:       # after the grace time
-        pass
-    assert 0.5 < time.monotonic() - began < 4
+def test_a_client_that_hangs_up_is_noticed_within_a_second(path, body):
+    with running_relay(limits=Limits(grace_seconds=0.6)) as relay:
+        hand = Hand(relay)
+        sock = sent(relay, "/" + hand.name, body)
+        job = hand.next_job()
+        time.sleep(0.3)                    # its own thread waits elsewhere; either must do
+        sock.close()
+        began = time.monotonic()
+        until_left(relay, job)
+        while not hand.poll()["cancel"]:   # after the grace time
+            pass
+        assert 0.5 < time.monotonic() - began < patient(4)
+        hand.logout()
 
 
 def test_through_v1_a_client_that_hangs_up_cancels_at_once(relay, hand):
@@ -2147,7 +2163,7 @@ def test_through_v1_a_client_that_hangs_up_cancels_at_once(relay, hand):
         sock.close()
         began = time.monotonic()
         assert [job["job"], job["attempt"]] in hand.poll()["cancel"]
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < patient(1)
         hand.reply(job, error="cancelled")
 
 
@@ -2786,7 +2802,7 @@ def test_connected_turns_false_within_a_second_of_a_providers_end(relay, hand):
     sock.close()
     began = time.monotonic()
     until(lambda: not service.sessions)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < patient(1)
 
 
 def test_a_killed_providers_job_goes_to_another_within_a_second(relay):
@@ -2801,7 +2817,7 @@ def test_a_killed_providers_job_goes_to_another_within_a_second(relay):
     began = time.monotonic()
     hand.session, hand.running = hand.call("login")["session"], []
     again = hand.next_job()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < patient(1)
     assert (again["job"], again["attempt"]) == (job["job"], 2)
     hand.reply(again, ["second"], done=True)
     assert answer()[1]["reply"] == "second"
@@ -2904,16 +2920,16 @@ def test_broken_requests_are_answered_or_closed_and_never_a_500(relay, data):
     assert relay.counted()["errors", "internal_error"] == mistakes
 
 
-def test_a_head_that_drips_times_out(relay):
-    began = time.monotonic()
-    with socket.create_connection(relay.server_address[:2], SOON) as sock:
-        sock.settimeout(0.2)
-        answer = b""
-        while not answer and time.monotonic() - began < SOON:
+def test_a_head_that_drips_times_out():
+    with running_relay(limits=Limits(head_seconds=0.4)) as relay, socket.create_connection(
+            relay.server_address) as sock:
+        began, answer = time.monotonic(), b""
+        sock.settimeout(0.1)
+        while not answer:
             sock.sendall(b"G")
             with contextlib.suppress(socket.timeout):
                 answer = sock.recv(100)
-        assert b" 408 " in answer and 0.8 < time.monotonic() - began < 5
+        assert b" 408 " in answer and 0.3 < time.monotonic() - began < patient(5)
 
 
 @pytest.mark.parametrize("limit, start", [
@@ -2945,7 +2961,7 @@ def test_a_silent_or_dripping_peer_times_out(tmp_path, limit, start, secure):
                 pass
         sock.close()
         until(lambda: relay.bounds.connections.taken == 0)
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began < patient(6)
 
 
 def plain_wire(tls=None, **limits):
@@ -3102,7 +3118,7 @@ def test_tls_a_record_that_drips_does_not_prolong_a_wait(tmp_path):
     wait = in_thread(drip)
     with pytest.raises(neuroengine_server.PeerGone):
         head_of(wire, 0.3)
-    assert time.monotonic() - began < 3    # that of all of it would take 5
+    assert time.monotonic() - began < patient(3)    # that of all of it would take 5
     wire.sock.close()
     assert wait()
     peer.close()
@@ -3209,7 +3225,7 @@ def test_a_peer_that_does_not_read_times_out(tmp_path, secure):
     wait = in_thread(drip)
     with pytest.raises(neuroengine_server.PeerGone):
         wire.send(b"x" * 10000000)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < patient(5)
     wire.sock.close()
     theirs.close()
     with contextlib.suppress(AssertionError):
@@ -3562,7 +3578,7 @@ def test_tls_a_silent_peer_delays_nobody_and_a_hang_up_is_noticed(tmp_path):
             until(lambda: relay.broker.find("Tls").numreq)
             time.sleep(0.4)
             sock.close()
-            assert closed.wait(2)
+            assert closed.wait(patient(2))
             provider.stop()
 
 
@@ -3736,7 +3752,7 @@ def test_a_head_has_one_deadline_from_its_first_byte(parts):
                     time.sleep(0.3)
                 while sock.recv(1000):
                     pass
-            assert time.monotonic() - began < 4
+            assert time.monotonic() - began < patient(4)
             sock.close()
 
 
@@ -4279,7 +4295,7 @@ def test_a_coroutine_that_nobody_waits_for_is_cancelled(relay, provide):
     stream = client_of(relay, name).stream("x")
     next(stream)
     stream.close()
-    assert closed.wait(1)
+    assert closed.wait(patient(1))
 
 
 def test_listen_works_where_an_event_loop_runs_already(relay, provide):
@@ -4421,7 +4437,7 @@ def test_closing_the_stream_closes_the_providers_iterator_within_a_second(relay,
     stream = client_of(relay, name).stream("x")
     next(stream)
     stream.close()
-    assert closed.wait(1)
+    assert closed.wait(patient(1))
 
 
 def test_cancel_stops_a_polled_stream(relay, provide):
@@ -4430,10 +4446,11 @@ def test_cancel_stops_a_polled_stream(relay, provide):
     api = client_of(relay, name)
     assert api.request("x", streamkey="s" * 32, gettokens=1)
     api.cancel("s" * 32)
-    assert closed.wait(1)
+    assert closed.wait(patient(1))
 
 
-def test_a_stream_whose_provider_was_lost_is_begun_anew_or_told_at_once(relay, hand):
+def test_a_stream_whose_provider_was_lost_is_begun_anew_or_told_at_once(
+        relay, hand, monkeypatch):
     def lose(job):
         with relay.broker._lock:
             relay.broker._end_locked(relay.broker._jobs[job["job"]], "failed",
@@ -4447,11 +4464,12 @@ def test_a_stream_whose_provider_was_lost_is_begun_anew_or_told_at_once(relay, h
     assert second["job"] != first["job"]
     hand.reply(second, ["seen"])
     assert text() == "seen"
+    monkeypatch.setattr(neuroengine, "FIRST_PAUSE_SECONDS", 60)
     lose(second)
     began = time.monotonic()
     with pytest.raises(NeuroengineError, match="went away"):
         next(stream)
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < patient(1)
 
 
 def test_an_answer_cut_within_its_head_is_asked_for_again():
@@ -4675,7 +4693,7 @@ def test_astream_yields_and_a_cancelled_task_closes_the_providers_iterator(relay
         with pytest.raises(asyncio.CancelledError):
             await task
     asyncio.run(run())
-    assert closed.wait(1)
+    assert closed.wait(patient(1))
 
 
 def test_astream_raises_what_stream_raises(relay):
@@ -4698,7 +4716,7 @@ def test_a_cancelled_arequest_closes_the_providers_iterator(relay, provide):
         with pytest.raises(asyncio.CancelledError):
             await task
     asyncio.run(run())
-    assert closed.wait(1)
+    assert closed.wait(patient(1))
 
 
 def test_a_request_that_ctrl_c_interrupts_is_cancelled(relay, provide, monkeypatch):
@@ -4786,7 +4804,7 @@ def test_a_wait_is_done_in_slices_up_to_its_timeout(monkeypatch):
         began = time.monotonic()
         with pytest.raises(socket.timeout):
             incoming.read(1)
-        assert 0.1 <= time.monotonic() - began < 2
+        assert 0.1 <= time.monotonic() - began < patient(2)
         threading.Timer(0.1, there.sendall, [b"late"]).start()
         assert neuroengine.Incoming(here, SOON).makefile("rb").read(4) == b"late"
 
@@ -5570,7 +5588,7 @@ def test_cancelling_closes_the_upstreams_connection(relay, llm):
             "model": name, "messages": [{"role": "user", "content": "x"}]})
         until(lambda: not fake.script)
         sock.close()
-        assert gone.wait(2)
+        assert gone.wait(patient(2))
 
 
 def test_a_cancelled_connection_is_not_used_for_the_next_prompt(relay, llm):
@@ -7050,7 +7068,7 @@ def test_a_reader_that_has_seen_enough_ends_the_program_quietly(start, relay, pr
     process.stdout.close()
     assert process.wait(SOON) == 1 and process.stderr.read() == b""
     process.stderr.close()
-    assert closed.wait(1)
+    assert closed.wait(patient(1))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
@@ -7061,7 +7079,7 @@ def test_a_signal_stops_the_answer_under_way(start, relay, provide, name, status
     program = start("neuroengine.py", "--relay", relay.url, "--service", service, "x")
     until(lambda: got)
     assert program.end(getattr(signal, name)) == status
-    assert closed.wait(1) and "Traceback" not in program.output
+    assert closed.wait(patient(1)) and "Traceback" not in program.output
 
 
 def test_a_terminal_that_lacks_characters_shows_the_rest(start, relay, provide):
@@ -7206,7 +7224,7 @@ def test_ctrl_c_in_chat_stops_the_answer_and_keeps_it(chatting, provide, monkeyp
             raise KeyboardInterrupt
     monkeypatch.setattr(neuroengine.Answer, "_take", interrupted)
     text = chatting(name, "hello", "/continue")
-    assert "stopped: /continue" in text and closed.wait(1)
+    assert "stopped: /continue" in text and closed.wait(patient(1))
     assert got[1]["messages"][-1]["role"] == "assistant"
     assert set(got[1]["messages"][-1]["content"]) == {"x"}
 
@@ -7442,7 +7460,7 @@ def test_ctrl_c_of_a_provider_hands_its_jobs_back_at_once(start, relay):
     began = time.monotonic()
     first.process.send_signal(signal.SIGINT)
     until(lambda: job.state == "queued")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < patient(1)
     second = start("-c", PROVIDER, relay.url, hand.name, hand.key)
     assert answer() == numbers(80)
     first.says("listen returned")
@@ -7524,7 +7542,7 @@ def test_a_provider_killed_amid_a_whole_reply_is_replaced(start, relay):
     began = time.monotonic()
     first.end(signal.SIGKILL)
     until(lambda: job.state == "queued")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < patient(1)
     start("-c", PROVIDER, relay.url, hand.name, hand.key)
     assert answer() == numbers(100) and service.numreq == 1
 
@@ -8030,7 +8048,7 @@ def test_after_kill_9_and_a_restart_everything_goes_on_by_itself(start, tmp_path
     api = Neuroengine(hand.name, relay.url)
     assert api.request("3") == numbers(3)
     time.sleep(1.1)                        # the promise: counters within a second
-    answer = in_thread(api.request, "100")
+    answer = in_thread(api.request, "100", tries=10)
     until(lambda: api.getModels()[0]["running"])
     port = relay.server_address[1]
     program.end(signal.SIGKILL)
