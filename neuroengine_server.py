@@ -2555,7 +2555,7 @@ def send_work(exchange, offers, cancels, refused=None):
     parts = [b'{"errorcode":0,"jobs":[']
     for job, attempt, at, text in offers:
         request = job.payload or b"{}"     # empty if the job has just been dropped
-        if text is not None:
+        if text is not None and job.payload:
             request = request[:-1] + b',"reply_so_far":%s}' % to_json(text)
         parts += (b'%s{"job":"%s","attempt":%d,"at":%d,"request":' % (
             b"," if len(parts) > 1 else b"", job.id.encode("ascii"), attempt, at),

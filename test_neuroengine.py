@@ -1900,7 +1900,8 @@ BAD_NATIVE = [
     (b'{"message":"x","temperature":1e400}', 400, "invalid_json"),
     ({"message": "x", "max_new_len": 0}, 400, "invalid_request"),
     ({"message": "x", "max_new_len": 1.5}, 400, "invalid_request"),
-    ({"message": "x", "seed": 10**400}, 400, "invalid_request"),
+    ({"message": "x", "seed": 10**90}, 400, "invalid_request"),
+    ({"message": "x", "seed": 10**400}, 400, "invalid_json"),
     ({"message": "x", "top_k": [1]}, 400, "invalid_request"),
     ({"message": "x", "raw": "maybe"}, 400, "invalid_request"),
     ({"message": "x", "key": 5}, 400, "invalid_request"),
@@ -2102,7 +2103,7 @@ def test_malformed_errors_and_counts_of_a_provider_do_no_harm(relay, hand):
     assert answer()[1]["error"] == "provider_error"
     answer = in_thread(ask, relay, "/" + hand.name, {"message": "x", "stream": True})
     hand.reply(hand.next_job(), ["x", {"result": None, "usage": {
-        "completion_tokens": 10**400}}], done=True)
+        "completion_tokens": 10**90}}], done=True)
     assert json.loads(answer()[1].split(b"\n")[-2])["stats"]["tokens"] == 1
 
 
@@ -5025,7 +5026,8 @@ def test_an_error_of_the_default_relay_says_that_it_is_the_default(monkeypatch):
 def test_a_key_in_the_place_of_a_name_is_never_shown(relay, hand):
     for name in (hand.key, "x " + hand.key):
         reply = Neuroengine(name, relay.url).request("hi")
-        assert reply.errorcode and hand.key not in reply and "ne_..." in reply
+        assert reply.errorcode and hand.key not in reply
+        assert "ne_..." in reply or "A service name has" in reply
 
 
 def test_the_environment_replaces_the_default_address_only(monkeypatch):
