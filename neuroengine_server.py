@@ -81,7 +81,9 @@ __all__ = ["Broker", "Limits", "Relay", "RelayError", "Store", "main"]
 
 ErrorKind = namedtuple("ErrorKind", "errorcode status type code retry")
 
-# retry: whether trying again can help. type and code: as OpenAI's clients know them.
+# errorcode, on the native API: from 10 the request is at fault, from 30 who asks, from 40 the
+# service or the relay's state, from 50 the provider, from 60 its session. retry: whether
+# trying again can help. type and code: as OpenAI's clients know them.
 ERRORS = {name: ErrorKind(*row) for name, row in {
     "internal_error": (1, 500, "server_error", "internal_error", True),
     "invalid_request": (10, 400, "invalid_request_error", "invalid_value", False),
@@ -318,8 +320,7 @@ class Job:
     identity = None               # how other requests find this job
     returned = False              # a provider had it: it goes before all others
     seen = 0                      # items that some client has been sent
-    delivered = 0                 # items given to a polled client that names no offset (at):
-                                  # it goes on from there
+    resume_at = 0                 # where a polled client that names no offset (at) reads on
     attempt = deaths = 0          # leases so far; providers that died on it
     lease = avoid = None          # its Lease; the Session that gave it back
     left_at = None                # when the last reader left
@@ -1031,7 +1032,7 @@ class Jobs:
         follows it next time. To be called before the write, since the client may ask again
         at once; leave takes it back if the write failed."""
         with self._lock:
-            reader.job.delivered = max(reader.job.delivered, reader.cursor)
+            reader.job.resume_at = max(reader.job.resume_at, reader.cursor)
 
     def leave(self, reader, delivered=False):
         """Detach the reader. delivered: its client has what was read, as far as we know."""
@@ -1084,7 +1085,7 @@ class Jobs:
     def _attach_locked(self, job, at):
         """Return a new Reader of the job, from that item offset."""
         job.left_at = None
-        reader = Reader(job, job.delivered if at is None else min(at, len(job.items)))
+        reader = Reader(job, job.resume_at if at is None else min(at, len(job.items)))
         job.readers.append(reader)
         return reader
 
@@ -1131,8 +1132,8 @@ class Jobs:
         self._wake_locked(reader)
         job = reader.job
         job.readers.remove(reader)
-        if not delivered and job.delivered == reader.cursor:
-            job.delivered = reader.start              # its last read did not arrive
+        if not delivered and job.resume_at == reader.cursor:
+            job.resume_at = reader.start              # its last read did not arrive
         if job.readers:
             return
         named = job.identity is not None and job.identity.named
@@ -1754,37 +1755,6 @@ class Broker(Jobs):
                 self._end_locked(job, "failed", self._lost_midway(service))
             elif not service.sessions and not job.wait:
                 self._end_locked(job, "failed", self._admission.offline(service, waited=True))
-
-
-def json_size(items):
-    """Roughly the bytes that these items take as JSON, and while it is made."""
-    size = 2 * size_of(items)
-    return 3 * size if any(map(CONTROL.search, filter(is_text, items))) else size
-
-
-def is_text(item):
-    return type(item) is str
-
-
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")    # JSON takes six bytes for each
-
-
-def text_of(items):
-    """The text of an answer, or of a part of it."""
-    return "".join([item for item in items if type(item) is str])
-
-
-def only_text(items):
-    """Whether an answer so far is nothing but text."""
-    return all(type(item) is str for item in items)
-
-
-def size_of(items):
-    """Roughly the bytes of memory that these items take."""
-    size = ITEM_BYTES * len(items)
-    for item in items:
-        size += len(item) * (1 if item.isascii() or isinstance(item, bytes) else 4)
-    return size
 
 
 ##############################################################################
@@ -2528,7 +2498,7 @@ def post_poll(exchange, name):
 
 
 def post_reply(exchange, name):
-    """POST reply: {session, replies: [entry]} -> {refused, jobs, cancel}"""
+    """POST reply, which is a push: {session, replies: [entry]} -> {refused, jobs, cancel}"""
     service, request = read_authorized(exchange, name, exchange.limits.max_request_bytes)
     session, entries = session_of(request), request.get("replies", [])
     if not isinstance(entries, list) or len(entries) > MAX_ENTRIES:
@@ -4107,6 +4077,33 @@ def cap_length(request, access, usual):
                                  and asked > 0 else most)
     if usual is not None:
         request.setdefault(usual, most)
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")    # JSON takes six bytes for each
+
+
+def size_of(items):
+    """Roughly the bytes of memory that these items take."""
+    size = ITEM_BYTES * len(items)
+    for item in items:
+        size += len(item) * (1 if item.isascii() or isinstance(item, bytes) else 4)
+    return size
+
+
+def json_size(items):
+    """Roughly the bytes that these items take as JSON, and while it is made."""
+    texts = [item for item in items if type(item) is str]
+    return (6 if any(map(CONTROL.search, texts)) else 2) * size_of(items)
+
+
+def text_of(items):
+    """The text of an answer, or of a part of it."""
+    return "".join([item for item in items if type(item) is str])
+
+
+def only_text(items):
+    """Whether an answer so far is nothing but text."""
+    return all(type(item) is str for item in items)
 
 
 class Raw(bytes):
