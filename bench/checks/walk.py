@@ -212,7 +212,10 @@ class Walk:
     def cancel(self):
         prompt = self.pick(self.prompts)
         if prompt is not None:
+            lease = prompt.reader.job.lease
+            known = lease is not None and lease.state != "offered"
             self.broker.cancel(prompt.reader.job)
+            insist(not known or lease.state == "cancelled", "its provider is not told")
 
     def log_in(self):
         service, continues = self.pick(self.services), self.rand.random() < 0.5
@@ -391,6 +394,8 @@ class Walk:
             for item in job.items:
                 insist(item != STALE, "job %s took items of a stale lease", job.number)
         for lease in leases:
+            insist(lease.state != "handed_out" or lease.session.checks_handover,
+                   "nothing looks whether a job has arrived")
             insist(lease.state == "cancelled" if lease.job is None else lease.job.lease is lease,
                    "a lease of no job is %s", lease.state)
             insist((lease in lease.session.outbox) == (lease.state in lease.MENTIONED)
@@ -412,6 +417,8 @@ class Walk:
             job = prompt.reader.job
             insist(not prompt.reader.attached or jobs.get(job.id) is job,
                    "job %s has a reader and is forgotten", job.number)
+            insist(prompt.reader.cursor in range(prompt.reader.start, 1 + max(
+                job.seen, prompt.reader.start)), "job %s was seen further", job.number)
 
     def check_memory(self):
         memory, by = self.broker._memory, {}
