@@ -1319,7 +1319,7 @@ class Broker(Jobs):
             self._confirm_locked(session, running)
             self._fill_locked(session)
             hold = self._poll_hold_locked(session, timeout)
-            self._heard_locked(session, 0 if session.leases else hold)
+            self._heard_locked(session, 0 if session.jobs() else hold)
             try:
                 self._park_locked(session, token, hold)
             finally:
@@ -2169,15 +2169,29 @@ class WholeOutlet(Outlet):
         else:
             parts = self._response(error)
             if len(parts[1]) <= MAX_SMALL_BODY_BYTES:
-                parts = (b"".join(parts),)             # else the body is shared
+                parts = (b"".join(parts),)
             elif send == self.connection.send_now:
                 return
+            elif self.job.encoded is not None:
+                parts = self._shared(parts[0], len(parts[1]))
         # A client that has the whole answer may disconnect, and ask the same again at once.
         self.connection.when_gone(None)
         for part in parts:
             send(part)
         self.reader.cursor = len(self.job.items)
         self.complete = True
+
+    def _shared(self, head, size):
+        """Yield a response with the job's encoded answer, in copies of small parts: a reader
+        that is slow keeps no more of it in memory than that. Raises PeerGone if it had to
+        make room for others."""
+        yield head
+        for start in range(0, size, PUSHED_BYTES):
+            encoded = self.job.encoded
+            if encoded is None:
+                raise PeerGone()
+            part, encoded = encoded[1][start:start + PUSHED_BYTES], None
+            yield part
 
     def _response(self, error):
         """Return (head, body) of the response; an error of ours becomes a 500."""
@@ -4109,6 +4123,8 @@ def only_text(items):
 class Raw(bytes):
     """An item of an opaque answer: a whole JSON body, or one SSE event, as the upstream sent
     it. The relay writes it out and never parses it."""
+
+    __slots__ = ()
 
 
 def encoded_item(item):

@@ -787,6 +787,22 @@ def test_the_first_token_of_a_job_begun_anew_is_that_of_the_new_attempt(desk):
     assert reader.job.first_at == desk.time and desk.broker.read(reader) == (["b"], True)
 
 
+def test_a_provider_that_cannot_stop_at_once_keeps_its_session(desk):
+    """While a cancelled job was all it had, its poll was held for longer than its lease."""
+    reader, session, job = desk.start()
+    desk.broker.cancel(reader.job)
+    assert desk.poll(session, [(job, 1)])[1] == [(job, 1)]
+
+    def wait(seconds):
+        desk.broker._lock.lock.release()
+        desk.later(seconds)
+        desk.broker._lock.lock.acquire()
+    desk.broker._sessions[session].arrived.wait = wait
+    before = desk.time
+    desk.broker.poll(desk.service, session, Poll(), [(job, 1)])
+    assert desk.time >= before + desk.broker.limits.poll_seconds
+
+
 def test_a_provider_that_only_lost_its_connection_gets_its_job_back(desk):
     reader, session, job = desk.start()
     desk.push(session, job, ["w"])
@@ -1210,14 +1226,44 @@ def test_a_large_answer_is_left_to_the_exchanges_own_thread(whole, desk):
 def test_readers_of_one_large_answer_share_its_bytes(desk):
     reader, session, job = desk.start(identity=desk.identity("repeat", "k"))
     desk.push(session, job, ["x" * 2000000], done=True)
-    sent = []
+    encoded = []
     for _ in range(3):
         other = desk.broker.open(desk.identity("repeat", "k"), 0)
         outlet = outlet_of(desk, other, neuroengine_server.WholeOutlet)
         outlet.work()
-        sent.append(outlet.connection.sent[-1])
-    assert sent[0] is sent[1] is sent[2]
+        assert b"".join(outlet.connection.sent) == b"200 " + b"X" * 2000000
+        encoded.append(other.job.encoded)
+    assert encoded[0] is encoded[1] is encoded[2]
     assert desk.broker.totals()[1]["held_bytes"] > 4000000
+
+
+def test_a_slow_reader_keeps_no_answer_in_memory_that_had_to_make_room(desk):
+    reader, session, job = desk.start(identity=desk.identity("repeat", "k"))
+    desk.push(session, job, ["x" * 2000000], done=True)
+    outlet = outlet_of(desk, reader, neuroengine_server.WholeOutlet)
+
+    def send(part):
+        outlet.connection.sent.append(part)
+        if len(outlet.connection.sent) == 3:
+            gc.collect()
+            whole, = [o for o in gc.get_referrers(reader.job.encoded[1]) if o is not
+                      reader.job.encoded] or [None]
+            assert whole is None
+            with desk.broker._lock:
+                desk.broker._empty_locked(reader.job)
+    outlet.connection.send = send
+    with pytest.raises(neuroengine_server.PeerGone):
+        outlet.work()
+    assert len(outlet.connection.sent) == 3 and not outlet.complete
+
+
+def test_what_is_unfinished_when_the_relay_closes_ends_with_an_error(desk):
+    reader, session, job = desk.start()
+    queued = desk.submit(caller="bob")
+    desk.push(session, job, ["a"])
+    desk.broker.close()
+    assert desk.broker.read(reader) == (["a"], True)
+    assert reader.job.error.name == queued.job.error.name == "shutting_down"
 
 
 def test_a_fault_while_an_answer_is_sent_stops_no_other(whole, desk):
@@ -3414,6 +3460,16 @@ def test_a_body_in_tiny_pieces_takes_little_more_than_its_bytes(chunk):
             tracemalloc.stop()
         assert len(body) == size and most < 2.5 * size
         assert size - 4096 <= exchange.bounds.bytes.taken <= 1.3 * size
+
+
+def test_an_answer_that_takes_longer_than_its_bound_is_an_error():
+    with running_relay(limits=Limits(job_seconds=0.2, heartbeat_seconds=0.1)) as relay:
+        hand = Hand(relay)
+        waiting = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
+        hand.next_job()
+        status, answer, _ = waiting()
+        assert (status, answer["error"]) == (504, "provider_timeout")
+        hand.logout()
 
 
 def test_a_poll_that_nobody_reads_counts_as_memory():

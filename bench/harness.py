@@ -83,8 +83,9 @@ def unlimited_files():
 
 
 def end_on_signals():
-    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that children are ended."""
-    for number in signal.SIGTERM, signal.SIGHUP:
+    """Let signals raise KeyboardInterrupt, so that children are ended; SIGINT too, which a
+    shell's background jobs and their children would ignore."""
+    for number in signal.SIGTERM, signal.SIGHUP, signal.SIGINT:
         signal.signal(number, signal.default_int_handler)
 
 
