@@ -5603,6 +5603,16 @@ class Store:
             if reserve:
                 self._reserve(service)
 
+    def rows(self, table):
+        """The first two columns of a table."""
+        with self._lock:
+            return [row[:2] for row in self._db.execute("SELECT * FROM " + table)]
+
+    def reserve(self, pairs):
+        """Reserve names for the holders of keys: pairs (name, digest)."""
+        with self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO reserved VALUES (?, ?)", pairs)
+
     def save_quotas(self, pairs):
         """Write quotas of callers: pairs (hash, instant)."""
         with self._transaction():
@@ -6079,12 +6089,7 @@ class Relay(ThreadingHTTPServer):
                 time.sleep(ACCEPT_PAUSE_SECONDS)
             raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # For peers behind a NAT that forgot them, and machines that vanish mid-stream.
-        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
-                            ("TCP_USER_TIMEOUT", 30000)):
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        keep_alive(sock)
         return sock, address
 
     def _accept_plain(self):
@@ -6284,6 +6289,15 @@ class Relay(ThreadingHTTPServer):
             os.close(self._spare)
 
 
+def keep_alive(sock):
+    """Notice peers behind a NAT that forgot them, and machines that vanish mid-stream."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
+                        ("TCP_USER_TIMEOUT", 30000)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def read_beside(name):
     """The bytes of a file next to this program, or None."""
     try:
@@ -6406,6 +6420,1633 @@ def self_signed(directory, make=True):
     finally:
         os.umask(old)
     return cert, key
+
+
+##############################################################################
+# Cluster: several relays on one engine (Valkey or Redis)
+#
+# Each service has one home, the relay whose Broker has it; the other relays forward what
+# comes for it. The engine holds what is registered, which relays are alive, and which is
+# home to what; no prompt and no token. Only --engine brings any of this to life: then the
+# classes below take the places of those they are derived from. docs/cluster.md says how
+# to use it, and what each failure looks like.
+##############################################################################
+
+ENGINE_SECONDS = 1.0         # timeout of the engine, which may be frozen
+BEAT_SECONDS = 1.0           # how often a relay renews its membership
+MEMBER_SECONDS = 4.0         # so long it lasts
+MISSED_SECONDS = 1.5         # since a relay's last beat, if its port refuses: it is dead
+FOLLOW_SECONDS = 0.25        # how often a relay reads what has changed
+TAKEOVER_SECONDS = 6.0       # so long a request waits for a home
+RESTORE_SECONDS = 3.0        # after data loss: homes first, then relays that remember
+PEER_IDLE_SECONDS = 20       # of a pooled connection; the peer closes it after 60
+PEER_IDLE_MOST = 64          # connections in the pool of each peer
+KEEP_BODY_BYTES = 1 << 16    # a larger request is not kept, to be sent to another home
+MIN_SECRET = 16              # characters
+SECRET_VARIABLE = "NEUROENGINE_CLUSTER_SECRET"
+PASSWORD_VARIABLE = "NEUROENGINE_ENGINE_PASSWORD"
+HOP_BY_HOP = frozenset("""connection keep-alive te trailer transfer-encoding upgrade expect
+    content-length host origin proxy-authorization proxy-connection""".split())
+NOT_HOME = b"X-Relay-Home: no"
+
+
+class EngineError(sqlite3.OperationalError):
+    """The engine gave no answer, or refused. An sqlite3.Error, because those who write to a
+    Store expect that of one that cannot write."""
+
+
+class Elsewhere(Exception):
+    """The home of a service is another relay: forward the request there."""
+
+    def __init__(self, name, home):
+        super().__init__(name, home)
+        self.name, self.home = name, home          # lower case; "epoch@url"
+
+
+class NotSent(Exception):
+    """A home did not act on a forwarded request: another may. refused: nobody listens."""
+
+    def __init__(self, refused):
+        super().__init__(refused)
+        self.refused = refused
+
+
+# The engine.
+
+
+class Engine:
+    """A client of Valkey or Redis (RESP2), with a connection for each thread that needs one
+    at the same time. Thread-safe."""
+
+    def __init__(self, url):
+        """url: redis://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]]...[/DB], rediss:// for TLS,
+        unix:///PATH. Of several hosts, the one that is no replica. Raises StoreError."""
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("redis", "rediss", "unix") or not (
+                parts.path if parts.scheme == "unix" else parts.netloc):
+            raise StoreError("--engine: redis://HOST, rediss://HOST for TLS, or "
+                             "unix:///PATH is needed, not %s" % printable(url, 60))
+        login, _, hosts = parts.netloc.rpartition("@")
+        user, _, password = map(urllib.parse.unquote, login.partition(":"))
+        self.shown = "%s://%s" % (parts.scheme, hosts or parts.path)
+        self._login = [word for word in (
+            user, password or os.environ.get(PASSWORD_VARIABLE, "")) if word]
+        self._unix = parts.path if parts.scheme == "unix" else None
+        self._hosts = [urllib.parse.urlsplit("//" + host) for host in hosts.split(",")]
+        self._number = "" if self._unix else parts.path.strip("/")
+        self._tls = ssl.create_default_context() if parts.scheme == "rediss" else None
+        self._idle = []                    # (socket, file), newest last
+        self._silent_until = -math.inf     # until then nobody waits for a timeout again
+        self.up = False
+        self.broken = True                 # since the registry has last read everything
+        self.replicas = 0                  # how many follow it, as the last beat said
+        self.seconds = Histogram()
+
+    def call(self, *words):
+        """Send one command; return its answer. Raises EngineError."""
+        return self.calls(words)[0]
+
+    def calls(self, *commands):
+        """Send commands together; return their answers: str, int, list or None. Blocks up
+        to about ENGINE_SECONDS. Raises EngineError."""
+        began = time.monotonic()
+        if began < self._silent_until:
+            raise EngineError("the engine %s does not answer" % self.shown)
+        try:
+            answers = self._ask_any(b"".join(map(self._encoded, commands)), len(commands))
+        except (OSError, ValueError) as error:
+            self.up, self.broken = False, True
+            self._silent_until = time.monotonic() + FOLLOW_SECONDS
+            raise EngineError("the engine %s does not answer: %s" % (
+                self.shown, error)) from None
+        self.up = True
+        self.seconds.observe(time.monotonic() - began)
+        for answer in answers:
+            if isinstance(answer, EngineError):
+                raise answer
+        return answers
+
+    def run(self, script, *arguments):
+        """Run one of the scripts below."""
+        return self.call("EVAL", LUA + script, 1, KEY + "services", *arguments)
+
+    def change(self, script, *arguments):
+        """The same for what must not be lost: if the engine has a replica, that has it, too,
+        when this returns."""
+        command = ("EVAL", LUA + script, 1, KEY + "services") + arguments
+        if not self.replicas:
+            return self.call(*command)
+        milliseconds = int(ENGINE_SECONDS * 800)
+        answer, count = self.calls(command, ("WAIT", 1, milliseconds))
+        if not count:
+            raise EngineError("no replica of the engine has the change")
+        return answer
+
+    @staticmethod
+    def _encoded(words):
+        words = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+        return b"*%d\r\n%s" % (len(words), b"".join(
+            [b"$%d\r\n%s\r\n" % (len(word), word) for word in words]))
+
+    def _ask_any(self, data, count):
+        """Ask over an idle connection, or, if that was closed, over a new one. All that is
+        sent here may be sent twice."""
+        try:
+            return self._ask(self._idle.pop(), data, count)
+        except IndexError:
+            pass
+        except ConnectionError:            # the engine was restarted
+            self.broken = True
+            self._drop_idle()
+        except OSError:
+            self._drop_idle()
+            raise
+        return self._ask(self._connect(), data, count)
+
+    def _drop_idle(self):
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                self._idle.pop()[0].close()
+
+    def _ask(self, connection, data, count):
+        sock, file = connection
+        try:
+            sock.sendall(data)
+            answers = [self._answer(file) for _ in range(count)]
+            for answer in answers:         # not the engine that it was
+                if str(answer).startswith(("READONLY", "LOADING", "MASTERDOWN", "NOAUTH")):
+                    raise ConnectionError(str(answer))
+        except BaseException:
+            sock.close()
+            raise
+        self._idle.append(connection)
+        return answers
+
+    def _connect(self):
+        """Return a new connection. Raises OSError."""
+        trouble = None
+        for place in list(self._hosts):
+            try:
+                sock = self._open(place)
+                return self._greet(sock, place)
+            except OSError as error:
+                trouble = error
+        raise trouble
+
+    def _open(self, place):
+        if self._unix is not None:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(ENGINE_SECONDS)
+            sock.connect(self._unix)
+            return sock
+        sock = socket.create_connection((place.hostname, place.port or 6379), ENGINE_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tls is not None:
+            sock = self._tls.wrap_socket(sock, server_hostname=place.hostname)
+        return sock
+
+    def _greet(self, sock, place):
+        """Log in, and see whether this engine may be written to."""
+        words = [("AUTH", *self._login)] if self._login else []
+        words += [("SELECT", self._number)] if self._number else []
+        words += [("ROLE",)] if len(self._hosts) > 1 else []
+        connection = sock, sock.makefile("rb")
+        for command in words:
+            sock.sendall(self._encoded(command))
+            answer = self._answer(connection[1])
+            if isinstance(answer, EngineError) or command == ("ROLE",) and (
+                    answer[0] != "master"):
+                sock.close()
+                raise ConnectionError(str(answer) if answer != "OK" else "")
+        self._hosts.remove(place)          # the next time it is asked first
+        self._hosts.insert(0, place)
+        return connection
+
+    def _answer(self, file):
+        """Read one answer; one that is an error is returned as EngineError."""
+        line = file.readline()
+        if not line.endswith(b"\r\n"):
+            raise ConnectionError("it closed the connection")
+        kind, rest = line[:1], line[1:-2]
+        if kind == b"+":
+            return rest.decode()
+        if kind == b"-":
+            return EngineError(rest.decode("utf-8", "replace"))
+        if kind == b":":
+            return int(rest)
+        if kind == b"*":
+            return None if rest == b"-1" else [self._answer(file) for _ in range(int(rest))]
+        if kind != b"$":
+            raise ConnectionError("it does not speak RESP")
+        if rest == b"-1":
+            return None
+        data = file.read(int(rest) + 2)
+        if len(data) != int(rest) + 2:
+            raise ConnectionError("it closed the connection")
+        return data[:-2].decode("utf-8", "replace")
+
+
+KEY = "{neuroengine}:"       # of all keys: the braces keep them together in Redis Cluster
+
+# Each script runs alone, from its beginning to its end. A relay is called "epoch@url". In
+# homes, "" stands for a home that was given up.
+LUA = """
+local function key(name) return '{neuroengine}:' .. name end
+local function lives(id) return redis.call('exists', key('relay:' .. id)) == 1 end
+local function home(name) return redis.call('hget', key('homes'), name) end
+local function announce(name)
+    redis.call('xadd', key('changes'), 'maxlen', '~', 10000, '*', 'name', name)
+end
+local function field(name, of) return redis.call('hget', key(name), of) or '' end
+local a = ARGV
+"""
+
+# url, milliseconds, name for the data, id or '' -> id. A new process on a url that another
+# had: that one is gone.
+JOIN = """
+local id, now = a[4], redis.call('time')
+redis.call('setnx', key('born'), now[1] .. '-' .. a[3])
+if id == '' then
+    local epoch = math.max((tonumber(redis.call('get', key('epoch'))) or 0) + 1, now[1])
+    id = string.format('%d@%s', epoch, a[1])
+    redis.call('set', key('epoch'), string.format('%d', epoch))
+    for _, old in ipairs(redis.call('smembers', key('relays'))) do
+        if old:match('@(.*)') == a[1] then redis.call('del', key('relay:' .. old)) end
+    end
+end
+redis.call('sadd', key('relays'), id)
+redis.call('set', key('relay:' .. id), a[1], 'px', a[2])
+return id
+"""
+
+# id, milliseconds -> whether it was a member still, the data's name, replicas, ids of members
+BEAT = """
+local answer = {redis.call('pexpire', key('relay:' .. a[1]), a[2]),
+    redis.call('get', key('born')) or '',
+    tonumber(redis.call('info', 'replication'):match('connected_slaves:(%d+)'))}
+for _, id in ipairs(redis.call('smembers', key('relays'))) do
+    if lives(id) then answer[#answer + 1] = id
+    else redis.call('srem', key('relays'), id) end
+end
+return answer
+"""
+
+# id, name, whether the old home's port refuses, ms of membership, ms after which a beat was
+# missed -> what became of it, the home, record, counters. After a restart of the engine,
+# those who are alive have to beat first.
+CLAIM = """
+local id, name = a[1], a[2]
+if not lives(id) then return {'late'} end
+local old, record = home(name), redis.call('hget', key('services'), name)
+if not record then return {'unknown'} end
+if old and old ~= '' and old ~= id then
+    local left = redis.call('pttl', key('relay:' .. old))
+    if left > 0 and not (a[3] == '1' and left < a[4] - a[5]) then return {'held', old} end
+    local up = tonumber(redis.call('info', 'server'):match('uptime_in_seconds:(%d+)'))
+    if up * 1000 <= tonumber(a[4]) then return {'young', old} end
+    redis.call('del', key('relay:' .. old))
+end
+redis.call('hset', key('homes'), name, id)
+announce(name)
+return {'home', old or 'nobody', record, field('counters', name)}
+"""
+
+# id, name, record, invitation or '', digest of an old key, most services -> what became of
+# it. The same record again is the same registration.
+ADD = """
+local id, name = a[1], a[2]
+if id ~= '' and not lives(id) then return 'late' end
+local there = redis.call('hget', key('services'), name)
+if there then return there == a[3] and 'ok' or 'taken' end
+local reserved = redis.call('hget', key('reserved'), name)
+if reserved and reserved ~= a[5] then return 'reserved' end
+if redis.call('hlen', key('services')) >= tonumber(a[6]) then return 'full' end
+if a[4] ~= '' then
+    if (tonumber(redis.call('hget', key('invites'), a[4])) or 0) < 1 then return 'invitation' end
+    redis.call('hincrby', key('invites'), a[4], -1)
+end
+redis.call('hdel', key('reserved'), name)
+redis.call('hset', key('services'), name, a[3])
+if id ~= '' then redis.call('hset', key('homes'), name, id) end
+announce(name)
+return 'ok'
+"""
+
+# id or '' (a command), name, record as it was, new record or '', digest to reserve the name
+# for or '' -> what became of it
+PUT = """
+local id, name = a[1], a[2]
+if id ~= '' and home(name) ~= id then return 'fenced' end
+local there = field('services', name)
+if there ~= a[3] and there ~= a[4] then return 'changed' end
+if a[4] == '' then
+    for _, of in ipairs({'services', 'homes', 'counters'}) do
+        redis.call('hdel', key(of), name)
+    end
+    if a[5] ~= '' then redis.call('hset', key('reserved'), name, a[5]) end
+else
+    redis.call('hset', key('services'), name, a[4])
+end
+announce(name)
+return 'ok'
+"""
+
+# id, name, new name, new record, digest to reserve the old name for or '', digest of the
+# service's key -> what became of it
+RENAME = """
+local id, old, new = a[1], a[2], a[3]
+if home(old) ~= id then return 'fenced' end
+if new ~= old then
+    if redis.call('hexists', key('services'), new) == 1 then return 'taken' end
+    local reserved = redis.call('hget', key('reserved'), new)
+    if reserved and reserved ~= a[6] then return 'reserved' end
+    redis.call('hset', key('counters'), new, field('counters', old))
+    for _, of in ipairs({'services', 'homes', 'counters'}) do
+        redis.call('hdel', key(of), old)
+    end
+    redis.call('hdel', key('reserved'), new)
+    if a[5] ~= '' then redis.call('hset', key('reserved'), old, a[5]) end
+    announce(old)
+end
+redis.call('hset', key('services'), new, a[4])
+redis.call('hset', key('homes'), new, id)
+announce(new)
+return 'ok'
+"""
+
+# id, then name and counters of each service -> the names that it is not home to
+SAVE = """
+local fenced = {}
+for i = 2, #a, 2 do
+    if home(a[i]) == a[1] then redis.call('hset', key('counters'), a[i], a[i + 1])
+    else fenced[#fenced + 1] = a[i] end
+end
+return fenced
+"""
+
+# id, names: give up these homes; without names, the membership
+LEAVE = """
+for i = 2, #a do
+    if home(a[i]) == a[1] then
+        redis.call('hset', key('homes'), a[i], '')
+        announce(a[i])
+    end
+end
+if #a == 1 then redis.call('del', key('relay:' .. a[1])) end
+"""
+
+# id or '', name, record, counters: after the engine has lost its data
+RESTORE = """
+if redis.call('hsetnx', key('services'), a[2], a[3]) == 1 then
+    redis.call('hset', key('counters'), a[2], a[4])
+    if a[1] ~= '' then redis.call('hset', key('homes'), a[2], a[1]) end
+    announce(a[2])
+end
+"""
+
+# what and whom, most, seconds -> milliseconds that it comes too early (see Rates)
+RATE = """
+local time, all = redis.call('time'), a[3] * 1000
+local now = time[1] * 1000 + time[2] / 1000
+local due = math.max(now, tonumber(redis.call('get', key('rate:' .. a[1]))) or 0) + all / a[2]
+if due > now + all + 1 then return math.ceil(due - now - all) end
+redis.call('set', key('rate:' .. a[1]), string.format('%.3f', due), 'px',
+    string.format('%d', due - now + 1))
+return 0
+"""
+
+
+# Services as the engine has them: a record changes rarely, counters often.
+
+
+COUNTED = ("numreq", "last_seen", "connected")
+KEY_COUNTED = ("day", "requests", "tokens", "last_used")
+
+
+def record_of(service, old="{}"):
+    """A service as a record, in JSON. old: its last record; what a newer version of this
+    program keeps there stays."""
+    record = json.loads(old)
+    record.update({name: getattr(service, name) for name in Service.COLUMNS
+                   if name not in COUNTED})
+    record["keys"] = [key_record(key) for key in list(service.keys.values())]
+    return json.dumps(record, sort_keys=True)
+
+
+def key_record(key):
+    return {name: getattr(key, name) for name in AccessKey.COLUMNS if name not in KEY_COUNTED}
+
+
+def counters_of(service):
+    """What a service and its keys have counted, as JSON."""
+    return json.dumps({
+        "numreq": service.numreq, "last_seen": service.last_seen,
+        "connected": len(service.sessions), "keys": {
+            key.id: [getattr(key, name) for name in KEY_COUNTED]
+            for key in list(service.keys.values()) if key.last_used is not None}})
+
+
+def service_of(record, counters=""):
+    """Return the Service of a record and its counters."""
+    record, counters = json.loads(record), json.loads(counters or "{}")
+    service = Service(**{name: record[name] for name in Service.COLUMNS if name in record})
+    service.numreq = counters.get("numreq", 0)
+    service.last_seen = counters.get("last_seen")
+    service.connected = counters.get("connected", 0)
+    service.stored = True
+    for values in record["keys"]:
+        used = counters.get("keys", {}).get(values["id"], (0, 0, 0, None))
+        key = AccessKey(*[values.get(name) for name in AccessKey.COLUMNS[:-4]], *used)
+        key.service = service.name.lower()
+        service.keys[key.digest] = key
+    return service
+
+
+class EngineStore:
+    """The interface of Store over the engine. A relay writes what it is home to; a command
+    writes anything."""
+
+    version = len(MIGRATIONS)
+
+    def __init__(self, engine, most=10**9):
+        """most: services in all."""
+        self.engine, self._most = engine, most
+        self.home = ""                     # the relay's id; "" for a command
+        self.fenced = 0                    # writes that were refused
+
+    def changes(self):
+        return 0                           # the registry follows them by itself
+
+    def load(self):
+        """Return every Service."""
+        counters = self.table("counters")
+        return [service_of(record, counters.get(name))
+                for name, record in self.table("services").items()]
+
+    def table(self, name):
+        """One of the engine's hashes as a dict."""
+        flat = self.engine.call("HGETALL", KEY + name)
+        return dict(zip(flat[::2], flat[1::2]))
+
+    def add(self, service, invitation=None, old_digest=""):
+        """Write a new service, as Store.add does; return its record. Raises RelayError."""
+        name, record = service.name.lower(), record_of(service)
+        try:
+            answer = self.engine.change(ADD, self.home, name, record, invitation or "",
+                                        old_digest, self._most)
+        except EngineError:                # it may have been written all the same
+            with contextlib.suppress(EngineError):
+                self.engine.run(PUT, self.home, name, record, "", "")
+            raise
+        if answer != "ok":
+            raise self._refusal(answer, service.name)
+        service.stored = True
+        return record
+
+    def rename(self, service, name, reserve):
+        """Write another name, as Store.rename does; return the record. Raises RelayError."""
+        record = json.loads(self.engine.call("HGET", KEY + "services", service.name.lower()))
+        record = json.dumps(dict(record, name=name), sort_keys=True)
+        answer = self.engine.change(
+            RENAME, self.home, service.name.lower(), name.lower(), record,
+            service.key_digest if reserve else "", service.key_digest)
+        if answer != "ok":
+            raise self._refusal(answer, name)
+        return record
+
+    def _refusal(self, answer, name):
+        if answer == "taken":
+            return RelayError("name_taken", "The name %r is taken. Choose another." % name)
+        if answer == "reserved":
+            return RelayError("name_taken", "The name %r is reserved for the operator who had "
+                              "it. With its old key it can be registered again; otherwise "
+                              "choose another." % name)
+        if answer == "invitation":
+            return RelayError("invitation_needed", "A new service needs an invitation here, "
+                              "and this one is unknown or used up. Ask the people who run "
+                              "the relay, and give it as \"invitation\".", param="invitation")
+        if answer == "full":
+            return RelayError("relay_busy", "These relays have no room for more services.")
+        return Moved()
+
+    def _edit(self, name, edit, reserve=""):
+        """Write the record that edit makes of the present one; "" deletes the service.
+        Raises RelayError if another relay is home to it."""
+        answer = "changed"
+        while answer == "changed":         # by somebody else in between
+            old = self.engine.call("HGET", KEY + "services", name) or ""
+            new = edit(old) if old else ""
+            answer = self.engine.change(PUT, self.home, name, old, new, reserve)
+        if answer != "ok":
+            self.fenced += 1
+            raise Moved()
+
+    def change(self, service, **columns):
+        self._edit(service.name.lower(), lambda old: json.dumps(
+            dict(json.loads(old), **columns), sort_keys=True))
+
+    def add_key(self, service, key):
+        key.service = service.name.lower()
+        self._edit_keys(key, [key_record(key)])
+
+    def change_key(self, key, **columns):
+        self._edit_keys(key, [dict(key_record(key), **columns)])
+
+    def remove_key(self, key):
+        self._edit_keys(key, [])
+
+    def _edit_keys(self, key, more):
+        def edit(old):
+            record = json.loads(old)
+            record["keys"] = [k for k in record["keys"] if k["id"] != key.id] + more
+            return json.dumps(record, sort_keys=True)
+        self._edit(key.service, edit)
+
+    def remove(self, service, reserve=False):
+        self._edit(service.name.lower(), lambda old: "",
+                   service.key_digest if reserve else "")
+
+    def save(self, services):
+        """Write the counters of services. Raises RelayError if some have another home."""
+        fenced = []
+        for start in range(0, len(services), 500):
+            words = []
+            for service in services[start:start + 500]:
+                words += [service.name.lower(), counters_of(service)]
+            fenced += self.engine.run(SAVE, self.home, *words)
+        if fenced:
+            self.fenced += len(fenced)
+            raise Moved()
+
+    def save_quotas(self, pairs):
+        words = [word for caller, due in pairs for word in (due, caller.hex())]
+        if words:
+            self.engine.calls(("ZADD", KEY + "quotas", *words),
+                              ("ZREMRANGEBYSCORE", KEY + "quotas", "-inf", time.time()))
+
+    def load_quotas(self):
+        flat = self.engine.call("ZRANGE", KEY + "quotas", 0, -1, "WITHSCORES")
+        return [(bytes.fromhex(caller), float(due))
+                for caller, due in zip(flat[::2], flat[1::2])]
+
+    def invite(self, invitation, uses):
+        self.engine.change("redis.call('hset', key('invites'), a[1], a[2])", invitation, uses)
+
+    def backup(self, path):
+        """Write everything to a new SQLite file. Raises OSError."""
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        with contextlib.closing(Store(path)) as copy:
+            for service in self.load():
+                copy.add(service)
+                for key in service.keys.values():
+                    copy.add_key(service, key)
+            for invitation, uses in self.table("invites").items():
+                copy.invite(invitation, int(uses))
+            copy.reserve(self.table("reserved").items())
+            copy.save_quotas(self.load_quotas())
+
+    def take_in(self, file):
+        """Add what a Store has and the engine has not; return the names of the services that
+        the engine has already."""
+        known = []
+        for service in file.load():
+            name = service.name.lower()
+            try:
+                self.add(service, old_digest=service.key_digest)
+                self.engine.call("HSETNX", KEY + "counters", name, counters_of(service))
+            except RelayError:
+                known.append(service.name)
+        for table in ("invitations", "reserved"):
+            for name, value in file.rows(table):
+                self.engine.call("HSETNX", KEY + table.replace("invitations", "invites"),
+                                 name.lower(), value)
+        self.save_quotas(file.load_quotas())
+        return known
+
+    def close(self):
+        pass
+
+
+class Moved(RelayError):
+    """This relay is not home to a service, and has done nothing."""
+
+    def __init__(self):
+        super().__init__("shutting_down", "This service is moving to another relay. Try "
+                         "again.", retry_after=1)
+
+
+class HomeStore(EngineStore):
+    """The same for a registry, which starts before the engine answers, with no service."""
+
+    def load(self):
+        return []
+
+    def load_quotas(self):
+        return []
+
+    def fact(self, name):
+        return time.time()
+
+
+class EngineRates(Rates):
+    """Rates that are counted in the engine, for all relays together; here alone while it is
+    silent."""
+
+    def __init__(self, engine, kind):
+        super().__init__()
+        self._engine, self._kind = engine, kind
+
+    def take(self, caller, most, seconds, what, name="rate_limited"):
+        super().take(caller, most, seconds, what, name)      # so strangers cannot load it
+        hashed = hashlib.sha256(caller.encode()).hexdigest()[:32]
+        with contextlib.suppress(EngineError):
+            late = self._engine.run(RATE, self._kind + hashed, most, seconds) / 1000
+            if late:
+                raise too_many(what, most, seconds, late, name)
+
+
+# The registry: what each relay knows of all services, and what it is home to.
+
+
+class ClusterBroker(Broker):
+    """A Broker of the services that this relay is home to."""
+
+    registry = None                        # the EngineRegistry, which sets it
+
+    def find(self, name):
+        """The same; a service without a home gets one here. Raises Elsewhere, too."""
+        if time.monotonic() > self.registry.sure_until:
+            self.registry.make_sure()
+        return (self._services.get(name.lower()) or self.registry.locate(name)
+                or super().find(name))     # which says why there is none
+
+    def at_home(self, name):
+        """The Service of that name, in lower case, if this relay is its home; or None."""
+        return self._services.get(name)
+
+    def lose(self, service):
+        """Another relay is home to it: end its sessions and jobs, drop what was counted."""
+        with self._lock:
+            if self._services.get(service.name.lower()) is service:
+                del self._services[service.name.lower()]
+            error = self._shutting_down()
+            for job in [job for job in self._jobs.values() if job.service is service]:
+                if job.ended_at is None:
+                    self._cancel_locked(job, error)
+            self._end_sessions_locked(service)
+            self._changed.pop(service.name, None)
+            self._touched += 1
+
+    def is_idle(self, service):
+        """Whether no provider works for it."""
+        with self._lock:
+            return not any(session.jobs() for session in self._sessions.values()
+                           if session.service is service)
+
+    def totals(self):
+        counters, gauges, histograms = super().totals()
+        registry = self.registry
+        counters.update(registry.counts, fenced_writes=registry.store.fenced)
+        gauges.update(engine_up=int(registry.engine.up), homes=gauges["services"],
+                      relays=len(registry.relays))
+        return counters, gauges, dict(histograms, engine_seconds=registry.engine.seconds)
+
+
+class EngineRegistry(Registry):
+    """A Registry over the engine, for one of several relays.
+
+    `changing` is also held for each conversation with the engine in which something may
+    come into force, so that they happen one after the other. No prompt waits for it, unless
+    its service has no home, or this relay missed its beats.
+    """
+
+    def __init__(self, engine, broker, registration, peers, secret):
+        self.engine, self.peers = engine, peers
+        self.store = HomeStore(engine, broker.limits.max_services)
+        self.url = self.id = ""            # the id is given by the engine
+        self.born = ""                     # names the engine's data
+        self.relays = frozenset()          # ids of those alive at the last beat
+        self.sure_until = -math.inf        # so long nobody else can have become home
+        self.records, self.homes = {}, {}  # lower-case name -> record; -> id of its home
+        self.counters = {}                 # name -> counters, when they were last read
+        self.counts = {"forwarded": 0, "claims": 0, "lost_homes": 0}
+        self._beat_at = self._failed_at = self._followed_at = self._quotas_at = -math.inf
+        self._cursor = "0"                 # in the stream of changes
+        self._silence = None               # why the engine is silent, as logged
+        self._remembered, self._restore_at = {}, math.inf      # see _write_back
+        self._waiting = defaultdict(threading.Lock)    # name -> held by who settles its home
+        broker.registry = self
+        super().__init__(self.store, broker, registration)
+        self._secret = hmac.new(secret.encode(), b"registrations", "sha256").digest()
+
+    # -- membership, and what changed --
+
+    def keep_reloading(self):
+        """Beat and follow the changes, until the broker closes; for a thread."""
+        renewed = time.monotonic()
+        while not self._broker.closed:
+            if self.follow() and (self._revoked or self._unsaved or self._unsaved_quotas):
+                self.save()
+            if self._broker.draining:
+                self._give_up_idle()
+            if time.monotonic() - renewed > RENEW_SECONDS:
+                renewed = time.monotonic()
+                self._broker.renew_last_seen()
+                self.delete_unused()
+            time.sleep(0.05 if self._broker.draining else FOLLOW_SECONDS)
+
+    def follow(self):
+        """Beat if it is time, and read what changed until now. Return whether the engine
+        answered; never raises."""
+        now = time.monotonic()
+        try:
+            with self.changing:
+                if self._followed_at < now:          # else another thread just did
+                    began = time.monotonic()
+                    self._beat()
+                    self._read_changes()
+                    self._followed_at = began
+            if self._silence is not None:
+                log("engine_answers", engine=self.engine.shown)
+            self._silence = None
+            return True
+        except EngineError as error:
+            self._failed_at = time.monotonic()
+            if self._silence is None:
+                log("engine_silent", error=str(error), meaning="services go on; nothing can "
+                    "be registered or changed until it answers")
+            self._silence = str(error)
+            return False
+
+    def make_sure(self):
+        """This relay is late with its beat: ask whether it is still home, before it acts as
+        one. Does nothing while the engine is known to be silent: nobody can take over."""
+        if time.monotonic() - self._failed_at > MEMBER_SECONDS - BEAT_SECONDS:
+            with self.changing:
+                if time.monotonic() > max(self.sure_until, self._failed_at + 1):
+                    self.follow()
+
+    def _beat(self):
+        sent, milliseconds = time.monotonic(), int(MEMBER_SECONDS * 1000)
+        if self.id and sent - self._beat_at < BEAT_SECONDS and not self.engine.broken:
+            return
+        if not self.id:
+            self.id = self.store.home = self.engine.run(
+                JOIN, self.url, milliseconds, secrets.token_hex(8), "")
+            log("joined", relay=self.id, engine=self.engine.shown)
+        member, born, self.engine.replicas, *relays = self.engine.run(
+            BEAT, self.id, milliseconds)
+        if not member:
+            self.engine.run(JOIN, self.url, milliseconds, secrets.token_hex(8), self.id)
+        if not member or born != self.born or self.engine.broken:
+            self.engine.broken = False
+            self._read_all()
+        if self.relays - set(relays):      # what a lost home counted is of use now
+            self.counters = self.store.table("counters")
+            self.peers.look_after(self.relays - set(relays))
+        self.relays = frozenset(relays) | {self.id}
+        self._beat_at, self.sure_until = sent, sent + MEMBER_SECONDS
+
+    def _read_all(self):
+        """Read everything again: what this relay knew may be wrong."""
+        born = self.engine.call("GET", KEY + "born") or ""
+        if self.born and born != self.born:
+            self._write_back()
+        self.born = born
+        self._expiry_since = float(born.partition("-")[0] or time.time())
+        last = self.engine.call("XREVRANGE", KEY + "changes", "+", "-", "COUNT", 1)
+        self._cursor = last[0][0] if last else "0"
+        homes, self.counters = self.store.table("homes"), self.store.table("counters")
+        records = self.store.table("services")
+        for name in set(self.records) | set(records):
+            self._apply(name, records.get(name), homes.get(name))
+
+    def _write_back(self):
+        """The engine has lost its data, and the homes write theirs; what has no home alive
+        is written later by those who remember it."""
+        log("engine_lost_data", meaning="the relays write back what they know")
+        for name, record in list(self.records.items()):
+            service = self._broker.at_home(name)
+            if service is not None:
+                self.engine.run(RESTORE, self.id, name, record_of(service, record),
+                                counters_of(service))
+        self._remembered = {name: (record, self.counters.get(name, "{}"))
+                            for name, record in self.records.items()}
+        self._restore_at = time.monotonic() + RESTORE_SECONDS
+
+    def _read_changes(self):
+        """Apply what others have announced since the last time."""
+        if time.monotonic() > self._restore_at:
+            for name, values in self._remembered.items():
+                self.engine.run(RESTORE, "", name, *values)
+            self._remembered, self._restore_at = {}, math.inf
+        while True:
+            reply = self.engine.call("XREAD", "COUNT", 1000, "STREAMS", KEY + "changes",
+                                     self._cursor)
+            if not reply:
+                return
+            entries = reply[0][1]
+            names = list({fields[1] for _, fields in entries})
+            records, homes = self.engine.calls(("HMGET", KEY + "services", *names),
+                                               ("HMGET", KEY + "homes", *names))
+            for name, record, home in zip(names, records, homes):
+                self._apply(name, record, home)
+            self._cursor = entries[-1][0]
+
+    def _apply(self, name, record, home):
+        """Make what is known of a service what the engine says."""
+        known, service = self.records.get(name), self._broker.at_home(name)
+        self._know(name, record, home)
+        if service is None:
+            if record is not None and home == self.id and not self._broker.draining:
+                self._adopt(name, record, self.counters.get(name), True)
+        elif record is None:
+            self._broker.remove(service)
+            log("deleted", service=service.name)
+        elif home != self.id:
+            self._broker.lose(service)
+            self.counts["lost_homes"] += 1
+            log("home_lost", service=service.name, home=home)
+        elif record != known:
+            self._compare_one(service, service_of(record))
+
+    def _know(self, name, record, home):
+        for text in filter(None, (self.records.pop(name, None),)):
+            self._digests.difference_update(key["digest"] for key in json.loads(text)["keys"])
+        self.homes.pop(name, None)
+        if record is not None:
+            self.records[name] = record
+            self._digests.update(key["digest"] for key in json.loads(record)["keys"])
+            if home:
+                self.homes[name] = home
+
+    # -- homes --
+
+    def locate(self, name):
+        """Return the Service of a name that this relay was not home to, after it has become
+        home; None if there is none. Raises Elsewhere, RelayError."""
+        name = name.lower()
+        if name not in self.records and not self.follow():
+            raise self.silent_error()
+        return self.settle(name) if name in self.records else None
+
+    def settle(self, name, suspect=None, refused=False):
+        """Find or become the home of a service. suspect: a relay that is not, or, if
+        `refused`, does not listen any more. Blocks up to TAKEOVER_SECONDS. Returns the
+        Service; raises Elsewhere, RelayError."""
+        self._forward_from(name, suspect)
+        deadline = time.monotonic() + TAKEOVER_SECONDS
+        with self._waiting[name]:
+            while True:
+                self._forward_from(name, suspect)
+                service = self._claim(name, refused and self.homes.get(name) == suspect)
+                if service is not None:
+                    return service
+                if time.monotonic() > deadline:
+                    raise Moved()
+                time.sleep(0.1)
+                self.follow()
+
+    def _forward_from(self, name, suspect):
+        """Raise Elsewhere if another relay is home, unless that is the suspect."""
+        home = self.homes.get(name)
+        if home and home not in (suspect, self.id) and (
+                home in self.relays or self.peers.answers(home)):
+            raise Elsewhere(name, home)
+
+    def _claim(self, name, refused):
+        """Try to become home; return the Service, or None, with what was learnt in homes."""
+        try:
+            with self.changing:
+                service = self._broker.at_home(name)
+                if service is not None:
+                    return service
+                if self._broker.draining:
+                    raise Moved()
+                what, *more = self.engine.run(
+                    CLAIM, self.id, name, int(refused), int(1000 * MEMBER_SECONDS),
+                    int(1000 * MISSED_SECONDS))
+                if what == "home":
+                    return self._claimed(name, *more)
+                if what == "unknown":
+                    self._know(name, None, None)
+                    return Broker.find(self._broker, name)       # which says so
+                if what == "held":
+                    self.homes[name] = more[0]
+                    self.relays |= {more[0]}
+                return None                # late, young: beat, and try again
+        except EngineError:
+            raise self.silent_error() from None
+
+    def _claimed(self, name, old, record, counters):
+        self.counts["claims"] += 1
+        self._know(name, record, self.id)
+        if time.monotonic() - self._quotas_at > 1:     # what the old home had counted
+            self._quotas_at = time.monotonic()
+            self._broker.quotas.restore(EngineStore.load_quotas(self.store))
+        log("home", service=name, before=old or "given up")
+        return self._adopt(name, record, counters, returning=old != "nobody")
+
+    def _adopt(self, name, record, counters, returning):
+        service = service_of(record, counters)
+        self._broker.add(service, returning=returning)
+        return service
+
+    def _give_up_idle(self):
+        """This relay stops: let others have the services that nobody works for."""
+        with contextlib.suppress(EngineError), self.changing:
+            self.save()
+            self._leave([service for service in self._broker.services()
+                         if self._broker.is_idle(service)])
+
+    def _leave(self, services):
+        if services and self.id:
+            self.engine.run(LEAVE, self.id, *[service.name.lower() for service in services])
+        for service in services:
+            self._broker.lose(service)
+            self.homes.pop(service.name.lower(), None)
+
+    # -- what differs from a Registry on a file --
+
+    def register(self, service, invitation=None, old_digest=""):
+        with self.changing:
+            if not self.id:
+                raise self.silent_error()
+            record = self.store.add(service, invitation, old_digest)
+            self._broker.add(service)
+            self._know(service.name.lower(), record, self.id)
+
+    def rename(self, service, name):
+        with self.changing:
+            old = service.name.lower()
+            record = self.store.rename(service, name, reserve=service.last_seen is not None
+                                       and name.lower() != old)
+            self._know(old, None, None)
+            self._know(name.lower(), record, self.id)
+            self._broker.rename(service, name)
+            for key in service.keys.values():
+                key.service = name.lower()
+
+    def is_registered(self, name, key):
+        self.follow()
+        record = json.loads(self.records.get(name.lower(), "{}"))
+        return record.get("key_digest") == digest(key) and (
+            time.time() - record["created"] < REPEAT_SECONDS)
+
+    def save(self):
+        with self.changing:
+            self._unsaved = {name: service for name, service in self._unsaved.items()
+                             if self._broker.at_home(name.lower()) is service}
+            self._revoked = [key for key in self._revoked
+                             if self._broker.at_home(key.service) is not None]
+            try:
+                super().save()
+            except RelayError:             # another relay is home to one of them: see which
+                self._unsaved.clear()
+                self.follow()
+
+    def delete_unused(self):
+        """Also of services without a home, which this relay becomes."""
+        for name, record in list(self.records.items()):
+            if name not in self.homes or self.homes[name] not in self.relays:
+                at = self.deleted_at(service_of(record, self.counters.get(name)))
+                if at is not None and time.time() >= at:
+                    with contextlib.suppress(RelayError, Elsewhere):
+                        self.settle(name)
+        with contextlib.suppress(RelayError):
+            super().delete_unused()
+
+    def close(self):
+        """Save, and give up what this relay is home to."""
+        self.save()
+        with contextlib.suppress(EngineError), self.changing:
+            self._leave(self._broker.services())
+            self.engine.run(LEAVE, self.id)
+
+    def knows_caller(self, name, hashed):
+        """Whether a digest is that of a key of a service, wherever its home is."""
+        return bool(hashed) and '"%s"' % hashed in self.records.get(name, "")
+
+    def silent_error(self):
+        return RelayError("relay_busy", "The relay cannot reach its engine. Try again in a "
+                          "few seconds.", retry_after=2)
+
+
+# Forwarding.
+
+
+class Peers:
+    """Connections to the other relays. Thread-safe."""
+
+    def __init__(self, secret):
+        self.secret = secret
+        self._tls = ssl.create_default_context()
+        self._idle = defaultdict(deque)    # url -> (socket, since), newest last
+        self._busy = defaultdict(dict)     # home -> {Forward: True}
+        self._asked = {}                   # home -> (when, whether it answered)
+        self._asking = defaultdict(threading.Lock)     # home -> held while it is asked
+
+    def take(self, home):
+        """Return a connection to a relay. Raises OSError."""
+        idle = self._idle[url_of(home)]
+        with contextlib.suppress(IndexError):
+            while True:
+                sock, since = idle.pop()
+                if time.monotonic() - since < PEER_IDLE_SECONDS and not is_ready(
+                        sock, selectors.EVENT_READ, 0):
+                    return sock            # else the peer has closed it
+                sock.close()
+        return self._connect(home)
+
+    def give_back(self, home, sock):
+        """A response has been read to its end: the connection may be used again."""
+        idle = self._idle[url_of(home)]
+        if len(idle) < PEER_IDLE_MOST:
+            idle.append((sock, time.monotonic()))
+        else:
+            sock.close()
+
+    def _connect(self, home):
+        parts = urllib.parse.urlsplit(url_of(home))
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        sock = socket.create_connection((parts.hostname, port), ENGINE_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(sock)
+        if parts.scheme == "https":
+            sock = self._tls.wrap_socket(sock, server_hostname=parts.hostname)
+        return sock
+
+    def answers(self, home):
+        """Whether a relay that missed its beats is there all the same. Blocks up to a few
+        seconds; for a while the answer stays the same."""
+        with self._asking[home]:
+            when, answer = self._asked.get(home, (-math.inf, False))
+            if time.monotonic() - when > BEAT_SECONDS:
+                answer = self.health(home) == home
+                self._asked[home] = time.monotonic(), answer
+            return answer
+
+    def health(self, home):
+        """Return the id of the relay at a home's url; "" if it does not say. """
+        try:
+            with contextlib.closing(self._connect(home)) as sock:
+                sock.settimeout(ENGINE_SECONDS)
+                sock.sendall(b"GET /healthz HTTP/1.0\r\nHost: localhost\r\nX-Relay: %s\r\n\r\n"
+                             % self.secret.encode())
+                data = b"".join(iter(lambda: sock.recv(4096), b""))
+            return json.loads(data.partition(b"\r\n\r\n")[2]).get("relay", "")
+        except (OSError, ValueError, AttributeError):
+            return ""
+
+    def started(self, forward):
+        self._busy[forward.home][forward] = True
+
+    def ended(self, forward):
+        self._busy[forward.home].pop(forward, None)
+
+    def look_after(self, homes):
+        """These relays missed their beats: abandon what was forwarded to those that do not
+        answer. Returns at once."""
+        for home in homes:
+            if self._busy.get(home):
+                threading.Thread(target=self._abandon, args=(home,), daemon=True).start()
+
+    def _abandon(self, home):
+        while self._busy.get(home) and self.answers(home):
+            time.sleep(BEAT_SECONDS)       # it is only cut off from the engine
+        for forward in list(self._busy.pop(home, ())):
+            forward.abort()
+
+
+def url_of(home):
+    """The address of a relay, which is the second part of its id."""
+    return home.partition("@")[2]
+
+
+class Forward:
+    """One request on its way to the home of its service, and its response back."""
+
+    def __init__(self, exchange, peers, home):
+        self.exchange, self.peers, self.home = exchange, peers, home
+        self.connection = exchange.connection
+        # A provider's polls have a connection of their own for as long as the provider's
+        # lasts: the home takes its closing for the provider's end.
+        self._is_poll = exchange.head.path[::2] == ("provider", "poll")
+        self._lock = threading.Lock()      # so that abort never meets one that was given back
+        self._sock = None
+
+    def run(self):
+        """Forward the request, and pass the response on as it comes. Raises NotSent, if the
+        home did not act on it; PeerGone, RelayError."""
+        self._send(self._head(len(self.exchange.body)) + self.exchange.body)
+        if len(self.exchange.body) > KEEP_BODY_BYTES:
+            self.exchange.body = None      # the answer may take long
+        self.peers.started(self)
+        self.connection.when_gone(self.abort)
+        try:
+            self._pass_on(*self._read_head())
+        except (OSError, ValueError):      # the home has gone, or the client
+            if self.exchange.started or self.connection.gone:
+                raise PeerGone() from None
+            raise Moved() from None
+        finally:
+            self.peers.ended(self)
+            self.connection.when_gone(None)
+            sock = self._let_go()
+            if sock is not None:
+                sock.close()
+
+    def abort(self):
+        """Break the connection to the home, from any thread."""
+        with self._lock:
+            if self._sock is not None:
+                with contextlib.suppress(OSError):     # not SSLSocket's, for one thread only
+                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def _let_go(self):
+        with self._lock:
+            sock, self._sock = self._sock, None
+            return sock
+
+    def _head(self, length):
+        """The request's head, for the home."""
+        exchange, head = self.exchange, self.exchange.head
+        lines = ["%s %s HTTP/1.%d" % (head.method, head.target, head.version),
+                 "Host: localhost", "Content-Length: %d" % length,
+                 "X-Relay: " + self.peers.secret,
+                 "X-Relay-For: " + ("local" if exchange.local else exchange.address)]
+        lines += ["%s: %s" % field for field in head.fields.items()
+                  if field[0] not in HOP_BY_HOP and field[0] not in FORWARDED]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def _send(self, data):
+        for _ in range(2 + PEER_IDLE_MOST):
+            try:
+                self._sock = self._take()
+            except OSError as error:
+                raise NotSent(isinstance(error, ConnectionRefusedError)) from None
+            try:
+                self._sock.settimeout(self.exchange.limits.write_seconds)
+                self._sock.sendall(data)
+                return self._sock.settimeout(None)
+            except OSError:                # closed before it had all of this: try another
+                self._let_go().close()
+        raise NotSent(False)
+
+    def _take(self):
+        home, sock = self.connection.__dict__.pop("upstream", ("", None))
+        if self._is_poll and home == self.home and not is_ready(
+                sock, selectors.EVENT_READ, 0):
+            return sock
+        if sock is not None:
+            sock.close()
+        return self.peers.take(self.home)
+
+    def _receive(self):
+        data = self._sock.recv(65536)
+        if not data:
+            raise ConnectionError()
+        return data
+
+    def _read_head(self):
+        """Return (head of the response, what has come of its body)."""
+        data = self._receive()
+        while b"\r\n\r\n" not in data:
+            data += self._receive()
+        head, _, rest = data.partition(b"\r\n\r\n")
+        if NOT_HOME in head:
+            raise NotSent(False)
+        return head, rest
+
+    def _pass_on(self, head, data):
+        exchange, body = self.exchange, body_after(head, self.exchange.head)
+        exchange.keep_alive = exchange.keep_alive and body.ends_itself
+        lines = [line for line in head.split(b"\r\n") if line[:11].lower() != b"connection:"]
+        lines += [] if exchange.keep_alive else [b"Connection: close"]
+        ended = body.ends_with(data)
+        data = b"\r\n".join(lines + [b"", data])
+        exchange.started = True
+        while True:
+            if ended and body.ends_itself and b"\r\nConnection: close" not in head:
+                self._give_back()
+            self.connection.send(data)
+            if ended:
+                return
+            try:
+                data = self._receive()
+            except ConnectionError:
+                if body.ends_itself:
+                    raise
+                return
+            ended = body.ends_with(data)
+
+    def _give_back(self):
+        """The response has been read: others may use the connection to the home."""
+        sock, connection = self._let_go(), self.connection
+        if sock is None or connection.gone:
+            pass
+        elif self._is_poll:
+            connection.upstream = self.home, sock
+            connection.on_close = functools.partial(close_upstream, connection)
+        else:
+            self.peers.give_back(self.home, sock)
+
+
+def close_upstream(connection):
+    """A provider's connection has closed: so does the one that carried its polls."""
+    connection.__dict__.pop("upstream", ("", contextlib.ExitStack()))[1].close()
+
+
+class CountedBody:
+    """Finds the end of a response's body that passes in pieces."""
+
+    def __init__(self, length):
+        """length: in bytes; infinite if the connection ends with it."""
+        self._left, self.ends_itself = length, length < math.inf
+
+    def ends_with(self, data):
+        """Whether the body ends with these next bytes."""
+        self._left -= len(data)
+        return self._left <= 0
+
+
+class ChunkedBody:
+    """The same for a chunked body (RFC 9112, 7.1)."""
+
+    ends_itself = True
+
+    def __init__(self):
+        self._skip, self._line, self._last = 0, b"", False
+
+    def ends_with(self, data):
+        at = 0
+        while at < len(data):
+            if self._skip:
+                step = min(self._skip, len(data) - at)
+                self._skip, at = self._skip - step, at + step
+                continue
+            end = data.find(b"\n", at) + 1
+            self._line += data[at:end or len(data)]
+            if not end:
+                return False
+            line, self._line, at = self._line, b"", end
+            if self._last:
+                return True
+            size = int(line.partition(b";")[0], 16)
+            self._last, self._skip = size == 0, size and size + 2
+        return False
+
+
+def body_after(head, request):
+    """Return the body that follows the head of a relay's response to a request."""
+    status, fields = int(head[9:12]), head.lower()
+    length = re.search(rb"\r\ncontent-length: (\d+)", fields)
+    if request.method == "HEAD" or status in (204, 304):
+        return CountedBody(0)
+    if b"\r\ntransfer-encoding: chunked" in fields:
+        return ChunkedBody()
+    return CountedBody(int(length[1]) if length else math.inf)
+
+
+# What takes the place of the relay's parts.
+
+
+class ClusterExchange(Exchange):
+    """An Exchange that may come from another relay, or have to go there."""
+
+    body = None                            # as it was read, until its service is known
+    caller_is_local = None                 # as the relay said that forwards it; None: none does
+    _local = False
+
+    @property
+    def local(self):
+        return self._local if self.caller_is_local is None else self.caller_is_local
+
+    @local.setter
+    def local(self, local):
+        self._local = local
+
+    def _dispatch(self, head):
+        relay, fields = self.relay, head.fields
+        if "x-relay" in fields or "x-relay-for" in fields:
+            caller = relay.caller_of(fields)
+            self.caller_is_local = caller == "local"
+            self.address = "127.0.0.1" if caller in ("local", "") else caller
+        if head.path == ("healthz",):
+            if self.caller_is_local is not None:
+                return self.respond(200, {"relay": relay.registry.id})
+            if not relay.registry.born:
+                raise relay.registry.silent_error()
+            if self.broker.draining and head.target.endswith("?drain=404"):
+                # HAProxy's word for a server that gets nothing new, and keeps what it has.
+                raise RelayError("not_found", "The relay is shutting down.")
+        try:
+            super()._dispatch(head)
+        except (Elsewhere, Moved) as there:
+            if self.caller_is_local is not None and not self.started:
+                self._refuse_forwarded()             # forwarded once at most
+            elif isinstance(there, Moved):
+                raise
+            else:
+                self._forward(there.name, there.home)
+
+    def _refuse_forwarded(self):
+        """Answer a relay that takes this one for a home."""
+        self.keep_alive, error = self.keep_alive and self.body_read, Moved()
+        self.send_whole(*self.response(error.status, error.native(), error=error,
+                                       more=NOT_HOME + b"\r\n"))
+
+    def read_bytes(self, most, count):
+        """Keep the body, in case it has to be forwarded."""
+        if self.body is None:
+            self.body = super().read_bytes(most, count)
+        return self.body
+
+    def take_slot(self, reserved):
+        self.body = None                   # this relay is the home
+        super().take_slot(reserved)
+
+    def _forward(self, name, home):
+        """Send the request to the home of a service, and its response to the client. If
+        that relay is home no more, another is asked, or this one becomes home."""
+        self.release_large_body()
+        with self._slot_for(name), BytesUnderWay(self) as count:
+            self.read_bytes(None, count)
+            self.body_read = True
+            for _ in range(3):
+                self.relay.registry.counts["forwarded"] += 1
+                try:
+                    return Forward(self, self.relay.peers, home).run()
+                except NotSent as why:
+                    if self.body is None:
+                        break              # it was large, and is not here any more
+                    try:
+                        self.relay.registry.settle(name, home, why.refused)
+                        return super()._dispatch(self.head)      # it is at home here now
+                    except Elsewhere as there:
+                        home = there.home
+        raise Moved()
+
+    def _slot_for(self, name):
+        """Take a slot here, too, for what waits at the home."""
+        path = self.head.path
+        if path[0] == "api" or path[::2] != ("provider", "poll") and (
+                path[0] == "provider" or self.head.method != "POST"):
+            return contextlib.nullcontext()
+        return (self.bounds.polls if path[0] == "provider" else self.bounds.waiting).take(
+            self.address, give_way=self.connection.abort,
+            reserved=self.relay.registry.knows_caller(name, self.head.key_digest))
+
+
+class ClusterDirectory(Directory):
+    """A Directory of the services of all relays."""
+
+    def __init__(self, broker, registry):
+        super().__init__(broker, registry)
+        self._others = {}                  # id of a relay -> (version, {name: entry})
+        self._absent = {}                  # name -> (record, counters, entry), made once
+        self._shared = None                # version of what was shared last
+
+    def entries(self):
+        """Those of the services at home, those that other relays share, and, of services
+        that have no home, what is stored."""
+        entries, registry = super().entries(), self._registry
+        own = {entry["name"].lower() for entry in entries}
+        for name, record in list(registry.records.items()):
+            if name not in own:
+                home = registry.homes.get(name)
+                shared = self._others.get(home, ("", {}))[1].get(name)
+                entries.append(shared or self._entry_of_absent(
+                    name, record, registry.counters.get(name)))
+        return entries
+
+    def _entry_of_absent(self, name, record, counters):
+        if self._absent.get(name, ())[:2] != (record, counters):
+            self._absent[name] = record, counters, self.entry(service_of(record, counters))
+        return self._absent[name][2]
+
+    def keep_sharing(self):
+        """Share the entries with the other relays, and read theirs; for a thread."""
+        while not self._broker.closed:
+            time.sleep(DIRECTORY_SECONDS)
+            with contextlib.suppress(EngineError):
+                self._share()
+                self._read_others()
+
+    def _share(self):
+        registry = self._registry
+        key = KEY + "directory:" + registry.id
+        body = json.dumps(super().entries())
+        version = hashlib.sha256(body.encode()).hexdigest()[:16]
+        if version != self._shared and registry.id:
+            registry.engine.call("HSET", key, "version", version, "entries", body)
+        self._shared = version
+        if not registry.engine.call("PEXPIRE", key, int(5000 * MEMBER_SECONDS)):
+            self._shared = None            # the engine has lost it
+
+    def _read_others(self):
+        registry = self._registry
+        others = {home: self._others.get(home, ("", {}))
+                  for home in registry.relays if home != registry.id}
+        for home, (version, _) in others.items():
+            key = KEY + "directory:" + home
+            new = registry.engine.call("HGET", key, "version")
+            if new and new != version:
+                entries = json.loads(registry.engine.call("HGET", key, "entries") or "[]")
+                others[home] = new, {entry["name"].lower(): entry for entry in entries}
+        self._others = others
+
+
+class ClusterRelay(Relay):
+    """A Relay that shares its services with others on one engine."""
+
+    exchange_type = ClusterExchange
+
+    def __init__(self, host="", port=0, *, engine, secret, advertise=None, limits=None,
+                 registration="open", store=None, **more):
+        """engine: an Engine. secret: what the relays know each other by. advertise: the url
+        at which the others reach this one; by default its own."""
+        broker = ClusterBroker(limits)
+        self.peers = Peers(secret)
+        registry = EngineRegistry(engine, broker, registration, self.peers, secret)
+        super().__init__(host, port, limits=broker.limits, broker=broker, registry=registry,
+                         **more)
+        registry.url = advertise or self.url
+        self.directory = ClusterDirectory(broker, registry)
+        self.bounds.registrations = EngineRates(engine, "registrations:")
+        self.bounds.wrong_keys = EngineRates(engine, "wrong keys:")
+        self._peer_addresses = {}          # url -> addresses
+
+    def start(self):
+        self.registry.follow()             # the first requests find it joined
+        super().start()
+        for target in (self.directory.keep_sharing, self._keep_peer_addresses):
+            threading.Thread(target=self._keep_running, args=(target,), daemon=True).start()
+
+    def _keep_peer_addresses(self):
+        """Know the addresses that other relays come from; for a thread."""
+        while not self.broker.closed:
+            for url in set(map(url_of, self.registry.relays)) - set(self._peer_addresses):
+                with contextlib.suppress(OSError):
+                    self._peer_addresses[url] = {ip_of(found[4][0]) for found in (
+                        socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None))}
+            time.sleep(BEAT_SECONDS)
+
+    def is_proxy(self, address):
+        """Other relays may have many connections, too; on loopback everybody may."""
+        ip = ip_of(address)
+        return super().is_proxy(address) or not ip.is_loopback and any(
+            ip in addresses for addresses in list(self._peer_addresses.values()))
+
+    def forwarded_for(self, head, peer):
+        if "x-relay" in head.fields:
+            return self.caller_of(head.fields) or peer
+        return super().forwarded_for(head, peer) if super().is_proxy(peer) else peer
+
+    def caller_of(self, fields):
+        """The caller that another relay forwards for: an address, or "local". Raises
+        RelayError if it is no relay of ours."""
+        secret = fields.get("x-relay", "").encode("latin-1")
+        if not hmac.compare_digest(secret, self.peers.secret.encode()):
+            raise RelayError("forbidden", "X-Relay and X-Relay-For are for relays of one "
+                             "cluster, which share a secret.")
+        return fields.get("x-relay-for", "")
+
+
+# Options, checks and commands; the command line, below, calls these.
+
+
+def add_cluster_options(add):
+    """Add the options for several relays."""
+    add("--engine", metavar="URL",
+        help="several relays: Valkey or Redis, redis://HOST, rediss://HOST with TLS, or "
+             "unix:///PATH; its password may be in " + PASSWORD_VARIABLE)
+    add("--advertise", metavar="URL",
+        help="with --engine: where the other relays reach this one, http://10.0.0.1:8000; "
+             "use https or a private network")
+    add("--cluster-secret-file", metavar="FILE",
+        help="with --engine: a secret that all relays share; or in " + SECRET_VARIABLE)
+
+
+def cluster_secret(options):
+    """Return the secret that the relays share. Raises StoreError."""
+    secret = os.environ.get(SECRET_VARIABLE, "")
+    if options.cluster_secret_file:
+        try:
+            with open(options.cluster_secret_file, encoding="utf-8") as file:
+                secret = file.read()
+        except (OSError, ValueError) as error:
+            raise StoreError("--cluster-secret-file %s cannot be read: %s." % (
+                options.cluster_secret_file, getattr(error, "strerror", None) or error))
+    secret = secret.strip()
+    if len(secret) < MIN_SECRET or not re.match(r"[\x21-\x7e]*\Z", secret):
+        raise StoreError("Several relays share a secret of at least %d letters and digits: "
+                         "write it with openssl rand -hex 32 > FILE, and name the file with "
+                         "--cluster-secret-file." % MIN_SECRET)
+    return secret
+
+
+def advertised(options):
+    """Return the url at which the other relays reach this one. Raises StoreError."""
+    match = re.match(r"(https?://[A-Za-z0-9.:_\[\]-]+?)/?\Z", options.advertise or "")
+    if not match:
+        raise StoreError("--engine needs --advertise URL: where the other relays reach this "
+                         "one, as http://10.0.0.1:%d." % options.port)
+    return match[1]
+
+
+def open_cluster_relay(options, **more):
+    """Return the ClusterRelay that the options describe. Raises StoreError."""
+    return ClusterRelay(options.host, options.port, engine=Engine(options.engine),
+                        secret=cluster_secret(options), advertise=advertised(options), **more)
+
+
+def check_engine(options):
+    """Whether the engine answers, and keeps what it is told."""
+    try:
+        engine = Engine(options.engine)
+        info = dict(line.split(":", 1) for line in engine.call("INFO").splitlines()
+                    if ":" in line)
+        seconds, _ = engine.call("TIME")
+        policy = engine_setting(engine, "maxmemory-policy")
+        keeps = engine_setting(engine, "appendonly")
+    except (StoreError, EngineError, ValueError) as error:
+        return "error", "%s. See docs/cluster.md." % str(error).rstrip(".").capitalize()
+    version = info.get("valkey_version") or info.get("redis_version", "0")
+    words = "The engine %s is %s %s" % (
+        engine.shown, "Valkey" if "valkey_version" in info else "Redis", version)
+    if int(version.split(".")[0]) < 5:
+        return "error", words + ": version 5 or newer is needed, which has streams."
+    if abs(int(seconds) - time.time()) > 2:
+        return "error", words + (". Its clock differs from this machine's by %d s: set both "
+                                 "(timedatectl set-ntp true)." % (int(seconds) - time.time()))
+    if policy not in ("noeviction", None):
+        return "error", words + (", and may drop services when its memory is full: set "
+                                 "maxmemory-policy noeviction, not %s." % policy)
+    if keeps == "no":
+        return "warning", words + (", and forgets services when it restarts: set appendonly "
+                                   "yes, as deploy/valkey.conf does.")
+    if policy is None:
+        return "warning", words + (". It does not show its settings: they should be "
+                                   "maxmemory-policy noeviction and appendonly yes.")
+    return "ok", words + ", answers, evicts nothing, and persists."
+
+
+def engine_setting(engine, name):
+    """One of the engine's settings; None if it does not show them."""
+    try:
+        return engine.call("CONFIG", "GET", name)[1]
+    except (EngineError, IndexError):
+        return None
+
+
+def check_peers(options):
+    """Whether each relay of the cluster answers at its address, with the same secret."""
+    try:
+        own, peers = advertised(options), Peers(cluster_secret(options))
+        homes = Engine(options.engine).call("SMEMBERS", KEY + "relays")
+    except (StoreError, EngineError) as error:
+        return "error", str(error)
+    silent = [url_of(home) for home in homes if peers.health(home) != home]
+    if silent:
+        return "error", ("These relays do not answer here, or have another secret: %s. Each "
+                         "must reach the others at what they --advertise."
+                         % printable(", ".join(sorted(silent))))
+    if own not in map(url_of, homes):
+        return "ok", ("%d relays answer, with the same secret. None runs at %s now."
+                      % (len(homes), own))
+    return "ok", "%d relays answer, with the same secret; one of them at %s." % (
+        len(homes), own)
+
+
+def check_secret_file(options):
+    """Whether the secret is one, and private."""
+    try:
+        cluster_secret(options)
+        path = options.cluster_secret_file
+        if path and os.name != "nt" and os.stat(path).st_mode & 0o077:
+            return "warning", "Other users may read or write %s: chmod 600 %s" % (path, path)
+    except StoreError as error:
+        return "error", str(error)
+    return "ok", "The cluster's secret is there."
+
+
+CLUSTER_CHECKS = (check_engine, check_secret_file, check_peers)
+
+
+def run_import(options):
+    """Take the services of a data file into the engine."""
+    if not options.engine:
+        raise StoreError("import takes a data file into an engine: name it with --engine.")
+    path = options.arguments[0]
+    with contextlib.closing(Store(path, existing=True)) as file:
+        if file.version < len(MIGRATIONS):
+            raise StoreError("The data file %s comes from an older neuroengine: start a relay "
+                             "with it once." % path)
+        known = EngineStore(Engine(options.engine)).take_in(file)
+        count = len(file.load()) - len(known)
+    print("Imported %d services from %s.%s" % (count, path, known and (
+        " Those that the engine has already stay as they are: %s." % ", ".join(known)) or ""))
 
 
 ##############################################################################
@@ -6671,6 +8312,7 @@ def add_other_options(parser):
         help="file for services, hashes of keys, and counters")
     add("--registration", choices=REGISTRATION, default="open",
         help="who may register a service: everyone, people with an invitation, nobody")
+    add_cluster_options(add)
     add("--log", choices=("text", "json"), default="text", help="format of log lines")
     add("--demo", action="store_true",
         help="loopback only, nothing on disk, and a built-in service Eliza")
@@ -6691,6 +8333,8 @@ def parse(argv):
     refuse_wrong_command(parser, options)
     if options.demo:
         options.data, options.host = ":memory:", options.host or "127.0.0.1"
+    if options.engine:
+        options.data = ":memory:"
     return options
 
 
@@ -6939,14 +8583,17 @@ def open_relay(options):
     listeners = inherited_listeners()
     if listeners:
         options.port = listeners[0].getsockname()[1]
-    store, tls, plain = Store(options.data), choose_tls(options), None
+    tls, plain = choose_tls(options), None
     if tls and options.acme_webroot:
         plain = listeners[1] if listeners[1:] else listen_plain(options)
-    return Relay(options.host, options.port, store=store, limits=limits, tls=tls,
-                 page=read_page(), registration=options.registration,
-                 proxies=options.trusted_proxy, hops=options.trusted_hops,
-                 names=options.allow_host, webroot=options.acme_webroot, plain=plain,
-                 listener=listeners[0] if listeners else None)
+    described = dict(
+        limits=limits, tls=tls, page=read_page(), registration=options.registration,
+        proxies=options.trusted_proxy, hops=options.trusted_hops, names=options.allow_host,
+        webroot=options.acme_webroot, plain=plain,
+        listener=listeners[0] if listeners else None)
+    if options.engine:
+        return open_cluster_relay(options, **described)
+    return Relay(options.host, options.port, store=Store(options.data), **described)
 
 
 def inherited_listeners():
@@ -7038,7 +8685,7 @@ def check_port(options):
         if not port_is_taken(error) or (
                 who_listens(options.host, options.port) != "neuroengine"):
             return "error", cannot_listen(options, error)
-        if DataLock(options.data).holder() is None:
+        if not options.engine and DataLock(options.data).holder() is None:
             return "warning", ("A relay runs on port %d, but not with the data file %s." % (
                 options.port, options.data))
         return "ok", "A relay runs on port %d." % options.port
@@ -7139,12 +8786,21 @@ AT_START = (check_versions, check_clock, check_certificate, check_descriptors, c
 
 @contextlib.contextmanager
 def open_data(options):
-    """The Store of an existing data file, for a with statement. Raises StoreError."""
+    """The Store of an existing data file, or that of an engine, for a with statement.
+    Raises StoreError."""
+    if options.engine:
+        yield EngineStore(Engine(options.engine))
+        return
     with contextlib.closing(Store(options.data, existing=True)) as store:
         if store.version < len(MIGRATIONS):
             raise StoreError("The data file %s comes from an older neuroengine. The relay "
                              "brings it up to date when it starts." % options.data)
         yield store
+
+
+def holder_of(options):
+    """Return the process id of the relay that uses the data (0: unknown), or None."""
+    return 0 if options.engine else DataLock(options.data).holder()
 
 
 def soon():
@@ -7187,7 +8843,8 @@ def service_line(service, holder):
 
 def run_doctor(options):
     """Print the result of each check; the exit status is 1 if there is an error."""
-    found = [check(options) for check in (*AT_START, check_data, check_port)]
+    kept = CLUSTER_CHECKS if options.engine else (check_data,)
+    found = [check(options) for check in (*AT_START, *kept, check_port)]
     for level, words in found:
         print("%-8s %s" % (level, words))
     return int("error" in dict(found))
@@ -7195,7 +8852,7 @@ def run_doctor(options):
 
 def run_list(options):
     """Print a line for each service."""
-    holder = DataLock(options.data).holder()
+    holder = holder_of(options)
     with open_data(options) as store:
         services = sorted(store.load(), key=lambda service: service.name.lower())
     for service in services:
@@ -7216,7 +8873,7 @@ def run_reset_key(options):
 def run_delete(options):
     """Delete the services that the patterns and --unused-since select. One exact name
     needs no confirmation."""
-    holder = DataLock(options.data).holder()
+    holder = holder_of(options)
     with open_data(options) as store:
         services = select_services(store, options, holder)
         named = [name.lower() for name in options.arguments]
@@ -7278,10 +8935,17 @@ def run_backup(options):
     """Copy the data to a new file; also of an older version, before an update."""
     path = options.arguments[0]
     try:
-        with contextlib.closing(Store(options.data, existing=True)) as store:
-            store.backup(path)
+        if options.engine:
+            EngineStore(Engine(options.engine)).backup(path)
+        else:
+            with contextlib.closing(Store(options.data, existing=True)) as store:
+                store.backup(path)
     except OSError as error:
         raise StoreError("Cannot write %s: %s. Name a new file." % (path, error.strerror))
+    if options.engine:
+        print("Copied to %s. To restore it into an empty engine: neuroengine_server.py import "
+              "%s --engine %s" % (path, path, options.engine))
+        return
     print("Copied to %s. To restore it, stop the relay and run: neuroengine_server.py "
           "restore %s" % (path, path))
 
@@ -7289,6 +8953,8 @@ def run_backup(options):
 def run_restore(options):
     """Put a backup in the place of the data file, which is kept under another name."""
     source, target = options.arguments[0], options.data
+    if options.engine:
+        raise StoreError("restore is for a data file; for an engine, use import.")
     with DataLock(target):
         path = os.path.realpath(target)
         new = path + ".restoring"
@@ -7343,6 +9009,7 @@ COMMANDS = {   # name: (function, its argument, what it does)
     "delete": (run_delete, "PATTERN...", "delete services: a name, or a pattern as 'test-*'"),
     "invite": (run_invite, "[USES]", "print an invitation to register, this once"),
     "backup": (run_backup, "FILE", "copy the data to a new file"),
+    "import": (run_import, "FILE", "take a data file into the --engine of several relays"),
     "restore": (run_restore, "FILE", "put a backup in place; the relay must be stopped"),
     "doctor": (run_doctor, "", "say what is wrong; add all options of the relay"),
 }

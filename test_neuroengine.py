@@ -20,6 +20,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import queue
@@ -34,8 +35,10 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import tracemalloc
 import types
 import uuid
@@ -8162,6 +8165,594 @@ def test_the_examples_run_as_they_are(start, tmp_path, example, args):
     else:
         assert program.process.wait(SOON) == 0
         assert "Roses are red" in program.output
+
+
+##############################################################################
+# Several relays on one engine
+##############################################################################
+
+ENGINE_PROGRAM = os.environ.get("NEUROENGINE_ENGINE_PROGRAM", "redis-server")
+
+
+class EngineServer:
+    """A Redis or Valkey server on a socket in a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.process = str(folder), None
+        self.url = "unix://%s/s" % self.folder
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [ENGINE_PROGRAM, "--port", "0", "--unixsocket", self.folder + "/s", "--dir",
+             self.folder, "--appendonly", "yes", "--save", "", "--logfile", "log"],
+            stdout=subprocess.DEVNULL)
+        until(self.answers)
+
+    def answers(self):
+        with contextlib.suppress(neuroengine_server.EngineError):
+            return neuroengine_server.Engine(self.url).call("PING") == "PONG"
+
+    def call(self, *words):
+        return neuroengine_server.Engine(self.url).call(*words)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def engine():
+    if not shutil.which(ENGINE_PROGRAM):
+        if os.environ.get("NEUROENGINE_CLUSTER_TESTS") == "1":
+            pytest.fail("%s is not installed: see .ci/run" % ENGINE_PROGRAM)
+        pytest.skip("tests of several relays need redis-server; NEUROENGINE_CLUSTER_TESTS=1 "
+                    "makes them fail without it")
+    with tempfile.TemporaryDirectory() as folder:      # tmp_path may be too long for a socket
+        engine = EngineServer(folder)
+        engine.start()
+        yield engine
+        engine.kill()
+
+
+CLUSTER_SECRET = "the-secret-of-all-relays"
+
+
+@pytest.fixture
+def cluster(engine):
+    """Start relays on the engine: cluster(3)."""
+    relays = []
+
+    def cluster(count=1, **limits):
+        for _ in range(count):
+            relay = neuroengine_server.ClusterRelay(
+                "127.0.0.1", 0, engine=neuroengine_server.Engine(engine.url),
+                secret=CLUSTER_SECRET, page=b"<p>", limits=Limits(**limits))
+            relay.start()
+            relays.append(relay)
+        until(lambda: all(len(relay.registry.relays) == len(relays) for relay in relays))
+        return relays if count > 1 else relays[-1]
+    yield cluster
+    for relay in relays:
+        relay.stop()
+
+
+class FarHand(Hand):
+    """A provider that enters at another relay than that of its service's home."""
+
+    def __init__(self, home, entry, **kw):
+        super().__init__(home, **kw)
+        self.logout()
+        self.relay = entry
+        self.connection = http.client.HTTPConnection(*entry.server_address[:2], timeout=30)
+        self.session, self.running = self.call("login", **kw)["session"], []
+
+    def answer(self, count):
+        """Answer the next `count` prompts."""
+        jobs = []
+        while len(jobs) < count:
+            jobs += self.poll()["jobs"]
+        for job in jobs:
+            self.reply(job, ["yes"], done=True)
+
+
+def test_cluster_without_an_engine_runs_no_line_of_it(relay, hand):
+    lines = inspect.getsource(neuroengine_server).splitlines()
+    first = lines.index("# Cluster: several relays on one engine (Valkey or Redis)")
+    last = lines.index("# Demo: a provider inside the relay, after Joseph Weizenbaum's "
+                       "Eliza (1966)")
+    ran = set()
+
+    def note(frame, event, _):
+        if frame.f_code.co_filename == neuroengine_server.__file__:
+            ran.add(frame.f_code.co_firstlineno)
+    threading.setprofile(note)
+    try:
+        with running_relay() as own:       # all of its threads are new
+            provider = Hand(own)
+            answer = in_thread(ask, own, "/" + provider.name, {"message": "hi"})
+            provider.reply(provider.next_job(), ["Hello"], done=True)
+            assert answer()[0] == 200
+            for path in ("/metrics", "/healthz", "/api/models", "/v1/models"):
+                assert ask(own, path)[0] == 200
+            provider.logout()
+    finally:
+        threading.setprofile(None)
+    assert len(ran) > 100 and not [line for line in ran if first < line < last]
+    assert type(own) is Relay
+
+
+def test_cluster_every_relay_answers_for_every_service(cluster):
+    relays = cluster(3)
+    hand = FarHand(relays[0], relays[1])
+    for relay in relays:
+        answer = in_thread(ask, relay, "/" + hand.name, {"message": "hi"})
+        hand.reply(hand.next_job(), ["Hel", "lo"], done=True)
+        assert answer()[1]["reply"] == "Hello"
+        answer = in_thread(chat, relay, hand.name)
+        hand.reply(hand.next_job(), ["Hel", "lo"], done=True)
+        assert answer()[1]["choices"][0]["message"]["content"] == "Hello"
+    assert [len(relay.broker.services()) for relay in relays] == [1, 0, 0]
+
+
+def test_cluster_streams_cancels_and_resumes_through_any_relay(cluster):
+    relays = cluster(3)
+    hand = FarHand(relays[0], relays[1])
+    key, path = uuid.uuid4().hex, "/" + hand.name
+    sock = sent(relays[1], path, {"message": "hi", "key": key, "stream": True, "at": 0})
+    job = hand.next_job()
+    hand.reply(job, ["a", "b"])
+    records = records_of(sock)
+    assert next(record for record in records if "items" in record) == {
+        "at": 0, "items": ["a", "b"]}
+    sock.close()                           # and goes on through another
+    hand.reply(job, ["c"], at=2)
+    answer = ask(relays[2], path, {"key": key, "at": 1, "gettokens": 2})
+    assert (answer[1]["reply"], answer[1]["at"]) == ("bc", 3)
+    assert ask(relays[1], path, {"command": "cancel", "key": key})[0] == 200
+    until(lambda: [job["job"], 1] in hand.poll()["cancel"])
+
+
+def test_cluster_a_client_that_hangs_up_at_one_relay_is_noticed_at_the_home(cluster):
+    relays = cluster(2, grace_seconds=0)
+    hand = FarHand(*relays)
+    for stream in (True, False):
+        sock = sent(relays[1], "/" + hand.name, {"message": "hi", "stream": stream})
+        job = hand.next_job()
+        began = time.monotonic()
+        sock.close()
+        until(lambda job=job: [job["job"], 1] in hand.poll()["cancel"])
+        assert time.monotonic() - began < 2
+        hand.running.remove([job["job"], 1])
+
+
+def test_cluster_a_provider_that_vanishes_at_one_relay_loses_its_jobs_at_the_home(cluster):
+    relays = cluster(2, close_seconds=0.1)
+    hand = FarHand(*relays)
+    service = relays[0].broker.find(hand.name)
+    for _ in range(2):
+        assert service.sessions
+        answer = in_thread(ask, relays[1], "/" + hand.name, {"message": "hi"})
+        hand.next_job()
+        hand.connection.close()            # between two polls
+        until(lambda: not service.sessions)
+        hand.session, hand.running = hand.call("login")["session"], []
+        job = hand.next_job()
+        hand.reply(job, ["again"], done=True)
+        assert answer()[1]["reply"] == "again"
+
+
+def test_cluster_a_name_is_registered_once_however_many_relays_are_asked(cluster):
+    relays = cluster(3)
+    for _ in range(5):
+        name = name_of()
+        answers = [in_thread(ask, relay, "/api/services", {"name": name})
+                   for relay in relays * 3]
+        assert sorted(answer()[0] for answer in answers) == [201] + [409] * 8
+
+
+def test_cluster_a_registration_may_be_repeated_at_another_relay(cluster):
+    relays, name = cluster(2), name_of()
+    first, again = (ask(relay, "/api/services", {"name": name}, Idempotency_Key="once")
+                    for relay in relays)
+    assert first[0] == again[0] == 201 and first[1]["key"] == again[1]["key"]
+
+
+def test_cluster_keys_quotas_and_revocation_are_exact_at_every_relay(cluster):
+    relays = cluster(3)
+    hand = FarHand(relays[0], relays[1], workers=8)
+    status, key, _ = ask(relays[2], "/api/services/%s/keys" % hand.name, {
+        "label": "guest", "requests_per_day": 5}, Authorization="Bearer " + hand.key)
+    assert status == 201
+    answers = [in_thread(ask, relay, "/" + hand.name, {"message": "hi"},
+                         Authorization="Bearer " + key["key"]) for relay in relays * 3]
+    hand.answer(5)
+    assert sorted(answer()[0] for answer in answers) == [200] * 5 + [429] * 4
+    ask(relays[1], "/api/services/" + hand.name, {"private": True}, "PATCH",
+        Authorization="Bearer " + hand.key)
+    assert ask(relays[1], "/api/services/%s/keys/%s" % (hand.name, key["id"]),
+               method="DELETE", Authorization="Bearer " + hand.key)[0] == 200
+    assert [ask(relay, "/" + hand.name, {"message": "hi"}, Authorization="Bearer "
+                + key["key"])[0] for relay in relays] == [401] * 3
+
+
+def test_cluster_an_idempotency_key_at_all_relays_is_one_job(cluster):
+    relays = cluster(3)
+    hand = FarHand(relays[0], relays[1], workers=8)
+    answers = [in_thread(ask, relay, "/" + hand.name, {"message": "hi"},
+                         Idempotency_Key="one") for relay in relays * 2]
+    job = hand.next_job()
+    until(lambda: len(relays[0].broker._jobs[job["job"]].readers) == 6)
+    hand.reply(job, ["once"], done=True)
+    assert {answer()[1]["reply"] for answer in answers} == {"once"}
+    assert relays[0].broker.counts["jobs"] == 1
+
+
+def test_cluster_no_request_of_a_prompt_calls_the_engine(cluster, engine, monkeypatch):
+    relays = cluster(2)
+    hand, calls, callers = FarHand(*relays), neuroengine_server.Engine.calls, []
+
+    def noted(self, *commands):
+        callers.extend(frame.name for frame in traceback.extract_stack())
+        return calls(self, *commands)
+    monkeypatch.setattr(neuroengine_server.Engine, "calls", noted)
+    monitor = subprocess.Popen(
+        [ENGINE_PROGRAM.replace("-server", "-cli"), "-s", engine.folder + "/s", "monitor"],
+        stdout=subprocess.PIPE)
+    try:
+        assert monitor.stdout.readline() == b"OK\n"
+        for entry in relays * 5:
+            answer = in_thread(ask, entry, "/" + hand.name, {"message": "Xanadu"})
+            hand.reply(hand.next_job(), ["Kubla ", "Khan"], done=True)
+            assert answer()[0] == 200
+        until(lambda: "save" in callers)             # what was counted
+        engine.call("ECHO", "the end")
+        seen = b"".join(itertools.takewhile(
+            lambda line: b"the end" not in line, iter(monitor.stdout.readline, b"")))
+    finally:
+        monitor.kill()
+        monitor.wait()
+        monitor.stdout.close()
+    assert "_beat" in callers and "_dispatch" not in callers
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(engine.folder)
+             for name in names if name != "s"]
+    for data in [seen] + [open(path, "rb").read() for path in files]:
+        assert b"Xanadu" not in data and b"Kubla" not in data
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/metrics", "/v1/models", "/nothing/here",
+                                  "/api/services", "/provider/x/poll"])
+def test_cluster_internal_headers_need_the_secret(cluster, path):
+    relay = cluster()
+    for headers in ({"X_Relay": "wrong"}, {"X_Relay_For": "local"},
+                    {"X_Relay": "wrong", "X_Relay_For": "127.0.0.1"}):
+        for method in ("GET", "POST", "OPTIONS"):
+            status, body, _ = ask(relay, path, b"{}", method, **headers)
+            assert status == 403, (method, headers)
+
+
+def test_cluster_limits_and_turns_are_those_of_the_client_behind_the_other_relay(cluster):
+    relays = cluster(2, max_prompts_per_minute=2)
+    hand = FarHand(*relays, workers=8)
+    headers = {"X_Relay": CLUSTER_SECRET}
+
+    def asked(address):
+        return ask(relays[0], "/" + hand.name, {"message": "hi"}, X_Relay_For=address, **headers)
+    answers = [in_thread(asked, address) for address in
+               ("203.0.113.1",) * 3 + ("203.0.113.2", "local", "local", "local")]
+    hand.answer(6)
+    assert sorted(answer()[0] for answer in answers) == [200] * 6 + [429]
+
+
+def test_cluster_wrong_keys_count_at_all_relays_together(cluster):
+    relays = cluster(2, max_wrong_keys_per_minute=4)
+    name = name_of()
+    ask(relays[0], "/api/services", {"name": name})
+    statuses = [ask(relays[0], "/api/services/" + name, Authorization="Bearer no",
+                    X_Relay=CLUSTER_SECRET, X_Relay_For="203.0.113.1")[0] for _ in range(3)]
+    relays[1].bounds.wrong_keys.take_by_address("203.0.113.1", 4, 60, "wrong keys")
+    statuses.append(ask(relays[0], "/api/services/" + name, Authorization="Bearer no",
+                        X_Relay=CLUSTER_SECRET, X_Relay_For="203.0.113.1")[0])
+    assert statuses == [401] * 3 + [429]
+
+
+def test_cluster_without_an_engine_yet_waits_for_it(engine, cluster):
+    engine.kill()
+    relay = neuroengine_server.ClusterRelay(
+        "127.0.0.1", 0, engine=neuroengine_server.Engine(engine.url), secret=CLUSTER_SECRET)
+    relay.start()
+    try:
+        assert ask(relay, "/healthz")[0] == 503
+        assert ask(relay, "/Any", {"message": "hi"})[1]["error"] == "relay_busy"
+        assert ask(relay, "/api/services", {"name": "Any"})[1]["error"] == "relay_busy"
+        engine.start()
+        until(lambda: ask(relay, "/healthz")[0] == 200)
+        assert ask(relay, "/api/services", {"name": "Any"})[0] == 201
+    finally:
+        relay.stop()
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_cluster_prompts_go_on_while_the_engine_is_away(cluster, engine, how):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    engine.kill() if how == "killed" else engine.process.send_signal(signal.SIGSTOP)
+    until(lambda: relays[0].registry._silence and relays[1].registry._silence)
+    relays[0].registry.sure_until = relays[1].registry.sure_until = 0      # long ago
+    for relay in relays:
+        began = time.monotonic()
+        answer = in_thread(ask, relay, "/" + hand.name, {"message": "hi"})
+        hand.reply(hand.next_job(), ["yes"], done=True)
+        assert answer()[0] == 200 and time.monotonic() - began < 1
+        assert ask(relay, "/api/services", {"name": "New"})[1]["error"] == "relay_busy"
+        assert ask(relay, "/healthz")[0] == 200
+    engine.start() if how == "killed" else engine.process.send_signal(signal.SIGCONT)
+    until(lambda: ask(relays[1], "/api/services", {"name": "New"})[0] == 201)
+    assert hand.name.lower() in relays[0].registry.records
+    assert relays[0].registry.homes[hand.name.lower()] == relays[0].registry.id
+
+
+def test_cluster_an_engine_that_lost_its_data_gets_it_back(cluster, engine):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    engine.call("FLUSHALL")
+    until(lambda: engine.call("HGET", "{neuroengine}:homes", hand.name.lower())
+          == relays[0].registry.id)
+    answer = in_thread(ask, relays[1], "/" + hand.name, {"message": "hi"})
+    hand.reply(hand.next_job(), ["yes"], done=True)
+    assert answer()[0] == 200
+    assert ask(relays[1], "/api/services", {"name": hand.name})[0] == 409
+
+
+def test_cluster_what_others_remember_is_written_back_after_the_homes(cluster, engine, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "RESTORE_SECONDS", 0.1)
+    relays, name = cluster(2), name_of()
+    ask(relays[0], "/api/services", {"name": name})
+    until(lambda: name.lower() in relays[1].registry.records)
+    relays.pop(0).stop()
+    engine.call("FLUSHALL")
+    until(lambda: engine.call("HEXISTS", "{neuroengine}:services", name.lower()))
+
+
+def test_cluster_a_relay_that_is_home_no_more_cannot_write(cluster, engine):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    registry, service = relays[0].registry, relays[0].broker.find(hand.name)
+    with registry.changing:                # it is stopped, and its membership expires
+        engine.call("DEL", "{neuroengine}:relay:" + registry.id)
+        until(lambda: relays[1].registry._claim(hand.name.lower(), False))
+        with pytest.raises(RelayError) as refused:
+            registry.change(service, comment="from the past")
+        assert refused.value.name == "shutting_down"
+        registry.store.fenced = 0
+        with pytest.raises(RelayError):
+            registry.store.save([service])
+        assert registry.store.fenced == 1
+    until(lambda: not relays[0].broker.services())
+    assert "from the past" not in engine.call("HGET", "{neuroengine}:services",
+                                              hand.name.lower())
+    with pytest.raises(AssertionError, match="session_unknown"):
+        hand.poll()
+
+
+def test_cluster_a_late_relay_asks_before_it_acts_as_home(cluster, engine):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    registry = relays[0].registry
+    with registry.changing:                # no beat meanwhile
+        engine.call("DEL", "{neuroengine}:relay:" + registry.id)
+        until(lambda: relays[1].registry._claim(hand.name.lower(), False))
+        registry.sure_until = registry._beat_at = 0
+        with pytest.raises(neuroengine_server.Elsewhere):
+            relays[0].broker.find(hand.name)
+
+
+def test_cluster_a_home_that_is_only_cut_off_from_the_engine_stays_home(cluster, engine):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    relays[0].registry.engine._silent_until = math.inf      # cut
+    engine.call("DEL", "{neuroengine}:relay:" + relays[0].registry.id)
+    until(lambda: relays[0].registry.id not in relays[1].registry.relays)
+    answer = in_thread(ask, relays[1], "/" + hand.name, {"message": "hi"})
+    hand.reply(hand.next_job(), ["yes"], done=True)
+    assert answer()[0] == 200 and relays[1].registry.counts["claims"] == 0
+    relays[0].registry.engine._silent_until = 0
+
+
+def test_cluster_a_stopping_relay_gives_its_homes_up(cluster):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    answer = in_thread(ask, relays[1], "/" + hand.name, {"message": "hi"})
+    job = hand.next_job()
+    stopped = in_thread(relays[0].stop, 5)
+    until(lambda: relays[0].broker.draining)
+    hand.reply(job, ["whole"], done=True)
+    assert answer()[1]["reply"] == "whole"
+    stopped()
+    hand.session, hand.running = hand.call("login")["session"], []
+    answer = in_thread(ask, relays[1], "/" + hand.name, {"message": "hi"})
+    hand.reply(hand.next_job(), ["again"], done=True)
+    assert answer()[1]["reply"] == "again"
+    assert relays[1].broker.counts["jobs"] == 1
+
+
+def test_cluster_the_directory_shows_all_services_from_every_relay(cluster):
+    relays = cluster(3)
+    hand, name = FarHand(relays[0], relays[1]), name_of()
+    ask(relays[1], "/api/services", {"name": name, "comment": "of relay 1"})
+
+    def shown(relay):
+        return {entry["name"]: (entry["connected"], entry["comment"])
+                for entry in ask(relay, "/api/models")[1]}
+    for relay in relays:
+        until(lambda relay=relay: shown(relay) == {
+            hand.name: (True, ""), name: (False, "of relay 1")})
+        until(lambda relay=relay: [
+            model["id"] for model in ask(relay, "/v1/models")[1]["data"]] == [hand.name])
+        assert ask(relay, "/v1/models/" + hand.name)[0] == 200
+    relays[0].stop()
+    until(lambda: shown(relays[2])[hand.name][0] is False)
+
+
+def test_cluster_metrics_tell_of_homes_and_engine(cluster):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    text = ask(relays[1], "/metrics")[1].decode()
+    for line in ("engine_up 1", "homes 0", "relays 2", "claims_total 0",
+                 "lost_homes_total 0", "fenced_writes_total 0"):
+        assert "neuroengine_%s\n" % line in text
+    assert re.search(r"neuroengine_forwarded_total [1-9]", text)
+    assert "neuroengine_engine_seconds_count" in text
+    assert "neuroengine_homes 1\n" in ask(relays[0], "/metrics")[1].decode()
+    hand.logout()
+
+
+def start_cluster_relay(start, engine, port=0):
+    port = port or free_port()
+    program = start("neuroengine_server.py", "--host", "127.0.0.1", "--port", port,
+                    "--engine", engine.url, "--advertise", "http://127.0.0.1:%d" % port,
+                    NEUROENGINE_CLUSTER_SECRET=CLUSTER_SECRET)
+    program.says(r"listens at (http\S+)", 60)
+    address = Address(program)
+    until(lambda: ask(address, "/healthz")[0] == 200, 60)
+    return program, address
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP", "SIGTERM"])
+def test_cluster_another_relay_takes_over(start, engine, how):
+    program, home = start_cluster_relay(start, engine)
+    _, other = start_cluster_relay(start, engine)
+    name = name_of()
+    key = ask(home, "/api/services", {"name": name})[1]["key"]
+    provider = start("-c", PROVIDER, other.url, name, key)
+    provider.says("login 0")
+    assert Neuroengine(name, other.url).request("3") == numbers(3)
+    program.process.send_signal(getattr(signal, how))
+    until(lambda: Neuroengine(name, other.url).request("3", tries=1) == numbers(3), 60)
+    with contextlib.suppress(OSError):
+        program.process.send_signal(signal.SIGCONT)
+    if how == "SIGSTOP":
+        assert Neuroengine(name, home.url).request("3") == numbers(3)
+        program.says("home_lost")
+
+
+def test_cluster_commands_work_on_the_engine(cluster, engine, tmp_path, capsys):
+    relay = cluster()
+    hand = FarHand(relay, relay)
+    old = str(tmp_path / "old.sqlite3")
+    with contextlib.closing(Store(old)) as store:
+        store.add(Service("Old", digest("k"), numreq=7))
+        store.add(Service(hand.name, digest("another")))
+        store.invite(digest("invitation"), 2)
+
+    def command(*words):
+        status = neuroengine_server.main([*words, "--engine", engine.url])
+        return status, capsys.readouterr().out
+    status, said = command("import", old)
+    assert status == 0 and "Imported 1 services" in said and hand.name in said
+    assert "7 prompts" in command("list")[1] and hand.name in command("list")[1]
+    assert ask(relay, "/api/services/Old", Authorization="Bearer k")[0] == 200
+    key = command("reset-key", hand.name)[1].split()[-1]
+    until(lambda: ask(relay, "/api/services/" + hand.name,
+                      Authorization="Bearer " + key)[0] == 200)
+    new = str(tmp_path / "new.sqlite3")
+    assert command("backup", new)[0] == 0
+    with contextlib.closing(Store(new)) as store:
+        assert {(s.name, s.key_digest) for s in store.load()} == {
+            ("Old", digest("k")), (hand.name, digest(key))}
+        assert store.rows("invitations") == [(digest("invitation"), 2)]
+    assert command("delete", "Old", "--yes")[0] == 0
+    until(lambda: ask(relay, "/api/services/Old", Authorization="Bearer k")[0] == 404)
+
+
+def test_cluster_invitations_are_used_up_at_all_relays_together(cluster, engine, capsys):
+    relays = cluster(2)
+    for relay in relays:
+        relay.registry.registration = "invited"
+    neuroengine_server.main(["invite", "3", "--engine", engine.url])
+    code = capsys.readouterr().out.split()[-1]
+    answers = [in_thread(ask, relay, "/api/services", {"name": name_of(), "invitation": code})
+               for relay in relays * 3]
+    assert sorted(answer()[0] for answer in answers) == [201] * 3 + [403] * 3
+
+
+def test_cluster_doctor_checks_engine_secret_and_peers(cluster, engine, monkeypatch, capsys,
+                                                       tmp_path):
+    relay = cluster()
+    secret = tmp_path / "secret"
+    secret.write_text("quite-another-secret\n")
+    secret.chmod(0o644)
+
+    def doctor(*more):
+        neuroengine_server.main(["doctor", "--port", "0", "--engine", engine.url,
+                                 "--advertise", "http://127.0.0.1:1", *more])
+        return capsys.readouterr().out
+    said = doctor("--cluster-secret-file", str(secret))
+    assert "chmod 600" in said and "have another secret: " + relay.url in said
+    assert re.search(r"ok +The engine unix.* evicts nothing, and persists", said)
+    monkeypatch.setenv("NEUROENGINE_CLUSTER_SECRET", CLUSTER_SECRET)
+    assert "1 relays answer, with the same secret" in doctor()
+    engine.call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    assert re.search(r"error +The engine.*noeviction", doctor())
+    engine.call("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    engine.call("CONFIG", "SET", "appendonly", "no")
+    assert re.search(r"warning +The engine.*appendonly", doctor())
+    engine.kill()
+    assert re.search(r"error +The engine .*does not answer", doctor())
+    engine.start()
+
+
+def resp_server(*answers):
+    """A server that gives these answers, one for each command; its port and its commands."""
+    listener, commands = socket.create_server(("127.0.0.1", 0)), []
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                sock = listener.accept()[0]
+                threading.Thread(target=talk, args=(sock,), daemon=True).start()
+
+    def talk(sock):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: sock.recv(65536), b""):
+                commands.append(data)
+                answer = answers[min(len(commands), len(answers)) - 1]
+                if answer is not None:
+                    sock.sendall(answer)
+    threading.Thread(target=serve, daemon=True).start()
+    return listener, commands
+
+
+def test_cluster_a_frozen_engine_costs_a_second_and_then_nothing(monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "ENGINE_SECONDS", 0.2)
+    listener, commands = resp_server(None)
+    engine = neuroengine_server.Engine("redis://127.0.0.1:%d" % listener.getsockname()[1])
+    began = time.monotonic()
+    for _ in range(20):
+        with pytest.raises(neuroengine_server.EngineError):
+            engine.call("PING")
+    assert len(commands) == 1 and time.monotonic() - began < SOON / 2
+    listener.close()
+
+
+def test_cluster_an_engine_that_became_a_replica_is_left_for_the_other():
+    replica, _ = resp_server(b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n", b"-READONLY no\r\n",
+                             b"*1\r\n$5\r\nslave\r\n")
+    leader, commands = resp_server(b"*1\r\n$6\r\nmaster\r\n", b"+OK\r\n")
+    engine = neuroengine_server.Engine("redis://127.0.0.1:%d,127.0.0.1:%d" % (
+        replica.getsockname()[1], leader.getsockname()[1]))
+    with pytest.raises(neuroengine_server.EngineError):
+        engine.call("SET", "a", "b")
+    engine._silent_until = 0
+    assert engine.call("SET", "a", "b") == "OK" and len(commands) == 2
+    replica.close(), leader.close()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+def test_cluster_the_end_of_a_chunked_body_is_found_in_any_pieces(step):
+    data = b"5\r\nhello\r\nA;x=1\r\n0\r\n\r\n12345\r\n0\r\n\r\n"
+    body = neuroengine_server.ChunkedBody()
+    pieces = [data[n:n + step] for n in range(0, len(data), step)]
+    assert [body.ends_with(piece) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
 ##############################################################################
