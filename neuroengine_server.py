@@ -937,9 +937,7 @@ class Jobs:
             if job.grace is None:
                 job.grace = self.limits.grace_seconds
             size = JOB_BYTES + len(job.payload)
-            for kept in self._memory.kept_by(job.holder):
-                if self._memory.share_left(job.holder) < size and not kept.readers:
-                    self._forget_locked(kept)
+            self._free_share_locked(job.holder, size)
             self._admission.check(job)
             victim = self._admission.gives_way(job)
             if victim is not None:
@@ -1252,6 +1250,14 @@ class Jobs:
             elif job.id in self._jobs:
                 self._empty_locked(job)
         return True
+
+    def _free_share_locked(self, holder, size):
+        """Forget ended jobs of this holder, the oldest first, as far as its share of the
+        memory lacks `size` bytes."""
+        if self._memory.share_left(holder) < size:
+            for job in self._memory.kept_by(holder):
+                if not job.readers and self._memory.share_left(holder) < size:
+                    self._forget_locked(job)
 
     def _empty_locked(self, job):
         """Keep only a job's error, which a client has still to read."""
@@ -2948,48 +2954,55 @@ class Bounds:
         self.large_bodies = threading.Lock()   # held while a large body is parsed
 
 
+class Holding:
+    """What the jobs of one address hold."""
+
+    __slots__ = ("bytes", "jobs", "kept")
+
+    def __init__(self):
+        self.bytes = 0
+        self.jobs = {}                # Job: True, in order of arrival
+        self.kept = {}                # those that ended and stay readable, oldest first
+
+
 class Memory:
     """The bytes that jobs hold, in all and by holder. Its user holds the lock."""
 
     def __init__(self, most):
         self.most, self.held = most, 0
-        self._by = defaultdict(int)        # holder -> bytes
+        self._holdings = defaultdict(Holding)          # holder -> Holding
         self._largest, self._looks = None, 0           # see _largest_holder
-        self._jobs = defaultdict(dict)     # holder -> {Job: True}, in order of arrival
-        self._kept = defaultdict(dict)     # holder -> {Job: True}: ended, oldest first
 
     def add(self, job, size):
         """Count a new job, and the bytes that it takes."""
-        self._jobs[job.holder][job] = True
+        self._holdings[job.holder].jobs[job] = True
         self.hold(job, size)
 
     def hold(self, job, size):
         """Count bytes that a job takes from now on, or, below zero, no longer."""
         job.size += size
         self.held += size
-        self._by[job.holder] += size
+        self._holdings[job.holder].bytes += size
 
     def keep(self, job, candidate=True):
         """An ended job stays readable. candidate: it is among the first to be forgotten."""
-        self._kept[job.holder].pop(job, None)
+        kept = self._holdings[job.holder].kept
+        kept.pop(job, None)
         if candidate:
-            self._kept[job.holder][job] = True
-        elif not self._kept[job.holder]:
-            del self._kept[job.holder]
+            kept[job] = True
 
     def forget(self, job):
         """A job holds nothing any more."""
+        holding = self._holdings[job.holder]
         self.hold(job, -job.size)
-        for jobs in (self._jobs, self._kept):
-            jobs[job.holder].pop(job, None)
-            if not jobs[job.holder]:
-                del jobs[job.holder]
-        if not self._by[job.holder]:
-            del self._by[job.holder]
+        holding.jobs.pop(job, None)
+        holding.kept.pop(job, None)
+        if not holding.jobs:
+            del self._holdings[job.holder]
 
     def held_by(self, holder):
         """The bytes of one holder."""
-        return self._by.get(holder, 0)
+        return self._holdings[holder].bytes if holder in self._holdings else 0
 
     def share_left(self, holder):
         """How many bytes more one holder may have: it may have a quarter of all."""
@@ -2997,7 +3010,7 @@ class Memory:
 
     def kept_by(self, holder):
         """The ended jobs of one holder that are kept, oldest first."""
-        return list(self._kept.get(holder, ()))
+        return list(self._holdings[holder].kept) if holder in self._holdings else []
 
     def victim(self, size, holder):
         """The job that must go so that `holder` can have `size` bytes more.
@@ -3005,21 +3018,22 @@ class Memory:
         The largest holder loses first: ended streams, the oldest before others; then, if it
         holds twice what this holder would have, its largest job. None: nothing may go.
         """
-        largest = self._largest_holder()
-        if self._kept.get(largest):
-            return next(iter(self._kept[largest]))
-        if self._by[largest] >= 2 * (self.held_by(holder) + size):
-            job = max(self._jobs[largest], key=lambda job: job.size)
+        largest = self._holdings[self._largest_holder()]
+        if largest.kept:
+            return next(iter(largest.kept))
+        if largest.bytes >= 2 * (self.held_by(holder) + size):
+            job = max(largest.jobs, key=lambda job: job.size)
             if job.size > JOB_BYTES:
                 return job
-        return next((next(iter(jobs)) for jobs in self._kept.values()), None)
+        return next((next(iter(holding.kept)) for holding in self._holdings.values()
+                     if holding.kept), None)
 
     def _largest_holder(self):
         """The holder that has most, or had a short time ago: with 20,000 holders it takes
         milliseconds to find."""
         self._looks += 1
-        if self._looks % 50 == 1 or self._largest not in self._by:
-            self._largest = max(self._by, key=self._by.get)
+        if self._looks % 50 == 1 or self._largest not in self._holdings:
+            self._largest = max(self._holdings, key=self.held_by)
         return self._largest
 
     def lacks(self, size):

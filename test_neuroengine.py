@@ -313,7 +313,7 @@ def test_held_bytes_are_bounded_and_come_back_to_zero():
     desk.push(session, job, ["abc"], done=True)
     desk.broker.read(reader)
     desk.broker.leave(reader, delivered=True)
-    assert desk.broker.totals()[1]["held_bytes"] == 0 and not desk.broker._memory._by
+    assert desk.broker.totals()[1]["held_bytes"] == 0 and not desk.broker._memory._holdings
 
 
 def test_empty_items_count_too_and_cannot_fill_the_memory():
@@ -343,7 +343,7 @@ def test_the_largest_holder_loses_memory_first():
         desk.broker.cancel(reader.job)
         desk.broker.leave(reader, True)
     desk.broker.logout(desk.service, session)
-    assert desk.broker.totals()[1]["held_bytes"] == 0 and not desk.broker._memory._by
+    assert desk.broker.totals()[1]["held_bytes"] == 0 and not desk.broker._memory._holdings
 
 
 def test_an_answer_dropped_for_memory_is_an_error():
@@ -996,7 +996,7 @@ def test_a_stream_key_finds_its_job_for_five_minutes_after_the_end(desk):
     with pytest.raises(RelayError) as gone:
         desk.broker.open(desk.identity("stream", "k"), 0)
     assert gone.value.name == "stream_unknown"
-    assert not desk.broker._jobs and not desk.broker._memory._kept
+    assert not desk.broker._jobs and not desk.broker._memory._holdings
 
 
 def test_a_stream_key_with_another_prompt_is_refused(desk):

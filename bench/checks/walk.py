@@ -430,7 +430,8 @@ class Walk:
                    job.size)
         insist(memory.held == sum(by.values()) <= memory.most, "memory is %d, jobs have %d",
                memory.held, sum(by.values()))
-        insist(dict(memory._by) == by, "holders are wrong")
+        insist({holder: memory.held_by(holder) for holder in memory._holdings} == by,
+               "holders are wrong")
 
     def finish(self):
         """All leave, and time passes: nothing may be left."""
@@ -442,8 +443,8 @@ class Walk:
             broker.expire()
         insist(not broker._jobs and not broker._identified and not broker._sessions,
                "left at the end: %r", list(broker._jobs.values()))
-        insist(not broker._memory.held and not broker._memory._by and not (
-            broker._memory._jobs or broker._memory._kept), "memory is left at the end")
+        insist(not broker._memory.held and not broker._memory._holdings,
+               "memory is left at the end")
         insist(not len(broker._timers), "%d timers are left", len(broker._timers))
         insist(not broker._lock.deliveries, "deliveries are left")
 
