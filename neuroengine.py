@@ -339,14 +339,16 @@ def prompt_of(messages):
     """Messages as one prompt, for a provider that takes a text.
 
     A single user message is the prompt itself. Else each message is a line "Role: text"
-    after a blank one, and an open "Assistant:" asks for the next.
+    after a blank one, and an open "Assistant:" asks for the next. An assistant's message at
+    the end is one to go on with.
     """
     texts = [(message.get("role", "user"), content_text(message.get("content")))
              for message in messages]
     if len(texts) == 1 and texts[0][0] == "user":
         return texts[0][1]
     return "\n\n".join("%s: %s" % (role.capitalize(), text)
-                       for role, text in texts) + "\n\nAssistant:"
+                       for role, text in texts) + (
+                           "\n\nAssistant:" if texts[-1:] and texts[-1][0] != "assistant" else "")
 
 
 def content_text(content):
@@ -890,9 +892,10 @@ class Line:
     def show(self, text):
         """Show a text in place of the one before; "" clears it."""
         if self._live and (text or self._width):
-            text = printable(text)[:columns() - 1]
+            text = printable(text)[:columns() - 3]
             with contextlib.suppress(OSError, ValueError):     # the terminal may be closed
-                self._stream.write("\r%s\r%s" % (" " * self._width, text))
+                # What is shown may have the echo of Ctrl-C, ^C, behind it.
+                self._stream.write("\r%s\r%s" % (" " * (self._width + 2), text))
                 self._stream.flush()
             self._width = len(text)
 
@@ -4079,9 +4082,8 @@ def own_key(transport, options, name, say):
                 return kept
             if error.name != "service_unknown":
                 raise of_service(error, transport, name, key, source)
-            say("There is no service %s yet at %s%s." % (
-                name, transport.base, ", and $NEUROENGINE_KEY belongs to another"
-                if source[0] == "$" else ""))
+            say("There is no service %s yet at %s, and %s belongs to another." % (
+                name, transport.base, source.partition(",")[0]))
     key, path = register(transport, options, name)
     say("Registered %s; its service key is kept in %s." % (name, path))
     return key
@@ -4457,10 +4459,11 @@ class Chat:
             answer.show(self._client, messages, self._fields)
         except KeyboardInterrupt:
             stopped = True
-            ending = "stopped: /continue lets it go on, /retry asks again"
+            ending = "stopped: %s/retry asks again" % (
+                "/continue lets it go on, " if begun + answer.text else "")
         except NeuroengineError as error:
             stopped = True
-            ending = in_options(error) + " /retry asks again."
+            ending = in_options(error) + "\n/retry asks again."
         if not stopped and answer.finish_reason == "length":
             ending = "cut at the length limit: /continue"
         elif not stopped and not answer.text:
@@ -4672,9 +4675,16 @@ class Operating:
             return self.transport.call(method, service_path(self.name) + more, body,
                                        key=self.key)
         except NeuroengineError as error:
-            raise of_service(error, self.transport, self.name, self.key, self.source + (
-                ", which may belong to another service"
-                if self.source == "$NEUROENGINE_KEY" else ""))
+            source = self.source
+            if source == "$NEUROENGINE_KEY":
+                source += ", which may belong to another service"
+                kept = read_key(key_file(self.transport.base, self.name), needed=False)
+                if error.name == "invalid_key" and kept not in ("", self.key):
+                    print("$NEUROENGINE_KEY is not the key of %s: using the key file."
+                          % self.name, file=sys.stderr)
+                    self.key, self.source = kept, "the key file"
+                    return self.call(method, more, body)
+            raise of_service(error, self.transport, self.name, self.key, source)
 
     def key_path(self, word):
         """Where an access key is changed, by its id or its label. Raises NeuroengineError."""
@@ -4713,6 +4723,9 @@ def run_register(options):
         except NeuroengineError as error:
             if error.name not in ("invalid_key", "service_unknown"):
                 raise of_service(error, transport, options.name, key, source)
+            if options.key or options.key_file:
+                print("%s is not used: a new service gets a key of its own." % (
+                    source[:1].upper() + source[1:]), file=sys.stderr)
     key, path = register(transport, options, options.name)
     print("Registered %s. Its service key, which is not shown again, is in %s:\n%s" % (
         options.name, path, key))
@@ -5205,9 +5218,11 @@ def parse_options(argv):
         if word[:1] == "-" and word != "-":
             import difflib
             option = word.partition("=")[0]
-            known = parser.commands[options.command]._option_string_actions
-            close = [ELSEWHERE[option]] if ELSEWHERE.get(option, "").split(" ")[0] in known \
-                else difflib.get_close_matches(option, known, 1, 0.7)
+            known = {name: name for name in parser.commands[
+                options.command]._option_string_actions}
+            known.update((name, ours) for name, ours in ELSEWHERE.items()
+                         if name not in known and ours.split(" ")[0] in known)
+            close = [known[name] for name in difflib.get_close_matches(option, known, 1, 0.7)]
             raise Usage("unknown option %s%s" % (
                 option, "; did you mean %s?" % close[0] if close else
                 "; put -- before a prompt that begins with -" if " " in word else

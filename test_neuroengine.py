@@ -4412,6 +4412,9 @@ def test_messages_become_a_prompt_for_a_callback_that_takes_text(relay, provide)
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "hi"}]}]) == (
             "System: Be brief.\n\nUser: hi\n\nAssistant:")
+    assert api.request([{"role": "user", "content": "Count."},
+                        {"role": "assistant", "content": "1, 2,"}]) == (
+        "User: Count.\n\nAssistant: 1, 2,")        # to go on with
     assert chat(relay, name)[1]["choices"][0]["message"]["content"] == "hi"
     answer = ask(relay, "/v1/completions", {"model": name, "prompt": "once"})[1]
     assert answer["choices"][0]["text"] == "once"
@@ -7052,6 +7055,18 @@ def test_a_key_file_of_powershell_is_read(tmp_path):
     for encoding in ("utf-16", "utf-8-sig"):
         (tmp_path / "k").write_bytes("ne_key\r\n".encode(encoding))
         assert neuroengine.read_key(str(tmp_path / "k")) == "ne_key"
+
+
+def test_a_key_that_is_not_used_is_said_not_to_be(command, relay, monkeypatch):
+    mine, other, third = name_of(), name_of(), name_of()
+    key = command(relay, "register", mine)[1].split()[-1]
+    assert "--key is not used: a new service gets a key of its own" in command(
+        relay, "register", other, "--key", key)[1]
+    monkeypatch.setenv("NEUROENGINE_KEY", key)
+    status, text = command(relay, "keys", other, "--private")
+    assert status == 0 and "not the key of %s: using the key file" % other in text
+    monkeypatch.setenv("NEUROENGINE_HOME", "/nosuch")
+    assert "There is no service %s at" % third in command(relay, "keys", third)[1]
 
 
 def test_rename_takes_the_key_file_along(command, relay, tmp_path):
