@@ -238,7 +238,6 @@ def advise(error, interface, **names):
         fact, step = fact.format(**names), step.format(**names)
     except KeyError:
         fact = step = ""
-    fact = KEY.sub("ne_...", fact)
     if step and not fact:
         # The relay's next step is in the words of HTTP, so it makes room for ours.
         fact = first_sentence(error.said)
@@ -247,7 +246,7 @@ def advise(error, interface, **names):
             and row != "no_relay_named":
         where = "(NEUROENGINE_SERVER is not set, so this was the default relay, %s.)" \
             % DEFAULT_SERVER
-    error.message = " ".join(filter(None, (fact or error.said, step, where)))
+    error.message = KEY.sub("ne_...", " ".join(filter(None, (fact or error.said, step, where))))
     error.names = names
     return error
 
@@ -657,7 +656,7 @@ class Transport:
             url = urllib.parse.urlsplit(self.base)
             secure = {"http": False, "https": True}[url.scheme]
             host = url.netloc.rpartition("@")[2].encode("idna").decode("ascii")
-            if not re.match(r"[\w.:%-]+\Z", url.hostname or "") \
+            if not re.match(r"(?!\d+\Z)[\w.:%-]+\Z", url.hostname or "") \
                     or not re.match(r"[!-~]+\Z", url.path or "/") or url.query or url.fragment:
                 raise ValueError
             port = re.search(r":([^\]]*)\Z", host)
@@ -905,6 +904,7 @@ class Line:
 ##############################################################################
 
 Prompt = Union[str, List[Dict[str, Any]]]
+LENGTH_ALIASES = frozenset(("max_tokens", "max_completion_tokens"))
 
 
 class Reply(str):
@@ -1029,7 +1029,9 @@ class Neuroengine:
             if fields.pop("stream", False):
                 raise NeuroengineError(10, "request() does not stream: use stream().",
                                        "invalid_request")
-            command = command_of(prompt, fields)
+            if max_new_len == 128 and not LENGTH_ALIASES.isdisjoint(more):
+                del fields["max_new_len"]              # the caller prefers OpenAI's name
+            command = self._command_of(prompt, fields)
             if streamkey:
                 return self._next_tokens(command, prompt, str(streamkey), gettokens,
                                          tries_of(tries), call)
@@ -1122,6 +1124,13 @@ class Neuroengine:
     def _path(self):
         return "/" + urllib.parse.quote(str(self.service_name), safe="")
 
+    def _command_of(self, prompt, fields):
+        """The body for a prompt. Raises NeuroengineError if it is no prompt, or for nobody."""
+        if not self.service_name:
+            raise NeuroengineError(10, "For which service? Pass its name as service_name; "
+                                   "getModels() lists the services.", "invalid_request")
+        return command_of(prompt, fields)
+
     def _send(self, command, timeout=ANSWER_SECONDS, kind=dict, **more):
         try:
             return self._transport.call("POST", self._path(), command, kind=kind,
@@ -1175,7 +1184,8 @@ class Neuroengine:
         params = dict(params)
         call = params.pop("_call", None) or Call()
         tries = tries_of(params.pop("tries", 5))
-        command = command_of(prompt, dict(params, stream=True, key=secrets.token_hex(16)))
+        command = self._command_of(prompt, dict(params, stream=True,
+                                                key=secrets.token_hex(16)))
         at, finished = 0, False
         try:
             while not finished:
@@ -2178,6 +2188,11 @@ class NeuroengineServer:
         """
         if self.service_name is None:
             raise NeuroengineError(NO_CONNECTION, "Call login() before listen().")
+        if not callable(answer_callback):
+            raise TypeError("listen() takes a function that answers a request, not %s: pass "
+                            "answer, not answer()" % type(answer_callback).__name__)
+        if not isinstance(workers, int) or workers < 1:
+            raise ValueError("workers must be a whole number, at least 1")
         self._declare(workers=workers, continues=continues)
         try:
             run_listenings([_Listening(self, Workers(answer_callback))])
@@ -3559,7 +3574,10 @@ PROBED = ("responses", "messages", "count_tokens", "rerank", "tokenize", "detoke
 
 def upstream_url(text):
     """The base URL of an LLM server, as a user writes it. Raises NeuroengineError."""
-    url = text.strip() if "://" in text else "http://" + text.strip()
+    text = text.strip()
+    if text.isdigit():
+        text = "127.0.0.1:" + text             # a port alone
+    url = text if "://" in text else "http://" + text
     url = re.sub(r"(/v1(/.*)?|/)\Z", "", url)
     try:
         parts = urllib.parse.urlsplit(url)
@@ -4380,6 +4398,7 @@ class Chat:
     def run(self):
         """Talk until the user leaves."""
         if self._interactive:
+            self._check_service()
             self._note("Talking to %s at %s. /help lists the commands, Ctrl-C stops an "
                        "answer, Ctrl-D leaves." % (self._client.service_name,
                                                    self._client._transport.base))
@@ -4394,6 +4413,17 @@ class Chat:
             except KeyboardInterrupt:
                 print()
                 self._note("Ctrl-D leaves.")
+
+    def _check_service(self):
+        """Raise NeuroengineError if there is no such service; say if it does not answer."""
+        name = self._client.service_name
+        model = next((model for model in models_of(self._client)
+                      if str(model.get("name")).lower() == name.lower()), None)
+        if model is None:
+            raise self._client._advise(NeuroengineError(
+                NO_CONNECTION, "There is no service %s here." % name, "service_unknown"))
+        if not model.get("connected") or model.get("paused"):
+            self._note("%s is %s." % (name, state_words(dict(model, private=False))))
 
     def _note(self, text):
         """Print a line that is not part of the conversation."""
@@ -4918,6 +4948,9 @@ def try_it_lines(url):
 def run_share(options):
     """share: be a provider, with a local LLM server behind it."""
     hours = parse_hours(options.hours) if options.hours else ()
+    if not options.names and not options.all:
+        raise Usage("the name of the service is missing: share NAME, share NAME=MODEL ..., or "
+                    "share --all PREFIX")
     status = Status(hours)
     upstream = Upstream(options.upstream, os.environ.get("NEUROENGINE_UPSTREAM_KEY", ""))
     upstream.wait(status.event)
@@ -4940,9 +4973,6 @@ def shared_names(options, upstream):
         for model in upstream.chat_models():
             slug = re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[\\/]", model)[-1]).strip("-.")
             pairs.append(("%s-%s" % (options.all, slug), model))
-    if not pairs:
-        raise NeuroengineError(NO_CONNECTION, "Give the service a name: share NAME, or "
-                               "share NAME=MODEL ..., or share --all PREFIX.", "no_name")
     if len({name.lower() for name, _ in pairs}) < len(pairs):
         raise NeuroengineError(NO_CONNECTION, "Two services cannot have the same name.",
                                "no_name")

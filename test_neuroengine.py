@@ -4859,6 +4859,14 @@ def test_a_wrong_access_key_and_none_are_told_apart(relay, hand):
         relay.broker.find(hand.name).private = False
 
 
+@pytest.mark.parametrize("text, url", [
+    ("8085", "http://127.0.0.1:8085"), ("localhost:8085/v1/chat/completions",
+                                        "http://localhost:8085"),
+    ("https://host/v1", "https://host")])
+def test_an_llm_server_is_named_as_people_do(text, url):
+    assert neuroengine.upstream_url(text) == url
+
+
 def test_a_wait_is_done_in_slices_up_to_its_timeout(monkeypatch):
     monkeypatch.setattr(neuroengine, "SLICE_SECONDS", 0.02)
     here, there = socket.socketpair()
@@ -5040,7 +5048,7 @@ def test_an_address_is_a_host_name_or_a_url(address, port, url):
 @pytest.mark.parametrize("address", [
     "http://", "htp://x", "http//localhost", "localhost:port", "http://localhost:8000:8000",
     "http://local host", "http://localhost:230000", "http://host:0", "http://host:", "",
-    "http://x?y"])
+    "http://x?y", "8000", 8000])
 def test_what_is_no_address_is_an_error_in_words(address):
     reply = Neuroengine("x", address).request("hi")
     assert "is not an address of a relay: write http://HOST:PORT" in reply
@@ -5085,7 +5093,31 @@ def test_an_error_of_the_default_relay_says_that_it_is_the_default(monkeypatch):
     assert words not in neuroengine.advise(error, neuroengine.PYTHON, **names).message
 
 
+def test_listen_refuses_what_is_no_callback_and_no_number_of_workers(relay, hand):
+    server = NeuroengineServer(relay.url)
+    server.login(hand.name, hand.key)
+    with pytest.raises(TypeError, match="not generator: pass answer, not answer()"):
+        server.listen(count_to(1)({}))
+    for workers in (0, "4", None):
+        with pytest.raises(ValueError, match="workers must be a whole number, at least 1"):
+            server.listen(count_to(1), workers=workers)
+
+
+def test_openais_name_for_the_longest_answer_is_taken(relay, provide):
+    name, _ = provide(lambda request: str(request["max_new_len"]))
+    api = client_of(relay, name)
+    assert api.request("hi") == "128" and api.request("hi", max_tokens=3) == "3"
+    assert api.request("hi", max_new_len=5, max_tokens=9) == "5"
+
+
+def test_a_prompt_for_nobody_is_an_error_in_words(relay):
+    for name in ("", None):
+        assert "Pass its name as service_name" in Neuroengine(name, relay.url).request("hi")
+
+
 def test_a_key_in_the_place_of_a_name_is_never_shown(relay, hand):
+    server = NeuroengineServer(relay.url)
+    assert server.login(hand.key, hand.name) < 0 and hand.key not in server.error
     for name in (hand.key, "x " + hand.key):
         reply = Neuroengine(name, relay.url).request("hi")
         assert reply.errorcode and hand.key not in reply
@@ -7011,7 +7043,9 @@ def test_ask_as_json_and_an_answer_that_was_cut(command, relay, provide):
     (["ask", "x", "--seed"], "--seed needs a value"), (["keys"], "name of the service is missing"),
     (["keys", "X", "--pause", "--resume"], "--resume does not go with --pause"),
     (["keys", "X", "--add", "Bob", "--days", "0"], "--days must be above 0"),
-    (["models", "x"], "models does not take x")])
+    (["models", "x"], "models does not take x"),
+    (["share"], "the name of the service is missing: share NAME"),
+    (["share", "--upstream", "8080"], "the name of the service is missing: share NAME")])
 def test_a_command_line_that_is_not_right_is_told_in_words(command, relay, args, words):
     status, text = command(relay, *args)
     assert status == 2 and words in text and text.count("\n") == 1
@@ -7055,6 +7089,17 @@ def test_a_key_file_of_powershell_is_read(tmp_path):
     for encoding in ("utf-16", "utf-8-sig"):
         (tmp_path / "k").write_bytes("ne_key\r\n".encode(encoding))
         assert neuroengine.read_key(str(tmp_path / "k")) == "ne_key"
+
+
+def test_chat_on_a_terminal_says_at_once_that_nobody_will_answer(command, relay, monkeypatch):
+    hand = Hand(relay)
+    hand.logout()
+    monkeypatch.setattr(neuroengine, "is_terminal", lambda stream: stream is sys.stdin)
+    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError()))
+    status, text = command(relay, "chat", "--service", "nosuch")
+    assert status == 1 and "There is no service nosuch at" in text and "Talking" not in text
+    status, text = command(relay, "chat", "--service", hand.name)
+    assert status == 0 and "%s is offline for 0 s." % hand.name in text and "Talking to" in text
 
 
 def test_a_key_that_is_not_used_is_said_not_to_be(command, relay, monkeypatch):
