@@ -1782,7 +1782,7 @@ def item_text(item):
     return text
 
 
-# Made once: json.dumps makes one for each call, which is a third of an event's cost.
+# Made once: json.dumps makes one for each call (1 of 4.5 us).
 to_json = json.JSONEncoder(ensure_ascii=False).encode    # of a str: 0.2 us
 compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
