@@ -8761,6 +8761,87 @@ def test_cluster_doctor_checks_engine_secret_and_peers(cluster, engine, monkeypa
     engine.start()
 
 
+@pytest.fixture
+def haproxy():
+    if not shutil.which("haproxy"):
+        if os.environ.get("NEUROENGINE_CLUSTER_TESTS") == "1":
+            pytest.fail("haproxy is not installed: see .ci/run")
+        pytest.skip("this needs haproxy; NEUROENGINE_CLUSTER_TESTS=1 makes it fail without")
+
+
+def test_cluster_haproxy_takes_its_configuration(haproxy, tmp_path):
+    text = document("deploy/haproxy-cluster.cfg")
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(re.sub(r"bind :443 .*", "bind 127.0.0.1:%d" % free_port(), text))
+    checked = subprocess.run(["haproxy", "-c", "-f", str(config)], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_cluster_answers_are_right_behind_haproxy_while_homes_die(haproxy, engine, capsys):
+    assert bench_module("checks", "cluster.py").short_run(ENGINE_PROGRAM) == []
+
+
+def test_cluster_old_clients_that_do_not_count_get_no_text_twice(cluster):
+    relays = cluster(3)
+    hand = FarHand(relays[0], relays[1])
+    key, command, texts = uuid.uuid4().hex, {"message": "hi", "gettokens": 3}, []
+    turns = itertools.cycle(relays)
+    answer = in_thread(ask, next(turns), "/" + hand.name, dict(command, key=key))
+    hand.reply(hand.next_job(), ["%d " % n for n in range(20)], done=True)
+    while not texts or texts[-1]:
+        texts.append(answer()[1]["reply"])
+        answer = in_thread(ask, next(turns), "/" + hand.name, dict(command, key=key))
+    answer()
+    assert "".join(texts) == numbers(20)
+
+
+def test_cluster_a_renamed_service_and_a_changed_key_are_so_at_every_relay(cluster):
+    relays = cluster(2)
+    hand, name = FarHand(*relays), name_of("New")
+    bearer = {"Authorization": "Bearer " + hand.key}
+    key = ask(relays[1], "/api/services/%s/keys" % hand.name, {"label": "a"}, **bearer)[1]
+    assert ask(relays[1], "/api/services/%s/keys/%s" % (hand.name, key["id"]),
+               {"label": "b"}, "PATCH", **bearer)[0] == 200
+    assert ask(relays[1], "/api/services/" + hand.name, {"name": name}, "PATCH",
+               **bearer)[0] == 200
+    for relay in relays:
+        assert ask(relay, "/api/services/" + name, **bearer)[0] == 200
+        assert ask(relay, "/api/services/" + hand.name, **bearer)[0] == 404
+    shown = ask(relays[1], "/api/services/%s/keys" % name, **bearer)[1]["keys"]
+    assert [(k["id"], k["label"]) for k in shown] == [(key["id"], "b")]
+    record = json.loads(relays[1].registry.records[name.lower()])
+    assert [k["label"] for k in record["keys"]] == ["b"]
+
+
+def test_cluster_a_forwarded_prompt_costs_at_most_two_and_a_half_times_the_time(cluster):
+    relays = cluster(2)
+    hand = FarHand(relays[0], relays[0])
+    stop = threading.Event()
+
+    def provide():
+        while not stop.is_set():
+            for job in hand.poll()["jobs"]:
+                hand.reply(job, ["yes"], done=True)
+    thread = threading.Thread(target=provide, daemon=True)
+    thread.start()
+
+    def cost(relay, count=150):
+        connection = http.client.HTTPConnection(*relay.server_address[:2], timeout=30)
+        began = time.process_time()
+        for n in range(count):
+            connection.request("POST", "/" + hand.name, json.dumps({"message": str(n)}))
+            assert connection.getresponse().read()
+        connection.close()
+        return time.process_time() - began
+    cost(relays[0], 20), cost(relays[1], 20)
+    # This process is client and provider, too, so the relays' share is smaller than it seems.
+    assert min(cost(relays[1]) / cost(relays[0]) for _ in range(3)) < 2.5
+    stop.set()
+    ask(relays[0], "/" + hand.name, {"message": "the last"})
+    thread.join(SOON)
+
+
 def resp_server(*answers):
     """A server that gives these answers, one for each command; its port and its commands."""
     listener, commands = socket.create_server(("127.0.0.1", 0)), []

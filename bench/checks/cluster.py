@@ -29,7 +29,8 @@ import sys
 import threading
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 
 from faults import judge, tokens
 from harness import (BROKEN, ROOT, Proxy, Skip, Workspace, answer_of, ask, connect,
@@ -391,6 +392,18 @@ class Cluster:
         time.sleep(60)
         self.engine.start()
 
+    def troubles(self):
+        """Stop the clients, and return what was wrong."""
+        self.clients.stop()
+        time.sleep(4)
+        clients, lost = self.clients, self.lost()
+        broken = [node.url for node in self.nodes if "internal_error" in node.child.said()]
+        print("answered %d, wrong %d, unanswered %d, lost registrations %d, relays with "
+              "internal errors %d; errors seen: %s" % (
+                  len(clients.answered), len(clients.wrong), len(clients.unanswered),
+                  len(lost), len(broken), dict(clients.errors)))
+        return clients.wrong + clients.unanswered + lost + broken
+
     def lost(self):
         """The services that some relay does not know, though they were registered."""
         missing = []
@@ -401,11 +414,12 @@ class Cluster:
         return missing
 
 
-def run_fault(cluster, name):
-    """One fault; the longest time without an answer, in seconds."""
+def run_fault(cluster, name, recovery=RECOVERY_SECONDS):
+    """One fault; the longest time without an answer in seconds, and how many prompts were
+    run twice, which a relay's death explains: its memory is lost."""
     since, runs = time.monotonic(), cluster.runs()
     end = getattr(cluster, name)()
-    time.sleep(RECOVERY_SECONDS)
+    time.sleep(recovery)
     silence = cluster.clients.longest_silence(since, time.monotonic())
     twice = sum(count > 1 and runs[prompt] < 2 for prompt, count in cluster.runs().items())
     if end:
@@ -414,8 +428,21 @@ def run_fault(cluster, name):
     return silence, twice
 
 
+BOUNDS = {"home_killed": 6, "home_stopped_10_s": 9, "home_sigterm": 2}   # others: 6
+
+
+def short_run(server):
+    """A short run, for the test suite; a list of what was wrong."""
+    with Workspace("cluster") as space:
+        cluster = Cluster(space, server)
+        twice = run_fault(cluster, "home_sigterm", 2)[1]
+        run_fault(cluster, "home_killed", 4)
+        return cluster.troubles() + ["a prompt was run twice"] * twice
+
+
 def say_table(cluster, names):
-    clients = cluster.clients
+    """Print a line for each fault; return what took too long."""
+    clients, troubles = cluster.clients, []
     print("%-30s %10s %8s %6s  %s" % ("fault", "silent s", "rerun", "wrong", "errors seen"))
     for name in names:
         errors, wrong = collections.Counter(clients.errors), len(clients.wrong)
@@ -424,6 +451,9 @@ def say_table(cluster, names):
         print("%-30s %10.2f %8d %6d  %s" % (
             name, silence, twice, len(clients.wrong) - wrong,
             ", ".join("%s %d" % pair for pair in sorted(seen.items()))), flush=True)
+        if silence > BOUNDS.get(name, 6):
+            troubles.append("%s: %.1f s without an answer" % (name, silence))
+    return troubles
 
 
 def run_random(cluster, minutes, seed):
@@ -538,22 +568,15 @@ def main():
             failed = False
             return 0
         cluster = Cluster(space, options.server)
+        troubles = []
         if options.only or not options.minutes:
-            say_table(cluster, options.only or cluster.FAULTS)
+            troubles += say_table(cluster, options.only or cluster.FAULTS)
         if options.minutes:
             run_random(cluster, options.minutes, options.seed)
-        cluster.clients.stop()
-        time.sleep(4)
-        clients, lost = cluster.clients, cluster.lost()
-        broken = [node.url for node in cluster.nodes
-                  if "internal_error" in node.child.said()]
-        print("answered %d, wrong %d, unanswered %d, lost registrations %d, relays with "
-              "internal errors %d; errors seen: %s" % (
-                  len(clients.answered), len(clients.wrong), len(clients.unanswered),
-                  len(lost), len(broken), dict(clients.errors)))
-        for trouble in clients.wrong[:3] + clients.unanswered[:3] + lost[:3] + broken:
+        troubles += cluster.troubles()
+        for trouble in troubles[:10]:
             print("TROUBLE", trouble)
-        failed = bool(clients.wrong or clients.unanswered or lost or broken)
+        failed = bool(troubles)
         return int(failed)
     finally:
         space.close(keep=failed)
