@@ -1326,10 +1326,10 @@ async def in_thread(function, cancel):
         return await asyncio.shield(done)
     except asyncio.CancelledError:
         cancel()
+        # Nobody needs what it may still raise: asyncio must not complain then.
+        done.add_done_callback(lambda done: done.cancelled() or done.exception())
         # Long enough for the relay to get the word, if it is there.
         await asyncio.wait([done], timeout=1)
-        if done.done():
-            done.exception()                   # nobody needs it, and it was looked at
         raise
 
 

@@ -6354,6 +6354,7 @@ class Certificate:
     def __init__(self, cert, key):
         """cert, key: paths of PEM files. Raises OSError if they cannot be used."""
         self.files = (cert, key)
+        self._renewing = threading.Lock()  # whoever asks finds a new pair already in use
         self._seen = self._stamp()
         # Replaced as a whole, never changed: loading a new pair into a context in use would
         # break handshakes in other threads, and all later ones if the pair does not match.
@@ -6372,6 +6373,10 @@ class Certificate:
 
         Never raises: a pair that cannot be used is logged once, and the old one stays.
         """
+        with self._renewing:
+            return self._renew()
+
+    def _renew(self):
         stamp = self._stamp()
         if stamp == self._seen:
             return False
