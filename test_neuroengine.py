@@ -7461,6 +7461,52 @@ def test_the_client_works_without_what_some_systems_lack(command, relay, provide
     assert neuroengine.load_readline([]) is None
 
 
+AS_ON_WINDOWS = """
+import contextlib, os, select, signal, socket, sys, types
+import neuroengine_server
+for holder, names in (
+        (select, "epoll poll kqueue EPOLLRDHUP"), (signal, "SIGHUP SIGUSR1 pthread_sigmask"),
+        (socket, "SO_REUSEPORT MSG_DONTWAIT"),
+        (os, "sched_setaffinity sched_getaffinity sched_setscheduler chown O_NOFOLLOW getuid")):
+    for name in names.split():
+        with contextlib.suppress(AttributeError):
+            delattr(holder, name)
+neuroengine_server.MSG_DONTWAIT = 0
+for module in ("fcntl", "resource", "pwd"):
+    sys.modules[module] = None
+sys.modules["msvcrt"] = types.SimpleNamespace(locking=lambda *_: None, LK_NBLCK=2)
+sys.exit(neuroengine_server.main(sys.argv[1:]))
+"""
+
+
+def test_a_relay_works_without_what_windows_lacks(start, tmp_path):
+    program = start("-c", AS_ON_WINDOWS, "--host", "127.0.0.1", "--port", 0, "--data",
+                    tmp_path / "data.sqlite3")
+    relay, closed = Address(program), threading.Event()
+    service = ask(relay, "/api/services", {"name": name_of()})[1]
+    server = NeuroengineServer(relay.url)
+    assert server.login(service["name"], service["key"]) == 0
+    serving = threading.Thread(target=server.listen, daemon=True, args=(
+        lambda request: endless(closed)(request) if request["message"] == "on" else "ok", 4))
+    serving.start()
+    api = Neuroengine(service["name"], relay.url)
+    with contextlib.closing(api.stream("on")) as texts:
+        assert next(texts) and next(texts)
+    assert closed.wait(SOON)
+    assert list(api.map(["x"] * 4, at_once=4)) == ["ok"] * 4
+    server.stop()
+    serving.join(SOON)
+    assert program.end(signal.SIGINT) == 0 and "Traceback" not in program.output
+
+
+def test_two_relays_cannot_share_a_port_on_windows(monkeypatch):
+    # Any option that can be read back stands for the one that Linux lacks.
+    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
+    with contextlib.closing(Relay("127.0.0.1", 0).socket) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+
+
 def test_a_console_of_windows_is_asked_whether_it_takes_escape_codes(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
