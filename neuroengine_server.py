@@ -196,6 +196,7 @@ class Service:
         self.tokens_per_second = None
         self.features = Features()    # as its last provider declared
         self.expected_until = 0.0     # its provider may be back before: let prompts wait
+        self.cold = self.warm = None  # how long a prompt is read, see Affinity
 
     def continues(self, but=None):
         """Whether some connected provider, other than session `but`, can go on with an
@@ -271,6 +272,8 @@ class Session:
         where another session began."""
         if job.needs is not None and not self.features.has(job.needs):
             return False
+        if job.prefers not in (None, self) and job.prefers.id in self.service.sessions:
+            return False                   # it is left alone for a while, see Affinity
         if not job.returned:
             return True
         if job.seen and not self.features.continues:
@@ -323,6 +326,8 @@ class Job:
     resume_at = 0                 # where a polled client that names no offset (at) reads on
     attempt = deaths = 0          # leases so far; providers that died on it
     lease = avoid = None          # its Lease; the Session that gave it back
+    prefers = None                # the Session that should have it, for a while
+    continued = False             # whether a session had it that knew the conversation
     left_at = None                # when the last reader left
     error, error_told = None, False
     checked = False               # whether a timer will look at it
@@ -330,7 +335,8 @@ class Job:
     encoded = None                # (encoder's name, bytes): the whole answer, made once
 
     def __init__(self, service, payload, caller="", *, holder=None, access=None, rated=False,
-                 by_operator=False, urgent=False, wait=False, grace=None, cost=1, needs=None):
+                 by_operator=False, urgent=False, wait=False, grace=None, cost=1, needs=None,
+                 prefixes=()):
         self.id, self.service = next(JOB_IDS), service
         self.payload = payload                     # the prompt as the provider gets it, JSON
         self.caller = caller                       # "key ID", or an address
@@ -344,6 +350,7 @@ class Job:
         self.cost = cost                           # how many prompts it counts as
         self.needs = needs                         # the API that its provider must pass
                                                    # through; None: text
+        self.prefixes = prefixes                   # of its conversation, see prefixes_of
         self.items, self.size, self.readers = [], 0, []
 
     def move(self, state):
@@ -805,12 +812,13 @@ class Jobs:
         self._timers = Timers(clock, self._lock.lock)
         self._admission = Admission(self.limits, clock, wall)
         self._memory = self._admission.memory
+        self._affinity = Affinity(self.limits.max_conversations, clock)
         self._changed = {}            # name -> Service whose counters are not saved
         self.counters_changed = threading.Event()
         self.draining = self.closed = False
         self._touched = 0             # counts changes of services and sessions
         self.counts = {"jobs": 0, "done": 0, "failed": 0, "cancelled": 0, "requeued": 0,
-                       "tokens": 0}
+                       "continued": 0, "tokens": 0}
         self.histograms = {name: Histogram() for name in (
             "queue_seconds", "first_token_seconds", "answer_seconds")}
 
@@ -953,6 +961,7 @@ class Jobs:
             service.numreq += 1
             self._count_locked(service)
             reader = self._attach_locked(job, at)
+            self._prefer_locked(job)
             self._enqueue_locked(job)
             return reader
 
@@ -1145,6 +1154,18 @@ class Jobs:
                 self._identified[job.identity.key] = job
             self._check_later_locked(job)
 
+    def _prefer_locked(self, job):
+        """Reserve a job for the session that answered its conversation, for a while."""
+        seconds = self._affinity.look(job) if job.prefixes else 0
+        if seconds:
+            self._timers.call_later(seconds, self._prefer_no_more_locked, job)
+
+    def _prefer_no_more_locked(self, job):
+        """A job that was reserved may go to any session."""
+        job.prefers = None
+        if job.state == "queued":
+            self._dispatch_locked(job.service)
+
     def _enqueue_locked(self, job):
         """Queue a job, and give it to a provider that waits."""
         service = job.service
@@ -1197,6 +1218,8 @@ class Jobs:
         service = job.service
         service.job_seconds = moving_average(service.job_seconds,
                                              job.ended_at - job.leased_at)
+        if job.prefixes and job.first_at is not None:
+            self._affinity.measure(job)
         if len(job.items) > 8 and job.ended_at - job.first_at > 0.05:
             service.tokens_per_second = moving_average(
                 service.tokens_per_second,
@@ -1466,6 +1489,8 @@ class Broker(Jobs):
         job.lease = Lease(session, job, (job.id, job.attempt), "offered", self._clock())
         if job.leased_at is None:
             job.leased_at = self._clock()
+        if job.prefixes:
+            self.counts["continued"] += self._affinity.note(job, session)
 
     def _poll_hold_locked(self, session, timeout):
         """How long a poll of this session is held, in seconds."""
@@ -2452,12 +2477,14 @@ def submit_native(exchange, service, request, by_operator, access):
             exchange.relay.hang_ups.look()
     cap_length(request, access, "max_new_len")
     wait = request.get("wait", False)
+    prefixes = prefixes_of(service, prompt)
     payload = to_json({field: value for field, value in request.items()
                        if field not in NOT_FOR_PROVIDERS})
     request.clear()
     exchange.release_large_body()
     job = Job(service, payload, caller, holder=exchange.address, access=access,
-              rated=not exchange.local, by_operator=by_operator, wait=wait)
+              rated=not exchange.local, by_operator=by_operator, wait=wait,
+              prefixes=prefixes)
     return exchange.broker.submit(job, identity, at)
 
 
@@ -2682,6 +2709,8 @@ LIMITS = (  # (name, default, group in --help, what it bounds)
      "a service that never had a provider is deleted after; 0 for never"),
     ("absent_days", 183, "more",
      "a service without a provider for so long is deleted after; 0 for never"),
+    ("max_conversations", 10000, "more",
+     "conversations whose next prompt goes to the same provider, if it has several; 0: none"),
     ("max_access_keys", 50000, "more", "access keys of all services together"),
     ("max_sessions", 100, "more", "logged-in providers of one service"),
     ("max_workers", 1024, "more", "jobs that one provider may run at once"),
@@ -3039,6 +3068,105 @@ class Memory:
     def lacks(self, size):
         """Whether there is no room for `size` more bytes."""
         return self.held + size > self.most
+
+
+##############################################################################
+# Affinity: the next prompt of a conversation goes where the last one went
+#
+# LLM servers keep the beginning of recent conversations (the KV cache). Elsewhere all of it
+# would have to be read again. Only services with several sessions come here.
+##############################################################################
+
+LEADING_CHARACTERS = 1024    # of a text: what two prompts of one conversation share
+MAX_PREFIXES = 64            # of a conversation, that are looked up
+POLL_GAP_SECONDS = 0.5       # a provider with a free worker polls again within this
+MAX_RESERVED_SECONDS = 10    # a job waits for one session at most
+
+
+def prefixes_of(service, prompt):
+    """Return a digest of each beginning of a prompt that may have been a prompt before: of its
+    messages up to each, the longest last; or of the beginning of a text."""
+    if len(service.sessions) < 2:
+        return ()
+    if type(prompt) is str:
+        prompt = [{"text": prompt[:LEADING_CHARACTERS]}]
+    if type(prompt) is not list or any(type(message) is not dict for message in prompt):
+        return ()
+    hashing, digests = hashlib.blake2b(digest_size=16), deque(maxlen=MAX_PREFIXES)
+    for message in prompt:
+        hashing.update(to_json(message))
+        digests.append(hashing.digest())
+    return tuple(digests)
+
+
+class Affinity:
+    """Which session last had each conversation. Its user, the Broker, holds the lock.
+
+    A conversation's next prompt begins with all messages of the one before. So each prompt
+    is noted by a digest of its messages, and looked up by those of its beginnings.
+    """
+
+    def __init__(self, most, clock):
+        self._most, self._clock = most, clock
+        self._last = OrderedDict()         # (service's name, digest) -> id of a Session
+
+    def look(self, job):
+        """Find the session that should have this job, and note it there. Return for how many
+        seconds others are to leave it alone; 0: nobody should."""
+        session = self._last_session(job)
+        if session is None or not session.may_take(job):
+            return 0
+        worth = self._worth(job)
+        if self._free_in(session) > worth:
+            return 0
+        job.prefers = session
+        return max(worth, POLL_GAP_SECONDS)
+
+    def _last_session(self, job):
+        """The session that had the longest beginning of this prompt, if it is connected."""
+        for prefix in reversed(job.prefixes):
+            session = job.service.sessions.get(self._last.get((job.service.name, prefix)))
+            if session is not None:
+                return session
+        return None
+
+    def _worth(self, job):
+        """How many seconds sooner the first token would come from the session that knows the
+        conversation, as measured; 0: unknown."""
+        service = job.service
+        if service.cold is None or service.warm is None:
+            return 0
+        return min(max(0, service.cold * len(job.payload) - service.warm),
+                   MAX_RESERVED_SECONDS)
+
+    def _free_in(self, session):
+        """In how many seconds a worker of this session will probably be free."""
+        if session.free() > 0:
+            return 0
+        seconds, now = session.service.job_seconds, self._clock()
+        if seconds is None:
+            return math.inf
+        return max(0, min((job.leased_at + seconds - now for job in session.jobs()), default=0))
+
+    def note(self, job, session):
+        """A session got this job. Return whether it had the conversation before."""
+        known = self._last_session(job) is session
+        key = job.service.name, job.prefixes[-1]
+        self._last[key] = session.id
+        self._last.move_to_end(key)
+        while len(self._last) > self._most:
+            self._last.popitem(last=False)
+        job.continued = known
+        return known
+
+    def measure(self, job):
+        """Learn from an answer how long a prompt is read: in all, where the conversation was
+        known; else for each byte."""
+        service, seconds = job.service, job.first_at - job.leased_at
+        if job.continued:
+            service.warm = moving_average(service.warm, seconds)
+        else:
+            service.cold = moving_average(service.cold, seconds / max(1, len(job.payload)))
 
 
 ##############################################################################
@@ -4689,6 +4817,7 @@ def submit_api(exchange, api, service, request, by_operator, access, opaque):
     large, and the wait long."""
     repeat = exchange.head.fields.get("idempotency-key")
     caller, cost, wait = exchange.caller(access), cost_of(request), request.pop("wait", False)
+    prefixes = prefixes_of(service, request.get(APIS[api].prompt))
     if opaque:
         job = {"api": api, "opaque": True, "stream": bool(request.get("stream")),
                "headers": {name: exchange.head.fields[name] for name in PASSED_HEADERS
@@ -4704,7 +4833,7 @@ def submit_api(exchange, api, service, request, by_operator, access, opaque):
     job = Job(service, payload, caller, holder=exchange.address, access=access,
               rated=not exchange.local, by_operator=by_operator, urgent=APIS[api].urgent,
               wait=wait, grace=None if repeat else 0.0, cost=cost,
-              needs=api if opaque or api == "embeddings" else None)
+              needs=api if opaque or api == "embeddings" else None, prefixes=prefixes)
     return exchange.broker.submit(job, repeat_identity(
         exchange, service, caller, repeat) if repeat else None, 0)
 

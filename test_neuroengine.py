@@ -1487,6 +1487,132 @@ def test_the_estimate_comes_from_measured_times(desk):
 
 
 ##############################################################################
+# Affinity: conversations and several providers
+##############################################################################
+
+
+def turns(*texts):
+    """The messages of a conversation in which these were said in turn."""
+    return [{"role": "user" if n % 2 == 0 else "assistant", "content": text}
+            for n, text in enumerate(texts)]
+
+
+class Conversations(Desk):
+    """A desk with two providers."""
+
+    def __init__(self, workers=1, **limits):
+        super().__init__(**limits)
+        self.near, self.far = self.login(workers=workers), self.login(workers=workers)
+
+    def ask(self, *texts, **facts):
+        return self.submit(prefixes=neuroengine_server.prefixes_of(
+            self.service, turns(*texts)), **facts)
+
+    def take(self, session):
+        """The id of the job that a session gets, if any."""
+        (jobs, _) = self.poll(session)
+        return jobs[0][0] if jobs else None
+
+    def answer(self, session, job, seconds=0.0):
+        self.later(seconds)
+        return self.push(session, job, ["x"], done=True)[1]    # and gets the next
+
+    def measured(self, seconds):
+        """Two turns, of which the first took so long to read and the second no time."""
+        self.ask("a")
+        self.answer(self.near, self.take(self.near), seconds)
+        self.ask("a", "x", "b")
+        self.answer(self.near, self.take(self.near))
+
+
+def test_the_next_prompt_of_a_conversation_goes_to_the_session_that_had_it():
+    desk = Conversations()
+    for texts, session, other in ((("a",), desk.near, desk.far),
+                                  (("b",), desk.far, desk.near)):
+        desk.ask(*texts)
+        desk.answer(session, desk.take(session))
+        desk.ask(*texts, "x", "and then?")
+        assert desk.take(other) is None
+        desk.answer(session, desk.take(session))
+    assert desk.broker.counts["continued"] == 2
+
+
+def test_a_free_session_is_waited_for_only_as_long_as_it_takes_to_poll():
+    desk = Conversations()
+    desk.ask("a")
+    desk.answer(desk.near, desk.take(desk.near))
+    desk.ask("a", "x", "b")
+    desk.later(0.6)
+    assert desk.take(desk.far)
+
+
+def test_a_busy_session_is_waited_for_if_that_was_measured_to_be_worth_it():
+    desk = Conversations()
+    desk.measured(4.0)
+    desk.ask("of somebody else", caller="bob")
+    busy = desk.take(desk.near)
+    reader = desk.ask("a", "x", "b", "x", "c")
+    assert desk.take(desk.far) is None
+    assert desk.answer(desk.near, busy, 2.0) == [reader.job.id]
+
+
+def test_a_session_that_stays_busy_for_too_long_is_not_waited_for():
+    desk = Conversations()
+    desk.measured(4.0)
+    desk.service.job_seconds = 60.0
+    desk.ask("of somebody else", caller="bob")
+    desk.take(desk.near)
+    reader = desk.ask("a", "x", "b", "x", "c")
+    assert desk.take(desk.far) == reader.job.id
+
+
+def test_a_reserved_prompt_goes_to_anyone_when_its_session_has_gone():
+    desk = Conversations()
+    desk.measured(4.0)
+    desk.ask("a", "x", "b", "x", "c")
+    assert desk.take(desk.far) is None
+    desk.broker.logout(desk.service, desk.near)
+    assert desk.take(desk.far)
+
+
+def test_a_reserved_prompt_holds_up_no_other_caller():
+    desk = Conversations()
+    desk.measured(4.0)
+    first, second = desk.ask("a", "x", "b", "x", "c"), desk.ask("new")
+    other = desk.ask("of somebody else", caller="bob")
+    assert desk.take(desk.far) == other.job.id
+    assert desk.take(desk.near) == first.job.id            # in the order of their caller
+    assert second.job.state == "queued"
+
+
+def test_without_remembered_conversations_any_session_gets_a_prompt():
+    desk = Conversations(max_conversations=0)
+    desk.measured(4.0)
+    desk.ask("a", "x", "b", "x", "c")
+    assert desk.take(desk.far) and not desk.broker._affinity._last
+
+
+def test_the_oldest_conversations_are_forgotten():
+    desk = Conversations(max_conversations=3)
+    for text in "abcdef":
+        desk.ask(text)
+        desk.answer(desk.near, desk.take(desk.near))
+    assert len(desk.broker._affinity._last) == 3
+
+
+def test_only_what_may_be_one_conversation_has_prefixes():
+    desk, of = Conversations(), neuroengine_server.prefixes_of
+    long = "x" * neuroengine_server.LEADING_CHARACTERS
+    assert of(desk.service, long + "a") == of(desk.service, long + "b")
+    assert of(desk.service, "a") != of(desk.service, "b")
+    first, second = (of(desk.service, turns("a", "x", text)) for text in "bc")
+    assert first[:2] == second[:2] and first[2] != second[2]
+    assert of(desk.service, [1, 2]) == of(desk.service, None) == ()
+    desk.broker.logout(desk.service, desk.far)
+    assert of(desk.service, "a") == ()                     # there is no choice
+
+
+##############################################################################
 # Store
 ##############################################################################
 
