@@ -1600,6 +1600,31 @@ def test_the_oldest_conversations_are_forgotten():
     assert len(desk.broker._affinity._last) == 3
 
 
+@pytest.mark.parametrize("path, field", (
+    ("/%s", "messages"), ("/v1/chat/completions", "messages"), ("/v1/responses", "input"),
+    ("/v1/messages", "messages")))
+def test_a_conversation_keeps_its_provider_through_every_api(relay, path, field, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "POLL_GAP_SECONDS", 60)
+    first = Hand(relay, apis=["responses", "messages"])
+    second = first.call("login", workers=1, apis=["responses", "messages"])["session"]
+    path = path.replace("%s", first.name)
+
+    def turn(messages):
+        answer = in_thread(ask, relay, path, {"model": first.name, field: messages,
+                                              "max_tokens": 9})
+        until(lambda: first.relay.broker.find(first.name).queue.size)
+        return answer
+    for messages in (turns("a"), turns("a", "x", "b")):
+        answer = turn(messages)
+        if len(messages) > 1:              # it is free as well
+            assert not first.call("reply", session=second, replies=[])["jobs"]
+        job = first.next_job()
+        first.reply(job, [{"result": "{}"}] if job["request"].get("opaque") else ["x"],
+                    done=True)
+        assert answer()[0] == 200
+    first.logout()
+
+
 def test_only_what_may_be_one_conversation_has_prefixes():
     desk, of = Conversations(), neuroengine_server.prefixes_of
     long = "x" * neuroengine_server.LEADING_CHARACTERS
