@@ -2195,7 +2195,9 @@ class NeuroengineServer:
             raise ValueError("workers must be a whole number, at least 1")
         self._declare(workers=workers, continues=continues)
         try:
-            run_listenings([_Listening(self, Workers(answer_callback))])
+            # Without a live line: what the callback prints would stand behind it.
+            run_listenings([_Listening(self, Workers(answer_callback),
+                                       Status(self._hours, line=False))])
         except NeuroengineError as error:
             raise error.with_traceback(None) from None     # theirs would hide the words
 
@@ -2652,13 +2654,16 @@ def seconds_until_look():
 
 
 class Status:
-    """What a provider is doing: one live line on a terminal, log lines elsewhere."""
+    """What a provider is doing: one live line on a terminal, log lines elsewhere.
 
-    def __init__(self, hours=(), stream=None):
+    line: whether there is to be one.
+    """
+
+    def __init__(self, hours=(), stream=None, line=True):
         self.hours, self.stream = hours, stream or sys.stderr
         self.live, self._line = is_terminal(self.stream), Line(self.stream)
         self._lock = threading.Lock()
-        self._shown = 0.0
+        self._shown, self._shows = 0.0, line and self.live
         self._before = (time.monotonic(), 0)
         self._outboxes = []
 
@@ -2684,7 +2689,7 @@ class Status:
     def show(self):
         """Show the present state, on a terminal, at most some times a second."""
         now = time.monotonic()
-        if not self.live or now - self._shown < 0.2:
+        if not self._shows or now - self._shown < 0.2:
             return
         running = sum(len(outbox.running()) for outbox in self._outboxes)
         served = sum(outbox.served for outbox in self._outboxes)
@@ -5127,7 +5132,7 @@ def add_keys_options(keys):
         keys.add_argument("--" + limit.replace("_", "-"), type=or_word("none", whole(1)),
                           metavar="N", help="with --add or --change: %s; `none`: no limit" % text)
     keys.add_argument("--days", type=or_word("none", decimal), metavar="N",
-                      help="with --add or --change: it expires so many days from now")
+                      help="with --add or --change: it expires in N days; `none`: never")
 
 
 def build_parser():
