@@ -149,6 +149,7 @@ CHARTS = (  # file, title, rows (each a group; its title)
         ("memory, idle", "idle"), ("memory, 256 streams", "with 256 streams"))),
 )
 OURS = {"share": "neuroengine share", "listen": "neuroengine listen",
+        "coroutines": "neuroengine listen, coroutines",
         "native": "the relay alone", "/v1": "the relay alone, /v1"}
 
 

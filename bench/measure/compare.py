@@ -5,12 +5,13 @@
     python bench/measure/compare.py --quick [--against CHECKOUT] [--ours native,/v1,share]
 
 Our columns are `share` (neuroengine.py share before a fake LLM), `listen` (a callback of
-NeuroengineServer.listen), and, as what the relay alone can do, `native` and `/v1` with a
-lean provider (provider.py). The peers are those that are installed: a bare
-ThreadingHTTPServer that says hello, nginx as a proxy, an OpenSSH reverse tunnel, FastChat
-and LiteLLM (--install puts these two into virtual environments). The LLM takes no time,
-and the clients are written in C (load.c). Each row is measured for all columns in turn, in
-rounds, because the speed of a shared machine changes: only ratios within a round count.
+NeuroengineServer.listen, in threads), `coroutines` (the same as an async generator), and,
+as what the relay alone can do, `native` and `/v1` with a lean provider (provider.py). The
+peers are those that are installed: a bare ThreadingHTTPServer that says hello, nginx as a
+proxy, an OpenSSH reverse tunnel, FastChat and LiteLLM (--install puts these two into
+virtual environments). The LLM takes no time, and the clients are written in C (load.c).
+Each row is measured for all columns in turn, in rounds, because the speed of a shared
+machine changes: only ratios within a round count.
 
 --quick measures only what a change to the code may make worse, in about 20 s a round;
 --against interleaves another checkout, and prints the ratios.
@@ -39,8 +40,8 @@ import time
 
 import charts
 from charts import shown, spread
-from targets import (HERE, ROOT, SERVICE, Broken, Direct, FastChat, Hello, Listen, LiteLLM,
-                     Native, Nginx, OpenAI, Share, Ssh, build_load, install)
+from targets import (HERE, ROOT, SERVICE, Broken, Coroutines, Direct, FastChat, Hello,
+                     Listen, LiteLLM, Native, Nginx, OpenAI, Share, Ssh, build_load, install)
 
 from harness import UNVERIFIED, Workspace, close_all, end_on_signals, unlimited_files
 
@@ -451,7 +452,7 @@ ONCE = {"script": part_script, "waiting": part_waiting, "tls": part_tls,
         "curves": part_curves}
 NAMED = {"soak": part_soak}
 QUICK = ("requests", "pace")
-OURS = {"share": Share, "listen": Listen, "native": Native, "/v1": OpenAI}
+OURS = {"share": Share, "listen": Listen, "coroutines": Coroutines, "native": Native, "/v1": OpenAI}
 PEERS = {"hello": Hello, "nginx": Nginx, "ssh": Ssh, "fastchat": FastChat,
          "litellm": LiteLLM, "llm": Direct}
 

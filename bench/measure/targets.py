@@ -354,12 +354,21 @@ class Listen(OpenAI):
 
     name = "listen"
     program = """
-import sys, time
+import asyncio, sys, time
 sys.path.insert(0, sys.argv[1])
 from neuroengine import NeuroengineServer
-def answer(request):
+def wanted(request):
     prompt = request.get("message") or request["messages"][-1]["content"]
-    tokens, rate = (int(word.split("=")[1]) for word in prompt.split()[:2])
+    return (int(word.split("=")[1]) for word in prompt.split()[:2])
+%s
+server = NeuroengineServer(sys.argv[2])
+assert server.login(sys.argv[3], sys.argv[4]) >= 0, server.error
+print("ready", flush=True)
+server.listen(answer, workers=1024)
+"""
+    answer = """
+def answer(request):
+    tokens, rate = wanted(request)
     return paced(tokens, rate) if rate else "word~ " if tokens == 1 else (
         "word~ " for _ in range(tokens))
 def paced(tokens, rate):
@@ -367,16 +376,27 @@ def paced(tokens, rate):
     for n in range(tokens):
         time.sleep(max(0, began + n / rate - time.monotonic()))
         yield "word~ "
-server = NeuroengineServer(sys.argv[2])
-assert server.login(sys.argv[3], sys.argv[4]) >= 0, server.error
-print("ready", flush=True)
-server.listen(answer, workers=1024)
 """
 
     def provide(self):
-        self.provider = self.spawn("listen", sys.executable, "-c", self.program, self.root,
-                                   self.relay.url, SERVICE, self.key, far=True)
+        self.provider = self.spawn("listen", sys.executable, "-c", self.program % self.answer,
+                                   self.root, self.relay.url, SERVICE, self.key, far=True)
         self.provider.expect("ready")
+
+
+class Coroutines(Listen):
+    """The same with a callback that is an async generator."""
+
+    name = "coroutines"
+    answer = """
+async def answer(request):
+    tokens, rate = wanted(request)
+    began = time.monotonic()
+    for n in range(tokens):
+        if rate:
+            await asyncio.sleep(max(0, began + n / rate - time.monotonic()))
+        yield "word~ "
+"""
 
 
 class Share(OpenAI):
