@@ -5130,7 +5130,8 @@ def add_keys_options(keys):
                          "nothing waits or runs, so that providers can be stopped")
     for limit, text in KEY_LIMITS.items():
         keys.add_argument("--" + limit.replace("_", "-"), type=or_word("none", whole(1)),
-                          metavar="N", help="with --add or --change: %s; `none`: no limit" % text)
+                          metavar="N", help="with --add or --change: %s; `none`: no limit"
+                          % text)
     keys.add_argument("--days", type=or_word("none", decimal), metavar="N",
                       help="with --add or --change: it expires in N days; `none`: never")
 
@@ -5238,7 +5239,8 @@ def is_slip(word, name):
     """Whether a word is a name with one letter wrong, missing, added or out of order."""
     if abs(len(word) - len(name)) > 1 or word == name or len(name) < 4:
         return False
-    at = next((i for i, (a, b) in enumerate(zip(word, name)) if a != b), min(map(len, (word, name))))
+    at = next((at for at, pair in enumerate(zip(word, name)) if len(set(pair)) > 1),
+              min(len(word), len(name)))
     rest, other = word[at:], name[at:]
     return rest[1:] == other[1:] or rest == other[1:] or rest[1:] == other \
         or rest[:2] == other[:2][::-1] and rest[2:] == other[2:]

@@ -8703,7 +8703,8 @@ def cannot_use(files, error):
         why = "%s %s" % (files[1], no_key or "holds no private key in PEM format")
     elif "encrypted" in key:
         why = "the key has a pass phrase. `openssl pkey -in %s -out NEW` removes it" % files[1]
-    return "The certificate %s with the key %s cannot be used: %s." % (*files, why)
+    pair = " with the key ".join(dict.fromkeys(files))     # one name, if they are one file
+    return "The certificate %s cannot be used: %s." % (pair, why)
 
 
 def what_is_in(path):
