@@ -7245,6 +7245,15 @@ class ClusterBroker(Broker):
             self._changed.pop(service.name, None)
             self._touched += 1
 
+    def idle(self):
+        """Whether no job is in a provider's hands, here or at a home that this relay passes
+        the answer on from."""
+        return super().idle() and not self.registry.peers.is_answering()
+
+    def close(self):
+        super().close()
+        self.registry.peers.abort_all()
+
     def is_idle(self, service):
         """Whether no provider works for it."""
         with self._lock:
@@ -7652,6 +7661,17 @@ class Peers:
     def ended(self, forward):
         self._busy[forward.home].pop(forward, None)
 
+    def is_answering(self):
+        """Whether a response is passed on, other than to a provider's poll."""
+        return any(not forward.is_poll for forwards in list(self._busy.values())
+                   for forward in list(forwards))
+
+    def abort_all(self):
+        """This relay ends."""
+        for forwards in list(self._busy.values()):
+            for forward in list(forwards):
+                forward.abort()
+
     def look_after(self, homes):
         """These relays missed their beats: abandon what was forwarded to those that do not
         answer. Returns at once."""
@@ -7679,7 +7699,7 @@ class Forward:
         self.connection = exchange.connection
         # A provider's polls have a connection of their own for as long as the provider's
         # lasts: the home takes its closing for the provider's end.
-        self._is_poll = exchange.head.path[::2] == ("provider", "poll")
+        self.is_poll = exchange.head.path[::2] == ("provider", "poll")
         self._lock = threading.Lock()      # so that abort never meets one that was given back
         self._sock = None
 
@@ -7689,6 +7709,7 @@ class Forward:
         self._send(self._head(len(self.exchange.body)) + self.exchange.body)
         if len(self.exchange.body) > KEEP_BODY_BYTES:
             self.exchange.body = None      # the answer may take long
+        self.exchange.body_room.close()
         self.peers.started(self)
         self.connection.when_gone(self.abort)
         try:
@@ -7743,7 +7764,7 @@ class Forward:
 
     def _take(self):
         home, sock = self.connection.__dict__.pop("upstream", ("", None))
-        if self._is_poll and home == self.home and not is_ready(
+        if self.is_poll and home == self.home and not is_ready(
                 sock, selectors.EVENT_READ, 0):
             return sock
         if sock is not None:
@@ -7793,7 +7814,7 @@ class Forward:
         sock, connection = self._let_go(), self.connection
         if sock is None or connection.gone:
             pass
-        elif self._is_poll:
+        elif self.is_poll:
             connection.upstream = self.home, sock
             connection.on_close = functools.partial(close_upstream, connection)
         else:
@@ -7863,6 +7884,7 @@ class ClusterExchange(Exchange):
     """An Exchange that may come from another relay, or have to go there."""
 
     body = None                            # as it was read, until its service is known
+    body_room = None                       # the memory that is taken for it, to be closed
     caller_is_local = None                 # as the relay said that forwards it; None: none does
     _local = False
 
@@ -7918,8 +7940,8 @@ class ClusterExchange(Exchange):
         """Send the request to the home of a service, and its response to the client. If
         that relay is home no more, another is asked, or this one becomes home."""
         self.release_large_body()
-        with self._slot_for(name), BytesUnderWay(self) as count:
-            self.read_bytes(None, count)
+        with self._slot_for(name), contextlib.ExitStack() as self.body_room:
+            self.read_bytes(None, self.body_room.enter_context(BytesUnderWay(self)))
             self.body_read = True
             for _ in range(3):
                 self.relay.registry.counts["forwarded"] += 1

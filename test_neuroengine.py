@@ -8849,6 +8849,20 @@ def test_cluster_a_stopping_relay_gives_its_homes_up(cluster):
     assert relays[1].broker.counts["jobs"] == 1
 
 
+def test_cluster_a_stopping_relay_passes_answers_on_to_their_end(cluster):
+    relays = cluster(2)
+    hand = FarHand(relays[0], relays[0])
+    sock = sent(relays[1], "/" + hand.name, {"message": "hi", "stream": True})
+    job = hand.next_job()
+    hand.reply(job, ["a"])
+    stopped = in_thread(relays[1].stop, SOON)
+    until(lambda: relays[1].broker.draining)
+    hand.reply(job, ["b"], at=1, done=True)
+    assert [record.get("items") for record in records_of(sock) if "items" in record] == [
+        ["a"], ["b"]]
+    stopped()
+
+
 def test_cluster_the_directory_shows_all_services_from_every_relay(cluster):
     relays = cluster(3)
     hand, name = FarHand(relays[0], relays[1]), name_of()
