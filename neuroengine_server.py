@@ -7376,7 +7376,8 @@ class EngineRegistry(Registry):
         homes, self.counters = self.store.table("homes"), self.store.table("counters")
         records = self.store.table("services")
         for name in set(self.records) | set(records):
-            self._apply(name, records.get(name), homes.get(name))
+            if name in records or name not in self._remembered:      # else it comes back
+                self._apply(name, records.get(name), homes.get(name))
 
     def _write_back(self):
         """The engine has lost its data, and the homes write theirs; what has no home alive
@@ -7485,7 +7486,7 @@ class EngineRegistry(Registry):
                     int(1000 * MISSED_SECONDS))
                 if what == "home":
                     return self._claimed(name, *more)
-                if what == "unknown":
+                if what == "unknown" and name not in self._remembered:
                     self._know(name, None, None)
                     return Broker.find(self._broker, name)       # which says so
                 if what == "held":
@@ -7763,12 +7764,12 @@ class Forward:
         raise NotSent(False)
 
     def _take(self):
-        home, sock = self.connection.__dict__.pop("upstream", ("", None))
-        if self.is_poll and home == self.home and not is_ready(
-                sock, selectors.EVENT_READ, 0):
-            return sock
-        if sock is not None:
-            sock.close()
+        if self.is_poll:
+            home, sock = self.connection.__dict__.pop("upstream", ("", None))
+            if home == self.home and not is_ready(sock, selectors.EVENT_READ, 0):
+                return sock
+            if sock is not None:
+                sock.close()
         return self.peers.take(self.home)
 
     def _receive(self):

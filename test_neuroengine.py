@@ -8607,6 +8607,9 @@ def test_cluster_a_provider_that_vanishes_at_one_relay_loses_its_jobs_at_the_hom
         assert service.sessions
         answer = in_thread(ask, relays[1], "/" + hand.name, {"message": "hi"})
         hand.next_job()
+        hand.reply({"job": "none", "attempt": 0}, [])          # the same connection
+        time.sleep(0.3)                    # three times close_seconds: it is there still
+        assert service.sessions
         hand.connection.close()            # between two polls
         until(lambda: not service.sessions)
         hand.session, hand.running = hand.call("login")["session"], []
@@ -8768,7 +8771,10 @@ def test_cluster_prompts_go_on_while_the_engine_is_away(cluster, engine, how):
 def test_cluster_an_engine_that_lost_its_data_gets_it_back(cluster, engine):
     relays = cluster(2)
     hand = FarHand(*relays)
-    engine.call("FLUSHALL")
+    with relays[0].registry.changing:      # the home is the last to notice
+        engine.call("FLUSHALL")
+        until(lambda: relays[1].registry._remembered)
+        assert hand.name.lower() in relays[1].registry.records
     until(lambda: engine.call("HGET", "{neuroengine}:homes", hand.name.lower())
           == relays[0].registry.id)
     answer = in_thread(ask, relays[1], "/" + hand.name, {"message": "hi"})
