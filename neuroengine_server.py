@@ -2075,6 +2075,7 @@ class Outlet:
     def answer(self):
         """Serve the exchange from its own thread, until the answer is complete. Raises
         PeerGone, or RelayError before the response has begun."""
+        self.exchange.release_large_body()     # which an answer may outlast by an hour
         if self.exchange.slot is not None:
             self.exchange.slot.give_way = self._give_way
         self.connection.when_gone(functools.partial(self.broker.hang_up, self.reader))
@@ -2481,7 +2482,6 @@ def submit_native(exchange, service, request, by_operator, access):
     payload = to_json({field: value for field, value in request.items()
                        if field not in NOT_FOR_PROVIDERS})
     request.clear()
-    exchange.release_large_body()
     job = Job(service, payload, caller, holder=exchange.address, access=access,
               rated=not exchange.local, by_operator=by_operator, wait=wait,
               prefixes=prefixes)
@@ -4829,7 +4829,6 @@ def submit_api(exchange, api, service, request, by_operator, access, opaque):
                                 if field not in FOR_RELAY and field != "reply_so_far"},
                                api=api))
     request.clear()
-    exchange.release_large_body()
     job = Job(service, payload, caller, holder=exchange.address, access=access,
               rated=not exchange.local, by_operator=by_operator, urgent=APIS[api].urgent,
               wait=wait, grace=None if repeat else 0.0, cost=cost,

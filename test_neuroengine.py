@@ -1134,6 +1134,9 @@ class FakeExchange:
     def release_slot(self):
         self.released = True
 
+    def release_large_body(self):
+        pass
+
 
 class Upper:
     """An encoder that shouts."""
@@ -2500,6 +2503,20 @@ def test_a_connection_that_is_to_be_closed_closes_with_its_answer(relay, hand, m
         hand.reply(hand.next_job(), ["a"], done=True)
         while sock.recv(65536):            # its time limit is SOON
             pass
+
+
+@pytest.mark.parametrize("more", ({"stream": True}, {"gettokens": 9}))
+def test_a_large_body_that_reads_on_delays_no_other_body(relay, hand, more):
+    prompt = {"message": "x" * 100000, "key": "a key of the longer kind"}
+    begun = sent(relay, "/" + hand.name, dict(prompt, stream=True))
+    job = hand.next_job()
+    hand.reply(job, ["a"])
+    until(lambda: b'"a"' in begun.recv(9999))
+    waiting = sent(relay, "/" + hand.name, dict(prompt, at=1, **more))
+    until(lambda: len(relay.broker._jobs[job["job"]].readers) == 2)
+    assert ask(relay, "/" + hand.name, {"message": 3, "more": "x" * 100000})[0] == 400
+    hand.reply(job, done=True, at=1)
+    begun.close(), waiting.close()
 
 
 def test_large_answers_that_come_at_once_are_sent_at_once(relay, hand, monkeypatch):
