@@ -2556,7 +2556,7 @@ def run_listenings(listenings):
             for listening in listenings:
                 listening.server._stopping = True      # seen by one that is only beginning
                 listening.stop()
-    with signals_call(stop):
+    with signals_call(stop), contextlib.closing(listenings[0].status):
         left = 2 * CANCEL_SECONDS / SLICE_SECONDS      # slices to wait after a signal
         try:
             threading.Thread(target=run, daemon=True).start()
@@ -2680,6 +2680,12 @@ class Status:
                 self.stream.write("%s%s\n" % ("" if self.live else time.strftime("%H:%M:%S "),
                                               printable(text, lines=True)))
                 self.stream.flush()
+
+    def close(self):
+        """Clear the live line."""
+        with self._lock:
+            self._shows = False
+            self._line.show("")
 
     def failure(self, text):
         """Say that something raised, with its traceback."""
@@ -4107,7 +4113,7 @@ def own_key(transport, options, name, say):
                 raise of_service(error, transport, name, key, source)
             say("There is no service %s yet at %s, and %s belongs to another." % (
                 name, transport.base, source.partition(",")[0]))
-    key, path = register(transport, options, name)
+    key, path = register(transport, options, name, key)
     say("Registered %s; its service key is kept in %s." % (name, path))
     return key
 
@@ -4123,8 +4129,9 @@ def service_path(name):
     return "/api/services/%s" % urllib.parse.quote(name, safe="")
 
 
-def register(transport, options, name):
-    """Register a service; its key, and the file that keeps it from now on."""
+def register(transport, options, name, old=""):
+    """Register a service; its key, and the file that keeps it from now on. old: the key that
+    its name may be reserved for, if there is no file with it."""
     path = key_file(transport.base, name)
     check_can_save(path)
     body = {"name": name, "operator": options.operator or "", "comment": options.comment or ""}
@@ -4134,7 +4141,7 @@ def register(transport, options, name):
     if invitation:
         body["invitation"] = invitation
     # A name that was in use before is only given to the holder of its old key.
-    old = read_key(path, needed=False)
+    old = read_key(path, needed=False) or old
     try:
         answer = transport.call("POST", "/api/services", body, key=old,
                                 idempotency_key=secrets.token_hex(16))
@@ -4759,9 +4766,9 @@ def run_register(options):
             if error.name not in ("invalid_key", "service_unknown"):
                 raise of_service(error, transport, options.name, key, source)
             if options.key or options.key_file:
-                print("%s is not used: a new service gets a key of its own." % (
-                    source[:1].upper() + source[1:]), file=sys.stderr)
-    key, path = register(transport, options, options.name)
+                print("There is no service %s yet, and a new one gets a key of its own."
+                      % options.name, file=sys.stderr)
+    key, path = register(transport, options, options.name, key)
     print("Registered %s. Its service key, which is not shown again, is in %s:\n%s" % (
         options.name, path, key))
 

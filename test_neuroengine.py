@@ -7292,7 +7292,7 @@ def test_chat_on_a_terminal_says_at_once_that_nobody_will_answer(command, relay,
 def test_a_key_that_is_not_used_is_said_not_to_be(command, relay, monkeypatch):
     mine, other, third = name_of(), name_of(), name_of()
     key = command(relay, "register", mine)[1].split()[-1]
-    assert "--key is not used: a new service gets a key of its own" in command(
+    assert "no service %s yet, and a new one gets a key of its own" % other in command(
         relay, "register", other, "--key", key)[1]
     monkeypatch.setenv("NEUROENGINE_KEY", key)
     status, text = command(relay, "keys", other, "--private")
@@ -7310,6 +7310,28 @@ def test_rename_takes_the_key_file_along(command, relay, tmp_path):
     assert files == [new.lower() + ".key"]
     assert "no access keys" in command(relay, "keys", new)[1]
     assert "`register %s` makes one" % name in command(relay, "keys", name)[1]
+
+
+def test_a_reserved_name_is_registered_again_with_its_old_key(command, relay, provide, tmp_path):
+    name, new = name_of(), name_of()
+    key = command(relay, "register", name)[1].split()[-1]
+    assert NeuroengineServer(relay.url).login(name, key) == 0
+    command(relay, "rename", name, new)
+    assert "is reserved" in command(relay, "register", name)[1]
+    status, text = command(relay, "register", name, "--key", key)
+    assert status == 0 and "Registered %s" % name in text
+
+
+def test_the_live_line_of_a_provider_is_gone_when_it_ends(relay, hand):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    status = neuroengine.Status(stream=Terminal())
+    status.show()
+    assert "waiting" in status.stream.getvalue().rpartition("\r")[2]
+    status.close()
+    status.show()
+    assert status.stream.getvalue().rpartition("\r")[2] == ""
 
 
 def test_registering_twice_gives_the_key_again(command, relay):
