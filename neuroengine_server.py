@@ -767,6 +767,7 @@ class Admission:
 
 MAX_SESSIONS_PER_JOB = 3     # a job goes to at most this many sessions
 MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
+MAX_UNKNOWN_LEASES = 64      # of a session at once: a provider could make up any number
 MAX_HANDOVER_BYTES = 1 << 22     # prompts in one response, if there is more than one
 
 
@@ -1534,6 +1535,7 @@ class Broker(Jobs):
     def _confirm_locked(self, session, running):
         """Compare what the provider has in hand with what we think it has."""
         now, running = self._clock(), set(running)
+        unknown = sum(lease.job is None for lease in session.leases.values())
         for pair in running:
             lease = session.leases.get(pair) or self._continue_locked(session, pair)
             if lease is not None and lease.state != "cancelled":
@@ -1542,10 +1544,10 @@ class Broker(Jobs):
                 # Say it again only if the response that said it may have been lost.
                 if now - lease.since >= self.limits.handover_seconds / 2:
                     lease.move("cancelled", now)
-            elif pair not in session.ended and session.free() > -session.workers:
-                # Not its own (else its last push overtook this poll). At most twice its
-                # workers in all: pairs can be made up without end.
+            elif pair not in session.ended and unknown < MAX_UNKNOWN_LEASES:
+                # Not its own (else its last push overtook this poll).
                 Lease(session, None, pair, "cancelled", now)
+                unknown += 1
         for lease in list(session.leases.values()):
             if lease.pair not in running and lease not in session.outbox:
                 self._missing_locked(session, lease, now)
@@ -1911,6 +1913,11 @@ class Exchange:
             self.bounds.megabytes.take_by_address(
                 self.address, LARGE_PER_MINUTE, 60, "large requests, in MB")
 
+    def drop(self, request):
+        """Empty a request before this thread waits: it may be large."""
+        request.clear()
+        self.release_large_body()
+
     def release_large_body(self):
         """The body, if it was large, is not in memory as objects any more."""
         if self.large:
@@ -2032,6 +2039,7 @@ class Exchange:
     def fail(self, error):
         """Answer with an error. Raises PeerGone if a part of the response was sent."""
         self.release_slot()
+        self.release_large_body()
         if self.started:
             raise PeerGone()               # too late for a status: cut it short
         self.send_whole(*self.error_response(error))
@@ -2404,6 +2412,7 @@ def post_native(exchange, name=None):
     request = exchange.read_object(None if service else MAX_SMALL_BODY_BYTES)
     command = request.get("command")
     if command == "getmodels":
+        exchange.drop(request)
         return send_models(exchange)
     if service is None:
         raise refusal or RelayError("invalid_request", "Send prompts to /{service}.")
@@ -2415,11 +2424,13 @@ def post_native(exchange, name=None):
     if command is not None:
         raise RelayError("invalid_request", "There is no command %s. The commands are "
                          "getmodels and cancel." % printable(command, 40), param="command")
-    # Read these now: submit_native empties the request, which may be large.
     stream, key, at = request.get("stream"), request.get("key"), request.get("at")
     wanted = request.get("gettokens", 20)
     exchange.take_slot(reserved=by_operator or access is not None)
-    reader = submit_native(exchange, service, request, by_operator, access)
+    try:
+        reader = submit_native(exchange, service, request, by_operator, access)
+    finally:
+        exchange.drop(request)
     if stream:
         StreamOutlet(exchange, reader, NativeStream()).answer()
     elif key:
@@ -2435,6 +2446,7 @@ def cancel_native(exchange, service, request, access):
     identity = Identity("repeat", service, exchange.caller(access), key[:512])
     if not exchange.broker.is_known(identity):
         identity = stream_identity(exchange, service, key, access)
+    exchange.drop(request)
     reader = open_stream(exchange, identity, 0)
     exchange.broker.cancel(reader.job)
     exchange.broker.leave(reader, True)
@@ -2481,7 +2493,7 @@ def submit_native(exchange, service, request, by_operator, access):
     prefixes = prefixes_of(service, prompt)
     payload = to_json({field: value for field, value in request.items()
                        if field not in NOT_FOR_PROVIDERS})
-    request.clear()
+    exchange.drop(request)
     job = Job(service, payload, caller, holder=exchange.address, access=access,
               rated=not exchange.local, by_operator=by_operator, wait=wait,
               prefixes=prefixes)
@@ -2522,6 +2534,7 @@ def post_poll(exchange, name):
     service, request = read_authorized(exchange, name)
     check_fields(request, POLL_FIELDS)
     session, running = session_of(request), request.get("running") or []
+    exchange.drop(request)
     try:
         running = [(job, attempt) for job, attempt in running]
         if not all(is_lease(job, attempt) for job, attempt in running):
@@ -2540,6 +2553,7 @@ def post_poll(exchange, name):
     exchange.connection.on_close = lost
     first = not any(session.parked for session in list(service.sessions.values()))
     with exchange.bounds.polls.take(exchange.address, reserved=first, give_way=lost):
+        running = iter(running)            # gone once it was read, before the wait
         offers, cancels = broker.poll(service, session, token, running)
     send_work(exchange, offers, cancels)
 
@@ -2553,8 +2567,9 @@ def post_reply(exchange, name):
                          % MAX_ENTRIES, param="replies")
     for entry in entries:
         check_entry(entry)
-    exchange.release_large_body()
     refused, offers, cancels = exchange.broker.push(service, session, entries)
+    entries.clear()
+    exchange.drop(request)
     send_work(exchange, offers, cancels, refused)
 
 
@@ -4747,7 +4762,9 @@ def post_api(exchange, api, name=None):
     check_api(api, service, request, opaque)
     cap_length(request, access, APIS[api].usual_length)
     exchange.take_slot(reserved=by_operator or access is not None)
-    stream, options = request.get("stream"), request.get("stream_options") or {}
+    stream = request.get("stream")
+    options = request.get("stream_options") or {}
+    options = {name: bool(options.get(name)) for name in ("include_usage", "include_queue")}
     reader = submit_api(exchange, api, service, request, by_operator, access, opaque)
     if opaque:
         encoder = OpaqueStream(api, service) if stream else OpaqueWhole(api)
@@ -4828,7 +4845,7 @@ def submit_api(exchange, api, service, request, by_operator, access, opaque):
         payload = to_json(dict({field: value for field, value in request.items()
                                 if field not in FOR_RELAY and field != "reply_so_far"},
                                api=api))
-    request.clear()
+    exchange.drop(request)
     job = Job(service, payload, caller, holder=exchange.address, access=access,
               rated=not exchange.local, by_operator=by_operator, urgent=APIS[api].urgent,
               wait=wait, grace=None if repeat else 0.0, cost=cost,
