@@ -3686,6 +3686,40 @@ def test_a_request_that_waits_keeps_its_body_neither_in_memory_nor_in_others_way
             key.close()
 
 
+def test_a_chunked_body_is_bounded_by_what_it_says_and_not_only_by_what_comes(relay, hand):
+    head = (b"POST /%s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+            % hand.name.encode())
+    said = raw(relay, head + b"%x\r\n" % (relay.limits.max_request_bytes + 1))
+    assert said.startswith(b"HTTP/1.1 413")
+    piece = b"%x\r\n%s\r\n" % (1 << 19, b"x" * (1 << 19))
+    assert raw(relay, head + 3 * piece).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
+def test_a_handshake_that_is_not_ended_is_cut_even_if_bytes_drip(tmp_path):
+    tls = neuroengine_server.Certificate(*neuroengine_server.self_signed(str(tmp_path)))
+    with running_relay(tls=tls, limits=Limits(handshake_seconds=0.3)) as relay, \
+            socket.create_connection(relay.server_address[:2], patient(SOON)) as sock:
+        sock.settimeout(0.05)
+        deadline = time.monotonic() + patient(SOON)
+        for byte in itertools.chain(b"\x16\x03\x01\x02\x00\x01\x00", itertools.repeat(0)):
+            assert time.monotonic() < deadline
+            with contextlib.suppress(socket.timeout):
+                try:
+                    sock.send(bytes([byte]))
+                    if not sock.recv(100):
+                        break
+                except ConnectionError:
+                    break
+
+
+def test_text_of_others_becomes_one_line_of_ascii_in_logs_and_words(capfd):
+    text = "a\nb\r\x1b[2J\x00\x7f\u202e\u2028 \ud800 level=\"x\""
+    neuroengine_server.log("event", text=text)
+    for line in (capfd.readouterr().err, neuroengine_server.printable(text) + "\n"):
+        assert line.count("\n") == 1 and line.isascii() and line[:-1].isprintable()
+
+
 def test_a_poll_that_nobody_reads_counts_as_memory():
     size = 15 << 20                        # more than the kernel takes off our hands
     with running_relay(limits=Limits(max_held_bytes=5 * size)) as relay:
