@@ -580,7 +580,10 @@ class Lease:
 
 
 class Timers:
-    """A heap of calls and their instants on the injected clock. Its user holds the lock."""
+    """A heap of calls and their instants on the injected clock. Its user holds the lock.
+
+    A job is named by its id, not referred to: a timer would keep it in memory.
+    """
 
     def __init__(self, clock, lock):
         self._clock, self._heap = clock, []
@@ -1159,13 +1162,15 @@ class Jobs:
         """Reserve a job for the session that answered its conversation, for a while."""
         seconds = self._affinity.look(job) if job.prefixes else 0
         if seconds:
-            self._timers.call_later(seconds, self._prefer_no_more_locked, job)
+            self._timers.call_later(seconds, self._prefer_no_more_locked, job.id)
 
-    def _prefer_no_more_locked(self, job):
+    def _prefer_no_more_locked(self, job_id):
         """A job that was reserved may go to any session."""
-        job.prefers = None
-        if job.state == "queued":
-            self._dispatch_locked(job.service)
+        job = self._jobs.get(job_id)
+        if job is not None:
+            job.prefers = None
+            if job.state == "queued":
+                self._dispatch_locked(job.service)
 
     def _enqueue_locked(self, job):
         """Queue a job, and give it to a provider that waits."""
@@ -1175,7 +1180,7 @@ class Jobs:
             self._dispatch_locked(service)
         elif not service.sessions:
             self._timers.call_later(self.limits.offline_seconds, self._deserted_locked,
-                                    service, job)
+                                    service, job.id)
 
     def _end_locked(self, job, state, error=None):
         """End a job: state is "done", "failed" or "cancelled"."""
@@ -1776,13 +1781,14 @@ class Broker(Jobs):
         if left < math.inf:
             self._check_handover_later_locked(session, left)
 
-    def _deserted_locked(self, service, *jobs):
+    def _deserted_locked(self, service, job_id=None):
         """Some time after the last provider left, or the last that can go on with a begun
-        answer: has one come back? jobs: those that must not wait longer; by default all."""
+        answer: has one come back? job_id: of the job that must not wait longer; None: all."""
         if service.continues():
             return
-        for job in jobs or list(service.queue):
-            if job.state != "queued":
+        jobs = list(service.queue) if job_id is None else [self._jobs.get(job_id)]
+        for job in jobs:
+            if job is None or job.state != "queued":
                 continue
             if job.seen:
                 self._end_locked(job, "failed", self._lost_midway(service))

@@ -791,6 +791,28 @@ def test_the_first_token_of_a_job_begun_anew_is_that_of_the_new_attempt(desk):
     assert reader.job.first_at == desk.time and desk.broker.read(reader) == (["b"], True)
 
 
+def test_no_timer_keeps_a_cancelled_prompt_in_memory(desk):
+    """Timers may be minutes away, and a prompt is up to 20 MB."""
+    sessions = [desk.login(), desk.login()]
+    for _ in range(2):                     # the second is reserved for a session
+        reader = desk.submit(prefixes=(b"a",), wait=True)
+        prompts = [weakref.ref(reader.job)]
+        desk.broker._affinity._last.clear()
+        desk.broker._affinity._last["Llm", b"a"] = sessions[0]
+        desk.service.cold, desk.service.warm = 1.0, 0.0
+        desk.broker.cancel(reader.job)
+        desk.broker.leave(reader, True)
+    for session in sessions:
+        desk.broker.logout(desk.service, session)
+    reader = desk.submit(wait=True)        # this one waits without a provider
+    prompts.append(weakref.ref(reader.job))
+    desk.broker.cancel(reader.job)
+    desk.broker.leave(reader, True)
+    del reader
+    gc.collect()
+    assert len(desk.broker._timers) > 2 and not any(prompt() for prompt in prompts)
+
+
 def test_a_provider_that_cannot_stop_at_once_keeps_its_session(desk):
     """While a cancelled job was all it had, its poll was held for longer than its lease."""
     reader, session, job = desk.start()

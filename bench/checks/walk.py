@@ -155,7 +155,8 @@ class Walk:
             service, b"x" * rand.choice((2, 50, 3000, 9000)), caller, holder=address,
             rated=True, by_operator=kind > 0.9, wait=rand.random() < 0.5,
             grace=rand.choice((None, None, 0)), access=access, urgent=rand.random() < 0.1,
-            needs=rand.choice((None,) * 4 + ("chat",)))
+            needs=rand.choice((None,) * 4 + ("chat",)),
+            prefixes=rand.choice(((), (b"a",), (b"a", b"b"))))
         self.attach(lambda: self.broker.submit(job, identity, 0), identity)
 
     def attach(self, open_reader, identity):
