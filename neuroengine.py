@@ -1968,6 +1968,10 @@ class Outbox:
             self._fresh.clear()
 
 
+# What a callback may raise; sys.exit() in one ends neither its thread nor its event loop.
+RAISED = (Exception, SystemExit, KeyboardInterrupt)
+
+
 class Workers:
     """Answer jobs by a user's callback, in threads; coroutines on an event loop."""
 
@@ -2038,14 +2042,14 @@ class Workers:
                     self._outbox.wait_for_room(work)
                     if not self._outbox.put(work, item):
                         break
-        except Exception as why:
+        except RAISED as why:
             error = self._error_of(work, why)
         finally:
             close = getattr(answer, "close", None)
             if close is not None:
                 try:
                     close()
-                except Exception:
+                except RAISED:
                     self._listening.status.failure("Closing it failed:")
         self._end(work, error)
 
@@ -2099,13 +2103,13 @@ class Workers:
                         break
         except asyncio.CancelledError:
             error = CANCELLED
-        except Exception as why:
+        except RAISED as why:
             error = self._error_of(work, why)
         finally:
             if hasattr(stream, "aclose"):
                 try:
                     await stream.aclose()
-                except Exception:
+                except RAISED:
                     self._listening.status.failure("Closing it failed:")
             self._end(work, error)
 

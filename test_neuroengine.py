@@ -4558,6 +4558,28 @@ def test_a_callback_that_raises_is_one_error_and_one_traceback(relay, provide, c
     assert capfd.readouterr().err.count("Traceback") == 1
 
 
+def exit_at_once(request):
+    sys.exit("bye")
+
+
+def exit_later(request):
+    yield "a"
+    sys.exit("bye")
+
+
+async def exit_in_a_coroutine(request):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("callback", [exit_at_once, exit_later, exit_in_a_coroutine])
+def test_a_callback_that_exits_is_an_error_of_its_client_alone(relay, provide, callback):
+    name, _ = provide(lambda request: "ok" if request["message"] == "ok" else callback(request))
+    api = client_of(relay, name)
+    for _ in range(2):
+        assert api.request("x", tries=1).error == "provider_error"
+    assert api.request("ok") == "ok"
+
+
 def test_the_callback_gets_all_fields_with_their_defaults(relay, provide):
     got = []
     name, _ = provide(lambda request: got.append(request) or "x")
