@@ -9294,7 +9294,7 @@ def test_cluster_the_end_of_a_chunked_body_is_found_in_any_pieces(step):
 # The page: three browsers, a relay, a provider, and a line that can be cut
 ##############################################################################
 
-PAGE_WAIT = 30000                          # milliseconds that only a failure reaches
+PAGE_WAIT = int(1000 * patient(30))      # milliseconds that only a failure reaches
 PAGE_CHROMIUM_OPTIONS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync").split()
