@@ -106,7 +106,7 @@ const cases = [
   }],
   ['context_length_exceeded', ['Bridge', 'Real'], (service) => rejects(
     client.chat.completions.create({ model: service, messages: user(
-      service === 'Bridge' ? 'context x' : 'word '.repeat(20000)) }),
+      service === 'Bridge' ? 'context x' : 'word '.repeat(40000)) }),
     (error) => assert.equal(error.code, 'context_length_exceeded'))],
   ['aborting the stream stops the provider', ['Text', 'Bridge', 'Real'], async (service) => {
     const prompt = unique('endless');

@@ -546,7 +546,7 @@ def reasoning_whole_and_streamed(service):
 
 @case("openai", "Bridge", "Real")
 def a_prompt_too_long(service):
-    text = "context x" if service == "Bridge" else "word " * 20000
+    text = "context x" if service == "Bridge" else "word " * 40000
     for stream in (False, True):
         with raises("BadRequestError") as got:
             openai_client().chat.completions.create(
@@ -646,7 +646,7 @@ def tools(service):
 
 @case("langchain-openai", "Bridge", "Real")
 def context_overflow_is_its_own_class(service):
-    text = "context x" if service == "Bridge" else "word " * 20000
+    text = "context x" if service == "Bridge" else "word " * 40000
     with raises("OpenAIContextOverflowError"):
         langchain_model(service).invoke(text)
     with raises("OpenAIContextOverflowError"):
@@ -754,7 +754,7 @@ def tools_and_reasoning(service):
 
 @case("litellm", "Bridge", "Real")
 def context_window_exceeded(service):
-    text = "context x" if service == "Bridge" else "word " * 20000
+    text = "context x" if service == "Bridge" else "word " * 40000
     with raises("ContextWindowExceededError"):
         lite(service, text)
 
