@@ -8,8 +8,8 @@ Each program is an entry of PROGRAMS: the packages that it needs, and its featur
 script in Python or JavaScript, or a command. Every feature runs in a process of its own with
 a time limit and a home folder of its own, against `neuroengine.py share` below a relay; what
 fails there is tried directly against the LLM server, too. A feature that fails only through
-the relay is a fault: then the exit status is 1. --readme runs what README's section "Use it with..."
-prints, exactly as it stands there, but for the relay's port.
+the relay is a fault: then the exit status is 1. --readme runs what README's section "Use it
+with..." prints, exactly as it stands there, but for the relay's port.
 
 --install fetches the packages into --cache: each program has a virtual environment or a
 node_modules of its own, because they do not agree on versions. The LLM server should be a
@@ -287,7 +287,8 @@ from langchain_openai import ChatOpenAI
 from langchain_anthropic import ChatAnthropic
 MODEL = os.environ["MODEL"]
 def model(**more):
-    return ChatOpenAI(model=MODEL, max_tokens=12, temperature=0, max_retries=0, **more)
+    return ChatOpenAI(**{**dict(model=MODEL, max_tokens=12, temperature=0, max_retries=0),
+                         **more})
 """
 
 LITELLM = """
@@ -475,7 +476,8 @@ PROGRAMS = [
                     "asyncio.run(main())",
         "chat": "print(repr(Runner.run_sync(Agent('a', model=OpenAIChatCompletionsModel(MODEL, "
                 "AsyncOpenAI()), model_settings=settings), 'Say hi').final_output))",
-        "a tool": "@function_tool\ndef weather(city: Literal['Rome']) -> str:\n    return 'sunny'\n"
+        "a tool": "@function_tool\ndef weather(city: Literal['Rome']) -> str:\n"
+                  "    return 'sunny'\n"
                   "print(len(Runner.run_sync(Agent('a', model=MODEL, tools=[weather], "
                   "model_settings=ModelSettings(max_tokens=60, temperature=0, tool_choice="
                   "'required')), 'Weather in Rome?').raw_responses))"}),
@@ -509,12 +511,10 @@ PROGRAMS = [
         "logprobs": "print(bool(model(logprobs=True).invoke('a').response_metadata["
                     "'logprobs']['content']))",
         "responses": "print(bool(model(use_responses_api=True).invoke('Hi').content))",
-        "structured output": "print(sorted(model(max_tokens=40).with_structured_output({'title': 'x', "
-                             "'type': 'object', 'properties': {'ok': {'type': 'boolean'}}, "
-                             "'required': ['ok'], 'additionalProperties': False}, method="
-                             "'json_schema').invoke('Hi')))".replace(
-                                 "model(max_tokens=40)", "ChatOpenAI(model=MODEL, "
-                                 "max_tokens=40, temperature=0)"),
+        "structured output": "print(sorted(model(max_tokens=40).with_structured_output({"
+                             "'title': 'x', 'type': 'object', 'properties': {'ok': {'type': "
+                             "'boolean'}}, 'required': ['ok'], 'additionalProperties': "
+                             "False}, method='json_schema').invoke('Hi')))",
         "anthropic": "print(bool(ChatAnthropic(model=MODEL, max_tokens=12).invoke('Hi')"
                      ".content))"}), pip=("langchain-openai", "langchain-anthropic")),
     Program("llama-index", scripts(LLAMA_INDEX, {
