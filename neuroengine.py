@@ -2192,6 +2192,8 @@ class NeuroengineServer:
         """
         if self.service_name is None:
             raise NeuroengineError(NO_CONNECTION, "Call login() before listen().")
+        if self._listening is not None:
+            raise RuntimeError("listen() runs already: pass workers=N for more prompts at once")
         if not callable(answer_callback):
             raise TypeError("listen() takes a function that answers a request, not %s: pass "
                             "answer, not answer()" % type(answer_callback).__name__)

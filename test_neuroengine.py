@@ -5396,6 +5396,14 @@ def test_listen_refuses_what_is_no_callback_and_no_number_of_workers(relay, hand
             server.listen(count_to(1), workers=workers)
 
 
+def test_a_second_listen_of_one_server_is_refused_while_the_first_runs(relay, provide):
+    name, server = provide(lambda request: "ok")
+    assert client_of(relay, name).request("hi") == "ok"
+    with pytest.raises(RuntimeError, match="runs already: pass workers=N"):
+        server.listen(lambda request: "other")
+    assert client_of(relay, name).request("hi") == "ok"
+
+
 def test_openais_name_for_the_longest_answer_is_taken(relay, provide):
     name, _ = provide(lambda request: str(request["max_new_len"]))
     api = client_of(relay, name)
