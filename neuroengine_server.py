@@ -6897,7 +6897,6 @@ if a[4] ~= '' then
 end
 redis.call('hdel', key('reserved'), name)
 redis.call('hset', key('services'), name, a[3])
-if id ~= '' then redis.call('hset', key('homes'), name, id) end
 announce(name)
 return 'ok'
 """
@@ -7066,7 +7065,7 @@ class EngineStore:
                                         old_digest, self._most)
         except EngineError:                # it may have been written all the same
             with contextlib.suppress(EngineError):
-                self.engine.run(PUT, self.home, name, record, "", "")
+                self.engine.run(PUT, "", name, record, "", "")
             raise
         if answer != "ok":
             raise self._refusal(answer, service.name)
@@ -7552,9 +7551,9 @@ class EngineRegistry(Registry):
         with self.changing:
             if not self.id:
                 raise self.silent_error()
+            # Its home will be the relay at which its provider logs in: HAProxy chooses.
             record = self.store.add(service, invitation, old_digest)
-            self._broker.add(service)
-            self._know(service.name.lower(), record, self.id)
+            self._know(service.name.lower(), record, None)
 
     def rename(self, service, name):
         with self.changing:

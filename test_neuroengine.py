@@ -9085,6 +9085,7 @@ def test_cluster_another_relay_takes_over(start, engine, how):
     _, other = start_cluster_relay(start, engine)
     name = name_of()
     key = ask(home, "/api/services", {"name": name})[1]["key"]
+    assert ask(home, "/api/services/" + name, Authorization="Bearer " + key)[0] == 200
     provider = start("-c", PROVIDER, other.url, name, key)
     provider.says("login 0")
     assert Neuroengine(name, other.url).request("3") == numbers(3)

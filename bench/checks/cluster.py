@@ -160,6 +160,9 @@ defaults
     default-server check inter 500ms fall 1 rise 1 on-marked-down shutdown-sessions
 frontend all
     bind 127.0.0.1:%d
+    http-request set-var(txn.service) path,field(2,/),lower
+    http-request set-var(txn.service) path,field(3,/),lower if { path_beg /provider/ }
+    http-request set-var(txn.service) path,field(4,/),lower if { path_beg /api/services/ }
     default_backend relays
 backend relays
     balance %s
@@ -172,13 +175,14 @@ backend relays
 class Balancer:
     """HAProxy in front of the relays."""
 
-    def __init__(self, space, nodes, balance="roundrobin"):
+    def __init__(self, space, nodes, balance="roundrobin", checks=True):
+        """checks: look whether each relay is healthy; on a busy machine some would not be."""
         self.port = free_port()
         self.url = "http://127.0.0.1:%d" % self.port
         path = space.path("haproxy-%d.cfg")
         with open(path, "w", encoding="ascii") as file:
             file.write(HAPROXY % (self.port, balance, "\n".join(
-                "    server r%d 127.0.0.1:%d" % (n, node.port)
+                "    server r%d 127.0.0.1:%d%s" % (n, node.port, "" if checks else " no-check")
                 for n, node in enumerate(nodes))))
         self.child = space.spawn("haproxy", "haproxy", "-db", "-f", path)
         wait_for(lambda: self._up(), 20, "the start of HAProxy", self.child.said)
@@ -489,7 +493,7 @@ def measure_scaling(space, server, seconds=10):
             measure_one(space, server, count, balance, seconds)
 
 
-HASH = """hash path,field(2,/),lower
+HASH = """hash var(txn.service)
     hash-type consistent"""
 
 
@@ -498,7 +502,7 @@ def measure_one(space, server, count, balance, seconds):
     nodes = [Node(space, "redis://127.0.0.1:%d" % engine.port) for _ in range(count)]
     for node in nodes:
         wait_for(node.ready, 10, "the start of a relay", node.child.said)
-    balancer = Balancer(space, nodes, HASH if balance.startswith("hash") else balance)
+    balancer = Balancer(space, nodes, HASH if balance.startswith("hash") else balance, False)
     names = ["S%d" % n for n in range(16)]
     providers = []
     for name in names:
@@ -508,15 +512,17 @@ def measure_one(space, server, count, balance, seconds):
     for provider in providers:
         provider.expect("logged in", 30)
     time.sleep(2)
-    stop, latencies = threading.Event(), []
+    stop, latencies, failures = threading.Event(), [], []
 
     def client(name):
         with contextlib.closing(connect(balancer.url)) as connection:
             while not stop.is_set():
                 prompt, began = prompt_of(random.getrandbits(30), 1), time.monotonic()
                 connection.request("POST", "/" + name, json.dumps({"message": prompt}))
-                reply = json.loads(connection.getresponse().read())["reply"]
-                assert reply == "".join(answer_of(prompt))
+                response = connection.getresponse()
+                status, data = response.status, response.read()
+                if status != 200 or json.loads(data)["reply"] != "".join(answer_of(prompt)):
+                    return failures.append((status, data[:200]))
                 latencies.append(time.monotonic() - began)
 
     threads = [threading.Thread(target=client, args=(names[n % 16],), daemon=True)
@@ -528,10 +534,12 @@ def measure_one(space, server, count, balance, seconds):
     cpu = sum(node.child.cpu() for node in nodes)
     forwarded = sum(node.metrics()["forwarded_total"] for node in nodes)
     time.sleep(seconds)
-    done = len(latencies)
+    done = len(latencies) or 1
     cpu = sum(node.child.cpu() for node in nodes) - cpu
     forwarded = sum(node.metrics()["forwarded_total"] for node in nodes) - forwarded
     stop.set()
+    if failures:
+        raise AssertionError(failures[:3])
     print("%-7d %-10s %10.0f %22.0f %7.1f %10.0f" % (
         count, balance.split()[0], done / seconds, 1e6 * cpu / done,
         1000 * percentile(latencies, 0.5), forwarded), flush=True)
