@@ -9807,7 +9807,7 @@ def test_page_manages_a_service_with_its_key(page_relay, page_tab):
     tab.tab.click("text=Delete Demo")
     assert page_relay.service("Demo", key)               # not before it is confirmed
     tab.tab.click("text=Delete for good?")
-    tab.shows("Nobody shares a model here yet", "#no-cards")
+    tab.shows("No models are shared here yet", "#no-cards")
 
 
 def page_manage(tab, key, name="Demo"):
@@ -10123,7 +10123,7 @@ def test_page_folds_reasoning(page_provider, page_tab):
     job.done("42", {"finish_reason": "length"})
     tab.idle()
     tab.shows("Thoughts")
-    tab.shows("Cut at the longest length")
+    tab.shows("Stopped at the length limit")
     tab.answers("42")
     tab.say("Inline")
     job = page_provider.next()
@@ -10381,12 +10381,12 @@ def test_page_is_of_use_while_the_service_is_offline(page_relay, page_tab):
     tab = page_tab()
     tab.expects_trouble = True
     tab.open()
-    tab.shows("Nobody serves it just now", "#banner")
+    tab.shows("Offline right now", "#banner")
     tab.say("Are you there?")
     tab.shows("Your message is kept", ".trouble")
     tab.tab.click("text=Tell me when it is back")
     tab.tab.click("text=Send when it is back")
-    tab.shows("Waiting until somebody serves it again")
+    tab.shows("Waiting until it is back online")
     provider = PageProvider(page_relay)
     tab.news()
     provider.next().done("Now I am.")
@@ -11214,13 +11214,13 @@ def test_page_shows_tool_calls_and_says_why_an_answer_is_empty(page_provider, pa
         {"tool_calls": [{"index": 0, "function": {"arguments": '"Rome"}'}}]},
         {"finish_reason": "tool_calls"})
     tab.shows("asked for the tool get_weather")
-    tab.shows("There is no text")
+    tab.shows("No text")
     assert not tab.tab.is_visible(".tools pre")
     tab.tab.click(".tools summary")
     tab.shows('"city": "Rome"', ".tools pre")
     for item, words in (({"finish_reason": "stop"}, "The answer is empty. The model ended it."),
                         ({"finish_reason": "content_filter"}, "Withheld by a filter"),
-                        ({"reasoning": "Hm."}, "There are thoughts, but no answer")):
+                        ({"reasoning": "Hm."}, "The model thought, but gave no answer")):
         tab.say("Again")
         tab.prompt(page_provider).done(item)
         tab.shows(words)
@@ -11313,7 +11313,7 @@ def test_page_directory_sorts_and_hides_what_says_nothing(page_relay, page_tab):
     assert tab.tab.eval_on_selector_all(".card h2", "all => all.map((el) => el.innerText)") == [
         "Demo", "Fast", "Slow", "Bare", "Asleep"]
     text = tab.tab.inner_text("#cards")
-    for words in ("2 wait · about 20", "You use it", "55 tokens/s", "sees images", "uses tools",
+    for words in ("2 waiting · about 20", "Used by you", "55 tokens/s", "sees images", "uses tools",
                   "3.3 tokens/s", "32k context"):
         assert words in text
     assert not re.search(r"\b0\b", text)
@@ -12088,7 +12088,7 @@ def test_page_axe_banners(page_relay, page_provider, page_sound):
     page_sound(tab, "shared conversation")
     page_provider.leave()
     tab.open("/Demo")
-    tab.shows("Nobody serves it", ".banner")
+    tab.shows("Offline right now", ".banner")
     page_sound(tab, "offline")
 
 
