@@ -10471,6 +10471,61 @@ def test_page_works_by_keyboard_alone(page_provider, page_tab):
             "Use it from code", "New conversation", "Export and import"} <= seen
 
 
+def page_focus(tab):
+    """What has the focus, as one who hears the page would name it."""
+    return tab.tab.evaluate("""() => { const el = document.activeElement;
+        return (el.getAttribute("aria-label") || el.labels?.[0]?.textContent
+            || el.textContent).trim().slice(0, 60); }""")
+
+
+def page_tab_to(tab, name, key="Tab"):
+    for _ in range(60):
+        if page_focus(tab) == name:
+            return
+        tab.tab.keyboard.press(key)
+    raise AssertionError("%s is not reached, but %s" % (name, page_focus(tab)))
+
+
+def test_page_keeps_the_focus_where_the_keyboard_was(page_provider, page_tab):
+    tab = page_tab().open()
+    press = tab.tab.keyboard.press
+    page_talk(tab, page_provider, "Hello", "One")
+    page_tab_to(tab, "Answer again", "Shift+Tab")
+    press("Enter")
+    tab.prompt(page_provider).done("Two")
+    tab.answers("Two")
+    tab.idle()
+    page_tab_to(tab, "Previous version", "Shift+Tab")
+    press("Enter")
+    tab.answers("One")
+    assert page_focus(tab) == "Previous version"         # and again goes back to the other
+    press("Enter")
+    tab.answers("Two")
+    page_tab_to(tab, "More")
+    press("Enter")
+    page_tab_to(tab, "Read aloud")
+    press("Escape")
+    assert page_focus(tab) == "More"
+    page_tab_to(tab, "Edit the answer", "Shift+Tab")
+    press("Enter")
+    tab.tab.keyboard.type("Three")
+    press("Tab")
+    press("Enter")
+    tab.answers("TwoThree")
+    assert page_focus(tab) == "Message"
+    page_tab_to(tab, "Rename Hello", "Shift+Tab")
+    press("Enter")
+    tab.tab.keyboard.type("Renamed")
+    press("Enter")
+    assert page_focus(tab) == "Renamed"
+    page_tab_to(tab, "Delete Renamed")
+    press("Enter")
+    tab.shows("Deleted “Renamed”", ".toast")
+    page_tab_to(tab, "Undo")
+    press("Enter")
+    tab.shows("Renamed", ".list")
+
+
 @in_each_browser
 def test_page_reads_out_states_and_the_whole_answer_once(page_provider, page_tab):
     tab = page_tab().open()
@@ -11001,7 +11056,9 @@ def test_page_hostile_share_link_stays_text(page_relay, page_provider, page_tab)
             {"kind": "image", "name": "x", "data": 'data:image/svg+xml,<svg onload="pwned=1">'},
             {"kind": "text", "name": "<b>", "data": "<img src=x onerror='pwned=2'>"}]},
         {"role": "assistant", "content": PAGE_HOSTILE, "stats": {"tokens": "<b>"}, "tools": [
-            {"name": "<iframe>", "arguments": "<script>"}, None, 7]}]}
+            {"name": "<iframe>", "arguments": "<script>"}, None, 7, {"name": PAGE_ODD}],
+         "reasoning": PAGE_ODD, "finish": "constructor"},
+        {"role": PAGE_ODD, "content": "x"}, {"role": "constructor", "content": "x"}]}
     tab = page_tab()
     tab.tab.goto(page_relay.url + page_packed(json.dumps(said).encode()))
     tab.shows("<iframe src=javascript:alert(1)>")
@@ -11175,6 +11232,10 @@ def test_page_imports_the_same_file_once(page_provider, page_tab, tmp_path):
         assert len(other.tab.query_selector_all(".message")) == 2
 
 
+# No text, and nothing that JavaScript could make one of.
+PAGE_ODD = {"toString": 1, "valueOf": 2}
+
+
 def test_page_takes_nothing_bad_from_an_imported_file(page_provider, page_tab):
     conv = {"id": "a" * 16, "service": "Demo", "title": "<b>", "updated": "soon",
             "leaf": "2", "settings": {"temperature": "<i>", "system": 5}, "messages": [
@@ -11186,12 +11247,21 @@ def test_page_takes_nothing_bad_from_an_imported_file(page_provider, page_tab):
                 {"id": "2", "role": "system", "content": "no"}, 5, None]}
     loop = dict(conv, id="b" * 16, title="Loop", messages=[
         {"id": "1", "parent": "1", "role": "user", "content": "round"}], leaf="1")
+    odd = dict.fromkeys(("id", "leaf", "title", "created", "updated", "settings"), PAGE_ODD)
+    message = dict.fromkeys(("id", "parent", "reasoning", "state", "created", "finish"), PAGE_ODD)
+    file = {"kind": "text", "name": PAGE_ODD, "size": PAGE_ODD, "data": "odd file"}
+    odd.update(service="Demo", messages=[
+        dict(message, role=PAGE_ODD), dict(message, role="constructor", content="no"),
+        dict(message, role="user", content="odd", files=[file, dict(file, kind=PAGE_ODD)],
+             tools=[{"name": PAGE_ODD}], stats={"tokens": PAGE_ODD, "rate": 1e300})])
     tab = page_tab().open()
     tab.tab.click("#open-export")
     tab.tab.set_input_files("#import", page_file("x.json", "application/json", json.dumps(
-        {"conversations": [conv, loop, 5, {"service": 1}]}).encode()))
-    tab.shows("2 conversations imported", ".toast")
+        {"conversations": [conv, odd, loop, 5, {"service": 1}]}).encode()))
+    tab.shows("3 conversations imported", ".toast")
     tab.tab.keyboard.press("Escape")
+    tab.tab.click(".list .pick >> text=Imported")
+    tab.shows("odd", ".message.user .said")
     tab.tab.click(".list .pick >> text=Loop")
     tab.shows("round", ".message.user")
     tab.tab.click(".list .pick >> text=<b>")
@@ -11220,6 +11290,7 @@ def test_page_shows_tool_calls_and_says_why_an_answer_is_empty(page_provider, pa
     tab.shows('"city": "Rome"', ".tools pre")
     for item, words in (({"finish_reason": "stop"}, "The answer is empty. The model ended it."),
                         ({"finish_reason": "content_filter"}, "Withheld by a filter"),
+                        ({"finish_reason": "constructor"}, "The answer is empty. Ended: constructor."),
                         ({"reasoning": "Hm."}, "The model thought, but gave no answer")):
         tab.say("Again")
         tab.prompt(page_provider).done(item)
@@ -11836,6 +11907,40 @@ def test_page_leads_from_a_footnote_mark_to_the_note(page_provider, page_tab):
     tab.tab.click("[aria-label='Footnote two']")
     tab.eventually("document.querySelector('[data-note=two]').getBoundingClientRect().bottom"
                    " <= innerHeight")
+
+
+PAGE_REFERENCES = """See [the *manual*][man], [Man] and [2], not [3], array[0] or [x][no such].
+
+[one [two][man] three](https://out.example/)
+
+Sources:
+[man]: https://a.example/man "The manual"
+[2]: <https://b.example/two>
+[bad]: javascript:alert(1)
+[good.example][2] is [good.example][3].
+
+[3]: https://evil.example/
+[man]: https://late.example/"""
+
+
+@in_each_browser
+def test_page_references_lead_to_the_addresses_below(page_provider, page_tab):
+    page_shows(page_tab().open(), page_provider, PAGE_REFERENCES,
+               "all('p:not(.footnote) a').map((a) => [a.textContent, a.href])", [
+                   ["the manual", "https://a.example/man"], ["Man", "https://a.example/man"],
+                   ["2", "https://b.example/two"], ["3", "https://evil.example/"],
+                   ["one [two][man] three", "https://out.example/"],
+                   ["good.example", "https://b.example/two"],
+                   ["good.example", "https://evil.example/"]])
+
+
+def test_page_references_say_where_they_lead_and_sources_stay(page_provider, page_tab):
+    tab = page_tab().open()
+    page_shows(tab, page_provider, PAGE_REFERENCES, "texts('.footnote')", [
+        '[man]: https://a.example/man "The manual"', "[2]: https://b.example/two",
+        "[3]: https://evil.example/", "[man]: https://late.example/"])
+    tab.shows("good.example (evil.example)")
+    tab.shows("array[0] or [x][no such]")
 
 
 def test_page_tables_look_like_tables(page_provider, page_tab):
