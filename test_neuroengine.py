@@ -10701,6 +10701,16 @@ if (user \u202e { admin \u2066
     "".join("  " * n + "- x\n" for n in range(200))
 
 
+def page_is_unharmed(tab):
+    """Nothing of a hostile text has become more than text."""
+    assert tab.tab.evaluate("window.pwned") is None
+    assert tab.tab.evaluate("document.querySelectorAll('#messages :is(script, img, iframe, "
+                            "object, style, svg:not(.icon))').length") == 0
+    assert tab.tab.evaluate("[...document.querySelectorAll('#messages *')].every((el) => "
+                            "[...el.attributes].every((a) => !/^on|^style$/.test(a.name)))")
+    assert tab.tab.evaluate("violations") == []
+
+
 @in_each_browser
 def test_page_hostile_reply_stays_text(page_provider, page_tab):
     tab = page_tab().open()
@@ -10708,16 +10718,11 @@ def test_page_hostile_reply_stays_text(page_provider, page_tab):
     page_provider.next().done(PAGE_HOSTILE)
     tab.idle()
     tab.shows("<iframe src=javascript:alert(1)>")
-    assert tab.tab.evaluate("window.pwned") is None
-    assert tab.tab.evaluate("document.querySelectorAll('#messages :is(script, img, iframe, "
-                            "object, style, svg:not(.icon))').length") == 0
     links = tab.tab.evaluate("[...document.querySelectorAll('.md a')].map((a) => a.href)")
     assert links and all(re.match("https://(evil|ok).example/", link) for link in links)
     assert not any("relative" in link or link == "https://evil.example/" for link in links)
-    assert tab.tab.evaluate("[...document.querySelectorAll('#messages *')].every((el) => "
-                            "[...el.attributes].every((a) => !/^on|^style$/.test(a.name)))")
     tab.shows("U+202E", ".code pre")
-    assert tab.tab.evaluate("violations") == []
+    page_is_unharmed(tab)
 
 
 def test_page_takes_a_line_of_a_megabyte(page_provider, page_tab):
@@ -11062,10 +11067,7 @@ def test_page_hostile_share_link_stays_text(page_relay, page_provider, page_tab)
     tab = page_tab()
     tab.tab.goto(page_relay.url + page_packed(json.dumps(said).encode()))
     tab.shows("<iframe src=javascript:alert(1)>")
-    assert tab.tab.evaluate("window.pwned") is None
-    assert tab.tab.evaluate("document.querySelectorAll('#messages :is(script, img, iframe, "
-                            "object, style, svg:not(.icon))').length") == 0
-    assert tab.tab.evaluate("violations") == []
+    page_is_unharmed(tab)
 
 
 @in_each_browser
@@ -11266,10 +11268,8 @@ def test_page_takes_nothing_bad_from_an_imported_file(page_provider, page_tab):
     tab.shows("round", ".message.user")
     tab.tab.click(".list .pick >> text=<b>")
     tab.shows("<iframe src=javascript:alert(1)>")
-    assert tab.tab.evaluate("window.pwned") is None
-    assert not tab.tab.query_selector("#messages img")
+    page_is_unharmed(tab)
     assert not [r for r in tab.requests if r.method == "POST"]   # nothing was "live"
-    assert tab.tab.evaluate("violations") == []
 
 
 # 8. Truth
@@ -11483,6 +11483,38 @@ def test_page_opens_its_database_again(page_provider, page_tab, how):
     assert len(tab.tab.query_selector_all(".message")) == 4
 
 
+PAGE_STORE = """(values) => new Promise((stored) => {
+    indexedDB.open("neuroengine").onsuccess = ({target: {result: db}}) => {
+        const all = db.transaction(["conversations", "messages"], "readwrite");
+        for (const [kind, value] of values) all.objectStore(kind).put(value);
+        all.oncomplete = () => stored(true);
+    }; })"""
+
+
+def test_page_leaves_out_what_it_cannot_show_of_its_store(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.tab.evaluate(PAGE_STORE, [
+        ["conversations", {"id": "a"}], ["conversations", {"id": "b", "service": 5, "title": {}}],
+        ["conversations", {"id": "c", "service": "Demo", "title": "Sound", "leaf": "2"}],
+        ["messages", {"id": "1", "conv": "c", "role": "user", "content": 5}],
+        ["messages", {"id": "2", "conv": "c", "role": "user", "content": "a sound one"}]])
+    tab.open()
+    assert tab.tab.eval_on_selector_all(".list .pick", "(all) => all.length") == 1
+    tab.tab.click(".list .pick >> text=Sound")
+    tab.shows("a sound one")
+
+
+@in_each_browser
+def test_page_shows_a_prompt_of_a_megabyte_from_a_link(page_relay, page_provider, page_tab):
+    said = {"title": "Long", "messages": [
+        {"role": "user", "content": "x" * 500000 + " y" * 200000 + "\nthe end"}]}
+    tab = page_tab()
+    tab.tab.goto(page_relay.url + page_packed(json.dumps(said).encode()))
+    tab.shows("Someone shared this conversation", "#banner")
+    tab.eventually("document.querySelector('.said').textContent.endsWith('y\\nthe end\\n')")
+    assert tab.wide() == []
+
+
 def test_page_reads_out_words_without_markdowns_signs(page_provider, page_tab):
     tab = page_tab().open()
     tab.say("Read")
@@ -11527,8 +11559,13 @@ def test_page_theme_can_be_chosen(page_provider, page_tab):
 
 def test_page_prints_the_whole_conversation(page_provider, page_tab):
     tab = page_tab(color_scheme="dark").open()
-    page_talk(tab, page_provider, "Long", "\n\n".join("line %d" % n for n in range(300)))
+    page_talk(tab, page_provider, "Long", "\n\n".join("line %d" % n for n in range(300))
+              + "\n\nhttps://a.example/ and [b](https://b.example/)")
+    tab.tab.evaluate("document.documentElement.dataset.theme = 'dark'")      # if chosen, too
     tab.tab.emulate_media(media="print")
+    assert tab.tab.evaluate("[...document.querySelectorAll('.md a')].map((a) => "
+                            "getComputedStyle(a, '::after').content)") == [
+        "none", '" (https://b.example/)"']               # an address stands there once
     height = tab.tab.evaluate("document.documentElement.scrollHeight")
     assert height > 300 * 20
     assert not tab.tab.is_visible("#side") and not tab.tab.is_visible("#composer")
