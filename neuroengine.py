@@ -3535,18 +3535,15 @@ class Events(StreamParser):
             return
         if not isinstance(event, dict):
             raise not_json()
-        progress = event.get("prompt_progress")
-        if progress is not None and self._hides_progress:
-            del event["prompt_progress"]
+        progress = event.pop("prompt_progress", None) if self._hides_progress else None
         if progress is None and event.get("type") not in self.OPENING:
             self._open(items)
             if self._look(kind, event):
                 items.append(self._item(kind, event))
-        elif self._look(kind, event):          # reports repeat what opens the stream
-            choices = event.get("choices")
-            index = [as_dict(choice).get("index") for choice in choices] if isinstance(
-                choices, list) else None
-            self._opening.setdefault(str((event.get("type"), index)), self._item(kind, event))
+        elif "choices" not in event and self._look(kind, event):
+            # Reports repeat what opens the stream; those with choices come before it.
+            key = event.get("type") if progress is not None else None
+            self._opening.setdefault(str(key or len(self._opening)), self._item(kind, event))
 
     def _item(self, kind, event):
         text = "data: " + compact(renamed(event, self._model.service))
