@@ -30,7 +30,7 @@ import venv
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
 
-from harness import Workspace, serving, share
+from harness import Workspace, end_on_signals, serving, share
 
 PYPI = ("openai", "langchain-openai", "litellm")
 NEEDED = ("mcp",)          # litellm imports it when there are tools, and does not say so
@@ -136,10 +136,10 @@ class FakeLLM(http.server.BaseHTTPRequestHandler):
                                    "data": [{"object": "embedding", "index": number,
                                              "embedding": vector}
                                             for number, _ in enumerate(inputs)]})
-        if self.path == "/apply-template":
-            return self.json(404, {"error": {"message": "File Not Found", "code": 404}})
         if self.path == "/v1/completions":
             return self.stream(iter(("Hel", "lo")))
+        if self.path != "/v1/chat/completions":            # share looks what there is
+            return self.json(404, {"error": {"message": "File Not Found", "code": 404}})
         text = body["messages"][-1]["content"]
         if isinstance(text, list):
             text = "".join(part.get("text", "") for part in text)
@@ -928,6 +928,7 @@ def main(argv=None):
         CONFIG.update(json.loads(os.environ["CLIENTS_CONFIG"]))
         run_cases(options.run)
         return 0
+    end_on_signals()
     os.makedirs(options.cache, exist_ok=True)
     if options.install:
         install(options.cache)
