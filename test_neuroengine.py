@@ -3758,7 +3758,7 @@ def test_a_poll_that_nobody_reads_counts_as_memory():
 
 
 def test_an_offer_whose_job_was_dropped_meanwhile_is_still_json():
-    job = neuroengine_server.Job(Service("Llm", ""), "alice", b"", 0.0)
+    job = neuroengine_server.Job(Service("Llm", ""), b"", "alice")
     said = []
     exchange = types.SimpleNamespace(
         response=lambda status, body: (b"", body), room=lambda size: contextlib.nullcontext(),
@@ -6895,9 +6895,8 @@ def test_names_and_models_of_share():
     assert pairs("Ann") == [("Ann", None)] and pairs("Ann", "--model", "q") == [("Ann", "q")]
     assert pairs("a=x:1", "b=y") == [("a", "x:1"), ("b", "y")]
     assert pairs("--all", "ann") == [("ann-llama3-8b", "a/llama3:8b"), ("ann-q", "q")]
-    for args in ((), ("a=x", "A=y")):
-        with pytest.raises(NeuroengineError):
-            pairs(*args)
+    with pytest.raises(NeuroengineError):
+        pairs("a=x", "A=y")
 
 
 @pytest.mark.parametrize("text, url", [
@@ -7417,7 +7416,7 @@ def test_chat_on_a_terminal_says_at_once_that_nobody_will_answer(command, relay,
     status, text = command(relay, "chat", "--service", "nosuch")
     assert status == 1 and "There is no service nosuch at" in text and "Talking" not in text
     status, text = command(relay, "chat", "--service", hand.name)
-    assert status == 0 and "%s is offline for 0 s." % hand.name in text and "Talking to" in text
+    assert status == 0 and "%s is offline for " % hand.name in text and "Talking to" in text
 
 
 def test_a_key_that_is_not_used_is_said_not_to_be(command, relay, monkeypatch):
