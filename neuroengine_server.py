@@ -6681,14 +6681,14 @@ class Engine:
         to about ENGINE_SECONDS. Raises EngineError."""
         began = time.monotonic()
         if began < self._silent_until:
-            raise EngineError("the engine %s does not answer" % self.shown)
+            raise EngineError("The engine %s does not answer" % self.shown)
         try:
             answers = self._ask_any(b"".join(map(self._encoded, commands)), len(commands))
         except (OSError, ValueError) as error:
             self.up, self.broken = False, True
             self._silent_until = time.monotonic() + FOLLOW_SECONDS
-            raise EngineError("the engine %s does not answer: %s" % (
-                self.shown, error)) from None
+            raise EngineError("The engine %s does not answer: %s" % (
+                self.shown, getattr(error, "strerror", None) or error)) from None
         self.up = True
         self.seconds.observe(time.monotonic() - began)
         for answer in answers:
@@ -8163,7 +8163,7 @@ def check_engine(options):
         policy = engine_setting(engine, "maxmemory-policy")
         keeps = engine_setting(engine, "appendonly")
     except (StoreError, EngineError, ValueError) as error:
-        return "error", "%s. See docs/cluster.md." % str(error).rstrip(".").capitalize()
+        return "error", "%s. See docs/cluster.md." % str(error).rstrip(".")
     version = info.get("valkey_version") or info.get("redis_version", "0")
     words = "The engine %s is %s %s" % (
         engine.shown, "Valkey" if "valkey_version" in info else "Redis", version)

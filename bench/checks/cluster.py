@@ -150,6 +150,7 @@ HAPROXY = """
 defaults
     mode http
     timeout connect 1s
+    timeout check %s
     timeout client 60s
     timeout server 3700s
     option forwardfor
@@ -175,13 +176,13 @@ backend relays
 class Balancer:
     """HAProxy in front of the relays."""
 
-    def __init__(self, space, nodes, balance="roundrobin", checks=True):
-        """checks: look whether each relay is healthy; on a busy machine some would not be."""
+    def __init__(self, space, nodes, balance="roundrobin", checks="500ms"):
+        """checks: how soon a relay must answer to be healthy; None: it always is."""
         self.port = free_port()
         self.url = "http://127.0.0.1:%d" % self.port
         path = space.path("haproxy-%d.cfg")
         with open(path, "w", encoding="ascii") as file:
-            file.write(HAPROXY % (self.port, balance, "\n".join(
+            file.write(HAPROXY % (checks or "1s", self.port, balance, "\n".join(
                 "    server r%d 127.0.0.1:%d%s" % (n, node.port, "" if checks else " no-check")
                 for n, node in enumerate(nodes))))
         self.child = space.spawn("haproxy", "haproxy", "-db", "-f", path)
@@ -274,14 +275,14 @@ class Clients:
 class Cluster:
     """Relays, engine, balancer, providers and clients."""
 
-    def __init__(self, space, server, balance="roundrobin"):
+    def __init__(self, space, server, checks="500ms"):
         self.space, self.server = space, server
         self.engine = Engine(space, server)
         self.lines = [Line(self.engine.port) for _ in range(3)]
         self.nodes = [Node(space, "redis://127.0.0.1:%d" % line.port) for line in self.lines]
         for node in self.nodes:
-            wait_for(node.ready, 10, "the start of a relay", node.child.said)
-        self.balancer = Balancer(space, self.nodes, balance)
+            wait_for(node.ready, 60, "the start of a relay", node.child.said)
+        self.balancer = Balancer(space, self.nodes, checks=checks)
         self.names = []
         self.key = self.register(SERVICE)
         self.providers = [self.start_provider() for _ in range(2)]
@@ -324,7 +325,7 @@ class Cluster:
 
     def restart(self, node):
         node.start()
-        wait_for(node.ready, 15, "the restart of a relay", node.child.said)
+        wait_for(node.ready, 60, "the restart of a relay", node.child.said)
 
     # Each fault returns what ends it.
 
@@ -438,7 +439,7 @@ BOUNDS = {"home_killed": 6, "home_stopped_10_s": 9, "home_sigterm": 2}   # other
 def short_run(server):
     """A short run, for the test suite; a list of what was wrong."""
     with Workspace("cluster") as space:
-        cluster = Cluster(space, server)
+        cluster = Cluster(space, server, "9s")       # the machine may be busy
         twice = run_fault(cluster, "home_sigterm", 2)[1]
         run_fault(cluster, "home_killed", 4)
         return cluster.troubles() + ["a prompt was run twice"] * twice
@@ -501,8 +502,8 @@ def measure_one(space, server, count, balance, seconds):
     engine = Engine(space, server)
     nodes = [Node(space, "redis://127.0.0.1:%d" % engine.port) for _ in range(count)]
     for node in nodes:
-        wait_for(node.ready, 10, "the start of a relay", node.child.said)
-    balancer = Balancer(space, nodes, HASH if balance.startswith("hash") else balance, False)
+        wait_for(node.ready, 60, "the start of a relay", node.child.said)
+    balancer = Balancer(space, nodes, HASH if balance.startswith("hash") else balance, None)
     names = ["S%d" % n for n in range(16)]
     providers = []
     for name in names:
