@@ -11331,6 +11331,14 @@ def test_page_says_at_once_that_a_key_is_wrong(page_relay, page_provider, page_t
     assert page_provider.arrived.empty()                 # no prompt was needed to find out
 
 
+def test_page_asks_the_relay_before_it_takes_the_key_of_an_invite(page_relay, page_tab):
+    tab = page_tab().open()
+    tab.expects_trouble = True
+    page_relay.change("Demo", private=True)              # the page has not heard of it yet
+    tab.tab.evaluate("location.hash = '#k=wrong'")
+    tab.shows("The key that you have for Demo is wrong", ".banner")
+
+
 def test_page_has_its_own_words_for_every_error(page_tab):
     tab, name = page_tab(), [""]
     tab.expects_trouble = True
