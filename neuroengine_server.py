@@ -7042,6 +7042,7 @@ class EngineStore:
         self.engine, self._most = engine, most
         self.home = ""                     # the relay's id; "" for a command
         self.fenced = 0                    # writes that were refused
+        self._withdrawn = []               # (name, record) of new services, see withdraw
 
     def changes(self):
         return 0                           # the registry follows them by itself
@@ -7064,13 +7065,20 @@ class EngineStore:
             answer = self.engine.change(ADD, self.home, name, record, invitation or "",
                                         old_digest, self._most)
         except EngineError:                # it may have been written all the same
-            with contextlib.suppress(EngineError):
-                self.engine.run(PUT, "", name, record, "", "")
+            self._withdrawn.append((name, record))
+            self.withdraw()
             raise
         if answer != "ok":
             raise self._refusal(answer, service.name)
         service.stored = True
         return record
+
+    def withdraw(self):
+        """Delete what was refused, but may have been written; as soon as that can be done."""
+        with contextlib.suppress(EngineError):
+            while self._withdrawn:
+                self.engine.run(PUT, "", *self._withdrawn[0], "", "")
+                self._withdrawn.pop(0)
 
     def rename(self, service, name, reserve):
         """Write another name, as Store.rename does; return the record. Raises RelayError."""
@@ -7323,8 +7331,10 @@ class EngineRegistry(Registry):
         """Beat and follow the changes, until the broker closes; for a thread."""
         renewed = time.monotonic()
         while not self._broker.closed:
-            if self.follow() and (self._revoked or self._unsaved or self._unsaved_quotas):
-                self.save()
+            if self.follow():
+                self.store.withdraw()
+                if self._revoked or self._unsaved or self._unsaved_quotas:
+                    self.save()
             if self._broker.draining:
                 self._give_up_idle()
             if time.monotonic() - renewed > RENEW_SECONDS:

@@ -8966,6 +8966,26 @@ def test_cluster_what_others_remember_is_written_back_after_the_homes(cluster, e
     until(lambda: engine.call("HEXISTS", "{neuroengine}:services", name.lower()))
 
 
+def test_cluster_a_change_waits_for_the_engines_replica(cluster, engine, tmp_path):
+    relay = cluster()
+    port = free_port()
+    engine.call("CONFIG", "SET", "port", str(port))
+    replica = subprocess.Popen([ENGINE_PROGRAM, "--port", str(free_port()), "--dir", str(tmp_path), "--save",
+                                "", "--replicaof", "127.0.0.1", str(port)],
+                               stdout=subprocess.DEVNULL)
+    try:
+        until(lambda: relay.registry.engine.replicas, 60)
+        until(lambda: ask(relay, "/api/services", {"name": name_of()})[0] == 201, 60)
+        replica.send_signal(signal.SIGSTOP)
+        name = name_of()
+        assert ask(relay, "/api/services", {"name": name})[1]["error"] == "relay_busy"
+        replica.send_signal(signal.SIGCONT)
+        until(lambda: ask(relay, "/api/services", {"name": name})[0] == 201, 60)
+    finally:
+        replica.kill()
+        replica.wait()
+
+
 def test_cluster_a_relay_that_is_home_no_more_cannot_write(cluster, engine):
     relays = cluster(2)
     hand = FarHand(*relays)
