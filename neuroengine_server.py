@@ -18,12 +18,12 @@ Anthropic APIs, operators, page, storage, serving, command line. Its sections ca
 be read in any order. Searching for "####" lists all sections, and ROUTES, at the
 end of the spine, lists all paths.
 
-A prompt goes in: Connection -> Exchange -> handler -> Admission -> Broker -> Lease (a
-provider's right to work on a job) -> provider. Items come out: push -> Broker -> Outlet
-(one for each response) -> Connection.
+A prompt goes in: Connection -> Exchange -> handler -> Broker (which asks Admission) ->
+Queue -> Lease (a provider's right to work on a job) -> poll. Items come out: push ->
+Broker -> Outlet (one for each response) -> Connection.
 
-The tables of fields, errors and limits are in docs/. What this does not protect
-against: the relay and the provider read what passes through them.
+ERRORS, LIMITS and the schemas named ..._FIELDS are the tables that docs/ repeats. What
+this does not protect against: the relay and the provider read what passes through them.
 """
 
 import sys
@@ -81,9 +81,9 @@ __all__ = ["Broker", "Limits", "Relay", "RelayError", "Store", "main"]
 
 ErrorKind = namedtuple("ErrorKind", "errorcode status type code retry")
 
-# errorcode, on the native API: from 10 the request is at fault, from 30 who asks, from 40 the
-# service or the relay's state, from 50 the provider, from 60 its session. retry: whether
-# trying again can help. type and code: as OpenAI's clients know them.
+# errorcode, on the native API: 10-29 request, 30-39 caller, 40-49 service or relay, 50-59
+# provider, 60 session. retry: whether trying again can help. type and code: as OpenAI's
+# clients know them.
 ERRORS = {name: ErrorKind(*row) for name, row in {
     "internal_error": (1, 500, "server_error", "internal_error", True),
     "invalid_request": (10, 400, "invalid_request_error", "invalid_value", False),
@@ -164,8 +164,6 @@ class PeerGone(Exception):
 JOB_BYTES = 4096             # what a job takes besides its payload and items
 ITEM_BYTES = 64              # what an item takes besides its text
 
-KEY_LIMITS = ("requests_per_day", "tokens_per_day", "concurrency", "max_new_len", "expires")
-
 
 class Service:
     """A name under which an LLM is shared, and who waits and works for it."""
@@ -221,27 +219,6 @@ class Features:
         return api in self.apis or api == "embeddings" and self.embeddings
 
 
-class AccessKey:
-    """A guest's right to use a service: its limits, and what it has used."""
-
-    COLUMNS = ("id", "digest", "label", "created") + KEY_LIMITS + (
-        "day", "requests", "tokens", "last_used")
-
-    def __init__(self, *values):
-        for column, value in zip(self.COLUMNS, values):
-            setattr(self, column, value)
-        self.running = 0
-        self.written = None           # what the data file knows of its use
-
-    def shown(self, now):
-        """What its operator may see. Only the guest knows the key itself."""
-        today = self.day == now // DAY_SECONDS
-        return dict({name: getattr(self, name) for name in (
-            "id", "label", "created", "last_used") + KEY_LIMITS},
-            requests_today=self.requests if today else 0,
-            tokens_today=self.tokens if today else 0, running=self.running)
-
-
 class Session:
     """One logged-in provider."""
 
@@ -278,6 +255,7 @@ class Session:
             return True
         if job.seen and not self.features.continues:
             return False
+        # Not again to the one that lost it, if another is free.
         return job.avoid is not self or not any(
             other.free() > 0 for other in self.service.sessions.values() if other is not self)
 
@@ -320,9 +298,10 @@ class Job:
 
     # Class attributes: what a job begins with, and most jobs never change.
     state = "queued"
+    number = None                 # in the order of arrival
     identity = None               # how other requests find this job
     returned = False              # a provider had it: it goes before all others
-    seen = 0                      # items that some client has been sent
+    seen = 0                      # items that a stream or a polled read has taken
     resume_at = 0                 # where a polled client that names no offset (at) reads on
     attempt = deaths = 0          # leases so far; providers that died on it
     lease = avoid = None          # its Lease; the Session that gave it back
@@ -775,8 +754,9 @@ MAX_HANDOVER_BYTES = 1 << 22     # prompts in one response, if there is more tha
 
 
 class DeliveryLock:
-    """The broker's lock. The thread that releases it then makes the deliveries that were gathered
-    under it: so items go out in the thread that brought them, and never under the lock."""
+    """The broker's lock. The thread that releases it then makes the deliveries that were
+    gathered under it: so items go out in the thread that brought them, and never under the
+    lock. A Condition's wait releases the inner lock alone: nobody waits after gathering any."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -795,13 +775,14 @@ class DeliveryLock:
 
 
 class Jobs:
-    """All services and jobs, in memory: the clients' half of the Broker, which follows.
+    """The clients' half of the Broker: all jobs, in memory.
 
     A client submits a prompt or opens a stream, reads until the job has ended, and leaves.
     The thread that sees its connection break calls hang_up. Methods named _locked need the
     lock; the others take it, except those that read one value (find, is_known, now).
 
-    This half calls the other: the class is split for reading only.
+    The Broker is one class in three parts, split for reading only: Jobs, Matcher, which
+    follows, and Broker, which adds what operators ask for, metrics, and the end.
     """
 
     def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
@@ -830,58 +811,6 @@ class Jobs:
         """The instant, on the clock of every time in a Job."""
         return self._clock()
 
-    def version(self):
-        """A number that changes when the directory does."""
-        return self._touched + sum(self.counts.values())
-
-    def touch(self):
-        """A setting of a service has changed."""
-        self._touched += 1
-
-    # -- services --
-
-    def add(self, service, returning=False):
-        """Make a registered service known. Raises RelayError if the name is taken.
-
-        returning: it was in the data file, so its provider will probably be back soon.
-        """
-        with self._lock:
-            if returning:
-                service.expected_until = self._clock() + self.limits.offline_seconds
-            if service.name.lower() in self._services:
-                raise RelayError("name_taken", "The name %r is taken. Choose another."
-                                 % service.name)
-            if len(self._services) >= self.limits.max_services and not returning:
-                raise RelayError("relay_busy", "This relay has no room for more services.")
-            self._services[service.name.lower()] = service
-            self._touched += 1
-
-    def remove(self, service):
-        """Forget a service: its jobs fail, its sessions end."""
-        with self._lock:
-            if self._services.get(service.name.lower()) is service:
-                del self._services[service.name.lower()]
-            self._end_sessions_locked(service)
-            self._fail_waiting_locked(service, RelayError(
-                "service_unknown", "The service %s was deleted." % service.name))
-            self._changed.pop(service.name, None)
-            self._touched += 1
-
-    def rename(self, service, name):
-        """Give a service another name, which is free. Its providers know the old one, so
-        their sessions end."""
-        with self._lock:
-            del self._services[service.name.lower()]
-            self._services[name.lower()] = service
-            self._end_sessions_locked(service)
-            service.name = name
-            self._touched += 1
-
-    def services(self):
-        """All services, as they are at this moment."""
-        with self._lock:
-            return list(self._services.values())
-
     def find(self, name):
         """Return the Service of that name, in any case. Raises RelayError."""
         service = self._services.get(name.lower())
@@ -891,43 +820,6 @@ class Jobs:
             raise RelayError("service_unknown", "There is no service %s here." % name,
                              param="model")
         return service
-
-    def close_sessions(self, service):
-        """End every session of a service, as when its key has changed."""
-        with self._lock:
-            self._end_sessions_locked(service)
-
-    @property
-    def quotas(self):
-        """The Quotas of callers without a key, to be saved."""
-        return self._admission.quotas
-
-    def renew_last_seen(self):
-        """Note that the connected services are connected still."""
-        with self._lock:
-            for session in self._sessions.values():
-                if session.id in session.service.sessions:
-                    session.service.last_seen = self._wall()
-                    self._count_locked(session.service)
-
-    def take_changed(self):
-        """Return the services whose counters changed since the last call."""
-        with self._lock:
-            changed, self._changed = self._changed, {}
-            self.counters_changed.clear()
-            return list(changed.values())
-
-    def totals(self):
-        """Counters, gauges and histograms for /metrics."""
-        with self._lock:
-            services = self._services.values()
-            return dict(self.counts), {
-                "held_bytes": self._memory.held, "held_jobs": len(self._jobs),
-                "timers": len(self._timers), "services": len(services),
-                "sessions": sum(len(service.sessions) for service in services),
-                "queued": sum(service.queue.size for service in services),
-                "running": sum(len(session.jobs()) for session in self._sessions.values()),
-            }, self.histograms
 
     # -- clients, in the order a job lives --
 
@@ -963,7 +855,7 @@ class Jobs:
                 self._identified[identity.key] = job
             self.counts["jobs"] += 1
             service.numreq += 1
-            self._count_locked(service)
+            self._save_later_locked(service)
             reader = self._attach_locked(job, at)
             self._prefer_locked(job)
             self._enqueue_locked(job)
@@ -1008,14 +900,14 @@ class Jobs:
         with self._lock:
             reader.deliver, reader.wanted = deliver, wanted
 
-    def leave_to_own(self, reader):
-        """There is work for the reader's own thread: wake it."""
+    def wake_owner(self, reader):
+        """Wake the reader's own thread: it has work."""
         with self._lock:
             reader.behind = True
             self._wake_locked(reader)
 
     def wait_for_work(self, reader, timeout):
-        """Block the reader's own thread until there is work for it (see leave_to_own), it
+        """Block the reader's own thread until there is work for it (see wake_owner), it
         has left, or its client has gone; at most for timeout seconds."""
         with self._lock:
             self._wait_locked(reader, timeout,
@@ -1054,8 +946,7 @@ class Jobs:
         """The reader's client has hung up: wake the thread that waits for it."""
         with self._lock:
             reader.gone = True
-            self._leave_locked(reader, False)
-            self._wake_locked(reader)
+            self._leave_locked(reader, False)      # which wakes it
 
     def cancel(self, job, error=None):
         """Stop a job, whatever it is doing; nothing happens if it has ended."""
@@ -1127,7 +1018,7 @@ class Jobs:
         return items, job.ended_at is not None and reader.cursor >= len(job.items)
 
     def _tell_readers_locked(self, job):
-        """Items came, or the job has ended: offer them to the readers that want them."""
+        """Items came, or the job has ended: notify the readers that wait for that."""
         for reader in job.readers:
             if job.ended_at is not None or len(job.items) >= reader.wanted:
                 if reader.deliver is not None:
@@ -1154,9 +1045,9 @@ class Jobs:
             self._cancel_locked(job)
         elif job.id in self._jobs:
             job.left_at = self._clock()
-            if job.identity is not None:
+            if job.identity is not None:   # a duplicate may have taken its place
                 self._identified[job.identity.key] = job
-            self._check_later_locked(job)
+            self._recheck_locked(job)
 
     def _prefer_locked(self, job):
         """Reserve a job for the session that answered its conversation, for a while."""
@@ -1194,7 +1085,7 @@ class Jobs:
             job.lease = None
         if job.access is not None:
             self._admission.discharge(job)
-            self._count_locked(job.service)
+            self._save_later_locked(job.service)
         if state == "done":
             self._measure_locked(job)
         self._tell_readers_locked(job)
@@ -1205,7 +1096,7 @@ class Jobs:
             self._disown_locked(job)
         if job.identity is not None and job.identity.named:
             self._memory.keep(job)
-            self._check_later_locked(job)
+            self._recheck_locked(job)
         elif not job.readers and (state != "done" or job.identity is None):
             self._forget_locked(job)
 
@@ -1217,10 +1108,9 @@ class Jobs:
 
     def _measure_locked(self, job):
         """Note how long a job took, for estimates and /metrics."""
-        queued, first, answered = self.histograms.values()
-        queued.observe(job.leased_at - job.created)
-        first.observe((job.first_at or job.ended_at) - job.created)
-        answered.observe(job.ended_at - job.created)
+        for name, instant in (("queue_seconds", job.leased_at), ("answer_seconds", job.ended_at),
+                              ("first_token_seconds", job.first_at or job.ended_at)):
+            self.histograms[name].observe(instant - job.created)
         service = job.service
         service.job_seconds = moving_average(service.job_seconds,
                                              job.ended_at - job.leased_at)
@@ -1257,8 +1147,8 @@ class Jobs:
         for job in list(service.queue):
             self._end_locked(job, "failed", error)
 
-    def _count_locked(self, service):
-        """The service's counters changed, and are to be saved."""
+    def _save_later_locked(self, service):
+        """The service's counters changed and must be saved."""
         if not self._changed:
             self.counters_changed.set()
         self._changed[service.name] = service
@@ -1293,9 +1183,9 @@ class Jobs:
         job.error = job.error or self._admission.memory_full()
         job.payload, job.items, job.encoded = b"", [], None
         self._memory.keep(job, False)      # there is nothing left to take
-        self._hold_locked(job, JOB_BYTES - job.size)
+        self._resize_locked(job, JOB_BYTES - job.size)
 
-    def _hold_locked(self, job, size):
+    def _resize_locked(self, job, size):
         """Count bytes that a job takes from now on, or, below zero, no longer."""
         if job.id in self._jobs:
             self._memory.hold(job, size)
@@ -1305,12 +1195,12 @@ class Jobs:
         with self._lock:
             if job.id in self._jobs and job.encoded is None and self._make_room_locked(
                     len(data), job.holder) and job.items:
-                self._hold_locked(job, len(data))
+                self._resize_locked(job, len(data))
                 job.encoded = encoder, data
 
 
-class Broker(Jobs):
-    """Matches jobs with the polls of providers.
+class Matcher(Jobs):
+    """The providers' half of the Broker: matches jobs with their polls.
 
     A provider logs in, polls and pushes, and logs out. The thread that sees the connection
     of a poll break calls poll_lost. One thread runs upkeep.
@@ -1353,7 +1243,7 @@ class Broker(Jobs):
                 self._connect_locked(session)
             self._confirm_locked(session, running)
             self._fill_locked(session)
-            hold = self._poll_hold_locked(session, timeout)
+            hold = self._poll_seconds_locked(session, timeout)
             self._heard_locked(session, 0 if session.jobs() else hold)
             try:
                 self._park_locked(session, token, hold)
@@ -1414,7 +1304,7 @@ class Broker(Jobs):
 
     def upkeep(self):
         """Run the next timers, waiting for them; return False once closed."""
-        self.expire()                      # and make the offers that came of it
+        self.expire()                      # deliveries follow when the lock is released
         with self._lock:
             if not self.closed:
                 self._timers.wait()
@@ -1424,31 +1314,6 @@ class Broker(Jobs):
         """Run the timers that are due. Does not block."""
         with self._lock:
             self._timers.run_due()
-
-    def drain(self):
-        """Take no new jobs and fail those that wait; running ones go on."""
-        with self._lock:
-            self.draining = True
-            for service in self._services.values():
-                self._fail_waiting_locked(service, self._shutting_down())
-            for session in self._sessions.values():
-                session.arrived.notify_all()
-
-    def idle(self):
-        """Whether no job is in a provider's hands."""
-        with self._lock:
-            return not any(session.jobs() for session in self._sessions.values())
-
-    def close(self):
-        """Wake every waiter; what is unfinished ends with an error."""
-        with self._lock:
-            self.draining = self.closed = True
-            for job in list(self._jobs.values()):
-                if job.ended_at is None:
-                    self._end_locked(job, "failed", self._shutting_down())
-            for session in self._sessions.values():
-                session.arrived.notify_all()
-            self._timers.wake()
 
     # -- leases --
 
@@ -1489,7 +1354,7 @@ class Broker(Jobs):
         job.move("leased")
         if job.items and not job.seen:                # this one begins anew
             job.items.clear()
-            self._hold_locked(job, JOB_BYTES + len(job.payload) - job.size)
+            self._resize_locked(job, JOB_BYTES + len(job.payload) - job.size)
             job.first_at = None
         job.attempt += 1
         job.lease = Lease(session, job, (job.id, job.attempt), "offered", self._clock())
@@ -1498,7 +1363,7 @@ class Broker(Jobs):
         if job.prefixes:
             self.counts["continued"] += self._affinity.note(job, session)
 
-    def _poll_hold_locked(self, session, timeout):
+    def _poll_seconds_locked(self, session, timeout):
         """How long a poll of this session is held, in seconds."""
         limits = self.limits
         hold = limits.busy_poll_seconds if session.jobs() else limits.poll_seconds
@@ -1564,7 +1429,7 @@ class Broker(Jobs):
         elif now - lease.since < self.limits.handover_seconds / 5:
             pass                                      # it may have crossed this poll
         elif not lease.job.items or session.features.continues:
-            lease.move("offered", now)                # it never got there
+            lease.move("offered", now)                # it was lost there, or on the way
         elif lease.state == "confirmed":
             # It was begun there, and would be begun again behind the items we have.
             lease.move("handed_out", now)
@@ -1628,7 +1493,7 @@ class Broker(Jobs):
             self._cancel_locked(job, self._admission.memory_full())
         if job.ended_at is not None:
             return False
-        self._hold_locked(job, size)
+        self._resize_locked(job, size)
         self.counts["tokens"] += len(items)
         if not job.items:
             job.first_at = now
@@ -1673,7 +1538,7 @@ class Broker(Jobs):
         """The provider is connected: it gets jobs, and the directory says so."""
         session.service.sessions[session.id] = session
         session.service.last_seen = self._wall()
-        self._count_locked(session.service)
+        self._save_later_locked(session.service)
 
     def _disconnect_locked(self, session):
         """The provider is not connected any more: no new jobs."""
@@ -1682,7 +1547,7 @@ class Broker(Jobs):
         if service.sessions.pop(session.id, None) is None:
             return
         service.last_seen = self._wall()
-        self._count_locked(service)
+        self._save_later_locked(service)
         if service.queue.size and not service.continues():
             self._timers.call_later(self.limits.offline_seconds, self._deserted_locked,
                                     service)
@@ -1708,8 +1573,8 @@ class Broker(Jobs):
 
     # -- timers: each looks at the facts again, for they may have changed --
 
-    def _check_later_locked(self, job):
-        """Make sure that a timer checks a job without a reader."""
+    def _recheck_locked(self, job):
+        """Look at a job without a reader, now and when it is due."""
         if not job.checked:
             self._check_job_locked(job.id)
 
@@ -1819,7 +1684,7 @@ class Exchange:
     started = False                    # whether a part of the response was made
     slot = None                        # of the Room for waiting prompts
     fingerprint = None                 # the SHA-256 of the body
-    large = False                      # whether it holds bounds.large_bodies
+    parsing = False                    # whether it holds bounds.large_bodies
 
     def __init__(self, relay, connection):
         self.relay, self.connection = relay, connection
@@ -1873,21 +1738,8 @@ class Exchange:
             raise RelayError("method_not_allowed", "There is no %s here, only %s." % (
                 printable(head.method, 20), route.allow), allow=route.allow)
         if route.api == "operator":
-            self._check_manager(head.method)
+            check_manager(self)
         globals()[handler](self, *arguments)
-
-    def _check_manager(self, method):
-        """Raise RelayError if this may not manage services now."""
-        if self.head.fields.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-            raise RelayError("forbidden", "A page of another site may not do this.")
-        if method not in ("GET", "HEAD"):
-            self.charge_change()
-
-    def charge_change(self):
-        """Count a login, or a change of a service or key, for this address."""
-        if not self.local:
-            self.bounds.changes.take_by_address(
-                self.address, self.limits.max_changes_per_minute, 60, "logins and changes")
 
     # -- the request --
 
@@ -1906,7 +1758,7 @@ class Exchange:
                 self._charge_large(len(body))
                 # Parsed, it may need thirty times its bytes: so one at a time.
                 self.bounds.large_bodies.acquire()
-                self.large = True
+                self.parsing = True
             return parse_json(body)
 
     def read_bytes(self, most, count):
@@ -1926,8 +1778,8 @@ class Exchange:
 
     def release_large_body(self):
         """The body, if it was large, is not in memory as objects any more."""
-        if self.large:
-            self.large = False
+        if self.parsing:
+            self.parsing = False
             self.bounds.large_bodies.release()
 
     def charge_guess(self, what):
@@ -2051,14 +1903,6 @@ class Exchange:
         self.send_whole(*self.error_response(error))
 
 
-ERROR_FORMS = {                            # whose API: how it reports a RelayError
-    "native": RelayError.native, "operator": RelayError.native,
-    "provider": RelayError.native, "page": RelayError.native,
-    "openai": lambda error: openai_error(error),
-    "anthropic": lambda error: anthropic_error(error),
-}
-
-
 ##############################################################################
 # Outlet: moves one answer to its connection, from any thread
 ##############################################################################
@@ -2073,10 +1917,12 @@ LATE_HEAD_SECONDS = 60       # then a whole answer begins before it is there
 class Outlet:
     """Moves the bytes of one answer to its connection.
 
-    Two kinds of threads come here. Those that bring items call deliver, which never
-    blocks: not waking a thread for each token halves its processor time. The exchange's own
-    thread calls answer, and does what is left: the rest of a full socket, large pieces,
-    heartbeats, queue news. Only the thread that holds _sending reads and sends.
+    Subclasses say what to send next: run, move, next_items. The encoders are below.
+
+    Two kinds of threads come here. Those that bring items call deliver, which never blocks:
+    not waking a thread for each token halves its processor time. The exchange's own thread
+    calls answer, and does what is left: the rest of a full socket, large pieces, heartbeats,
+    queue news. Only the thread that holds _sending reads and sends.
     """
 
     def __init__(self, exchange, reader, encoder):
@@ -2113,14 +1959,14 @@ class Outlet:
     def deliver(self):
         """Send what has come, in the thread that brought it. Never blocks, never raises."""
         if not self._sending.acquire(False):
-            return self.broker.leave_to_own(self.reader)
+            return self.broker.wake_owner(self.reader)
         try:
             if self.complete or not self.reader.attached:
                 return
             if not self.connection.unsent and self.size() <= PUSHED_BYTES:
-                self.move(self.connection.send_now)
+                self.move(own=False)
             if self.connection.unsent or not self.complete and self.is_behind():
-                self.broker.leave_to_own(self.reader)
+                self.broker.wake_owner(self.reader)
             elif self.complete:            # the client has it all: free its slot at once
                 self.broker.leave(self.reader, True)
                 self.exchange.release_slot()
@@ -2139,7 +1985,11 @@ class Outlet:
             if self.complete:
                 return
             with self.exchange.room(json_size(self.next_items())):
-                self.move(self.connection.send)
+                self.move(own=True)
+
+    def send(self, data, own):
+        """Send bytes; what another thread than the exchange's own cannot send waits."""
+        (self.connection.send if own else self.connection.send_now)(data)
 
     def encoded(self, size, encode, *arguments):
         """Return encode(*arguments). Objects are parsed for it: large ones one at a time."""
@@ -2151,10 +2001,6 @@ class Outlet:
     def size(self):
         """Roughly the bytes that wait for this reader."""
         return size_of(self.job.items[self.reader.cursor:])
-
-    def next_items(self):
-        """The items of the next piece."""
-        return self.job.items[self.reader.cursor:]
 
     def is_behind(self):
         """Whether items wait that another thread has left."""
@@ -2175,7 +2021,7 @@ class WholeOutlet(Outlet):
 
     def run(self):
         self.broker.deliver_to(self.reader, self.deliver, math.inf)
-        if self.job.ended_at is not None:  # before there was an offer
+        if self.job.ended_at is not None:  # it ended before deliver_to
             self.deliver()
         # While others bring the answer, this thread waits for the next request already: so
         # it is woken once per prompt, not twice (a fifth of a prompt's processor time).
@@ -2204,7 +2050,7 @@ class WholeOutlet(Outlet):
             return 0                       # shared with another reader, and counted there
         return self.job.answer_bytes()
 
-    def move(self, send):
+    def move(self, own):
         if self.job.ended_at is None:
             return
         error = self.job.error
@@ -2216,14 +2062,14 @@ class WholeOutlet(Outlet):
             parts = self._response(error)
             if len(parts[1]) <= MAX_SMALL_BODY_BYTES:
                 parts = (b"".join(parts),)
-            elif send == self.connection.send_now:
+            elif not own:
                 return
             elif self.job.encoded is not None:
                 parts = self._shared(parts[0], len(parts[1]))
         # A client that has the whole answer may disconnect, and ask the same again at once.
         self.connection.when_gone(None)
         for part in parts:
-            send(part)
+            self.send(part, own)
         self.reader.cursor = len(self.job.items)
         self.complete = True
 
@@ -2312,17 +2158,17 @@ class StreamOutlet(Outlet):
             silence = min(silence, QUEUE_NEWS_SECONDS)
         return max(0.01, silence)
 
-    def move(self, send):
+    def move(self, own):
         items, ended = self.broker.read(self.reader, most=max(1, len(self.next_items())))
         if ended:
             self.connection.when_gone(None)
         if ended and not items and not self.exchange.started and self.job.error is not None:
             data = b"".join(self.exchange.error_response(self.job.error))
         else:
-            data = self._piece(items, ended, news=send == self.connection.send)
+            data = self._piece(items, ended, news=own)
         if data:
             self.wrote_at = self.broker.now()
-            send(data)
+            self.send(data, own)
         self.complete = ended
 
     def _piece(self, items, ended, news):
@@ -2445,20 +2291,6 @@ def post_native(exchange, name=None):
         WholeOutlet(exchange, reader, NativeWhole()).answer()
 
 
-def cancel_native(exchange, service, request, access):
-    """{"command": "cancel", "key": ...}: stop a stream, or the caller's own whole prompt
-    that came with this Idempotency-Key"""
-    key = request.get("key") or ""
-    identity = Identity("repeat", service, exchange.caller(access), key[:512])
-    if not exchange.broker.is_known(identity):
-        identity = stream_identity(exchange, service, key, access)
-    exchange.drop(request)
-    reader = open_stream(exchange, identity, 0)
-    exchange.broker.cancel(reader.job)
-    exchange.broker.leave(reader, True)
-    exchange.respond(200, {"reply": "", "errorcode": 0})
-
-
 def stream_identity(exchange, service, key, access, prompt=None):
     """The identity of a stream key, and of the prompt if it is known."""
     name = (key,) if len(key) >= SHORT_KEY else (key, exchange.caller(access))
@@ -2521,7 +2353,7 @@ MAX_ENTRIES = 8192           # of one push
 
 def post_login(exchange, name):
     """POST login: {workers, continues, ...} -> {session}"""
-    exchange.charge_change()
+    charge_change(exchange)
     service, request = read_authorized(exchange, name)
     check_fields(request, LOGIN_FIELDS)
     if request.get("workers", 1) > exchange.limits.max_workers:
@@ -2659,29 +2491,6 @@ API_ROUTES = {  # below /v1, below /{service}/v1, and without either
 }
 ROUTES.update({base + path: route for base in ("", "/v1", "/*/v1")
                for path, route in API_ROUTES.items()})
-# /v1/models/{id} of a model whose id has slashes, as in "meta-llama/Llama-3".
-MODEL_BASES = (("v1", "models"), ("models",))
-
-
-@functools.lru_cache(maxsize=250)
-def find_route(path):
-    """Return (Route, arguments) for the segments of a path; (None, ()) if there is none."""
-    for base in MODEL_BASES:
-        if path[:len(base)] == base and len(path) > len(base) + 1:
-            path = base + ("/".join(path[len(base):]),)
-    if "*" in path or len(path) > 6:
-        return None, ()
-    route = ROUTES.get("/" + "/".join(path))
-    if route is not None:
-        return route, route.arguments
-    for count in (1, 2):
-        for places in itertools.combinations(range(len(path)), count):
-            pattern = "/" + "/".join("*" if place in places else segment
-                                     for place, segment in enumerate(path))
-            route = ROUTES.get(pattern)
-            if route is not None:
-                return route, route.arguments + tuple(path[place] for place in places)
-    return None, ()
 
 
 ##############################################################################
@@ -3092,6 +2901,136 @@ class Memory:
 
 
 ##############################################################################
+# The Broker's other duties: services, what operators and metrics ask for, the end
+#
+# The spine has the Broker's halves for clients and providers.
+##############################################################################
+
+
+class Broker(Matcher):
+    """All services and jobs of a relay; see Jobs and Matcher."""
+
+    # -- services --
+
+    def add(self, service, returning=False):
+        """Make a registered service known. Raises RelayError if the name is taken.
+
+        returning: it was in the data file, so its provider will probably be back soon.
+        """
+        with self._lock:
+            if returning:
+                service.expected_until = self._clock() + self.limits.offline_seconds
+            if service.name.lower() in self._services:
+                raise RelayError("name_taken", "The name %r is taken. Choose another."
+                                 % service.name)
+            if len(self._services) >= self.limits.max_services and not returning:
+                raise RelayError("relay_busy", "This relay has no room for more services.")
+            self._services[service.name.lower()] = service
+            self._touched += 1
+
+    def remove(self, service):
+        """Forget a service: its jobs fail, its sessions end."""
+        with self._lock:
+            if self._services.get(service.name.lower()) is service:
+                del self._services[service.name.lower()]
+            self._end_sessions_locked(service)
+            self._fail_waiting_locked(service, RelayError(
+                "service_unknown", "The service %s was deleted." % service.name))
+            self._changed.pop(service.name, None)
+            self._touched += 1
+
+    def rename(self, service, name):
+        """Give a service another name, which is free. Its providers know the old one, so
+        their sessions end."""
+        with self._lock:
+            del self._services[service.name.lower()]
+            self._services[name.lower()] = service
+            self._end_sessions_locked(service)
+            service.name = name
+            self._touched += 1
+
+    def services(self):
+        """All services, as they are at this moment."""
+        with self._lock:
+            return list(self._services.values())
+
+    def close_sessions(self, service):
+        """End every session of a service, as when its key has changed."""
+        with self._lock:
+            self._end_sessions_locked(service)
+
+    @property
+    def quotas(self):
+        """The Quotas of callers without a key, to be saved."""
+        return self._admission.quotas
+
+    def renew_last_seen(self):
+        """Note that the connected services are connected still."""
+        with self._lock:
+            for session in self._sessions.values():
+                if session.id in session.service.sessions:
+                    session.service.last_seen = self._wall()
+                    self._save_later_locked(session.service)
+
+    def take_changed(self):
+        """Return the services whose counters changed since the last call."""
+        with self._lock:
+            changed, self._changed = self._changed, {}
+            self.counters_changed.clear()
+            return list(changed.values())
+
+    # -- the directory and metrics --
+
+    def version(self):
+        """A number that changes at least when the directory does."""
+        return self._touched + sum(self.counts.values())
+
+    def touch(self):
+        """A setting of a service has changed."""
+        with self._lock:
+            self._touched += 1
+
+    def totals(self):
+        """Counters, gauges and histograms for /metrics."""
+        with self._lock:
+            services = self._services.values()
+            return dict(self.counts), {
+                "held_bytes": self._memory.held, "held_jobs": len(self._jobs),
+                "timers": len(self._timers), "services": len(services),
+                "sessions": sum(len(service.sessions) for service in services),
+                "queued": sum(service.queue.size for service in services),
+                "running": sum(len(session.jobs()) for session in self._sessions.values()),
+            }, self.histograms
+
+    # -- the end --
+
+    def drain(self):
+        """Take no new jobs and fail those that wait; running ones go on."""
+        with self._lock:
+            self.draining = True
+            for service in self._services.values():
+                self._fail_waiting_locked(service, self._shutting_down())
+            for session in self._sessions.values():
+                session.arrived.notify_all()
+
+    def idle(self):
+        """Whether no job is in a provider's hands."""
+        with self._lock:
+            return not any(session.jobs() for session in self._sessions.values())
+
+    def close(self):
+        """Wake every waiter; what is unfinished ends with an error."""
+        with self._lock:
+            self.draining = self.closed = True
+            for job in list(self._jobs.values()):
+                if job.ended_at is None:
+                    self._end_locked(job, "failed", self._shutting_down())
+            for session in self._sessions.values():
+                session.arrived.notify_all()
+            self._timers.wake()
+
+
+##############################################################################
 # Affinity: the next prompt of a conversation goes where the last one went
 #
 # LLM servers keep the beginning of recent conversations (the KV cache). Elsewhere all of it
@@ -3257,6 +3196,31 @@ def parse_head(data):
     options = fields.get("connection", "").lower().split(",")
     head.keep_alive = bool(head.version) and "close" not in map(str.strip, options)
     return head
+
+
+# /v1/models/{id} of a model whose id has slashes, as in "meta-llama/Llama-3".
+MODEL_BASES = (("v1", "models"), ("models",))
+
+
+@functools.lru_cache(maxsize=250)
+def find_route(path):
+    """Return (Route, arguments) for the segments of a path; (None, ()) if there is none."""
+    for base in MODEL_BASES:
+        if path[:len(base)] == base and len(path) > len(base) + 1:
+            path = base + ("/".join(path[len(base):]),)
+    if "*" in path or len(path) > 6:
+        return None, ()
+    route = ROUTES.get("/" + "/".join(path))
+    if route is not None:
+        return route, route.arguments
+    for count in (1, 2):
+        for places in itertools.combinations(range(len(path)), count):
+            pattern = "/" + "/".join("*" if place in places else segment
+                                     for place, segment in enumerate(path))
+            route = ROUTES.get(pattern)
+            if route is not None:
+                return route, route.arguments + tuple(path[place] for place in places)
+    return None, ()
 
 
 def path_of(method, target):
@@ -4473,6 +4437,14 @@ def anthropic_error(error):
         "message": error.words}}
 
 
+ERROR_FORMS = {                            # whose API: how it reports a RelayError
+    "native": RelayError.native, "operator": RelayError.native,
+    "provider": RelayError.native, "page": RelayError.native,
+    "openai": openai_error,
+    "anthropic": anthropic_error,
+}
+
+
 def error_headers(error, api):
     """The response headers that go with an error."""
     headers = {}
@@ -4602,6 +4574,30 @@ def log(event, **fields):
 ##############################################################################
 
 
+KEY_LIMITS = ("requests_per_day", "tokens_per_day", "concurrency", "max_new_len", "expires")
+
+
+class AccessKey:
+    """A guest's right to use a service: its limits, and what it has used."""
+
+    COLUMNS = ("id", "digest", "label", "created") + KEY_LIMITS + (
+        "day", "requests", "tokens", "last_used")
+
+    def __init__(self, *values):
+        for column, value in zip(self.COLUMNS, values):
+            setattr(self, column, value)
+        self.running = 0
+        self.written = None           # what the data file knows of its use
+
+    def shown(self, now):
+        """What its operator may see. Only the guest knows the key itself."""
+        today = self.day == now // DAY_SECONDS
+        return dict({name: getattr(self, name) for name in (
+            "id", "label", "created", "last_used") + KEY_LIMITS},
+            requests_today=self.requests if today else 0,
+            tokens_today=self.tokens if today else 0, running=self.running)
+
+
 def check_expiry(access, now):
     """Raise RelayError if an access key has expired, whatever it is used for."""
     if access.expires is not None and now >= access.expires:
@@ -4678,6 +4674,7 @@ def access_of(exchange, service):
 # The oldest clients ask again and again with one stream key.
 ##############################################################################
 
+
 class PollOutlet(Outlet):
     """Answers a polled read: the next `wanted` tokens, as far as they are there a second
     after the first. All in the exchange's own thread."""
@@ -4722,6 +4719,20 @@ class PollOutlet(Outlet):
                 deadline = min(deadline, self.broker.now() + 1)
             texts += found
         return texts, ended
+
+
+def cancel_native(exchange, service, request, access):
+    """{"command": "cancel", "key": ...}: stop a stream, or the caller's own whole prompt
+    that came with this Idempotency-Key"""
+    key = request.get("key") or ""
+    identity = Identity("repeat", service, exchange.caller(access), key[:512])
+    if not exchange.broker.is_known(identity):
+        identity = stream_identity(exchange, service, key, access)
+    exchange.drop(request)
+    reader = open_stream(exchange, identity, 0)
+    exchange.broker.cancel(reader.job)
+    exchange.broker.leave(reader, True)
+    exchange.respond(200, {"reply": "", "errorcode": 0})
 
 
 ##############################################################################
@@ -5179,9 +5190,24 @@ def invalid_name_words(name):
             "begins with a letter or digit.")
 
 
+def check_manager(exchange):
+    """Raise RelayError if this may not manage services now."""
+    if exchange.head.fields.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        raise RelayError("forbidden", "A page of another site may not do this.")
+    if exchange.head.method not in ("GET", "HEAD"):
+        charge_change(exchange)
+
+
+def charge_change(exchange):
+    """Count a login, or a change of a service or key, for this address."""
+    if not exchange.local:
+        exchange.bounds.changes.take_by_address(
+            exchange.address, exchange.limits.max_changes_per_minute, 60, "logins and changes")
+
+
 def register(exchange):
     """POST /api/services: {name, operator, comment, suggestions, invitation} -> {name, key}"""
-    exchange.charge_change()
+    charge_change(exchange)
     request, registry = exchange.read_object(MAX_SMALL_BODY_BYTES), exchange.relay.registry
     repeat = exchange.head.fields.get("idempotency-key")
     name = request.get("name")

@@ -1093,7 +1093,7 @@ def test_no_thread_is_woken_for_items_that_are_delivered(desk):
     until(lambda: reader.news and reader.news._waiters)
     desk.push(session, job, ["b", "c"])
     assert got == [(["b", "c"], False)] and reader.news._waiters
-    desk.broker.leave_to_own(reader)
+    desk.broker.wake_owner(reader)
     thread.join(SOON)
     assert not thread.is_alive()
     desk.broker.leave(reader)
@@ -2246,8 +2246,8 @@ def test_a_stream_brings_items_and_heartbeats_and_a_last_record():
 def test_a_slow_reader_gets_every_item_in_order(
         relay, hand, monkeypatch, path):
     left = []
-    monkeypatch.setattr(relay.broker, "leave_to_own", lambda reader, own=relay.broker
-                        .leave_to_own: (left.append(reader), own(reader)))
+    monkeypatch.setattr(relay.broker, "wake_owner", lambda reader, own=relay.broker
+                        .wake_owner: (left.append(reader), own(reader)))
     body = {"message": "x", "messages": [{"role": "user", "content": "x"}], "stream": True}
     if "v1" not in path:
         del body["messages"]
