@@ -779,7 +779,7 @@ class Jobs:
 
     A client submits a prompt or opens a stream, reads until the job has ended, and leaves.
     The thread that sees its connection break calls hang_up. Methods named _locked need the
-    lock; the others take it, except those that read one value (find, is_known, now).
+    lock; the others take it, except those that read one value (find, is_known).
 
     The Broker is one class in three parts, split for reading only: Jobs, Matcher, which
     follows, and Broker, which adds what operators ask for, metrics, and the end.
@@ -788,6 +788,7 @@ class Jobs:
     def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
         self.limits = limits or Limits()
         self._clock, self._wall = clock, wall
+        self.now = clock              # every time in a Job is by this clock
         # Guards everything below, and every record. Each condition is built on it.
         self._lock = DeliveryLock()
         self._services = {}           # lower-case name -> Service
@@ -806,10 +807,6 @@ class Jobs:
                        "continued": 0, "tokens": 0}
         self.histograms = {name: Histogram() for name in (
             "queue_seconds", "first_token_seconds", "answer_seconds")}
-
-    def now(self):
-        """The instant, on the clock of every time in a Job."""
-        return self._clock()
 
     def find(self, name):
         """Return the Service of that name, in any case. Raises RelayError."""
@@ -1158,7 +1155,7 @@ class Jobs:
 
     def _make_room_locked(self, size, holder):
         """Return whether `size` more bytes can be held, if necessary after others gave way."""
-        while self._memory.lacks(size):
+        while self._memory.held + size > self._memory.most:
             job = self._memory.victim(size, holder) if self._jobs else None
             if job is None:
                 return False
@@ -1683,6 +1680,7 @@ class Exchange:
     keep_alive, body_read = False, True
     started = False                    # whether a part of the response was made
     slot = None                        # of the Room for waiting prompts
+    began = 0.0                        # when its head was complete
     fingerprint = None                 # the SHA-256 of the body
     parsing = False                    # whether it holds bounds.large_bodies
 
@@ -1691,7 +1689,6 @@ class Exchange:
         self.broker, self.limits, self.bounds = relay.broker, relay.limits, relay.bounds
         self.id = next(REQUEST_IDS)
         self.address = connection.address  # whose limits count; a proxy's client's
-        self.began = self.broker.now()
 
     def run(self):
         """Read the request and answer it; return whether the connection may be used again.
@@ -1714,8 +1711,10 @@ class Exchange:
                 self.api = guess_api(self.connection.last_head)
             self.fail(self.explain(error))
         finally:
-            self.release_large_body()
-            self.release_slot()
+            if self.parsing:
+                self.release_large_body()
+            if self.slot is not None:
+                self.release_slot()
         return self.keep_alive and self.body_read
 
     def _dispatch(self, head):
@@ -1935,7 +1934,6 @@ class Outlet:
     def answer(self):
         """Serve the exchange from its own thread, until the answer is complete. Raises
         PeerGone, or RelayError before the response has begun."""
-        self.exchange.release_large_body()     # which an answer may outlast by an hour
         if self.exchange.slot is not None:
             self.exchange.slot.give_way = self._give_way
         self.connection.when_gone(functools.partial(self.broker.hang_up, self.reader))
@@ -2717,7 +2715,9 @@ class Room:
         self.taken = 0
         self._by = defaultdict(int)        # group -> how much
         self._slots = defaultdict(dict)    # group -> {Slot: True}, oldest first
-        self._released = threading.Condition()     # notified when there is more room
+        self._lock = threading.Lock()
+        self._released = threading.Condition(self._lock)   # notified when there is more room
+        self._waiting = 0                  # threads that wait for it
 
     def take(self, address, count=1, *, give_way=None, reserved=False, always=False,
              wait=0.0):
@@ -2726,7 +2726,7 @@ class Room:
         room, after blocking up to `wait` seconds for it."""
         groups, lost = self._groups(address), ()
         try:
-            with self._released:
+            with self._lock:
                 if not always and any([self._by.get(group, 0) + count > self.hard * factor
                                        for group, factor in groups]):
                     raise self._none_left("rate_limited", "your address")
@@ -2734,9 +2734,7 @@ class Room:
                     self.most - self.most // RESERVED)
                 if self.taken + count > most and not always:
                     lost = self._make_way(count, groups, most)
-                    if not self._released.wait_for(
-                            lambda: self.taken + count <= most, wait):
-                        raise self._none_left("relay_busy", "now")
+                    self._wait(count, most, wait)
                 slot = Slot(self, groups, count, give_way)
                 self.taken += count
                 for group, _ in groups:
@@ -2746,6 +2744,15 @@ class Room:
         finally:
             for other in lost:
                 other.give_way()
+
+    def _wait(self, count, most, seconds):
+        """Block until there is room. Raises RelayError if there is none in so many seconds."""
+        self._waiting += 1
+        try:
+            if not self._released.wait_for(lambda: self.taken + count <= most, seconds):
+                raise self._none_left("relay_busy", "now")
+        finally:
+            self._waiting -= 1
 
     def _make_way(self, count, groups, most):
         """Take slots away until there is room, as far as that goes; return them."""
@@ -2782,7 +2789,7 @@ class Room:
 
     def release(self, slot):
         """Take a slot back; nothing happens if that was done already."""
-        with self._released:
+        with self._lock:
             self._release(slot)
 
     def _release(self, slot):
@@ -2790,7 +2797,8 @@ class Room:
             return
         slot.released = True
         self.taken -= slot.count
-        self._released.notify_all()
+        if self._waiting:
+            self._released.notify_all()
         for group, _ in slot.groups:
             self._by[group] -= slot.count
             del self._slots[group][slot]
@@ -2894,10 +2902,6 @@ class Memory:
         if self._looks % 50 == 1 or self._largest not in self._holdings:
             self._largest = max(self._holdings, key=self.held_by)
         return self._largest
-
-    def lacks(self, size):
-        """Whether there is no room for `size` more bytes."""
-        return self.held + size > self.most
 
 
 ##############################################################################
