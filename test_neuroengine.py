@@ -9266,8 +9266,9 @@ def test_cluster_a_forwarded_prompt_costs_at_most_two_and_a_half_times_the_time(
     # This process is client and provider, too, so the relays' share is smaller than it seems.
     assert min(cost(relays[1]) / cost(relays[0]) for _ in range(3)) < 2.5
     stop.set()
-    ask(relays[0], "/" + hand.name, {"message": "the last"})
+    last = sent(relays[0], "/" + hand.name, {"message": "wakes the provider, if it polls"})
     thread.join(SOON)
+    last.close()
 
 
 def resp_server(*answers):
