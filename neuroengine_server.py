@@ -756,7 +756,7 @@ MAX_HANDOVER_BYTES = 1 << 22     # prompts in one response, if there is more tha
 class DeliveryLock:
     """The broker's lock. The thread that releases it then makes the deliveries that were
     gathered under it: so items go out in the thread that brought them, and never under the
-    lock. A Condition's wait releases the inner lock alone: nobody waits after gathering any."""
+    lock. A Condition's wait releases the inner lock only: no method waits after gathering."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -2746,7 +2746,7 @@ class Room:
                 other.give_way()
 
     def _wait(self, count, most, seconds):
-        """Block until there is room. Raises RelayError if there is none in so many seconds."""
+        """Block until there is room. Raises RelayError at the timeout, in seconds."""
         self._waiting += 1
         try:
             if not self._released.wait_for(lambda: self.taken + count <= most, seconds):
@@ -3422,7 +3422,7 @@ class BodyReader:
 ##############################################################################
 
 LINGER_SECONDS = 2           # for a peer to read the last response
-LINGER_BYTES = 1 << 25       # that it may still send meanwhile
+LINGER_BYTES = 1 << 25       # that it may still send
 SHORT_WAIT_SECONDS = 0.25    # a thread waits for the next request; then the Lobby does
 KEPT_SECONDS = 5             # an idle thread waits for work
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)    # Windows has none
@@ -6535,7 +6535,7 @@ class Certificate:
     def __init__(self, cert, key):
         """cert, key: paths of PEM files. Raises OSError if they cannot be used."""
         self.files = (cert, key)
-        self._renewing = threading.Lock()  # whoever asks finds a new pair already in use
+        self._renewing = threading.Lock()  # who asks finds a new pair already in use
         self._seen = self._stamp()
         # Replaced as a whole, never changed: loading a new pair into a context in use would
         # break handshakes in other threads, and all later ones if the pair does not match.
@@ -6696,7 +6696,7 @@ class Engine:
         self._number = "" if self._unix else parts.path.strip("/")
         self._tls = ssl.create_default_context() if parts.scheme == "rediss" else None
         self._idle = []                    # (socket, file), newest last
-        self._silent_until = -math.inf     # until then nobody waits for a timeout again
+        self._silent_until = -math.inf     # until then no thread waits for a timeout again
         self.up = False
         self.broken = True                 # since the registry has last read everything
         self.replicas = 0                  # how many follow it, as the last beat said
@@ -7332,7 +7332,7 @@ class EngineRegistry(Registry):
     """A Registry over the engine, for one of several relays.
 
     `changing` is also held for each conversation with the engine in which something may
-    come into force, so that they happen one after the other. No prompt waits for it, unless
+    come into force, so that they happen in order. No prompt waits for it, unless
     its service has no home, or this relay missed its beats.
     """
 
@@ -7454,7 +7454,7 @@ class EngineRegistry(Registry):
         self._restore_at = time.monotonic() + RESTORE_SECONDS
 
     def _read_changes(self):
-        """Apply what others have announced since the last time."""
+        """Apply the changes that others have announced since the last time."""
         if time.monotonic() > self._restore_at:
             for name, values in self._remembered.items():
                 self.engine.run(RESTORE, "", name, *values)
@@ -7572,7 +7572,7 @@ class EngineRegistry(Registry):
         return service
 
     def _give_up_idle(self):
-        """This relay stops: let others have the services that nobody works for."""
+        """This relay stops: give up the services without a running job."""
         with contextlib.suppress(EngineError), self.changing:
             self.save()
             self._leave([service for service in self._broker.services()
@@ -8194,7 +8194,7 @@ def open_cluster_relay(options, **more):
 
 
 def check_engine(options):
-    """Whether the engine answers, and keeps what it is told."""
+    """Whether the engine answers and accepts writes."""
     try:
         engine = Engine(options.engine)
         info = dict(line.split(":", 1) for line in engine.call("INFO").splitlines()
@@ -9320,7 +9320,7 @@ def return_freed_memory():
 
 
 def keep_trimming(malloc_trim):
-    """Give back what the heap has freed since the last time; for a thread."""
+    """Return freed memory to the system every few seconds; for a thread."""
     while True:
         time.sleep(TRIM_SECONDS)
         malloc_trim(0)
