@@ -83,6 +83,7 @@ YIELD_SECONDS = 0.005        # from new jobs to the next poll, unless items were
 GATHER_SECONDS = 0.005       # between two requests with items, other than first ones and ends
 HEARTBEAT_SECONDS = 5        # a provider with jobs is sends something this often
 CANCEL_SECONDS = 5           # for a cancel or a logout
+LIST_SECONDS = 1.1           # a relay's list of services may be a second old
 FIRST_PAUSE_SECONDS = 0.25   # before the second try; doubles each time, with jitter
 LONGEST_PAUSE_SECONDS = 8.0
 LONGEST_RETRY_AFTER_SECONDS = 60   # a longer wait is left to the caller
@@ -4429,11 +4430,19 @@ class Chat:
                 print()
                 self._note("Ctrl-D leaves.")
 
+    def _model(self):
+        """What the relay's list says of the service, None if it is not there."""
+        name = self._client.service_name.lower()
+        return next((model for model in models_of(self._client)
+                     if str(model.get("name")).lower() == name), None)
+
     def _check_service(self):
         """Raise NeuroengineError if there is no such service; say if it does not answer."""
         name = self._client.service_name
-        model = next((model for model in models_of(self._client)
-                      if str(model.get("name")).lower() == name.lower()), None)
+        model = self._model()
+        if model is None:
+            time.sleep(LIST_SECONDS)           # perhaps it was registered a moment ago
+            model = self._model()
         if model is None:
             raise self._client._advise(NeuroengineError(
                 NO_CONNECTION, "There is no service %s here." % name, "service_unknown"))

@@ -5358,6 +5358,7 @@ def delete_service(exchange, name):
 ##############################################################################
 
 DIRECTORY_SECONDS = 1.0      # the directory is built at most this often
+DIRECTORY_SHARE = 20         # and takes at most one part in so many of the processor
 
 
 class Directory:
@@ -5421,9 +5422,8 @@ class Directory:
     def _refresh(self):
         with self._lock:
             now, version = self._broker.now(), self._broker.version()
-            # While it changes all the time, building it takes a twentieth of the processor.
             age = DIRECTORY_SECONDS if version == self._version else min(
-                DIRECTORY_SECONDS, 20 * self._took)
+                DIRECTORY_SECONDS, DIRECTORY_SHARE * self._took)
             if now - self._built_at < age:
                 return
             entries = sorted(self.entries(), key=lambda entry: entry["name"].lower())

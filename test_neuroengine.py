@@ -1975,7 +1975,8 @@ def running_relay(**kw):
 @pytest.fixture(scope="session")
 def relay():
     """One for all tests that need no other. Its times are the usual ones, so that none of
-    them passes while a test is held up."""
+    them passes while a test is held up; and its directory is always new."""
+    neuroengine_server.DIRECTORY_SHARE = 0
     with running_relay(limits=Limits(max_request_bytes=1 << 20)) as relay:
         yield relay
 
@@ -7412,11 +7413,24 @@ def test_a_key_file_of_powershell_is_read(tmp_path):
         assert neuroengine.read_key(str(tmp_path / "k")) == "ne_key"
 
 
+def test_chat_takes_its_time_to_find_a_service_that_is_just_registered(
+        command, monkeypatch):
+    lists = [[], [{"name": "New", "connected": True}]]
+    monkeypatch.setattr(neuroengine, "models_of", lambda client: lists.pop(0))
+    monkeypatch.setattr(neuroengine, "LIST_SECONDS", 0.01)
+    monkeypatch.setattr(neuroengine, "is_terminal", lambda stream: stream is sys.stdin)
+    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError()))
+    relay = types.SimpleNamespace(url="http://127.0.0.1:1")
+    status, text = command(relay, "chat", "--service", "New")
+    assert status == 0 and "Talking to New" in text and not lists
+
+
 def test_chat_on_a_terminal_says_at_once_that_nobody_will_answer(command, relay, monkeypatch):
     hand = Hand(relay)
     hand.logout()
     monkeypatch.setattr(neuroengine, "is_terminal", lambda stream: stream is sys.stdin)
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError()))
+    monkeypatch.setattr(neuroengine, "LIST_SECONDS", 0.01)
     status, text = command(relay, "chat", "--service", "nosuch")
     assert status == 1 and "There is no service nosuch at" in text and "Talking" not in text
     status, text = command(relay, "chat", "--service", hand.name)
