@@ -2491,8 +2491,10 @@ def test_a_client_that_gives_up_and_retries_five_times_causes_one_generation(rel
             connection.getresponse()
         connection.close()
     job = hand.next_job()
+    readers = relay.broker._jobs[job["job"]].readers
+    until(lambda: not readers)                 # the fourth has been seen to leave
     last = in_thread(ask, relay, "/" + hand.name, body)
-    until(lambda: relay.broker._jobs[job["job"]].readers)
+    until(lambda: readers)
     hand.reply(job, ["done"], done=True)
     assert last()[1]["reply"] == "done"
     assert relay.broker.find(hand.name).numreq == 1
@@ -8661,13 +8663,18 @@ class EngineServer:
         self.process.wait()
 
 
+def need_program(name):
+    """Skip a test unless several relays are to be tested; then the program must be there."""
+    if os.environ.get("NEUROENGINE_CLUSTER_TESTS") != "1":
+        pytest.skip("tests of several relays need redis-server, haproxy (see .ci/run) and "
+                    "NEUROENGINE_CLUSTER_TESTS=1")
+    if not shutil.which(name):
+        pytest.fail("%s is not installed: see .ci/run" % name)
+
+
 @pytest.fixture
 def engine():
-    if not shutil.which(ENGINE_PROGRAM):
-        if os.environ.get("NEUROENGINE_CLUSTER_TESTS") == "1":
-            pytest.fail("%s is not installed: see .ci/run" % ENGINE_PROGRAM)
-        pytest.skip("tests of several relays need redis-server; NEUROENGINE_CLUSTER_TESTS=1 "
-                    "makes them fail without it")
+    need_program(ENGINE_PROGRAM)
     with tempfile.TemporaryDirectory() as folder:      # tmp_path may be too long for a socket
         engine = EngineServer(folder)
         engine.start()
@@ -9205,10 +9212,7 @@ def test_cluster_doctor_checks_engine_secret_and_peers(cluster, engine, monkeypa
 
 @pytest.fixture
 def haproxy():
-    if not shutil.which("haproxy"):
-        if os.environ.get("NEUROENGINE_CLUSTER_TESTS") == "1":
-            pytest.fail("haproxy is not installed: see .ci/run")
-        pytest.skip("this needs haproxy; NEUROENGINE_CLUSTER_TESTS=1 makes it fail without")
+    need_program("haproxy")
 
 
 def test_cluster_haproxy_takes_its_configuration(haproxy, tmp_path):
