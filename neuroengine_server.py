@@ -2152,7 +2152,7 @@ class StreamOutlet(Outlet):
     def _patience(self):
         """Seconds until the own thread must act without an item."""
         silence = self.wrote_at + self.limits.heartbeat_seconds - self.broker.now()
-        if self.job.state == "queued":
+        if self.job.state == "queued" or self.queue_position:     # or it was, when last told
             silence = min(silence, QUEUE_NEWS_SECONDS)
         return max(0.01, silence)
 
@@ -2173,6 +2173,7 @@ class StreamOutlet(Outlet):
         """The next bytes of the response; b"" if there is nothing to say."""
         body = b""
         if items:
+            self.queue_position = None     # its client can tell
             body = self.encoded(size_of(items), self.encoder.items, items,
                                 self.reader.cursor - len(items))
         elif news and not ended:

@@ -2295,6 +2295,19 @@ def test_a_queued_stream_gets_its_queue_position(relay, hand):
             assert next(record for record in records if record) == {"queue": None}
 
 
+def test_a_prompt_that_left_the_queue_is_soon_said_to(desk):
+    """It may leave after its thread has looked, and before that decides how long to wait."""
+    session, exchange = desk.login(), FakeExchange(desk.broker, FakeConnection())
+    outlet = neuroengine_server.StreamOutlet(exchange, desk.submit(), Upper())
+    outlet.wrote_at = desk.time
+    outlet.move(own=True)
+    assert outlet.queue_position["position"] == 1
+    desk.poll(session)
+    assert outlet._patience() == neuroengine_server.QUEUE_NEWS_SECONDS
+    outlet.move(own=True)
+    assert outlet.queue_position is None and outlet._patience() > 8
+
+
 def test_an_error_before_the_first_item_has_its_status(relay, hand):
     answer = in_thread(ask, relay, "/" + hand.name, {"message": "x", "stream": True})
     hand.reply(hand.next_job(), error={"error": "provider_error", "message": "no\r\nluck"})
