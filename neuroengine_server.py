@@ -8446,8 +8446,16 @@ def network_option(text):
 
 
 def limit_type(name):
-    """The function that reads a limit's value: durations may be 0, numbers may not."""
-    return duration_option if name.endswith(("_seconds", "_days")) else count_option
+    """The function that reads a limit's value: durations may be 0, and numbers that turn
+    something off."""
+    if name.endswith(("_seconds", "_days")):
+        return duration_option
+    return whole_option if name == "max_conversations" else count_option
+
+
+def whole_option(text):
+    """A whole number, or 0."""
+    return 0 if text == "0" else count_option(text)
 
 
 # The parser.

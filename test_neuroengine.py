@@ -1611,6 +1611,13 @@ def test_a_reserved_prompt_holds_up_no_other_caller():
     assert second.job.state == "queued"
 
 
+def test_only_the_limits_that_turn_something_off_may_be_0():
+    assert neuroengine_server.limit_type("max_conversations")("0") == 0
+    assert neuroengine_server.limit_type("max_conversations")("7") == 7
+    with pytest.raises(argparse.ArgumentTypeError):
+        neuroengine_server.limit_type("max_queue")("0")
+
+
 def test_without_remembered_conversations_any_session_gets_a_prompt():
     desk = Conversations(max_conversations=0)
     desk.measured(4.0)
