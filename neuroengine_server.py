@@ -5359,7 +5359,7 @@ def delete_service(exchange, name):
 ##############################################################################
 
 DIRECTORY_SECONDS = 1.0      # the directory is built at most this often
-DIRECTORY_SHARE = 20         # and takes at most one part in so many of the processor
+DIRECTORY_SHARE = 20         # and takes at most a twentieth of the processor's time
 
 
 class Directory:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Several relays on one engine under faults: how long nobody is answered, and whether
-every answer is whole.
+"""Several relays on one engine under faults: the longest time without an answer, and
+whether every answer is whole.
 
     python bench/checks/cluster.py                 # each fault once, and a table
     python bench/checks/cluster.py --minutes 10    # faults at random, after that
@@ -462,7 +462,7 @@ def say_table(cluster, names):
 
 
 def run_random(cluster, minutes, seed):
-    """Faults at random, one after the other, with registrations between them."""
+    """Faults at random, never two at once, with registrations between them."""
     rand, until = random.Random(seed), time.monotonic() + 60 * minutes
     count = collections.Counter()
     while time.monotonic() < until:

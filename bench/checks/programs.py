@@ -5,14 +5,14 @@
     python bench/checks/programs.py --readme --upstream http://127.0.0.1:8080
 
 Each program is an entry of PROGRAMS: the packages that it needs, and its features, each a
-script in Python or JavaScript, or a command. Every feature runs in a process of its own with
-a time limit and a home folder of its own, against `neuroengine.py share` below a relay; what
-fails there is tried directly against the LLM server, too. A feature that fails only through
-the relay is a fault: then the exit status is 1. --readme runs what README's section "Use it
-with..." prints, exactly as it stands there, but for the relay's port.
+script in Python or JavaScript, or a command. Each feature runs in a separate process with a
+time limit and an empty home folder, through a relay and `neuroengine.py share`; what fails
+is also tried directly against the LLM server. A feature that fails only through the relay
+is a fault: then the exit status is 1. --readme runs the examples of README's section "Use it
+with..." as printed, except for the relay's port.
 
---install fetches the packages into --cache: each program has a virtual environment or a
-node_modules of its own, because they do not agree on versions. The LLM server should be a
+--install fetches the packages into --cache: each program has a separate virtual environment
+or node_modules, because their versions conflict. The LLM server should be a
 real one, with room for 32,000 tokens: the agents send long prompts.
 """
 

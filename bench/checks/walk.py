@@ -5,8 +5,8 @@
 
 Prompts of all kinds are submitted, found again, read, left and cancelled; providers log in,
 poll, push, repeat themselves, leave gaps, lose responses, come back too late and vanish;
-services are deleted, keys revoked, memory runs out, time passes. A poll that waits, or a
-read, lets other steps happen meanwhile. After each step the Broker's records are compared
+services are deleted, keys revoked, memory runs out, time passes. While a poll or a read
+waits, other steps happen. After each step the Broker's records are compared
 with each other, and what readers got with what the providers said; at the end everything
 must be over. One thread, no sockets; the same seed is the same walk.
 
@@ -163,7 +163,7 @@ class Walk:
         reader = open_reader()
         self.prompts.append(Prompt(reader, reader.job.caller, identity))
         # A read that waits lets others do what they do.
-        reader.news = Meanwhile(self)
+        reader.news = SteppingCondition(self)
 
     def find_again(self):
         identity = self.pick(self.identities)
@@ -223,7 +223,7 @@ class Walk:
         service, continues = self.pick(self.services), self.rand.random() < 0.5
         id = self.broker.login(service, self.rand.choice((1, 1, 2, 5)), continues=continues,
                                apis=self.rand.choice(((), ("chat",))))
-        self.broker._sessions[id].arrived = Meanwhile(self)
+        self.broker._sessions[id].arrived = SteppingCondition(self)
         self.providers.append(Provider(service, id, continues))
 
     def poll(self):
@@ -451,7 +451,7 @@ class Walk:
         insist(not broker._lock.deliveries, "deliveries are left")
 
 
-class Meanwhile(threading.Condition):
+class SteppingCondition(threading.Condition):
     """A condition whose wait() lets the walk take some steps, and some time pass."""
 
     def __init__(self, walk):
