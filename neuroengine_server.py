@@ -614,26 +614,29 @@ class Admission:
         self._rates, self.quotas = Rates(clock), Quotas(wall)
         self.memory = Memory(limits.max_held_bytes)
 
-    def check(self, job):
-        """Raise RelayError if the service, the queue, or a limit of the caller does not
-        allow this prompt."""
+    def admit(self, job):
+        """Accept a prompt: count it for the limits of its caller; return the job that must
+        leave a full queue for it, or None. Raises RelayError if the service, the queue, or
+        a limit does not allow it."""
         service = job.service
         if service.paused and not job.by_operator:
             raise RelayError("service_paused", "%s is paused by its operator. Try again "
                              "later." % service.name, retry_after=60, retry=False)
         if job.access is not None:
-            self._check_quota(job.access, job.cost)
+            job.access.check_quota(self._wall(), job.cost)
         if not (service.sessions or job.wait or self._clock() < service.expected_until):
             raise self.offline(service)
-        self._check_queue(job)
+        victim = self._check_queue(job)
         size = JOB_BYTES + len(job.payload)
         if size > self.memory.share_left(job.holder):
             raise RelayError("rate_limited", "Your prompts and their answers take a quarter "
                              "of the relay's memory. Wait until some are answered.",
                              retry_after=10)
         self._check_rates(job)
+        return victim
 
     def _check_queue(self, job):
+        """Return the job that must leave a full queue for this one, or None."""
         service, limits = job.service, self._limits
         mine = service.queue.count(job.caller, job.by_operator)
         if mine >= limits.max_queue_per_caller:
@@ -644,16 +647,16 @@ class Admission:
         most = limits.max_queue
         if job.by_operator or job.access is not None:
             most += most // RESERVED           # strangers cannot fill it all
-        if service.queue.size >= most and self.gives_way(job) is None:
+        victim = self._gives_way(job) if service.queue.size >= limits.max_queue else None
+        if service.queue.size >= most and victim is None:
             raise RelayError("queue_full", "%d prompts wait for %s already. Try again "
                              "later." % (service.queue.size, service.name),
                              retry_after=self.retry_after(service))
+        return victim
 
-    def gives_way(self, job):
-        """The job that must leave a full queue for this one: the newest of those that have
-        most, if they would still have more. None: nobody gives way."""
-        if job.service.queue.size < self._limits.max_queue:
-            return None
+    def _gives_way(self, job):
+        """The newest job of those that have most, if they would still have more. None:
+        nobody gives way."""
         sizes, newest = job.service.queue.largest(widest_group)
         if newest is None or sizes[widest_group(newest.caller)] <= 1 + sizes[
                 widest_group(job.caller)]:
@@ -680,24 +683,6 @@ class Admission:
                 for group, factor in groups:
                     self.quotas.take((service.name.lower(), group), most * factor,
                                      "prompts without an access key")
-
-    def _check_quota(self, access, cost):
-        now = self._wall()
-        if access.day != now // DAY_SECONDS:
-            access.day, access.requests, access.tokens = now // DAY_SECONDS, 0, 0
-        left = DAY_SECONDS - now % DAY_SECONDS
-        for used, limit, what in (
-                (access.requests + cost - 1, access.requests_per_day, "requests"),
-                (access.tokens, access.tokens_per_day, "tokens")):
-            if limit is not None and used >= limit:
-                raise RelayError("quota_exceeded", "The %d %s per day of this access key "
-                                 "are used up. They are renewed at midnight UTC, in %d "
-                                 "minutes." % (limit, what, left // 60 + 1),
-                                 retry_after=left)
-        if access.concurrency is not None and access.running >= access.concurrency:
-            raise RelayError("rate_limited", "This access key allows %d prompts at once. "
-                             "Wait for an answer." % access.concurrency, retry_after=2,
-                             limit=access.concurrency)
 
     def charge(self, job):
         """Count an accepted job."""
@@ -839,8 +824,7 @@ class Jobs:
                 job.grace = self.limits.grace_seconds
             size = JOB_BYTES + len(job.payload)
             self._free_share_locked(job.holder, size)
-            self._admission.check(job)
-            victim = self._admission.gives_way(job)
+            victim = self._admission.admit(job)
             if victim is not None:
                 self._cancel_locked(victim, self._admission.gave_way_error(service))
             if not self._make_room_locked(size, job.holder):
@@ -1103,21 +1087,6 @@ class Jobs:
             del self._identified[job.identity.key]
         job.identity = None
 
-    def _measure_locked(self, job):
-        """Note how long a job took, for estimates and /metrics."""
-        for name, instant in (("queue_seconds", job.leased_at), ("answer_seconds", job.ended_at),
-                              ("first_token_seconds", job.first_at or job.ended_at)):
-            self.histograms[name].observe(instant - job.created)
-        service = job.service
-        service.job_seconds = moving_average(service.job_seconds,
-                                             job.ended_at - job.leased_at)
-        if job.prefixes and job.first_at is not None:
-            self._affinity.measure(job)
-        if len(job.items) > 8 and job.ended_at - job.first_at > 0.05:
-            service.tokens_per_second = moving_average(
-                service.tokens_per_second,
-                (len(job.items) - 1) / (job.ended_at - job.first_at))
-
     def _cancel_locked(self, job, error=None):
         """End a job early, and tell its provider to stop. Nothing happens if it has ended."""
         if job.ended_at is not None:
@@ -1150,51 +1119,6 @@ class Jobs:
             self.counters_changed.set()
         self._changed[service.name] = service
         self._touched += 1
-
-    # -- memory --
-
-    def _make_room_locked(self, size, holder):
-        """Return whether `size` more bytes can be held, if necessary after others gave way."""
-        while self._memory.held + size > self._memory.most:
-            job = self._memory.victim(size, holder) if self._jobs else None
-            if job is None:
-                return False
-            if job.ended_at is None:
-                self._cancel_locked(job, self._admission.memory_full())
-            if job.id in self._jobs and not job.readers:
-                self._forget_locked(job)
-            elif job.id in self._jobs:
-                self._empty_locked(job)
-        return True
-
-    def _free_share_locked(self, holder, size):
-        """Forget ended jobs of this holder, the oldest first, as far as its share of the
-        memory lacks `size` bytes."""
-        if self._memory.share_left(holder) < size:
-            for job in self._memory.kept_by(holder):
-                if not job.readers and self._memory.share_left(holder) < size:
-                    self._forget_locked(job)
-
-    def _empty_locked(self, job):
-        """Keep only a job's error, which a client has still to read."""
-        job.error = job.error or self._admission.memory_full()
-        job.payload, job.items, job.encoded = b"", [], None
-        self._memory.keep(job, False)      # there is nothing left to take
-        self._resize_locked(job, JOB_BYTES - job.size)
-
-    def _resize_locked(self, job, size):
-        """Count bytes that a job takes from now on, or, below zero, no longer."""
-        if job.id in self._jobs:
-            self._memory.hold(job, size)
-
-    def keep_encoded(self, job, encoder, data):
-        """Keep a whole answer as it is sent, so that other readers of the job share it."""
-        with self._lock:
-            if job.id in self._jobs and job.encoded is None and self._make_room_locked(
-                    len(data), job.holder) and job.items:
-                self._resize_locked(job, len(data))
-                job.encoded = encoder, data
-
 
 class Matcher(Jobs):
     """The providers' half of the Broker: matches jobs with their polls.
@@ -1667,11 +1591,14 @@ JSON = "application/json"
 FORWARDED = frozenset(("x-forwarded-for", "forwarded", "x-real-ip"))
 MAX_SMALL_BODY_BYTES = 1 << 18   # of requests that are neither a prompt nor a push
 LARGE_BODY_BYTES = 1 << 16       # only one of these is parsed at a time
-LARGE_PER_MINUTE = 300           # MiB in bodies of a MiB or more, per address
 
 
 class Exchange:
-    """One request and its response. One thread runs it until it has ended."""
+    """One request and its response. One thread runs it until it has ended.
+
+    HttpExchange, in the machinery, adds how a body is read (read_object) and how a response
+    looks as bytes (response, error_response, chunked_head, framed).
+    """
 
     head = None                        # of the request, once it was read
     api = "native"                     # whose form errors take, see ERROR_FORMS
@@ -1742,45 +1669,6 @@ class Exchange:
 
     # -- the request --
 
-    def read_object(self, most=None):
-        """Return the request's body, a JSON object, as a dict. most: bytes, if less than the
-        limit. Raises RelayError."""
-        coding = self.head.fields.get("content-encoding", "identity")
-        if coding.lower() != "identity":
-            raise RelayError("unsupported_encoding", "Send the body without a "
-                             "Content-Encoding.")
-        with BytesUnderWay(self) as count:
-            body = self.read_bytes(most, count)
-            self.body_read = True
-            self.fingerprint = hashlib.sha256(body).digest()
-            if len(body) > LARGE_BODY_BYTES:
-                self._charge_large(len(body))
-                # Parsed, it may need thirty times its bytes: so one at a time.
-                self.bounds.large_bodies.acquire()
-                self.parsing = True
-            return parse_json(body)
-
-    def read_bytes(self, most, count):
-        """Return the request's body as bytes: see read_body."""
-        return read_body(self.connection, self.head, self.limits, most, count)
-
-    def _charge_large(self, size):
-        """Count a large body for this address."""
-        for _ in range(0 if self.local or self.trusted else size // MIB):
-            self.bounds.megabytes.take_by_address(
-                self.address, LARGE_PER_MINUTE, 60, "large requests, in MB")
-
-    def drop(self, request):
-        """Empty a request before this thread waits: it may be large."""
-        request.clear()
-        self.release_large_body()
-
-    def release_large_body(self):
-        """The body, if it was large, is not in memory as objects any more."""
-        if self.parsing:
-            self.parsing = False
-            self.bounds.large_bodies.release()
-
     def charge_guess(self, what):
         """Count a wrong key, or a stream key that names nothing, for this address."""
         self.bounds.wrong_keys.take_by_address(
@@ -1829,69 +1717,6 @@ class Exchange:
         room = self.bounds.bytes
         return room.take(self.address, min(size, room.most // 2), reserved=True,
                          give_way=self.connection.abort, wait=self.limits.write_seconds)
-
-    def response(self, status, body, kind=JSON, error=None, more=b"", **headers):
-        """Return (head, body) of a whole response as bytes. body: bytes, or a value to be
-        sent as JSON. more: encoded header lines. headers: names with "_" for "-"."""
-        self.started = True
-        if not isinstance(body, bytes):
-            body = to_json(body)
-        if error is not None:
-            headers.update(error_headers(error, self.api))
-        if status != 204:
-            more += b"Content-Length: %d\r\n" % len(body)
-        head = self.head_bytes(status, kind, headers, more) + b"\r\n"
-        if self.head is not None and self.head.method == "HEAD":
-            body = b""
-        return head, body
-
-    def chunked_head(self, kind, more=b"", **headers):
-        """Return the head of a response whose length is not known yet."""
-        self.started = True
-        if self.head.version == 0:
-            self.keep_alive = False        # its end is the connection's
-        else:
-            more += b"Transfer-Encoding: chunked\r\n"
-        return self.head_bytes(200, kind, headers, more) + b"\r\n"
-
-    def framed(self, data, last=False):
-        """Return a piece of such a body as it is sent."""
-        if self.head.version == 0:
-            return data
-        if data:                           # an empty chunk would be the last
-            data = b"%x\r\n%s\r\n" % (len(data), data)
-        return data + b"0\r\n\r\n" if last else data
-
-    def head_bytes(self, status, kind, headers, more=b""):
-        """Return a response's head without its end. Raises ValueError rather than send what
-        would not be one line."""
-        head = common_head(status, kind, self.api, self.keep_alive,
-                           "cache_control" in headers)
-        for name, value in headers.items():
-            if not HEADER_VALUE.match(value):
-                raise ValueError("ill-formed header %s: %r" % (name, value))
-            head += ("%s: %s\r\n" % (name.replace("_", "-"), value)).encode("ascii")
-        return b"%s%s%sX-Request-Id: %s\r\n" % (
-            head, more, self.relay.date(), self.id.encode("ascii"))
-
-    def explain(self, error):
-        """Return the RelayError for whatever went wrong; a fault of ours is logged."""
-        if isinstance(error, RelayError):
-            return error
-        if isinstance(error, sqlite3.Error):
-            log("cannot_save", error=str(error))
-            return RelayError("relay_busy", "The relay cannot write its data now. Try again "
-                              "later.", retry_after=30)
-        log("internal_error", request=self.id, error=printable(repr(error)), traceback=True)
-        return RelayError("internal_error", "An internal error of the relay, logged as %s."
-                          % self.id)
-
-    def error_response(self, error):
-        """Return (head, body) of the response for an error, in the form of the API in use."""
-        self.relay.count("errors", error.name)
-        if self.head is None or not self.body_read:
-            self.keep_alive = False        # where the next request begins is unknown
-        return self.response(error.status, ERROR_FORMS[self.api](error), error=error)
 
     def fail(self, error):
         """Answer with an error. Raises PeerGone if a part of the response was sent."""
@@ -2984,7 +2809,66 @@ class Broker(Matcher):
             self.counters_changed.clear()
             return list(changed.values())
 
+    # -- memory --
+
+    def _make_room_locked(self, size, holder):
+        """Return whether `size` more bytes can be held, if necessary after others gave way."""
+        while self._memory.held + size > self._memory.most:
+            job = self._memory.victim(size, holder) if self._jobs else None
+            if job is None:
+                return False
+            if job.ended_at is None:
+                self._cancel_locked(job, self._admission.memory_full())
+            if job.id in self._jobs and not job.readers:
+                self._forget_locked(job)
+            elif job.id in self._jobs:
+                self._empty_locked(job)
+        return True
+
+    def _free_share_locked(self, holder, size):
+        """Forget ended jobs of this holder, the oldest first, as far as its share of the
+        memory lacks `size` bytes."""
+        if self._memory.share_left(holder) < size:
+            for job in self._memory.kept_by(holder):
+                if not job.readers and self._memory.share_left(holder) < size:
+                    self._forget_locked(job)
+
+    def _empty_locked(self, job):
+        """Keep only a job's error, which a client has still to read."""
+        job.error = job.error or self._admission.memory_full()
+        job.payload, job.items, job.encoded = b"", [], None
+        self._memory.keep(job, False)      # there is nothing left to take
+        self._resize_locked(job, JOB_BYTES - job.size)
+
+    def _resize_locked(self, job, size):
+        """Count bytes that a job takes from now on, or, below zero, no longer."""
+        if job.id in self._jobs:
+            self._memory.hold(job, size)
+
+    def keep_encoded(self, job, encoder, data):
+        """Keep a whole answer as it is sent, so that other readers of the job share it."""
+        with self._lock:
+            if job.id in self._jobs and job.encoded is None and self._make_room_locked(
+                    len(data), job.holder) and job.items:
+                self._resize_locked(job, len(data))
+                job.encoded = encoder, data
+
     # -- the directory and metrics --
+
+    def _measure_locked(self, job):
+        """Note how long a job took, for estimates and /metrics."""
+        for name, instant in (("queue_seconds", job.leased_at), ("answer_seconds", job.ended_at),
+                              ("first_token_seconds", job.first_at or job.ended_at)):
+            self.histograms[name].observe(instant - job.created)
+        service = job.service
+        service.job_seconds = moving_average(service.job_seconds,
+                                             job.ended_at - job.leased_at)
+        if job.prefixes and job.first_at is not None:
+            self._affinity.measure(job)
+        if len(job.items) > 8 and job.ended_at - job.first_at > 0.05:
+            service.tokens_per_second = moving_average(
+                service.tokens_per_second,
+                (len(job.items) - 1) / (job.ended_at - job.first_at))
 
     def version(self):
         """A number that changes at least when the directory does."""
@@ -4378,6 +4262,7 @@ class BytesUnderWay:
 # Responses: heads, errors and logs, in the words of each API
 ##############################################################################
 
+LARGE_PER_MINUTE = 300           # MiB in bodies of a MiB or more, per address
 HEADER_VALUE = re.compile(r"[\x20-\x7e]*\Z")
 OPENAI_PATH = re.compile(rb"[A-Z]+ \S*/(?:v1/|chat/completions|completions|embeddings|"
                          rb"models\b|responses|rerank|tokenize|detokenize)")
@@ -4416,6 +4301,116 @@ def common_head(status, kind, api, keep_alive, cached):
     if not keep_alive:
         lines.append(b"Connection: close\r\n")
     return b"".join(lines)
+
+
+class HttpExchange(Exchange):
+    """An Exchange with its bytes: how a body is read, how a response is written."""
+
+    # -- the request --
+
+    def read_object(self, most=None):
+        """Return the request's body, a JSON object, as a dict. most: bytes, if less than the
+        limit. Raises RelayError."""
+        coding = self.head.fields.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            raise RelayError("unsupported_encoding", "Send the body without a "
+                             "Content-Encoding.")
+        with BytesUnderWay(self) as count:
+            body = self.read_bytes(most, count)
+            self.body_read = True
+            self.fingerprint = hashlib.sha256(body).digest()
+            if len(body) > LARGE_BODY_BYTES:
+                self._charge_large(len(body))
+                # Parsed, it may need thirty times its bytes: so one at a time.
+                self.bounds.large_bodies.acquire()
+                self.parsing = True
+            return parse_json(body)
+
+    def read_bytes(self, most, count):
+        """Return the request's body as bytes: see read_body."""
+        return read_body(self.connection, self.head, self.limits, most, count)
+
+    def _charge_large(self, size):
+        """Count a large body for this address."""
+        for _ in range(0 if self.local or self.trusted else size // MIB):
+            self.bounds.megabytes.take_by_address(
+                self.address, LARGE_PER_MINUTE, 60, "large requests, in MB")
+
+    def drop(self, request):
+        """Empty a request before this thread waits: it may be large."""
+        request.clear()
+        self.release_large_body()
+
+    def release_large_body(self):
+        """The body, if it was large, is not in memory as objects any more."""
+        if self.parsing:
+            self.parsing = False
+            self.bounds.large_bodies.release()
+
+    # -- the response --
+
+    def response(self, status, body, kind=JSON, error=None, more=b"", **headers):
+        """Return (head, body) of a whole response as bytes. body: bytes, or a value to be
+        sent as JSON. more: encoded header lines. headers: names with "_" for "-"."""
+        self.started = True
+        if not isinstance(body, bytes):
+            body = to_json(body)
+        if error is not None:
+            headers.update(error_headers(error, self.api))
+        if status != 204:
+            more += b"Content-Length: %d\r\n" % len(body)
+        head = self.head_bytes(status, kind, headers, more) + b"\r\n"
+        if self.head is not None and self.head.method == "HEAD":
+            body = b""
+        return head, body
+
+    def chunked_head(self, kind, more=b"", **headers):
+        """Return the head of a response whose length is not known yet."""
+        self.started = True
+        if self.head.version == 0:
+            self.keep_alive = False        # its end is the connection's
+        else:
+            more += b"Transfer-Encoding: chunked\r\n"
+        return self.head_bytes(200, kind, headers, more) + b"\r\n"
+
+    def framed(self, data, last=False):
+        """Return a piece of such a body as it is sent."""
+        if self.head.version == 0:
+            return data
+        if data:                           # an empty chunk would be the last
+            data = b"%x\r\n%s\r\n" % (len(data), data)
+        return data + b"0\r\n\r\n" if last else data
+
+    def head_bytes(self, status, kind, headers, more=b""):
+        """Return a response's head without its end. Raises ValueError rather than send what
+        would not be one line."""
+        head = common_head(status, kind, self.api, self.keep_alive,
+                           "cache_control" in headers)
+        for name, value in headers.items():
+            if not HEADER_VALUE.match(value):
+                raise ValueError("ill-formed header %s: %r" % (name, value))
+            head += ("%s: %s\r\n" % (name.replace("_", "-"), value)).encode("ascii")
+        return b"%s%s%sX-Request-Id: %s\r\n" % (
+            head, more, self.relay.date(), self.id.encode("ascii"))
+
+    def explain(self, error):
+        """Return the RelayError for whatever went wrong; a fault of ours is logged."""
+        if isinstance(error, RelayError):
+            return error
+        if isinstance(error, sqlite3.Error):
+            log("cannot_save", error=str(error))
+            return RelayError("relay_busy", "The relay cannot write its data now. Try again "
+                              "later.", retry_after=30)
+        log("internal_error", request=self.id, error=printable(repr(error)), traceback=True)
+        return RelayError("internal_error", "An internal error of the relay, logged as %s."
+                          % self.id)
+
+    def error_response(self, error):
+        """Return (head, body) of the response for an error, in the form of the API in use."""
+        self.relay.count("errors", error.name)
+        if self.head is None or not self.body_read:
+            self.keep_alive = False        # where the next request begins is unknown
+        return self.response(error.status, ERROR_FORMS[self.api](error), error=error)
 
 
 def guess_api(head):
@@ -4593,6 +4588,25 @@ class AccessKey:
             setattr(self, column, value)
         self.running = 0
         self.written = None           # what the data file knows of its use
+
+    def check_quota(self, now, cost):
+        """Raise RelayError if a prompt that counts as `cost` is more than this key may have
+        per day, or at once."""
+        if self.day != now // DAY_SECONDS:
+            self.day, self.requests, self.tokens = now // DAY_SECONDS, 0, 0
+        left = DAY_SECONDS - now % DAY_SECONDS
+        for used, limit, what in (
+                (self.requests + cost - 1, self.requests_per_day, "requests"),
+                (self.tokens, self.tokens_per_day, "tokens")):
+            if limit is not None and used >= limit:
+                raise RelayError("quota_exceeded", "The %d %s per day of this access key "
+                                 "are used up. They are renewed at midnight UTC, in %d "
+                                 "minutes." % (limit, what, left // 60 + 1),
+                                 retry_after=left)
+        if self.concurrency is not None and self.running >= self.concurrency:
+            raise RelayError("rate_limited", "This access key allows %d prompts at once. "
+                             "Wait for an answer." % self.concurrency, retry_after=2,
+                             limit=self.concurrency)
 
     def shown(self, now):
         """What its operator may see. Only the guest knows the key itself."""
@@ -6178,7 +6192,7 @@ def host_name(host):
 class Relay(ThreadingHTTPServer):
     """Accepts connections and serves them in threads."""
 
-    exchange_type = Exchange
+    exchange_type = HttpExchange
     daemon_threads = True
     request_queue_size = 1024              # the default, 5, drops bursts of connections
     allow_reuse_port = False
@@ -7943,7 +7957,7 @@ def body_after(head, request):
 # What takes the place of the relay's parts.
 
 
-class ClusterExchange(Exchange):
+class ClusterExchange(HttpExchange):
     """An Exchange that may come from another relay, or have to go there."""
 
     body = None                            # as it was read, until its service is known

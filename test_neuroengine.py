@@ -3496,7 +3496,7 @@ def test_a_peer_that_does_not_read_times_out(tmp_path, secure):
 
 
 def test_a_malformed_response_header_raises(relay):
-    exchange = neuroengine_server.Exchange(relay, argparse.Namespace(address=""))
+    exchange = neuroengine_server.HttpExchange(relay, argparse.Namespace(address=""))
     with pytest.raises(ValueError):
         exchange.head_bytes(200, "text/plain", {"x": "a\r\nInjected: b"})
 
