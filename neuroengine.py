@@ -1552,7 +1552,7 @@ class Exchange:
 
     def __init__(self, loop, timeout, sink=None):
         self.reader, self.sink = ResponseReader(), sink
-        self.body = b""
+        self.body = bytearray()      # bytes would be copied for each piece
         self.done = loop.create_future()
         # It may fail when nobody waits for it any more: asyncio must not complain then.
         self.done.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -1709,7 +1709,7 @@ class AsyncTransport:
             self._free.append(line)
         else:
             line.transport.abort()
-        return exchange.reader.status, exchange.reader.headers, exchange.body
+        return exchange.reader.status, exchange.reader.headers, bytes(exchange.body)
 
     async def _connect(self):
         """A new AsyncConnection. A thread looks up the name and connects, also through proxies."""
