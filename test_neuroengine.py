@@ -3677,6 +3677,17 @@ def test_a_body_in_tiny_pieces_takes_little_more_than_its_bytes(chunk):
         assert size - 4096 <= exchange.bounds.bytes.taken <= 1.3 * size
 
 
+def test_what_came_of_a_chunked_body_is_not_copied_for_each_chunk():
+    """4,000 tiny chunks in one segment held up all others for 74 ms."""
+    class Flood:
+        buffer = (b"40\r\n" + b"x" * 64 + b"\r\n") * 40000 + b"0\r\n\r\nGET"
+
+    began = time.process_time()
+    body = neuroengine_server.BodyReader(Flood, math.inf, None).take_chunked(2**40)
+    assert len(body) == 40000 * 64 and Flood.buffer == b"GET"
+    assert time.process_time() - began < 2
+
+
 def test_an_answer_that_takes_longer_than_its_bound_is_an_error():
     with running_relay(limits=Limits(job_seconds=0.2, heartbeat_seconds=0.1)) as relay:
         hand = Hand(relay)
