@@ -8772,12 +8772,14 @@ def keep_owner(path, data):
 def read_page():
     """Return the bytes of chat.html next to this file, or None.
 
-    Comments and indentation are for those who read the file: without them the page is an
-    eighth shorter on the wire. A comment behind code has two spaces before it and no quotes.
+    Comments, indentation and most ends of lines are for those who read the file: without
+    them the page is an eighth shorter on the wire. A comment behind code has two spaces
+    before it and no quotes. Where an end of line is meant, no tab follows it.
     """
     page = read_beside("chat.html")
     comment = rb"^\t*(?://[^\n]*|/\*(?:(?!\*/).)*\*/)\n|  // [^\n\"'`]*$"
-    return page and re.sub(rb"(?ms)%s|^\t+" % comment, b"", page)
+    page = page and re.sub(rb"(?ms)" + comment, b"", page)
+    return page and re.sub(rb"(?<=[,;({])\n\t+|\n\t+(?=[?:})\]&|])|(?<=\n)\t+", b"", page)
 
 
 def data_directory(options):
