@@ -1878,9 +1878,7 @@ class WholeOutlet(Outlet):
             return
         error = self.job.error
         if self.late:
-            body = to_json(ERROR_FORMS[self.exchange.api](error)) if error else (
-                self.encoder.whole(self.job))
-            parts = (self.exchange.framed(body, last=True),)
+            parts = (self.exchange.framed(self._late_body(error), last=True),)
         else:
             parts = self._response(error)
             if len(parts[1]) <= MAX_SMALL_BODY_BYTES:
@@ -1917,6 +1915,15 @@ class WholeOutlet(Outlet):
                                           more=self.encoder.headers(self.exchange, self.job))
         except Exception as fault:
             return self.exchange.error_response(self.exchange.explain(fault))
+
+    def _late_body(self, error):
+        """What follows a head that was sent before the answer was there."""
+        try:
+            if error is None:
+                return self.encoded(self.job.answer_bytes(), self.encoder.whole, self.job)
+        except Exception as fault:
+            error = self.exchange.explain(fault)
+        return to_json(ERROR_FORMS[self.exchange.api](error))
 
     def _body(self):
         """The whole answer as bytes, made once for all readers of the job."""
@@ -5034,22 +5041,39 @@ class TextEncoder:
             prompt, self.tokens, prompt + self.tokens)
 
 
+MAX_CALLS = 1000             # tool calls, or other fields, of one whole answer
+
+
+def gather(parts, piece):
+    """Add a piece to a list of texts, or of bytes: small ones are joined, because each would
+    take fifty bytes more."""
+    if parts and len(parts[-1]) < SMALL_PIECE:
+        parts[-1] += piece
+    elif piece:
+        parts.append(piece)
+
+
 class Message:
-    """The whole message of a chat, gathered from items. Parts are joined once, at the end."""
+    """The whole message of a chat, gathered from items as text or JSON: the objects of an
+    answer of 8 MB would take 2 GB."""
 
     def __init__(self):
-        self.texts, self.reasoning, self.calls, self.more = [], [], [], {}
+        self.texts, self.reasoning, self.calls = [], [], []
+        self.more = {}                     # field -> (type of its value, pieces)
 
     def add(self, item):
-        """Add an item that is an object."""
-        self.reasoning.append(item.get("reasoning") or "")
+        """Add an item that is an object. Raises RelayError."""
+        gather(self.reasoning, item.get("reasoning") or "")
         for delta in item.get("tool_calls") or ():
             self._add_call(delta)
         for name, value in (item.get("delta") or {}).items():
-            parts = self.more.setdefault(name, [])
-            if parts and type(parts[0]) is not type(value) or type(value) not in (str, list):
-                parts.clear()              # it replaces what came before
-            parts.append(value)
+            self._add_more(name, value)
+
+    def _check_room(self, gathered):
+        """Raise RelayError if there are too many calls, or fields, for one more."""
+        if len(gathered) >= MAX_CALLS:
+            raise RelayError("provider_error", "The provider's answer has more than %d tool "
+                             "calls or fields. Stream it: then it is not merged." % MAX_CALLS)
 
     def _add_call(self, delta):
         """Add one delta of a tool call to the calls gathered so far."""
@@ -5057,34 +5081,45 @@ class Message:
         if not isinstance(index, int) or not 0 <= index <= len(self.calls):
             index = len(self.calls)
         if index == len(self.calls):
+            self._check_room(self.calls)
             self.calls.append({"id": "", "type": "function", "name": [], "arguments": []})
         call, function = self.calls[index], delta.get("function") or {}
         call["id"] = delta.get("id") or call["id"]
         call["type"] = delta.get("type") or call["type"]
         for field in ("name", "arguments"):
-            call[field].append(function.get(field) or "")
+            gather(call[field], function.get(field) or "")
+
+    def _add_more(self, name, value):
+        """Add to another field: texts and lists are joined, others are replaced."""
+        if name not in self.more:
+            self._check_room(self.more)
+        kind, parts = self.more.get(name, (None, []))
+        if kind is not type(value) or kind not in (str, list):
+            parts = []
+        self.more[name] = type(value), parts
+        if type(value) is list:
+            gather(parts, (b"," if parts and value else b"") + to_json(value)[1:-1])
+        else:
+            gather(parts, value if type(value) is str else to_json(value))
 
     def whole(self, said):
         """The message as JSON."""
-        if not (self.calls or self.more or self.reasoning):
-            return b'{"role":"assistant","content":%s}' % to_json(said)
-        message = {"role": "assistant", "content": said}
-        if any(self.reasoning):
-            message["reasoning_content"] = "".join(self.reasoning)
+        message = {"role": b'"assistant"', "content": to_json(said)}
+        if self.reasoning:
+            message["reasoning_content"] = to_json("".join(self.reasoning))
         if self.calls:
-            message["content"] = said or None
-            message["tool_calls"] = [
+            message["content"] = to_json(said or None)
+            message["tool_calls"] = to_json([
                 {"id": call["id"], "type": call["type"], "function": {
                     field: "".join(call[field]) for field in ("name", "arguments")}}
-                for call in self.calls]
-        for name, parts in self.more.items():
-            if type(parts[0]) is str:
-                message[name] = "".join(parts)
-            elif type(parts[0]) is list:
-                message[name] = list(itertools.chain.from_iterable(parts))
+                for call in self.calls])
+        for name, (kind, parts) in self.more.items():
+            if kind is str:
+                message[name] = to_json("".join(parts))
             else:
-                message[name] = parts[0]
-        return to_json(message)
+                message[name] = (b"[%s]" if kind is list else b"%s") % b"".join(parts)
+        return b"{%s}" % b",".join([b"%s:%s" % (to_json(name), value)
+                                    for name, value in message.items()])
 
 
 class EmbeddingsWhole:

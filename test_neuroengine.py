@@ -4200,6 +4200,60 @@ def test_tool_calls_and_reasoning_pass_untouched(relay, hand):
         item["tool_calls"] for item in items if "tool_calls" in item]
 
 
+def whole_message(*items):
+    """The message of a whole chat answer of these items, and its job."""
+    job = Job(Service("Llm", ""), b"{}")
+    job.items = [neuroengine_server.encoded_item(item) for item in items]
+    encoder = neuroengine_server.TextEncoder("chat", "Llm", job, {}, False, False)
+    return json.loads(encoder.whole(job))["choices"][0]["message"]
+
+
+def test_other_fields_of_a_whole_answer_are_joined_or_replaced():
+    assert whole_message(
+        {"delta": {"a": "x", "b": [1], "c": [], "d": {"n": 1}, "e": [2], "\u2603": "\ud800"}},
+        {"delta": {"a": "y", "b": [], "c": [{"z": "\u2603"}], "d": {"n": 2}, "e": "f"}},
+        {"delta": {"a": "", "b": [2, 3], "d": None, "role": "other"}}) == {
+            "role": "other", "content": "", "a": "xy", "b": [1, 2, 3], "c": [{"z": "\u2603"}],
+            "d": None, "e": "f", "\u2603": "\ud800"}
+
+
+@pytest.mark.parametrize("item", [
+    {"tool_calls": [{}] * 3000},
+    {"tool_calls": [{"index": n} for n in range(3000)]},
+    {"delta": {"n%d" % n: n for n in range(3000)}},
+], ids=["calls", "counted calls", "fields"])
+def test_an_answer_with_too_many_calls_to_merge_is_an_error(relay, hand, item):
+    """8 MB of them took 2.4 GB, and became a response of 189 MB."""
+    answer = in_thread(chat, relay, hand.name)
+    hand.reply(hand.next_job(), [item], done=True)
+    status, body, _ = answer()
+    assert status == 502 and "more than 1000" in body["error"]["message"]
+    answer = in_thread(chat, relay, hand.name, stream=True)
+    hand.reply(hand.next_job(), [item], done=True)
+    status, data, _ = answer()
+    assert status == 200 and events_of(data)[1] == "[DONE]"
+
+
+@pytest.mark.parametrize("item", [
+    {"delta": {"x": [{"a": 1}] * 2000}}, {"delta": {"x": [[]] * 5000}},
+    {"delta": {"x": "ab"}, "reasoning": "c"},
+    {"tool_calls": [{"index": 0, "function": {"name": "n", "arguments": "xy"}}] * 300},
+], ids=["objects", "lists", "texts", "calls"])
+def test_merging_a_whole_answer_takes_little_more_than_its_bytes(item):
+    items = [item] * (2000000 // (64 + len(json.dumps(item, separators=(",", ":")))))
+    size = neuroengine_server.size_of(list(map(neuroengine_server.encoded_item, items)))
+    message = neuroengine_server.Message()
+    tracemalloc.start()
+    try:
+        for item in items:
+            message.add(json.loads(json.dumps(item)))
+        body = message.whole("")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 6 * size and len(body) < 1.5 * size      # not 30 or 300 times
+
+
 def test_a_text_completion_has_its_own_form(relay, hand):
     for stream in (False, True):
         answer = in_thread(ask, relay, "/v1/completions", {

@@ -188,6 +188,31 @@ def nested_items(siege, figures):
         figures.check("the relay lives and answers", relay.healthy(5))
 
 
+@part("merged-answers")
+def merged_answers(siege, figures):
+    """Whole chat answers of 8 MB, merged from deltas of many small parts."""
+    for title, item in (("tool calls", {"tool_calls": [{}] * 90_000}),
+                        ("objects", {"delta": {"x": [{"a": 1}] * 90_000}}),
+                        ("lists", {"delta": {"x": [[]] * 90_000}}),
+                        ("numbers", {"delta": {"x": [1] * 140_000}}),
+                        ("names", {"delta": {"n%d" % n: n for n in range(70_000)}})):
+        with Relay(siege, "--max-held-bytes", HELD, provider=False) as relay:
+            session, got = Session(relay, relay.register(SERVICE)), []
+            asker = threading.Thread(target=lambda relay=relay, got=got: got.append(relay.ask(
+                "POST", CHAT, {"model": SERVICE, "messages": [
+                    {"role": "user", "content": "x"}]}, timeout=60)))
+            asker.start()
+            job, = wait_for_jobs(session)
+            pushes = 7_900_000 // len(json.dumps(item, separators=(",", ":")))
+            with Memory(relay) as memory:
+                for n in range(pushes):
+                    session.reply(job, [item], n, done=n == pushes - 1)
+                asker.join(60)
+            figures.add(title, got[0][0] if got else "no answer",
+                        good=got and got[0][0] in (200, 502))
+            memory.judge(figures, HELD, 20)
+
+
 @part("bodies-under-way")
 def bodies_under_way(siege, figures):
     """1,900 connections that each send 255 KB of a body and stop; 20 MB with an emoji."""
