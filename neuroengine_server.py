@@ -715,7 +715,7 @@ class Admission:
         # A provider that has just left may be restarting. Whether to wait for any other is
         # a person's decision: OpenAI's clients would wait Retry-After out twice, silently.
         just_gone = service.last_seen is not None and \
-            self._wall() - service.last_seen < JUST_GONE_SECONDS
+            abs(self._wall() - service.last_seen) < JUST_GONE_SECONDS
         since = "" if service.last_seen is None else " since %s UTC" % time.strftime(
             "%Y-%m-%d %H:%M", time.gmtime(service.last_seen))
         return RelayError("service_offline", "No provider of %s is connected%s. Try again "
@@ -2484,7 +2484,14 @@ class Quotas(Rates):
         caller = hashlib.sha256(repr(caller).encode()).digest()[:16]
         super().take(caller, most, DAY_SECONDS, what, "quota_exceeded")
         with self._lock:
+            self._changed.pop(caller, None)
             self._changed[caller] = self._due.get(caller, 0.0)
+            self._forget_unsaved()
+
+    def _forget_unsaved(self):
+        """While the disk is full, the oldest changes are lost rather than memory filled."""
+        while len(self._changed) > self.MOST:
+            del self._changed[next(iter(self._changed))]
 
     def take_changed(self):
         """Return what changed since the last call: hash -> instant."""
@@ -2492,10 +2499,16 @@ class Quotas(Rates):
             changed, self._changed = self._changed, {}
             return changed
 
-    def restore(self, pairs):
-        """Continue with what was saved."""
+    def give_back(self, changed):
+        """What take_changed returned could not be saved."""
         with self._lock:
-            self._due.update(pairs)
+            self._changed = {**changed, **self._changed}
+            self._forget_unsaved()
+
+    def restore(self, pairs):
+        """Continue with what was saved: pairs, the latest instants last."""
+        with self._lock:
+            self._due.update(pairs[-self.MOST:])
 
 
 def too_many(what, most, seconds, late, name="rate_limited"):
@@ -5885,10 +5898,15 @@ class Store:
             return self._db.execute("SELECT caller, due FROM quotas ORDER BY due").fetchall()
 
     def fact(self, name):
-        """Return a number of the file's own."""
+        """Return a number of the file's own; None if it has none of that name."""
         with self._lock:
-            return self._db.execute("SELECT value FROM facts WHERE name=?",
-                                    (name,)).fetchone()[0]
+            row = self._db.execute("SELECT value FROM facts WHERE name=?", (name,)).fetchone()
+            return row and row[0]
+
+    def note(self, **facts):
+        """Write numbers of the file's own."""
+        with self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
     def backup(self, path):
         """Copy everything to a new file, while others write. Raises OSError, sqlite3.Error."""
@@ -5929,6 +5947,7 @@ RELOAD_SECONDS = 2           # between looks at the data file: Python's standard
                              # has no way to wait for another process's write
 RENEW_SECONDS = 600          # how often "last seen" of connected services is renewed
 WARNING_SECONDS = 14 * DAY_SECONDS     # before a service is deleted, the directory says so
+GAP_SECONDS = 2 * DAY_SECONDS          # see Registry.check_clock
 
 
 class Registry:
@@ -5948,8 +5967,8 @@ class Registry:
         self._changes = store.changes()    # before it is loaded
         self._secret = secrets.token_bytes(32)         # of repeatable_key
         self._repeats = OrderedDict()      # hash of caller and key -> body's fingerprint
-        self._unsaved_quotas = {}          # hash of a caller -> instant
         self._expiry_since = store.fact("expiry_since")    # when this version came
+        self._steady_since = 0.0           # see check_clock
         broker.quotas.restore(store.load_quotas())
         for service in store.load():
             broker.add(service, returning=True)
@@ -5968,7 +5987,7 @@ class Registry:
         if self._repeats.setdefault(name, fingerprint) != fingerprint:
             raise RelayError("key_reused", "This Idempotency-Key was used with another body, "
                              "or for a service that has changed since.")
-        if len(self._repeats) > 1000:
+        while len(self._repeats) > 1000:               # use_repeat adds to them, too
             self._repeats.popitem(last=False)
         return "ne_" + base64.urlsafe_b64encode(hmac.new(
             self._secret, b"key" + name, "sha256").digest()).decode().rstrip("=")
@@ -6090,15 +6109,21 @@ class Registry:
                 if self._unsaved:
                     self._store.save(list(self._unsaved.values()))
                     self._unsaved.clear()
-                self._unsaved_quotas.update(self._broker.quotas.take_changed())
-                if self._unsaved_quotas:
-                    self._store.save_quotas(list(self._unsaved_quotas.items()))
-                    self._unsaved_quotas.clear()
+                self._save_quotas()
                 self._trouble = None
             except sqlite3.Error as error:
                 if str(error) != self._trouble:        # once, not at each attempt
                     self._trouble = str(error)
                     log("cannot_save", error=str(error))
+
+    def _save_quotas(self):
+        changed = self._broker.quotas.take_changed()
+        try:
+            if changed:
+                self._store.save_quotas(list(changed.items()))
+        except sqlite3.Error:
+            self._broker.quotas.give_back(changed)
+            raise
 
     def keep_saving(self):
         """Save counters when they change, until the broker closes; for a thread."""
@@ -6113,7 +6138,7 @@ class Registry:
         while not self._broker.closed:
             time.sleep(RELOAD_SECONDS)
             self.reload()
-            if self._revoked or self._unsaved:         # the disk may have room again
+            if self._revoked or self._unsaved or self._trouble:    # the disk may have room
                 self.save()
             if time.monotonic() - renewed > RENEW_SECONDS:
                 renewed = time.monotonic()
@@ -6129,21 +6154,35 @@ class Registry:
         if service.sessions or not service.stored or not days:
             return None
         since = service.created if service.last_seen is None else service.last_seen
-        return max(since, self._expiry_since) + days * DAY_SECONDS
+        if since > time.time():            # the clock was wrong then
+            since = 0.0
+        return max(since, self._expiry_since, self._steady_since) + days * DAY_SECONDS
+
+    def check_clock(self):
+        """Let the days of unused services begin anew if the wall clock is not where it must
+        be, as relays note it every few minutes: it is wrong, or was; or no relay ran, and
+        no provider could connect. Raises sqlite3.Error."""
+        now, seen_at = time.time(), self._store.fact("seen_at")
+        if seen_at is None or abs(now - seen_at) < GAP_SECONDS:
+            self._store.note(seen_at=now)
+        else:
+            log("unused_days_begin_anew", clock_was=int(seen_at))
+            self._store.note(seen_at=now, steady_since=now)
+        self._steady_since = self._store.fact("steady_since") or 0.0
 
     def delete_unused(self):
         """Delete the services that have had no provider for too long. The name of one that
         once had a provider stays reserved for its key, so that nobody inherits its
         clients' prompts."""
-        for service in self._broker.services():
-            at = self.deleted_at(service)
-            if at is not None and time.time() >= at:
-                try:
+        try:
+            self.check_clock()
+            for service in self._broker.services():
+                at = self.deleted_at(service)
+                if at is not None and time.time() >= at:
                     self.delete(service, reserve=service.last_seen is not None)
                     log("deleted_unused", service=service.name, last_seen=service.last_seen)
-                except sqlite3.Error as error:
-                    log("cannot_save", error=str(error))
-                    return
+        except sqlite3.Error as error:
+            log("cannot_save", error=str(error))
 
     def reload(self):
         """Read again what another process changed in the data file. Return a list of words
@@ -7317,7 +7356,14 @@ class HomeStore(EngineStore):
         return []
 
     def fact(self, name):
-        return time.time()
+        if name == "expiry_since":         # known when the engine answers
+            return time.time()
+        value = self.engine.call("HGET", KEY + "facts", name)
+        return value and float(value)
+
+    def note(self, **facts):
+        for name, value in facts.items():
+            self.engine.call("HSET", KEY + "facts", name, repr(value))
 
 
 class EngineRates(Rates):
@@ -7428,7 +7474,7 @@ class EngineRegistry(Registry):
         while not self._broker.closed:
             if self.follow():
                 self.store.withdraw()
-                if self._revoked or self._unsaved or self._unsaved_quotas:
+                if self._revoked or self._unsaved or self._trouble:
                     self.save()
             if self._broker.draining:
                 self._give_up_idle()
@@ -7691,6 +7737,10 @@ class EngineRegistry(Registry):
 
     def delete_unused(self):
         """Also of services without a home, which this relay becomes."""
+        try:
+            self.check_clock()
+        except EngineError:
+            return
         for name, record in list(self.records.items()):
             if name not in self.homes or self.homes[name] not in self.relays:
                 at = self.deleted_at(service_of(record, self.counters.get(name)))

@@ -1448,20 +1448,108 @@ def test_unused_services_are_deleted_and_their_names_reserved(
     broker.logout(broker.find("Once"), broker.login(broker.find("Once")))
     broker.login(broker.find("On"))
     directory = neuroengine_server.Directory(broker, registry)
-    now[0] += 8 * 86400
-    registry.delete_unused()
+
+    def days(number):
+        for _ in range(number):
+            now[0] += 86400
+            registry.delete_unused()
+
+    days(8)
     assert [s.name for s in broker.services()] == ["Once", "On"]
     registry.register(Service("Never", "other"))         # nobody had it
-    now[0] += 170 * 86400
+    days(170)
     assert "deleted_at" in directory.entry(broker.find("Once"))
     assert "deleted_at" not in directory.entry(broker.find("On"))
-    now[0] += 9 * 86400
-    registry.delete_unused()
+    days(9)
     with pytest.raises(RelayError) as refused:
         registry.register(Service("once", digest("thief")), old_digest=digest("thief"))
     assert refused.value.name == "name_taken" and not broker._services.get("once")
     registry.register(Service("Once", digest("new")), old_digest=digest("Once"))
     assert 'deleted_unused service="Once"' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("wrong", [-50, 24], ids=["1970", "2050"])
+def test_a_wrong_clock_deletes_no_service_and_counts_for_nothing(
+        tmp_path, monkeypatch, wrong, restart):
+    now = [time.time()]
+    monkeypatch.setattr(neuroengine_server.time, "time", lambda: now[0])
+
+    def start():
+        broker = Broker(wall=lambda: now[0])
+        return neuroengine_server.Registry(Store(str(tmp_path / "data.sqlite3")), broker), broker
+
+    registry, broker = start()
+
+    def days(number):
+        for _ in range(number):
+            now[0] += 86400
+            registry.delete_unused()
+
+    registry.register(Service("Never", "a", created=now[0]))
+    days(6)
+    jump = wrong * 365 * 86400
+    now[0] += jump
+    if restart:
+        registry.close()
+        registry, broker = start()
+    registry.register(Service("Then", "b", created=now[0]))
+    days(2)
+    now[0] -= jump
+    if restart:
+        registry.close()
+        registry, broker = start()
+    days(6)
+    assert {s.name for s in broker.services()} == {"Never", "Then"}
+    days(3)
+    assert not broker.services()
+    registry.close()
+
+
+def test_a_relay_that_was_off_for_weeks_deletes_nobody_who_could_not_connect(
+        tmp_path, monkeypatch):
+    now = [time.time()]
+    monkeypatch.setattr(neuroengine_server.time, "time", lambda: now[0])
+    path = str(tmp_path / "data.sqlite3")
+    registry = neuroengine_server.Registry(Store(path), Broker(wall=lambda: now[0]))
+    registry.register(Service("Never", "a", created=now[0]))
+    registry.delete_unused()
+    registry.close()
+    now[0] += 30 * 86400
+    broker = Broker(wall=lambda: now[0])
+    registry = neuroengine_server.Registry(Store(path), broker)
+    registry.delete_unused()
+    assert broker.services()
+    registry.close()
+
+
+def test_quotas_that_cannot_be_saved_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(neuroengine_server.Quotas, "MOST", 100)
+    store, broker = Store(":memory:"), Broker()
+    registry = neuroengine_server.Registry(store, broker)
+    save_quotas = store.save_quotas
+
+    def full(pairs):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    store.save_quotas = full
+    for caller in range(500):
+        broker.quotas.take("caller %d" % caller, 10, "prompts")
+        registry.save()
+    store.save_quotas = lambda pairs: saved.extend(pairs) or save_quotas(pairs)
+    saved = []
+    registry.save()
+    assert len(saved) == 100 and len(store.load_quotas()) == 100
+    registry.save()
+    assert len(saved) == 100
+
+
+def test_idempotency_keys_of_registrations_are_a_bounded_number():
+    registry = neuroengine_server.Registry(Store(":memory:"), Broker())
+    for n in range(3000):
+        registry.repeatable_key("203.0.113.1", str(n), b"body")
+        registry.use_repeat("203.0.113.1", str(n))
+    assert len(registry._repeats) <= 1002
 
 
 def test_draining_fails_the_waiting_and_lets_the_running_finish(desk):
