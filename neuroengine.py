@@ -1515,29 +1515,28 @@ class ResponseReader:
     def _chunks(self, data):
         body, at = [], 0
         while at < len(data):
-            if self._left > 0:
-                piece = data[at:at + self._left]
-                self._left -= len(piece)
-                at += len(piece)
-                body.append(piece)
-                continue
-            end = data.find(b"\n", at)
-            if end < 0:
-                self._rest = data[at:]
-                if len(self._rest) > MAX_HEAD_BYTES:
-                    raise http.client.HTTPException("a chunk without a size")
-                break
-            size = data[at:end].partition(b";")[0].strip()
-            at = end + 1
-            if size:                           # otherwise the line that ends a chunk
+            if not self._left:
+                end = data.find(b"\n", at)
+                if end < 0:
+                    self._rest = data[at:]
+                    if len(self._rest) > MAX_HEAD_BYTES:
+                        raise http.client.HTTPException("a chunk without a size")
+                    break
+                size, at = data[at:end].strip(), end + 1
+                if not size:                   # the line that ends a chunk
+                    continue
                 try:
-                    self._left = int(size, 16)
+                    self._left = int(size.partition(b";")[0], 16)
                 except ValueError:
                     raise http.client.HTTPException("a chunk without a size") from None
                 if self._left <= 0:            # the last one; what may follow is of no use
                     self.whole = True
                     self.kept = self.kept and data[at:] == b"\r\n"
                     break
+            piece = data[at:at + self._left]
+            self._left -= len(piece)
+            at += len(piece)
+            body.append(piece)
         return body[0] if len(body) == 1 else b"".join(body)
 
 
