@@ -2047,10 +2047,6 @@ class StreamOutlet(Outlet):
 # Native API: encoders and handlers
 ##############################################################################
 
-# Fields that the relay itself acts on, or that only it may say. All others go to the provider;
-# NATIVE_FIELDS checks those that it knows.
-NOT_FOR_PROVIDERS = frozenset(("key", "gettokens", "at", "stream", "wait", "command",
-                               "api", "opaque", "reply_so_far"))
 SHORT_KEY = 16               # a shorter stream key is for the caller that began the stream
 
 
@@ -4062,8 +4058,16 @@ SAMPLING_FIELDS = {
     "top_p": number(0, 1),
     "seed": whole_number(-2**63, 2**64 - 1),
 }
+RELAY_FIELDS = {                           # on which the relay acts itself
+    "key": text(512),
+    "gettokens": whole_number(1, 10**5),
+    "at": whole_number(0, 10**9),
+    "stream": flag(),
+    "wait": flag(),
+}
 NATIVE_FIELDS = dict(
     SAMPLING_FIELDS,
+    **RELAY_FIELDS,
     message=text(),
     messages=messages(),
     top_k=whole_number(-1, 10**6),
@@ -4072,12 +4076,9 @@ NATIVE_FIELDS = dict(
     max_new_len=whole_number(1, 10**7),
     raw=raw_flag(),
     n=whole_number(1, 1),
-    best_of=whole_number(1, 1),
-    key=text(512),
-    gettokens=whole_number(1, 10**5),
-    at=whole_number(0, 10**9),
-    stream=flag(),
-    wait=flag())
+    best_of=whole_number(1, 1))
+# All others go to the provider; the last three only the relay may say.
+NOT_FOR_PROVIDERS = frozenset(RELAY_FIELDS) | {"command", "api", "opaque", "reply_so_far"}
 OPENAI_FIELDS = dict(
     SAMPLING_FIELDS,
     max_tokens=no_limit_or_length(),
