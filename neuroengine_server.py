@@ -5537,7 +5537,7 @@ class Directory:
 
 def gzipped(body, level):
     """Return body as gzip (RFC 1952)."""
-    coder = zlib.compressobj(level, zlib.DEFLATED, 31)
+    coder = zlib.compressobj(level, zlib.DEFLATED, 31, 7)    # 7: shorter blocks fit better
     return coder.compress(body) + coder.flush()
 
 
@@ -8878,7 +8878,10 @@ def read_page():
     page = read_beside("chat.html")
     comment = rb"^\t*(?://[^\n]*|/\*(?:(?!\*/).)*\*/)\n|  // [^\n\"'`]*$"
     page = page and re.sub(rb"(?ms)" + comment, b"", page)
-    return page and re.sub(rb"(?<=[,;({])\n\t+|\n\t+(?=[?:})\]&|])|(?<=\n)\t+", b"", page)
+    page = page and re.sub(
+        rb"(?<=[,;({])\n\t+|\n\t+(?=[?:})\]&|])|(?<=\n)\t+", b"", page)
+    return page and re.sub(rb"(?s)(?<=<style>).*(?=</style>)", lambda style: re.sub(
+        rb"(?<=[:;,{}])\s+|\s+(?=[{}])", b"", style.group()), page)
 
 
 def data_directory(options):

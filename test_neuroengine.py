@@ -10757,6 +10757,129 @@ def test_page_keeps_the_focus_where_the_keyboard_was(page_provider, page_tab):
     page_tab_to(tab, "Undo")
     press("Enter")
     tab.shows("Renamed", ".list")
+    assert page_focus(tab) == "Message" and tab.live() == "It is there again."
+
+
+@in_each_browser
+def test_page_opens_one_dialog_from_another(page_provider, page_tab):
+    tab = page_tab().open()
+    for button, first in (("Enter a key", "Key from its operator"),
+                          ("Keyboard shortcuts", "Close")):
+        tab.tab.click("#open-settings")
+        tab.tab.click("#dialog button:text('%s')" % button)
+        tab.tab.wait_for_timeout(50)                     # until the first has closed
+        assert page_focus(tab) == first
+        tab.tab.keyboard.press("Escape")
+        tab.tab.wait_for_selector("#open-settings:focus")
+
+
+def test_page_notice_stays_while_its_button_is_in_use(page_provider, page_tab):
+    tab = page_tab()
+    tab.tab.clock.install()
+    tab.open()
+    page_talk(tab, page_provider, "Hello", "One")
+    tab.tab.click("[aria-label='Delete Hello']")
+    page_tab_to(tab, "Undo")
+    tab.tab.clock.run_for(60000)
+    assert page_focus(tab) == "Undo"
+    tab.tab.keyboard.press("Shift+Tab")
+    tab.tab.clock.run_for(4000)
+    assert not tab.tab.query_selector(".toast")
+
+
+def test_page_reads_out_what_happens_in_a_dialog(page_relay, page_tab):
+    tab = page_tab().open("/")
+    page_manage(tab, page_relay.keys["Demo"])
+    assert tab.tab.query_selector("#dialog #live")       # all else is inert
+    tab.tab.fill("#guest-label", "Bob")
+    tab.tab.press("#guest-label", "Enter")
+    tab.tab.wait_for_selector("#invite button:focus")
+    assert tab.live().startswith("An invite link for Bob")
+    tab.tab.click("text=Revoke")
+    tab.tab.click("text=Revoke it?")
+    tab.tab.wait_for_selector("#guest-label:focus")
+    assert tab.live() == "The key of Bob no longer works."
+    tab.tab.keyboard.press("Escape")
+    tab.eventually("document.querySelector('body > .toasts > #live')")
+
+
+@in_each_browser
+def test_page_menus_obey_the_arrow_keys_and_close_behind_the_focus(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "Hello", "One")
+    press = tab.tab.keyboard.press
+    tab.tab.focus(".picker summary")
+    for key, name in (("ArrowDown", "Demo"), ("ArrowDown", "Demo"), ("ArrowDown", "All models"),
+                      ("ArrowDown", "All models"), ("ArrowUp", "Demo")):
+        press(key)
+        assert page_focus(tab).startswith(name), key
+    tab.tab.focus(".message.last .under summary")
+    assert not tab.tab.evaluate("document.querySelector('.picker').open")
+    press("Enter")
+    tab.tab.wait_for_selector(".message.last .items button")
+    press("ArrowDown")
+    assert page_focus(tab) == "Fork from here"
+    press("Enter")
+    tab.shows("This is a copy", ".toast")
+
+
+def test_page_list_of_conversations_is_one_stop_of_the_tab_key(page_provider, page_tab):
+    tab = page_tab().open()
+    press = tab.tab.keyboard.press
+    for n in range(4):
+        tab.tab.click("#new")
+        page_talk(tab, page_provider, "Talk %d" % n, "One")
+    press("Control+k")
+    for key, name in (("ArrowDown", "Talk 3"), ("ArrowDown", "Talk 2"), ("Tab", "Rename Talk 2"),
+                      ("Tab", "Delete Talk 2"), ("ArrowDown", "Talk 1"), ("Tab", "Rename Talk 1"),
+                      ("Tab", "Delete Talk 1"), ("Tab", "Export and import"),
+                      ("Shift+Tab", "Talk 1"), ("ArrowUp", "Talk 2"),
+                      ("ArrowUp", "Talk 3"), ("ArrowUp", "Search conversations")):
+        press(key)
+        assert page_focus(tab) == name, key
+    tab.tab.keyboard.type("talk 0")
+    tab.shows("1 match", "#list-note")
+    press("Enter")
+    tab.tab.wait_for_selector("#input:focus")
+    tab.shows("Talk 0", ".message.user")
+
+
+@in_each_browser
+def test_page_composer_turns_the_pages_of_the_conversation(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "Long", "\n\n".join("line %d" % n for n in range(200)),
+              "line 199")
+    at_end = "(() => { const log = document.querySelector('#log');" \
+        "return log.scrollHeight - log.scrollTop - log.clientHeight < 2; })()"
+    tab.eventually(at_end)
+    tab.tab.press("#input", "PageUp")
+    tab.eventually("!" + at_end)
+    tab.tab.press("#input", "PageDown")
+    tab.eventually(at_end)
+    tab.tab.fill("#input", "\n" * 80)                    # a long text has pages itself
+    tab.eventually(at_end)
+    tab.tab.press("#input", "PageUp")
+    assert tab.tab.evaluate(at_end)
+
+
+@in_each_browser
+def test_page_editor_is_wide_whole_and_saved_by_a_key(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "Hi", "\n\n".join("line %d" % n for n in range(60)), "line 59")
+    tab.tab.press("#input", "ArrowUp")
+    tab.tab.wait_for_selector(".editing textarea")
+    assert tab.tab.evaluate("document.querySelector('.editing').offsetWidth") > 400
+    tab.tab.keyboard.press("Escape")
+    tab.tab.click(".message.last [aria-label='Edit the answer']")
+    tab.eventually("""(() => { const save = document.querySelector(".editing .primary");
+        return save.getBoundingClientRect().bottom
+            <= document.querySelector("#log").getBoundingClientRect().bottom; })()""")
+    tab.tab.fill(".editing textarea", "Mine")
+    tab.tab.press(".editing textarea", "Control+Enter")
+    tab.answers("Mine")
+    assert page_focus(tab) == "Message"
+    tab.tab.click(".message.last [aria-label='Previous version']")
+    assert tab.live() == "Version 1 of 2."
 
 
 @in_each_browser
@@ -10897,7 +11020,7 @@ def test_page_never_scrolls_sideways(page_relay, page_provider, page_tab,
 
 def test_page_is_one_small_strict_file(page_relay, page_provider, page_tab):
     page = read_page().decode("utf-8")
-    assert len(gzip.compress(page.encode("utf-8"), 9)) <= 64 * 1024
+    assert len(neuroengine_server.gzipped(page.encode("utf-8"), 9)) <= 64 * 1024
     markup = page.partition("<body>")[2].partition("<script>")[0]
     assert not re.search(r"<[^>]*\s(on\w+|style)\s*=", markup)
     assert not re.search(r"(?:src|href)=\"(?!/|#|data:)", page.partition("<script>")[0])
@@ -11763,6 +11886,35 @@ def test_page_reads_out_words_without_markdowns_signs(page_provider, page_tab):
                               "| a | b |\n|---|---|\n| 1 | 2 |\n\n```py\nx = 1\n```\n")
     tab.eventually("document.querySelector('#live').textContent.startsWith('Answer')")
     assert tab.live() == "Answer: Head\nSome bold link.\na, b\n1, 2\nx = 1"
+
+
+def test_page_reads_out_why_an_answer_has_no_words(page_provider, page_tab):
+    tab = page_tab().open()
+    for items, words in ((({"finish_reason": "length"},), "The answer is empty. Stopped at"),
+                         (({"tool_calls": [{"index": 0, "function": {"name": "add"}}]},),
+                          "No text: the model asked for a tool")):
+        tab.say("Hello")
+        tab.prompt(page_provider).done(*items)
+        tab.eventually("(words) => document.querySelector('#live').textContent"
+                       ".startsWith(words)", words)
+        tab.idle()
+
+
+def test_page_reads_out_what_the_banner_says(page_relay, page_provider, page_tab):
+    tab = page_tab().open()
+    tab.expects_trouble = True
+    page_relay.change("Demo", private=True)
+    tab.news()
+    tab.eventually("document.querySelector('#live').textContent.startsWith('This service')")
+
+
+def test_page_adds_files_and_goes_on_in_the_composer(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.tab.focus("#attach")
+    tab.tab.set_input_files("#choose", {"name": "a.txt", "mimeType": "text/plain",
+                                        "buffer": b"words"})
+    tab.tab.wait_for_selector("#input:focus")
+    assert tab.live().startswith("Added: a.txt.")
 
 
 def test_page_lists_its_shortcuts_and_obeys_them(page_provider, page_tab):
