@@ -233,6 +233,7 @@ class Session:
         self.poll = None              # the newest Poll
         self.parked = False           # whether that poll waits
         self.deadline = 0.0           # when silence becomes loss
+        self.arrival = 0.0            # until then it may be busy receiving prompts
         self.checks_handover = False  # whether a timer looks for unconfirmed leases
         self.closed = False
 
@@ -736,6 +737,7 @@ MAX_SESSIONS_PER_JOB = 3     # a job goes to at most this many sessions
 MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
 MAX_UNKNOWN_LEASES = 64      # of a session at once: a provider could make up any number
 MAX_HANDOVER_BYTES = 1 << 22     # prompts in one response, if there is more than one
+HANDOVER_BYTES_PER_SECOND = 1 << 16      # at a provider's line; meanwhile it is not silent
 
 
 class DeliveryLock:
@@ -1158,7 +1160,7 @@ class Matcher(Jobs):
         """
         with self._lock:
             session = self._session_locked(service, session_id)
-            session.poll = token
+            session.poll, session.arrival = token, 0.0
             session.arrived.notify_all()        # an older poll of this session ends
             if session.id not in service.sessions:
                 self._connect_locked(session)
@@ -1212,7 +1214,7 @@ class Matcher(Jobs):
                 return
             session.arrived.notify_all()
             session.service.idle.pop(session, None)
-            session.parked = False
+            session.parked, session.arrival = False, 0.0
             session.deadline = min(session.deadline,
                                    self._clock() + self.limits.lease_seconds)
             for lease in session.leases.values():
@@ -1309,17 +1311,22 @@ class Matcher(Jobs):
     def _hand_over_locked(self, session):
         """Empty the outbox into a response: (offers, cancels), as poll returns them."""
         offers, cancels, now = [], [], self._clock()
+        size = sum(len(lease.job.payload) for lease in session.outbox
+                   if lease.state == "offered")
+        arrival = now + size // HANDOVER_BYTES_PER_SECOND
         for lease in list(session.outbox):
             if lease.state == "offered":
                 job = lease.job
                 offers.append((job, job.attempt, len(job.items),
                                text_of(job.items) if job.items else None))
-                lease.move("handed_out", now)
+                lease.move("handed_out", arrival)
             else:
                 cancels.append(lease.pair)
                 lease.since = now
         session.outbox.clear()
         if offers:
+            session.arrival = max(session.arrival, arrival)
+            self._heard_locked(session)
             self._check_handover_later_locked(session, self.limits.handover_seconds)
         return offers, cancels
 
@@ -1476,7 +1483,8 @@ class Matcher(Jobs):
 
     def _heard_locked(self, session, hold=0.0):
         """The provider spoke: its silence counts from now, or from the end of its poll."""
-        session.deadline = self._clock() + hold + self.limits.lease_seconds
+        session.deadline = max(self._clock() + hold,
+                               session.arrival) + self.limits.lease_seconds
 
     def _end_sessions_locked(self, service):
         """End all sessions of a service."""

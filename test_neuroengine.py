@@ -596,6 +596,34 @@ def test_silence_is_loss_after_the_lease(desk):
         desk.poll(session)
 
 
+def test_a_provider_that_receives_a_long_prompt_is_not_silent(desk):
+    """12 MB take 20 s on a line of 5 Mbit/s: its session ended, with all its answers."""
+    session = desk.login(workers=3)
+    other = desk.submit()
+    (job, _, _, _), = desk.poll(session)[0]
+    desk.poll(session, [(job, 1)])
+    long = desk.submit(b"x" * 12000000)
+    (long_job, _, _, _), = desk.poll(session, [(job, 1)])[0]
+    desk.push(session, job, ["a"])         # on another connection
+    for _ in range(60):
+        desk.later(1)
+    assert other.job.state == long.job.state == "leased"
+    assert desk.poll(session, [(job, 1), (long_job, 1)]) == ([], [])
+    for _ in range(16):
+        desk.later(1)
+    assert long.job.state == "queued"      # silent since
+
+
+def test_a_long_prompt_is_back_soon_if_its_way_to_the_provider_breaks(desk):
+    session, token = desk.login(), Poll()
+    long = desk.submit(b"x" * 12000000)
+    assert desk.poll(session, (), token)[0]
+    desk.later(3)
+    desk.broker.poll_lost(session, token)
+    desk.later(1)
+    assert long.job.state == "queued"
+
+
 def test_silence_after_an_idle_poll_is_loss_after_one_lease(desk):
     session = desk.login()
     parked = desk.broker._sessions[session]
