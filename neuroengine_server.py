@@ -1367,7 +1367,7 @@ class Matcher(Jobs):
         """Give a job back to a provider that seemed to be gone, if it waits and the provider
         can go on from item offset `at`. Return the Lease, or None."""
         job = self._jobs.get(pair[0])
-        if (job is None or job.state != "queued" or job.attempt != pair[1]
+        if (job is None or job.state != "queued" or not 0 < job.attempt == pair[1]
                 or job.service is not session.service or at > len(job.items)):
             return None
         job.service.queue.remove(job)
@@ -3491,8 +3491,11 @@ class Connection:
             data = self.tls.decrypt(data)
             while not data:                # a part of a record, or TLS's own business
                 data = self.tls.decrypt(self._receive_some(deadline))
+        self._keep(data)
+
+    def _keep(self, data):
         self.buffer = self.buffer + data if self.buffer else data
-        if self.began is None:
+        if data and self.began is None:
             self.began = time.monotonic()
 
     def wait_for_more(self, seconds):
@@ -3518,7 +3521,8 @@ class Connection:
                 raise PeerGone()
             return True
         try:
-            self.receive(0.0)
+            data = self._receive_some(0.0)
+            self._keep(data if self.tls is None else self.tls.decrypt(data))
         except socket.timeout:
             pass
         return bool(self.buffer)
@@ -5394,8 +5398,8 @@ def charge_registration(exchange):
 def send_keys(exchange, name):
     """GET /api/services/{name}/keys: the access keys, with their use so far"""
     service = authorized(exchange, name)
-    exchange.respond(200, {"errorcode": 0, "keys": [
-        key.shown(time.time()) for key in list(service.keys.values())]})
+    send_counted(exchange, to_json({"errorcode": 0, "keys": [
+        key.shown(time.time()) for key in list(service.keys.values())]}))
 
 
 def add_key(exchange, name):
@@ -5566,7 +5570,7 @@ def send_counted(exchange, body, kind=JSON, **headers):
     when others get a newer version."""
     if len(body) <= PUSHED_BYTES:
         return exchange.respond(200, body, kind, **headers)
-    with exchange.bounds.bytes.take(exchange.address, len(body),
+    with exchange.bounds.bytes.take(exchange.address, len(body), reserved=exchange.trusted,
                                    give_way=exchange.connection.abort):
         exchange.respond(200, body, kind, **headers)
 

@@ -596,6 +596,16 @@ def test_silence_is_loss_after_the_lease(desk):
         desk.poll(session)
 
 
+def test_a_provider_cannot_claim_a_job_that_was_never_handed_out(desk):
+    session, other = desk.login(), desk.login()
+    reader = desk.submit()
+    entry = {"job": reader.job.id, "attempt": 0, "at": 0, "items": ["a"], "done": True}
+    refused, _, _ = desk.broker.push(desk.service, session, [entry])
+    assert [refusal["error"] for refusal in refused] == ["fenced"]
+    assert desk.poll(other, [(reader.job.id, 0)])[1] == [(reader.job.id, 0)]
+    assert desk.broker.read(reader) == ([], False)
+
+
 def test_a_provider_that_receives_a_long_prompt_is_not_silent(desk):
     """12 MB take 20 s on a line of 5 Mbit/s: its session ended, with all its answers."""
     session = desk.login(workers=3)
@@ -3546,6 +3556,32 @@ def test_half_delivered_answers_are_sent_again(relay, hand):
     assert again.recv(100).startswith(b"HTTP/1.1 200")
     assert relay.broker.counts["jobs"] == jobs + 1
     again.close()
+
+
+def test_a_peer_that_sends_only_tls_s_own_business_does_not_hold_up_the_lobby():
+    peer, sock = socket.socketpair()
+    with peer, sock:
+        connection = neuroengine_server.Connection(sock, Limits())
+        records = []
+        connection.tls = types.SimpleNamespace(decrypt=lambda data: records.append(data) or b"")
+        peer.sendall(bytes(100000))
+        assert not connection.take_in() and len(records) == 1
+
+
+def test_a_long_list_of_access_keys_counts_as_memory():
+    with running_relay() as relay:
+        hand = Hand(relay)
+        service = relay.broker.find(hand.name)
+        for n in range(1000):
+            service.keys[n] = neuroengine_server.AccessKey(
+                "%016x" % n, "", "\u2603" * 100, 0.0, *[None] * 5, 0, 0, 0, None)
+        take, taken = relay.bounds.bytes.take, []
+        relay.bounds.bytes.take = lambda address, size, **kw: (
+            taken.append(size) or take(address, size, **kw))
+        status, answer, _ = ask(relay, "/api/services/%s/keys" % hand.name,
+                                Authorization="Bearer " + hand.key)
+        assert status == 200 and len(answer["keys"]) == 1000 and max(taken) > 400000
+        hand.logout()
 
 
 def test_large_pieces_for_slow_readers_count_as_memory():
