@@ -427,6 +427,8 @@ class Soak:
             return self.start_passing(relay)
         child = self.crews[relay].pop()
         how = self.rand.choice((signal.SIGINT, signal.SIGKILL))
+        if how is signal.SIGINT:               # Python's imports would show a traceback
+            child.expect("logged in")
         self.gone[relay] = time.monotonic()
         code = child.end(how, 20)
         self.space.children.remove(child)
