@@ -38,6 +38,7 @@ from watch import client_hello
 
 import neuroengine_server as ne
 
+REST = 2 * ne.KEPT_SECONDS     # for idle threads to end
 ANSWER_SECONDS = 20      # each limit below is 5 s at most, and a few may follow each other
 LIMITS = ("--head-seconds=2 --body-seconds=2 --idle-seconds=2 --write-seconds=3 "
           "--poll-seconds=1 --busy-poll-seconds=1 --lease-seconds=4 --offline-seconds=1 "
@@ -640,10 +641,10 @@ def over_sockets(number, seed, report, threads):
         attackers = [Attacker(relay, secure, n, seed, report) for n in range(threads)]
         wave(attackers, 300 * threads, report)     # warm: all caches and pools are full
         calm(relay), calm(secure)
-        before = relay.child.at_rest(), secure.child.at_rest()
+        before = relay.child.at_rest(REST), secure.child.at_rest(REST)
         wave(attackers, number, report)
         calm(relay), calm(secure)
-        after = relay.child.at_rest(), secure.child.at_rest()
+        after = relay.child.at_rest(REST), secure.child.at_rest(REST)
         for title, each, one, two in zip(("plain", "TLS"), (relay, secure), before, after):
             print("relay (%s) at rest: before %d threads, %d descriptors, %.1f MB; after "
                   "%d, %d, %.1f MB" % ((title,) + one + two))
