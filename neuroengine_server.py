@@ -6790,7 +6790,8 @@ class Elsewhere(Exception):
 
     def __init__(self, name, home):
         super().__init__(name, home)
-        self.name, self.home = name, home          # lower case; "epoch@url"
+        self.name = name                   # in lower case
+        self.home = home                   # "epoch@url"; None: whoever follows this relay
 
 
 class NotSent(Exception):
@@ -7428,6 +7429,20 @@ class ClusterBroker(Broker):
         """The Service of that name, in lower case, if this relay is its home; or None."""
         return self._services.get(name)
 
+    def submit(self, job, identity=None, at=None):
+        """The same. If this relay stops, a new prompt is for the next home: raises Elsewhere,
+        too."""
+        try:
+            return super().submit(job, identity, at)
+        except RelayError as error:
+            if error.name == "shutting_down":
+                raise Elsewhere(job.service.name.lower(), None) from None
+            raise
+
+    def _shutting_down(self):
+        return RelayError("shutting_down", "This relay is restarting, and its services move "
+                          "to another. Try again.", retry_after=1)
+
     def lose(self, service):
         """Another relay is home to it: end its sessions and jobs, drop what was counted."""
         with self._lock:
@@ -7670,6 +7685,29 @@ class EngineRegistry(Registry):
                 home in self.relays or self.peers.answers(home)):
             raise Elsewhere(name, home)
 
+    def wait_to_give_up(self, name):
+        """This relay stops: block until it has given up the home of a service, as it does
+        when the running answers have ended. Raises Moved if it ends first."""
+        while self._broker.at_home(name) is not None:
+            if self._broker.closed or len(self.relays) < 2:
+                raise Moved()
+            time.sleep(0.05)               # once in a relay's life
+
+    def next_home(self, name):
+        """The relay to which this one, which stops, sends what comes for a service that it
+        is not home to. Raises Moved if there is none."""
+        self.follow()
+        others = sorted(self.relays - {self.id})
+        if not others:
+            raise Moved()
+        home = self.homes.get(name)
+        return home if home in others else others[zlib.crc32(name.encode()) % len(others)]
+
+    def has_moved(self, there):
+        """Whether the engine knows of another home by now than an Elsewhere tells."""
+        self.follow()
+        return self.homes.get(there.name) != there.home
+
     def _claim(self, name, refused):
         """Try to become home; return the Service, or None, with what was learnt in homes."""
         try:
@@ -7678,7 +7716,7 @@ class EngineRegistry(Registry):
                 if service is not None:
                     return service
                 if self._broker.draining:
-                    raise Moved()
+                    raise Elsewhere(name, self.next_home(name))
                 what, *more = self.engine.run(
                     CLAIM, self.id, name, int(refused), int(1000 * MEMBER_SECONDS),
                     int(1000 * MISSED_SECONDS))
@@ -7803,6 +7841,7 @@ class Peers:
         self._tls = ssl.create_default_context()
         self._idle = defaultdict(deque)    # url -> (socket, since), newest last
         self._busy = defaultdict(dict)     # home -> {Forward: True}
+        self._held = set()                 # exchanges that wait for a next home
         self._asked = {}                   # home -> (when, whether it answered)
         self._asking = defaultdict(threading.Lock)     # home -> held while it is asked
 
@@ -7858,6 +7897,15 @@ class Peers:
         except (OSError, ValueError, AttributeError):
             return ""
 
+    @contextlib.contextmanager
+    def holding(self, exchange):
+        """Until then, this relay has not answered all."""
+        self._held.add(exchange)
+        try:
+            yield
+        finally:
+            self._held.discard(exchange)
+
     def started(self, forward):
         self._busy[forward.home][forward] = True
 
@@ -7865,8 +7913,9 @@ class Peers:
         self._busy[forward.home].pop(forward, None)
 
     def is_answering(self):
-        """Whether a response is passed on, other than to a provider's poll."""
-        return any(not forward.is_poll for forwards in list(self._busy.values())
+        """Whether a response is passed on, other than to a provider's poll, or a request
+        waits to be."""
+        return bool(self._held) or any(not forward.is_poll for forwards in list(self._busy.values())
                    for forward in list(forwards))
 
     def abort_all(self):
@@ -7911,7 +7960,7 @@ class Forward:
         home did not act on it; PeerGone, RelayError."""
         self._send(self._head(len(self.exchange.body)) + self.exchange.body)
         if len(self.exchange.body) > KEEP_BODY_BYTES:
-            self.exchange.body = None      # the answer may take long
+            self.exchange.drop_body()      # the answer may take long
         self.exchange.body_room.close()
         self.peers.started(self)
         self.connection.when_gone(self.abort)
@@ -8087,6 +8136,7 @@ class ClusterExchange(HttpExchange):
     """An Exchange that may come from another relay, or have to go there."""
 
     body = None                            # as it was read, until its service is known
+    body_dropped = False                   # it was read, and is not here any more
     body_room = None                       # the memory that is taken for it, to be closed
     caller_is_local = None                 # as the relay said that forwards it; None: none does
     _local = False
@@ -8114,7 +8164,7 @@ class ClusterExchange(HttpExchange):
                 # HAProxy's word for a server that gets nothing new, and keeps what it has.
                 raise RelayError("not_found", "The relay is shutting down.")
         try:
-            super()._dispatch(head)
+            self._dispatch_here(head)
         except (Elsewhere, Moved) as there:
             if self.caller_is_local is not None and not self.started:
                 self._refuse_forwarded()             # forwarded once at most
@@ -8122,6 +8172,22 @@ class ClusterExchange(HttpExchange):
                 raise
             else:
                 self._forward(there.name, there.home)
+
+    def _dispatch_here(self, head):
+        """Answer a request, if this relay is the home. Raises Elsewhere, Moved."""
+        registry = self.relay.registry
+        try:
+            super()._dispatch(head)
+        except Elsewhere as there:
+            if there.home is None:         # until the answers before it have ended
+                with self.relay.peers.holding(self):
+                    registry.wait_to_give_up(there.name)
+                    if self.caller_is_local is None:
+                        return self._forward(there.name, registry.next_home(there.name))
+            elif self.caller_is_local is not None and not self.broker.draining and (
+                    registry.has_moved(there)):
+                return super()._dispatch(head)       # who forwards it heard of it first
+            raise
 
     def _refuse_forwarded(self):
         """Answer a relay that takes this one for a home."""
@@ -8136,23 +8202,32 @@ class ClusterExchange(HttpExchange):
         return self.body
 
     def take_slot(self, reserved):
-        self.body = None                   # this relay is the home
+        if not self.broker.draining or len(self.body or b"") > KEEP_BODY_BYTES:
+            self.drop_body()               # this relay is the home
         super().take_slot(reserved)
+
+    def drop_body(self):
+        """The body is not needed here any more, or too large to be kept."""
+        self.body, self.body_dropped = None, True
 
     def _forward(self, name, home):
         """Send the request to the home of a service, and its response to the client. If
         that relay is home no more, another is asked, or this one becomes home."""
         self.release_large_body()
+        self.release_slot()
         with self._slot_for(name), contextlib.ExitStack() as self.body_room:
-            self.read_bytes(None, self.body_room.enter_context(BytesUnderWay(self)))
-            self.body_read = True
+            if not self.body_dropped:
+                self.read_bytes(None, self.body_room.enter_context(BytesUnderWay(self)))
+                self.body_read = True
             for _ in range(3):
+                if self.body_dropped:
+                    break
                 self.relay.registry.counts["forwarded"] += 1
                 try:
                     return Forward(self, self.relay.peers, home).run()
                 except NotSent as why:
-                    if self.body is None:
-                        break              # it was large, and is not here any more
+                    if self.body_dropped:
+                        break
                     try:
                         self.relay.registry.settle(name, home, why.refused)
                         return super()._dispatch(self.head)      # it is at home here now

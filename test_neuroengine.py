@@ -9322,6 +9322,28 @@ def test_cluster_a_stopping_relay_gives_its_homes_up(cluster):
     assert relays[1].broker.counts["jobs"] == 1
 
 
+@pytest.mark.parametrize("entry", [0, 1, 2])
+def test_cluster_new_prompts_wait_until_a_stopping_relay_gives_their_home_up(cluster, entry):
+    relays = cluster(3)
+    hand = FarHand(*relays[:2])
+    running = in_thread(ask, relays[1], "/" + hand.name, {"message": "first"})
+    job = hand.next_job()
+    stopped = in_thread(relays[0].stop, SOON)
+    until(lambda: relays[0].broker.draining)
+    waiting = in_thread(ask, relays[entry], "/" + hand.name, {"message": "second"})
+    until(lambda: relays[0].peers._held)
+    hand.reply(job, ["whole"], done=True)
+    assert running()[1]["reply"] == "whole"
+
+    def login():
+        with contextlib.suppress(AssertionError):
+            return hand.call("login")["session"]
+    hand.session, hand.running = until(login), []
+    hand.reply(hand.next_job(), ["moved"], done=True)
+    assert waiting()[:2] == (200, dict(waiting()[1], reply="moved"))
+    stopped()
+
+
 def test_cluster_a_stopping_relay_passes_answers_on_to_their_end(cluster):
     relays = cluster(2)
     hand = FarHand(relays[0], relays[0])
