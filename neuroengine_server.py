@@ -6785,6 +6785,10 @@ class EngineError(sqlite3.OperationalError):
     Store expect that of one that cannot write."""
 
 
+class Refused(ConnectionError):
+    """The engine answers, and not as one to work with: an EngineError says why."""
+
+
 class Elsewhere(Exception):
     """The home of a service is another relay: forward the request there."""
 
@@ -6813,10 +6817,13 @@ class Engine:
         """url: redis://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]]...[/DB], rediss:// for TLS,
         unix:///PATH. Of several hosts, the one that is no replica. Raises StoreError."""
         parts = urllib.parse.urlsplit(url)
+        if parts.scheme != "unix" and (parts.query or parts.fragment or "@" in parts.path):
+            raise StoreError("--engine: in a password, write / as %%2F, ? as %%3F, # as %%23 "
+                             "and @ as %%40; or give it in %s." % PASSWORD_VARIABLE)
         if parts.scheme not in ("redis", "rediss", "unix") or not (
                 parts.path if parts.scheme == "unix" else parts.netloc):
             raise StoreError("--engine: redis://HOST, rediss://HOST for TLS, or "
-                             "unix:///PATH is needed, not %s" % printable(url, 60))
+                             "unix:///PATH is needed, not %s." % printable(url, 60))
         login, _, hosts = parts.netloc.rpartition("@")
         user, _, password = map(urllib.parse.unquote, login.partition(":"))
         self.shown = "%s://%s" % (parts.scheme, hosts or parts.path)
@@ -6848,13 +6855,14 @@ class Engine:
         except (OSError, ValueError) as error:
             self.up, self.broken = False, True
             self._silent_until = time.monotonic() + FOLLOW_SECONDS
-            raise EngineError("The engine %s does not answer: %s" % (
-                self.shown, getattr(error, "strerror", None) or error)) from None
+            raise EngineError("The engine %s %s: %s" % (
+                self.shown, "refuses" if isinstance(error, Refused) else "does not answer",
+                getattr(error, "strerror", None) or error)) from None
         self.up = True
         self.seconds.observe(time.monotonic() - began)
         for answer in answers:
             if isinstance(answer, EngineError):
-                raise answer
+                raise EngineError("The engine %s refuses: %s" % (self.shown, answer))
         return answers
 
     def run(self, script, *arguments):
@@ -6905,8 +6913,9 @@ class Engine:
             sock.sendall(data)
             answers = [self._answer(file) for _ in range(count)]
             for answer in answers:         # not the engine that it was
-                if str(answer).startswith(("READONLY", "LOADING", "MASTERDOWN", "NOAUTH")):
-                    raise ConnectionError(str(answer))
+                if str(answer).startswith(("READONLY", "LOADING", "MASTERDOWN", "NOAUTH",
+                                           "DENIED")):
+                    raise Refused(str(answer))
         except BaseException:
             sock.close()
             raise
@@ -6948,7 +6957,7 @@ class Engine:
             if isinstance(answer, EngineError) or command == ("ROLE",) and (
                     answer[0] != "master"):
                 sock.close()
-                raise ConnectionError(str(answer) if answer != "OK" else "")
+                raise Refused(str(answer) if answer != "OK" else "")
         self._hosts.remove(place)          # the next time it is asked first
         self._hosts.insert(0, place)
         return connection
@@ -6961,8 +6970,8 @@ class Engine:
         kind, rest = line[:1], line[1:-2]
         if kind == b"+":
             return rest.decode()
-        if kind == b"-":
-            return EngineError(rest.decode("utf-8", "replace"))
+        if kind == b"-":                   # its first sentence: some have many
+            return EngineError(rest.decode("utf-8", "replace").partition(". ")[0])
         if kind == b":":
             return int(rest)
         if kind == b"*":
@@ -7543,8 +7552,9 @@ class EngineRegistry(Registry):
         except EngineError as error:
             self._failed_at = time.monotonic()
             if self._silence is None:
-                log("engine_silent", error=str(error), meaning="services go on; nothing can "
-                    "be registered or changed until it answers")
+                log("engine_silent", error=str(error), meaning=(
+                    "services go on; nothing can be registered or changed until it answers")
+                    if self.id else "this relay waits for it")
             self._silence = str(error)
             return False
 
@@ -7881,21 +7891,30 @@ class Peers:
         with self._asking[home]:
             when, answer = self._asked.get(home, (-math.inf, False))
             if time.monotonic() - when > BEAT_SECONDS:
-                answer = self.health(home) == home
+                answer = not self.trouble_with(home)
                 self._asked[home] = time.monotonic(), answer
             return answer
 
-    def health(self, home):
-        """Return the id of the relay at a home's url; "" if it does not say. """
+    def trouble_with(self, home):
+        """Ask a home's url who it is; return what is wrong with it, in words; "" if it is
+        that relay. Blocks up to a few seconds."""
         try:
             with contextlib.closing(self._connect(home)) as sock:
                 sock.settimeout(ENGINE_SECONDS)
                 sock.sendall(b"GET /healthz HTTP/1.0\r\nHost: localhost\r\nX-Relay: %s\r\n\r\n"
                              % self.secret.encode())
                 data = b"".join(iter(lambda: sock.recv(4096), b""))
-            return json.loads(data.partition(b"\r\n\r\n")[2]).get("relay", "")
-        except (OSError, ValueError, AttributeError):
-            return ""
+            answer = json.loads(data.partition(b"\r\n\r\n")[2])
+            there = answer.get("relay", "") if data[9:12] != b"403" else None
+        except ssl.SSLCertVerificationError as error:
+            return "its certificate is not trusted here: %s" % error.verify_message
+        except OSError as error:
+            return "no answer: %s" % (getattr(error, "strerror", None) or error)
+        except (ValueError, AttributeError):
+            return "what answers there is no relay"
+        if there is None:
+            return "it has another secret"
+        return "" if there == home else "another relay answers there"
 
     @contextlib.contextmanager
     def holding(self, exchange):
@@ -8152,7 +8171,10 @@ class ClusterExchange(HttpExchange):
     def _dispatch(self, head):
         relay, fields = self.relay, head.fields
         if "x-relay" in fields or "x-relay-for" in fields:
-            caller = relay.caller_of(fields)
+            try:
+                caller = relay.caller_of(fields)
+            except RelayError as error:
+                return self._refuse_forwarded(error)
             self.caller_is_local = caller == "local"
             self.address = "127.0.0.1" if caller in ("local", "") else caller
         if head.path == ("healthz",):
@@ -8167,7 +8189,7 @@ class ClusterExchange(HttpExchange):
             self._dispatch_here(head)
         except (Elsewhere, Moved) as there:
             if self.caller_is_local is not None and not self.started:
-                self._refuse_forwarded()             # forwarded once at most
+                self._refuse_forwarded(Moved())      # forwarded once at most
             elif isinstance(there, Moved):
                 raise
             else:
@@ -8189,9 +8211,9 @@ class ClusterExchange(HttpExchange):
                 return super()._dispatch(head)       # who forwards it heard of it first
             raise
 
-    def _refuse_forwarded(self):
-        """Answer a relay that takes this one for a home."""
-        self.keep_alive, error = self.keep_alive and self.body_read, Moved()
+    def _refuse_forwarded(self, error):
+        """Answer a relay that takes this one for a home, or for one of its cluster."""
+        self.keep_alive = self.keep_alive and self.body_read
         self.send_whole(*self.response(error.status, error.native(), error=error,
                                        more=NOT_HOME + b"\r\n"))
 
@@ -8328,16 +8350,29 @@ class ClusterRelay(Relay):
     def start(self):
         self.registry.follow()             # the first requests find it joined
         super().start()
-        for target in (self.directory.keep_sharing, self._keep_peer_addresses):
+        for target in (self.directory.keep_sharing, self._keep_meeting):
             threading.Thread(target=self._keep_running, args=(target,), daemon=True).start()
 
-    def _keep_peer_addresses(self):
-        """Know the addresses that other relays come from; for a thread."""
+    def _keep_meeting(self):
+        """Know the addresses that other relays come from, and say which relay cannot be
+        reached where it advertises, this one included; for a thread."""
+        met, troubles = set(), {}
         while not self.broker.closed:
             for url in set(map(url_of, self.registry.relays)) - set(self._peer_addresses):
                 with contextlib.suppress(OSError):
                     self._peer_addresses[url] = {ip_of(found[4][0]) for found in (
                         socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None))}
+            for home in self.registry.relays - met:
+                trouble = self.peers.trouble_with(home)
+                if not trouble:
+                    met.add(home)
+                elif troubles.get(home) == trouble:    # twice: it is not just starting
+                    met.add(home)
+                    own = home == self.registry.id
+                    log("relay_unreachable", url=url_of(home), error=trouble, meaning=(
+                        "the others may not reach this relay: see --advertise") if own else
+                        "its services are not answered here")
+                troubles[home] = trouble
             time.sleep(BEAT_SECONDS)
 
     def is_proxy(self, address):
@@ -8394,6 +8429,17 @@ def cluster_secret(options):
     return secret
 
 
+def refuse_half_a_cluster(parser, options):
+    """Exit if options say both that there are several relays, and that there is one."""
+    if not options.engine and (options.advertise or options.cluster_secret_file):
+        parser.error("--advertise and --cluster-secret-file are for several relays, which "
+                     "share an --engine")
+    if options.engine and options.demo:
+        parser.error("--demo is one relay, without an --engine")
+    if options.engine and options.data != parser.get_default("data"):
+        parser.error("with --engine there is no --data file; the command import takes one in")
+
+
 def advertised(options):
     """Return the url at which the other relays reach this one. Raises StoreError."""
     match = re.match(r"(https?://[A-Za-z0-9.:_\[\]-]+?)/?\Z", options.advertise or "")
@@ -8419,7 +8465,7 @@ def check_engine(options):
         policy = engine_setting(engine, "maxmemory-policy")
         keeps = engine_setting(engine, "appendonly")
     except (StoreError, EngineError, ValueError) as error:
-        return "error", "%s. See docs/cluster.md." % str(error).rstrip(".")
+        return "error", str(error)
     version = info.get("valkey_version") or info.get("redis_version", "0")
     words = "The engine %s is %s %s" % (
         engine.shown, "Valkey" if "valkey_version" in info else "Redis", version)
@@ -8455,11 +8501,12 @@ def check_peers(options):
         homes = Engine(options.engine).call("SMEMBERS", KEY + "relays")
     except (StoreError, EngineError) as error:
         return "error", str(error)
-    silent = [url_of(home) for home in homes if peers.health(home) != home]
+    troubles = {home: peers.trouble_with(home) for home in sorted(homes)}
+    silent = ["%s (%s)" % (url_of(home), trouble)
+              for home, trouble in troubles.items() if trouble]
     if silent:
-        return "error", ("These relays do not answer here, or have another secret: %s. Each "
-                         "must reach the others at what they --advertise."
-                         % printable(", ".join(sorted(silent))))
+        return "error", ("Not all relays answer here: %s. Each must reach the others at what "
+                         "they --advertise." % printable(", ".join(silent), 1000))
     if own not in map(url_of, homes):
         return "ok", ("%d relays answer, with the same secret. None runs at %s now."
                       % (len(homes), own))
@@ -8789,6 +8836,7 @@ def parse(argv):
     refuse_wrong_command(parser, options)
     if options.demo:
         options.data, options.host = ":memory:", options.host or "127.0.0.1"
+    refuse_half_a_cluster(parser, options)
     if options.engine:
         options.data = ":memory:"
     return options
@@ -9307,6 +9355,7 @@ def run_doctor(options):
     """Print the result of each check; the exit status is 1 if there is an error."""
     kept = CLUSTER_CHECKS if options.engine else (check_data,)
     found = [check(options) for check in (*AT_START, *kept, check_port)]
+    found = dict.fromkeys(found)           # two checks may meet the same error
     for level, words in found:
         print("%-8s %s" % (level, words))
     return int("error" in dict(found))
@@ -9521,13 +9570,15 @@ def raise_descriptor_limit():
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def pin_to_one_core():
-    """Run all threads on one core, on Linux with a global interpreter lock."""
+def pin_to_one_core(port):
+    """Run all threads on one core, on Linux with a global interpreter lock. Relays whose
+    ports follow one another get different ones."""
     # Only one thread holds the lock; on two cores they compete for it. Measured with 64
     # clients on two cores: 1.6 times the requests/s.
     if getattr(sys, "_is_gil_enabled", lambda: True)():
         with contextlib.suppress(AttributeError, OSError):
-            os.sched_setaffinity(0, {secrets.choice(sorted(os.sched_getaffinity(0)))})
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[port % len(cores)]})
 
 
 TRIM_SECONDS = 5
@@ -9633,7 +9684,7 @@ def run_relay(options):
     """Run the relay that the options describe; return the exit status."""
     LOG["format"] = options.log
     raise_descriptor_limit()
-    pin_to_one_core()
+    pin_to_one_core(options.port or secrets.randbelow(1 << 16))
     return_freed_memory()
     use_batch_scheduling()
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -9471,7 +9471,7 @@ def test_cluster_doctor_checks_engine_secret_and_peers(cluster, engine, monkeypa
                                  "--advertise", "http://127.0.0.1:1", *more])
         return capsys.readouterr().out
     said = doctor("--cluster-secret-file", str(secret))
-    assert "chmod 600" in said and "have another secret: " + relay.url in said
+    assert "chmod 600" in said and relay.url + " (it has another secret)" in said
     assert re.search(r"ok +The engine unix.* evicts nothing, and persists", said)
     monkeypatch.setenv("NEUROENGINE_CLUSTER_SECRET", CLUSTER_SECRET)
     assert "1 relays answer, with the same secret" in doctor()
@@ -9481,8 +9481,132 @@ def test_cluster_doctor_checks_engine_secret_and_peers(cluster, engine, monkeypa
     engine.call("CONFIG", "SET", "appendonly", "no")
     assert re.search(r"warning +The engine.*appendonly", doctor())
     engine.kill()
-    assert re.search(r"error +The engine .*does not answer", doctor())
+    assert len(re.findall(r"error +The engine .*does not answer", doctor())) == 1
     engine.start()
+
+
+@pytest.mark.parametrize("url, words", [
+    ("unix://%s/s", "refuses: NOAUTH"),
+    ("unix://nobody:wrong@%s/s", "refuses: WRONGPASS")])
+def test_cluster_an_engine_that_refuses_says_why(engine, url, words):
+    engine.call("CONFIG", "SET", "requirepass", "right")
+    with pytest.raises(neuroengine_server.EngineError, match=words):
+        neuroengine_server.Engine(url % engine.folder).call("PING")
+    assert neuroengine_server.Engine("unix://:right@" + engine.folder + "/s").call(
+        "PING") == "PONG"
+
+
+def test_cluster_an_engines_long_refusal_is_told_in_its_first_sentence():
+    listener, _ = resp_server(b"-DENIED Running in protected mode. There are 4 ways out.\r\n")
+    engine = neuroengine_server.Engine("redis://127.0.0.1:%d" % listener.getsockname()[1])
+    with pytest.raises(neuroengine_server.EngineError, match="protected mode$"):
+        engine.call("PING")
+    listener.close()
+
+
+@pytest.mark.parametrize("password", ["p@ss/word", "a/b", "a?b", "a#b"])
+def test_cluster_a_password_that_breaks_the_engines_url_is_not_printed(password):
+    with pytest.raises(neuroengine_server.StoreError, match="%2F") as error:
+        neuroengine_server.Engine("redis://:%s@127.0.0.1" % password)
+    assert password not in str(error.value)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--advertise", "http://10.0.0.1:8000"], "share an --engine"),
+    (["--engine", "", "--cluster-secret-file", "s"], "share an --engine"),
+    (["--engine", "redis://h", "--demo"], "--demo is one relay"),
+    (["--engine", "redis://h", "--data", "d.sqlite3"], "import")])
+def test_cluster_options_of_one_relay_and_of_several_exclude_each_other(options, words, capsys):
+    with pytest.raises(SystemExit):
+        neuroengine_server.main(options)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
+def test_cluster_works_over_tls_between_relays_and_to_the_engine(cluster, engine, tmp_path,
+                                                                 monkeypatch):
+    cert, key = neuroengine_server.self_signed(str(tmp_path))
+    monkeypatch.setenv("SSL_CERT_FILE", cert)
+    ports = free_port(), free_port()
+    for name, value in (("cert-file", cert), ("key-file", key), ("ca-cert-file", cert),
+                        ("auth-clients", "no"), ("port", ports[0])):
+        engine.call("CONFIG", "SET", "tls-" + name, value)
+    front, secure = cluster(), neuroengine_server.ClusterRelay(
+        "127.0.0.1", ports[1], tls=neuroengine_server.Certificate(cert, key),
+        engine=neuroengine_server.Engine("rediss://localhost:%d" % ports[0]),
+        secret=CLUSTER_SECRET, advertise="https://localhost:%d" % ports[1])
+    secure.start()
+    try:
+        hand = Hand(front)
+        front.registry._leave(front.broker.services())
+        secure.broker.find(hand.name)      # is the home now
+        hand.session = hand.call("login")["session"]
+        for body in ({"message": "hi"}, {"message": "hi", "stream": True}):
+            answer = in_thread(ask, front, "/" + hand.name, body)
+            hand.reply(hand.next_job(), ["yes"], done=True)
+            assert answer()[0] == 200
+        assert secure.broker.counts["jobs"] == 2 and not front.broker.services()
+    finally:
+        secure.stop()
+
+
+def logged(monkeypatch):
+    """The events that are logged from now on."""
+    events = []
+    monkeypatch.setattr(neuroengine_server, "log", lambda event, **fields: events.append(
+        dict(fields, event=event)))
+    return events
+
+
+def test_cluster_a_relay_with_another_secret_is_told_and_its_clients_may_retry(
+        cluster, engine, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "TAKEOVER_SECONDS", 0.3)
+    events, home = logged(monkeypatch), cluster()
+    hand = FarHand(home, home)
+    other = neuroengine_server.ClusterRelay(
+        "127.0.0.1", 0, engine=neuroengine_server.Engine(engine.url), secret="x" * 20)
+    other.start()
+    try:
+        answer = ask(other, "/" + hand.name, {"message": "hi"})
+        assert (answer[0], answer[1]["error"]) == (503, "shutting_down")
+        until(lambda: {(event["url"], event["error"]) for event in events if event["event"]
+                       == "relay_unreachable"} == {(home.url, "it has another secret"),
+                                                   (other.url, "it has another secret")})
+    finally:
+        other.stop()
+
+
+def test_cluster_two_relays_that_advertise_one_address_are_told(cluster, engine, monkeypatch):
+    events, first = logged(monkeypatch), cluster()
+    second = neuroengine_server.ClusterRelay(
+        "127.0.0.1", 0, engine=neuroengine_server.Engine(engine.url), secret=CLUSTER_SECRET,
+        advertise=first.url)
+    second.start()
+    try:
+        until(lambda: [event["meaning"] for event in events if event["event"]
+                       == "relay_unreachable" and "another relay" in event["error"]
+                       and "--advertise" in event["meaning"]])
+    finally:
+        second.stop()
+
+
+def test_cluster_a_home_behind_a_firewall_that_refuses_is_left_alone_while_it_beats(
+        cluster, engine, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "TAKEOVER_SECONDS", 0.5)
+    other, home = cluster(), neuroengine_server.ClusterRelay(
+        "127.0.0.1", 0, engine=neuroengine_server.Engine(engine.url), secret=CLUSTER_SECRET,
+        advertise="http://127.0.0.1:%d" % free_port())
+    home.start()
+    try:
+        hand = Hand(home)
+        until(lambda: hand.name.lower() in other.registry.homes)
+        assert ask(other, "/" + hand.name, {"message": "hi"})[1]["error"] == "shutting_down"
+        assert other.registry.counts["claims"] == 0
+        answer = in_thread(ask, home, "/" + hand.name, {"message": "hi"})
+        hand.reply(hand.next_job(), ["yes"], done=True)
+        assert answer()[0] == 200
+    finally:
+        home.stop()
 
 
 @pytest.fixture
