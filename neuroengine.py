@@ -188,7 +188,7 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
     "service_key_missing": (
         "This needs the service key of {service}.",
         "Pass login() the key that `neuroengine.py register` printed.",
-        "There is none on this machine: give it by --key-file or $NEUROENGINE_KEY."),
+        "There is none on this machine for this relay: give it by --key-file or $NEUROENGINE_KEY."),
     "service_key_wrong": (
         "This is not the service key of {service}.",
         "Pass login() the key that `neuroengine.py register` printed.",

@@ -8508,9 +8508,9 @@ def check_peers(options):
         return "error", ("Not all relays answer here: %s. Each must reach the others at what "
                          "they --advertise." % printable(", ".join(silent), 1000))
     if own not in map(url_of, homes):
-        return "ok", ("%d relays answer, with the same secret. None runs at %s now."
+        return "ok", ("Relays that answer, with the same secret: %d. None runs at %s now."
                       % (len(homes), own))
-    return "ok", "%d relays answer, with the same secret; one of them at %s." % (
+    return "ok", "Relays that answer, with the same secret: %d, one of them at %s." % (
         len(homes), own)
 
 
@@ -9355,7 +9355,7 @@ def run_doctor(options):
     """Print the result of each check; the exit status is 1 if there is an error."""
     kept = CLUSTER_CHECKS if options.engine else (check_data,)
     found = [check(options) for check in (*AT_START, *kept, check_port)]
-    found = dict.fromkeys(found)           # two checks may meet the same error
+    found = list(dict.fromkeys(found))     # two checks may meet the same error
     for level, words in found:
         print("%-8s %s" % (level, words))
     return int("error" in dict(found))
@@ -9447,7 +9447,8 @@ def run_backup(options):
     path = options.arguments[0]
     try:
         if options.engine:
-            EngineStore(Engine(options.engine)).backup(path)
+            engine = Engine(options.engine)
+            EngineStore(engine).backup(path)
         else:
             with contextlib.closing(Store(options.data, existing=True)) as store:
                 store.backup(path)
@@ -9455,7 +9456,7 @@ def run_backup(options):
         raise StoreError("Cannot write %s: %s. Name a new file." % (path, error.strerror))
     if options.engine:
         print("Copied to %s. To restore it into an empty engine: neuroengine_server.py import "
-              "%s --engine %s" % (path, path, options.engine))
+              "%s --engine %s" % (path, path, engine.shown))
         return
     print("Copied to %s. To restore it, stop the relay and run: neuroengine_server.py "
           "restore %s" % (path, path))

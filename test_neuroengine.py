@@ -9440,6 +9440,8 @@ def test_cluster_commands_work_on_the_engine(cluster, engine, tmp_path, capsys):
                       Authorization="Bearer " + key)[0] == 200)
     new = str(tmp_path / "new.sqlite3")
     assert command("backup", new)[0] == 0
+    assert "secret" not in command("backup", new + "2", "--engine", engine.url.replace(
+        "unix://", "unix://:secret@"))[1]
     with contextlib.closing(Store(new)) as store:
         assert {(s.name, s.key_digest) for s in store.load()} == {
             ("Old", digest("k")), (hand.name, digest(key))}
@@ -9474,7 +9476,7 @@ def test_cluster_doctor_checks_engine_secret_and_peers(cluster, engine, monkeypa
     assert "chmod 600" in said and relay.url + " (it has another secret)" in said
     assert re.search(r"ok +The engine unix.* evicts nothing, and persists", said)
     monkeypatch.setenv("NEUROENGINE_CLUSTER_SECRET", CLUSTER_SECRET)
-    assert "1 relays answer, with the same secret" in doctor()
+    assert "Relays that answer, with the same secret: 1." in doctor()
     engine.call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     assert re.search(r"error +The engine.*noeviction", doctor())
     engine.call("CONFIG", "SET", "maxmemory-policy", "noeviction")
