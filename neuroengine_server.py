@@ -1618,6 +1618,7 @@ class Exchange:
     began = 0.0                        # when its head was complete
     fingerprint = None                 # the SHA-256 of the body
     parsing = False                    # whether it holds bounds.large_bodies
+    head_slot = None                   # of the Room for memory, if its head is large
 
     def __init__(self, relay, connection):
         self.relay, self.connection = relay, connection
@@ -1650,10 +1651,14 @@ class Exchange:
                 self.release_large_body()
             if self.slot is not None:
                 self.release_slot()
+            if self.head_slot is not None:
+                self.head_slot.release()
         return self.keep_alive and self.body_read
 
     def _dispatch(self, head):
         """Find the handler and call it. Raises RelayError."""
+        if head.size > SMALL_HEAD_BYTES:
+            self.head_slot = self.bounds.bytes.take(self.address, head.size, reserved=True)
         self.relay.check_host(head.fields.get("host", ""), head.fields.get("origin"))
         self.local = self.connection.near and FORWARDED.isdisjoint(head.fields)
         route, arguments = find_route(head.path)
@@ -3063,6 +3068,8 @@ class Affinity:
 ##############################################################################
 
 MAX_FIELDS = 64              # headers of one request; browsers send about 20
+SMALL_HEAD_BYTES = 2048      # a larger one counts as memory until it is answered
+MAX_PIPELINED_BYTES = 2048   # of further requests, kept while one is answered
 BODY_BYTES_PER_SECOND = 16384
 SMALL_PIECE = 4096           # bytes of a body; those that come in smaller ones are joined
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -3080,6 +3087,7 @@ class Head:
     """The request line and headers of one request."""
 
     __slots__ = ("method", "target", "path", "version", "fields", "length", "keep_alive",
+                 "size",                   # in bytes
                  "key_digest")             # of the key in the headers; "" without one
 
 
@@ -3095,6 +3103,7 @@ def parse_head(data):
     if not match:
         raise RelayError("bad_http", "That is not an HTTP/1.1 request line.")
     head = Head()
+    head.size = len(data)
     head.method, head.target, version = match.groups()
     if not FIELDS.match(text, match.end()):
         raise RelayError("bad_http", "A header of this request is malformed.")
@@ -3206,7 +3215,11 @@ def read_head(connection, limits):
     # A client's heads are often alike, and parsing one takes 7 % of a prompt's time.
     if connection.head is None or data != connection.last_head:
         connection.last_head, connection.head = data, None
-        connection.head = parse_head(data)
+        head = parse_head(data)
+        if len(data) > SMALL_HEAD_BYTES:   # kept for this request only
+            connection.last_head = data[:256]
+            return head
+        connection.head = head
     return connection.head
 
 
@@ -3465,10 +3478,11 @@ class Connection:
         if left <= 0 or not is_ready(self.sock, event, left):
             raise socket.timeout()
 
-    def _receive_some(self, deadline):
+    def _receive_some(self, deadline, most=65536):
         """Return what comes, as it comes. Raises PeerGone, socket.timeout."""
         # With TLS less, because OpenSSL keeps the memory that it once used.
-        most, flags = 65536 if self.tls is None else 16384, 0 if deadline else MSG_DONTWAIT
+        most, flags = min(most, 65536 if self.tls is None else 16384), (
+            0 if deadline else MSG_DONTWAIT)
         while True:
             if deadline and time.monotonic() >= deadline:      # bytes that drip do not help
                 raise socket.timeout()
@@ -3483,10 +3497,10 @@ class Connection:
                 raise PeerGone()
             return data
 
-    def receive(self, deadline):
-        """Add what comes next to the buffer. Blocks until the deadline, an instant of
-        time.monotonic. Raises PeerGone, socket.timeout."""
-        data = self._receive_some(deadline)
+    def receive(self, deadline, most=65536):
+        """Add what comes next to the buffer, about `most` bytes. Blocks until the deadline, an
+        instant of time.monotonic. Raises PeerGone, socket.timeout."""
+        data = self._receive_some(deadline, most)
         if self.tls is not None:
             data = self.tls.decrypt(data)
             while not data:                # a part of a record, or TLS's own business
@@ -3498,12 +3512,12 @@ class Connection:
         if data and self.began is None:
             self.began = time.monotonic()
 
-    def wait_for_more(self, seconds):
-        """Block until more bytes are in the buffer; return whether they are. Raises
-        PeerGone."""
+    def wait_for_more(self, seconds, most=MAX_PIPELINED_BYTES):
+        """Block until more bytes are in the buffer, about `most`; return whether they are.
+        Raises PeerGone."""
         deadline = time.monotonic() + seconds
         try:
-            self.receive(deadline)
+            self.receive(deadline, most)
             return True
         except socket.timeout:
             return False
@@ -3511,7 +3525,7 @@ class Connection:
     def has_request(self, seconds):
         """Block until the next request begins; return whether it has. Raises PeerGone."""
         self.began = time.monotonic() if self.buffer else None
-        return bool(self.buffer) or self.wait_for_more(seconds)
+        return bool(self.buffer) or self.wait_for_more(seconds, self._limits.max_head_bytes)
 
     def take_in(self):
         """Read what is there, without blocking; return whether a request has begun, or a
@@ -3521,7 +3535,7 @@ class Connection:
                 raise PeerGone()
             return True
         try:
-            data = self._receive_some(0.0)
+            data = self._receive_some(0.0, self._limits.max_head_bytes)
             self._keep(data if self.tls is None else self.tls.decrypt(data))
         except socket.timeout:
             pass
@@ -3664,6 +3678,7 @@ class Connection:
         response at the peer. nginx does the same (lingering_close).
         """
         deadline = time.monotonic() + LINGER_SECONDS
+        self.buffer = b""
         with contextlib.suppress(OSError, PeerGone):
             left = LINGER_BYTES
             while left > 0:
@@ -4379,6 +4394,9 @@ class HttpExchange(Exchange):
         with BytesUnderWay(self) as count:
             body = self.read_bytes(most, count)
             self.body_read = True
+            if len(self.connection.buffer) > MAX_PIPELINED_BYTES:
+                # Its client may send them again (RFC 9112, 9.3.2).
+                self.connection.buffer, self.keep_alive, self.body_read = b"", False, False
             self.fingerprint = hashlib.sha256(body).digest()
             if len(body) > LARGE_BODY_BYTES:
                 self._charge_large(len(body))

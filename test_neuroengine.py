@@ -3584,6 +3584,49 @@ def test_a_long_list_of_access_keys_counts_as_memory():
         hand.logout()
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["at once", "later"])
+def test_pipelined_requests_take_little_memory_while_one_is_answered(relay, hand, first):
+    more = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n\r\n" % (b"x" * 4000) * 12
+    with socket.create_connection(relay.server_address, SOON) as sock:
+        sock.sendall(b"POST /%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\n\r\n"
+                     b'{"message":"x"}' % hand.name.encode() + (more if first else b""))
+        job = hand.next_job()
+        if not first:
+            sock.sendall(more)
+        exchange, = [e for e in list(relay.active) if e.head and e.head.path == (hand.name,)]
+        assert len(exchange.connection.buffer) < 5000
+        hand.reply(job, ["a"], done=True)
+        answers = b""
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+            for piece in iter(lambda: sock.recv(65536), b""):
+                answers += piece
+    assert answers.startswith(b"HTTP/1.1 200 ") and b'"reply":"a"' in answers
+    if first:                              # it is told that they must be sent again
+        assert answers.count(b"HTTP/1.1 ") == 1 and b"Connection: close" in answers
+
+
+def test_a_long_head_counts_as_memory_until_its_request_is_answered(relay, hand):
+    sock = sent(relay, "/" + hand.name, {"message": "x"}, X="y" * 12000)
+    job = hand.next_job()
+    assert relay.bounds.bytes.taken > 12000
+    hand.reply(job, ["a"], done=True)
+    assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+    until(lambda: relay.bounds.bytes.taken == 0)
+    sock.close()
+
+
+def test_of_two_heads_that_begin_alike_each_is_itself(relay):
+    begin = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: "
+    begin += b"y" * (254 - len(begin)) + b"\r\n"
+    assert len(begin) == 256
+    with socket.create_connection(relay.server_address, SOON) as sock:
+        sock.sendall(begin + b"X: %s\r\n\r\n" % (b"z" * 3000))
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+        sock.sendall(begin + b"\r\n")
+        assert b"Connection: close" not in sock.recv(4096)
+
+
 def test_large_pieces_for_slow_readers_count_as_memory():
     with running_relay() as relay:
         hand = Hand(relay)
