@@ -517,13 +517,14 @@ class Lease:
     }
     MENTIONED = ("offered", "cancelled")     # the next response has to say so
 
-    __slots__ = ("session", "job", "pair", "state", "since")
+    __slots__ = ("session", "job", "pair", "state", "since", "sent")
 
     def __init__(self, session, job, pair, state, now):
         """job: None if the provider has no right to it, or no longer: it must be told to
         stop."""
         self.session, self.job, self.pair = session, job, pair
         self.state, self.since = state, now
+        self.sent = state != "offered"     # whether it may be there
         session.leases[pair] = self
         if state in self.MENTIONED:
             session.outbox[self] = True
@@ -534,6 +535,7 @@ class Lease:
             raise AssertionError("lease %s cannot go from %s to %s" % (
                 self.pair, self.state, state))
         self.state, self.since = state, now
+        self.sent = self.sent or state in ("handed_out", "confirmed")
         if state in self.MENTIONED:
             self.session.outbox[self] = True
         else:
@@ -616,9 +618,10 @@ class Admission:
         self.memory = Memory(limits.max_held_bytes)
 
     def admit(self, job):
-        """Accept a prompt: count it for the limits of its caller; return the job that must
-        leave a full queue for it, or None. Raises RelayError if the service, the queue, or
-        a limit does not allow it."""
+        """Accept a prompt, and count it for its caller; return the job that must leave a full
+        queue for it, or None. Raises RelayError if the service, the queue, or a limit does
+        not allow it. Memory is looked for after that, so that only those below their limits
+        can make others give way."""
         service = job.service
         if service.paused and not job.by_operator:
             raise RelayError("service_paused", "%s is paused by its operator. Try again "
@@ -647,7 +650,7 @@ class Admission:
                              limit=limits.max_queue_per_caller)
         most = limits.max_queue
         if job.by_operator or job.access is not None:
-            most += most // RESERVED           # strangers cannot fill it all
+            most += most // RESERVED           # for when no stranger gives way
         victim = self._gives_way(job) if service.queue.size >= limits.max_queue else None
         if service.queue.size >= most and victim is None:
             raise RelayError("queue_full", "%d prompts wait for %s already. Try again "
@@ -827,10 +830,10 @@ class Jobs:
             size = JOB_BYTES + len(job.payload)
             self._free_share_locked(job.holder, size)
             victim = self._admission.admit(job)
-            if victim is not None:
-                self._cancel_locked(victim, self._admission.gave_way_error(service))
             if not self._make_room_locked(size, job.holder):
                 raise self._admission.memory_full()
+            if victim is not None:
+                self._cancel_locked(victim, self._admission.gave_way_error(service))
             self._admission.charge(job)
             self._jobs[job.id] = job
             if identity is not None:
@@ -908,18 +911,6 @@ class Jobs:
                     "eta_s": self._admission.eta(job.service, position),
                     "connected": bool(job.service.sessions)}
 
-    def eta(self, service):
-        """Seconds until a prompt submitted now would be answered; None: unknown."""
-        with self._lock:
-            return self._admission.eta(service, service.queue.size + 1)
-
-    def advance(self, reader):
-        """What was read is about to be written: a client that does not count gets what
-        follows it next time. To be called before the write, since the client may ask again
-        at once; leave takes it back if the write failed."""
-        with self._lock:
-            reader.job.resume_at = max(reader.job.resume_at, reader.cursor)
-
     def leave(self, reader, delivered=False):
         """Detach the reader. delivered: its client has what was read, as far as we know."""
         with self._lock:
@@ -935,24 +926,6 @@ class Jobs:
         """Stop a job, whatever it is doing; nothing happens if it has ended."""
         with self._lock:
             self._cancel_locked(job, error)
-
-    # -- errors --
-
-    def _stream_unknown(self):
-        return RelayError("stream_unknown", "There is no stream of that key: it ended more "
-                          "than %d s ago, or the relay was restarted. Send the prompt again "
-                          "with a new key." % self.limits.keep_seconds)
-
-    def _session_unknown(self):
-        return RelayError("session_unknown", "This session has ended: log in again.")
-
-    def _shutting_down(self):
-        return RelayError("shutting_down", "The relay is restarting. Try again in a few "
-                          "seconds.", retry_after=3)
-
-    def _lost_midway(self, service):
-        return RelayError("provider_lost", "The provider of %s went away in the middle of "
-                          "this answer. Ask again." % service.name)
 
     # -- jobs and their readers; a job is in its service's queue while it is "queued" --
 
@@ -1032,20 +1005,6 @@ class Jobs:
                 self._identified[job.identity.key] = job
             self._recheck_locked(job)
 
-    def _prefer_locked(self, job):
-        """Reserve a job for the session that answered its conversation, for a while."""
-        seconds = self._affinity.look(job) if job.prefixes else 0
-        if seconds:
-            self._timers.call_later(seconds, self._prefer_no_more_locked, job.id)
-
-    def _prefer_no_more_locked(self, job_id):
-        """A job that was reserved may go to any session."""
-        job = self._jobs.get(job_id)
-        if job is not None:
-            job.prefers = None
-            if job.state == "queued":
-                self._dispatch_locked(job.service)
-
     def _enqueue_locked(self, job):
         """Queue a job, and give it to a provider that waits."""
         service = job.service
@@ -1109,11 +1068,6 @@ class Jobs:
         if self._jobs.pop(job.id, None) is not None:
             self._memory.forget(job)
             self._disown_locked(job)
-
-    def _fail_waiting_locked(self, service, error):
-        """End all jobs that wait for a service."""
-        for job in list(service.queue):
-            self._end_locked(job, "failed", error)
 
     def _save_later_locked(self, service):
         """The service's counters changed and must be saved."""
@@ -1431,7 +1385,7 @@ class Matcher(Jobs):
     def _release_locked(self, lease, died):
         """Take a job from its session: back to the queue, or to its end."""
         job, session = lease.job, lease.session
-        if lease.state == "offered":                  # it never got there
+        if not lease.sent:
             job.attempt -= 1
         died = died and lease.state == "confirmed"    # it had begun to work on it
         lease.move("ended", self._clock())
@@ -1479,17 +1433,12 @@ class Matcher(Jobs):
         if service.queue.size and not service.continues():
             self._timers.call_later(self.limits.offline_seconds, self._deserted_locked,
                                     service)
-        self._dispatch_locked(service)     # others may take what this one had to avoid
+        self._dispatch_locked(service)     # what was kept for this one, or from others
 
     def _heard_locked(self, session, hold=0.0):
         """The provider spoke: its silence counts from now, or from the end of its poll."""
         session.deadline = max(self._clock() + hold,
                                session.arrival) + self.limits.lease_seconds
-
-    def _end_sessions_locked(self, service):
-        """End all sessions of a service."""
-        for session in [s for s in self._sessions.values() if s.service is service]:
-            self._end_session_locked(session)
 
     def _end_session_locked(self, session, died=False):
         """End a session; its jobs go back to the queue, the oldest to the front."""
@@ -2850,6 +2799,13 @@ class Broker(Matcher):
             self.counters_changed.clear()
             return list(changed.values())
 
+    def advance(self, reader):
+        """What was read is about to be written: a client that does not count gets what
+        follows it next time. To be called before the write, since the client may ask again
+        at once; leave takes it back if the write failed."""
+        with self._lock:
+            reader.job.resume_at = max(reader.job.resume_at, reader.cursor)
+
     # -- memory --
 
     def _make_room_locked(self, size, holder):
@@ -2915,6 +2871,11 @@ class Broker(Matcher):
         """A number that changes at least when the directory does."""
         return self._touched + sum(self.counts.values())
 
+    def eta(self, service):
+        """Seconds until a prompt submitted now would be answered; None: unknown."""
+        with self._lock:
+            return self._admission.eta(service, service.queue.size + 1)
+
     def touch(self):
         """A setting of a service has changed."""
         with self._lock:
@@ -2932,7 +2893,51 @@ class Broker(Matcher):
                 "running": sum(len(session.jobs()) for session in self._sessions.values()),
             }, self.histograms
 
+    # -- affinity --
+
+    def _prefer_locked(self, job):
+        """Reserve a job for the session that answered its conversation, for a while."""
+        seconds = self._affinity.look(job) if job.prefixes else 0
+        if seconds:
+            self._timers.call_later(seconds, self._prefer_no_more_locked, job.id)
+
+    def _prefer_no_more_locked(self, job_id):
+        """A job that was reserved may go to any session."""
+        job = self._jobs.get(job_id)
+        if job is not None:
+            job.prefers = None
+            if job.state == "queued":
+                self._dispatch_locked(job.service)
+
+    # -- errors --
+
+    def _stream_unknown(self):
+        return RelayError("stream_unknown", "There is no stream of that key: it ended more "
+                          "than %d s ago, or the relay was restarted. Send the prompt again "
+                          "with a new key." % self.limits.keep_seconds)
+
+    def _session_unknown(self):
+        return RelayError("session_unknown", "This session has ended: log in again.")
+
+    def _shutting_down(self):
+        return RelayError("shutting_down", "The relay is restarting. Try again in a few "
+                          "seconds.", retry_after=3)
+
+    def _lost_midway(self, service):
+        return RelayError("provider_lost", "The provider of %s went away in the middle of "
+                          "this answer. Ask again." % service.name)
+
     # -- the end --
+
+    def _fail_waiting_locked(self, service, error):
+        """End all jobs that wait for a service."""
+        for job in list(service.queue):
+            self._end_locked(job, "failed", error)
+
+    def _end_sessions_locked(self, service):
+        """End all sessions of a service."""
+        for session in [s for s in self._sessions.values() if s.service is service]:
+            self._end_session_locked(session)
 
     def drain(self):
         """Take no new jobs and fail those that wait; running ones go on."""

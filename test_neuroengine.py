@@ -200,6 +200,17 @@ def test_a_lease_moves_only_as_the_table_says(desk):
                 lease.move(other, desk.time)
 
 
+def test_a_lease_that_was_there_counts_even_if_it_is_offered_again(desk):
+    reader, session, job = desk.start()
+    desk.later(desk.broker.limits.handover_seconds / 5)
+    broken = Poll()
+    broken.lost = True
+    assert desk.poll(session, token=broken) == ([], [])      # does not name it
+    assert reader.job.lease.state == "offered"
+    desk.broker.logout(desk.service, session)
+    assert desk.poll(desk.login())[0] == [(job, 2, 0, None)]
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_random_walks_lose_nothing_and_double_nothing(seed):
     """bench/checks/walk.py takes longer ones."""
@@ -1373,6 +1384,19 @@ def test_a_full_queue_takes_from_the_caller_that_has_most_and_keeps_room_for_gue
         with contextlib.suppress(RelayError):
             desk.submit(by_operator=True)
     assert desk.service.queue.size == 11
+
+
+def test_a_prompt_for_which_there_is_no_memory_costs_no_other_its_place():
+    desk = Desk(max_queue=2, max_held_bytes=4 * 20000)
+    session = desk.login(workers=2)
+    for name in "cd":
+        desk.submit(b"x" * 15000, caller=name)
+    assert len(desk.poll(session)[0]) == 2
+    waiting = [desk.submit(b"x" * 12000, caller="greedy", holder=h) for h in "ab"]
+    with pytest.raises(RelayError) as refused:
+        desk.submit(b"x" * 15500, caller="modest", holder="e")
+    assert refused.value.name == "relay_busy"
+    assert [reader.job.state for reader in waiting] == ["queued"] * 2
 
 
 def test_an_operators_own_prompts_are_bounded_too():
