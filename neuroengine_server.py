@@ -9031,7 +9031,8 @@ def read_page():
 
     Comments, indentation and most ends of lines are for those who read the file: without
     them the page is an eighth shorter on the wire. A comment behind code has two spaces
-    before it and no quotes. Where an end of line is meant, no tab follows it.
+    before it and no quotes. In a template literal, indented lines hold words between
+    spaces, and none of the signs below stands where a line ends or the next begins.
     """
     page = read_beside("chat.html")
     comment = rb"^\t*(?://[^\n]*|/\*(?:(?!\*/).)*\*/)\n|  // [^\n\"'`]*$"

@@ -11124,6 +11124,22 @@ def test_page_list_of_conversations_is_one_stop_of_the_tab_key(page_provider, pa
 
 
 @in_each_browser
+def test_page_boxes_are_stops_of_the_tab_key_only_if_they_scroll(page_provider, page_tab):
+    tab = page_tab().open()
+    for width, wanted in ((1, False), (120, True)):
+        word = "x" * width
+        page_talk(tab, page_provider, "Show", "|a|b|\n|-|-|\n|1|2|\n\n"
+                  "$$\\frac{%s}{2}$$\n\n```py\n%s\n```" % ("+".join(word), word), word)
+        seen = set()
+        tab.tab.focus("#input")
+        for _ in range(10):
+            tab.tab.keyboard.press("Shift+Tab")
+            seen.add(page_focus(tab))
+        assert ({"py code", "Formula"} <= seen) is wanted, seen
+        assert "Table" not in seen
+
+
+@in_each_browser
 def test_page_composer_turns_the_pages_of_the_conversation(page_provider, page_tab):
     tab = page_tab().open()
     page_talk(tab, page_provider, "Long", "\n\n".join("line %d" % n for n in range(200)),
@@ -11300,6 +11316,10 @@ def test_page_never_scrolls_sideways(page_relay, page_provider, page_tab,
 def test_page_is_one_small_strict_file(page_relay, page_provider, page_tab):
     page = read_page().decode("utf-8")
     assert len(neuroengine_server.gzipped(page.encode("utf-8"), 9)) <= 64 * 1024
+    with open(os.path.join(HERE, "chat.html"), encoding="utf-8") as file:
+        symbols = re.findall(r"addSymbols\(\"\w+\", `[^`]*`", file.read())
+    assert [block.split() for block in symbols] == [
+        block.split() for block in re.findall(r"addSymbols\(\"\w+\", `[^`]*`", page)]
     markup = page.partition("<body>")[2].partition("<script>")[0]
     assert not re.search(r"<[^>]*\s(on\w+|style)\s*=", markup)
     assert not re.search(r"(?:src|href)=\"(?!/|#|data:)", page.partition("<script>")[0])
