@@ -9221,6 +9221,27 @@ def test_cluster_internal_headers_need_the_secret(cluster, path):
             assert status == 403, (method, headers)
 
 
+def test_cluster_a_request_is_forwarded_once_at_most(cluster):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    forwarded = relays[1].registry.counts["forwarded"]
+    status, answer, headers = ask(relays[1], "/" + hand.name, {"message": "hi"},
+                                  X_Relay=CLUSTER_SECRET, X_Relay_For="local")
+    assert (status, answer["error"]) == (503, "shutting_down")
+    assert headers["X-Relay-Home"] == "no" and (
+        relays[1].registry.counts["forwarded"] == forwarded)
+
+
+def test_cluster_only_after_a_move_a_prompt_waits_for_its_provider(cluster):
+    relays, name = cluster(2), name_of()
+    ask(relays[0], "/api/services", {"name": name})
+    assert ask(relays[1], "/" + name, {"message": "hi"})[1]["error"] == "service_offline"
+    relays.pop().stop()
+    waiting = sent(relays[0], "/" + name, {"message": "hi"})
+    until(lambda: [service.queue.size for service in relays[0].broker.services()] == [1])
+    waiting.close()
+
+
 def test_cluster_limits_and_turns_are_those_of_the_client_behind_the_other_relay(cluster):
     relays = cluster(2, max_prompts_per_minute=2)
     hand = FarHand(*relays, workers=8)
@@ -9275,6 +9296,9 @@ def test_cluster_prompts_go_on_while_the_engine_is_away(cluster, engine, how):
         hand.reply(hand.next_job(), ["yes"], done=True)
         assert answer()[0] == 200 and time.monotonic() - began < patient(1)
         assert ask(relay, "/api/services", {"name": "New"})[1]["error"] == "relay_busy"
+        for change in ({"private": True}, {"name": "Renamed"}):
+            assert ask(relay, "/api/services/" + hand.name, change, "PATCH", Authorization=
+                       "Bearer " + hand.key)[1]["error"] == "relay_busy"
         assert ask(relay, "/healthz")[0] == 200
     engine.start() if how == "killed" else engine.process.send_signal(signal.SIGCONT)
     until(lambda: ask(relays[1], "/api/services", {"name": "New"})[0] == 201)
@@ -9549,6 +9573,14 @@ def test_cluster_doctor_checks_engine_secret_and_peers(cluster, engine, monkeypa
     engine.call("CONFIG", "SET", "maxmemory-policy", "noeviction")
     engine.call("CONFIG", "SET", "appendonly", "no")
     assert re.search(r"warning +The engine.*appendonly", doctor())
+    call = neuroengine_server.Engine.call
+    for word, answer, said in (("TIME", ["1", "0"], "Its clock differs"),
+                               ("INFO", "redis_version:4.0.9", "version 5 or newer")):
+        with monkeypatch.context() as patch:
+            patch.setattr(neuroengine_server.Engine, "call", (
+                lambda self, *words, word=word, answer=answer:
+                answer if words == (word,) else call(self, *words)))
+            assert re.search("error +The engine.*" + said, doctor())
     engine.kill()
     assert len(re.findall(r"error +The engine .*does not answer", doctor())) == 1
     engine.start()
@@ -9690,6 +9722,38 @@ def test_cluster_haproxy_takes_its_configuration(haproxy, tmp_path):
     checked = subprocess.run(["haproxy", "-c", "-f", str(config)], stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_cluster_haproxy_sends_a_service_to_one_relay_and_v1_to_all(haproxy, cluster, tmp_path):
+    relays, port, config = cluster(3), free_port(), tmp_path / "haproxy.cfg"
+    text = re.sub(r"bind :443 .*", "bind 127.0.0.1:%d" % port,
+                  document("deploy/haproxy-cluster.cfg").replace("maxconn 8000", "maxconn 100"))
+    for number, relay in enumerate(relays, 1):
+        text = text.replace("10.0.0.%d:8000" % number, "127.0.0.1:%d" % relay.server_port)
+    config.write_text(text)
+    balancer = subprocess.Popen(["haproxy", "-db", "-f", str(config)],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = types.SimpleNamespace(server_address=("127.0.0.1", port))
+
+        def counted(api):
+            return [relay.counted()["requests", api] for relay in relays]
+
+        def health():
+            with contextlib.suppress(OSError):
+                return ask(url, "/healthz")[0] == 200
+        until(health)
+        for path in ("/None", "/provider/none/poll", "/api/services/NONE"):
+            before = counted("native"), counted("provider"), counted("operator")
+            for _ in range(8):
+                ask(url, path, {"message": "hi"})
+            now = counted("native"), counted("provider"), counted("operator")
+            assert [new > old for news, olds in zip(now, before)
+                    for new, old in zip(news, olds)].count(True) == 1, path
+        until(lambda: ask(url, "/v1/models")[0] == 200 and all(counted("openai")))
+    finally:
+        balancer.kill()
+        balancer.wait()
 
 
 def test_cluster_answers_are_right_behind_haproxy_while_homes_die(haproxy, engine, capsys):
