@@ -260,10 +260,15 @@ class Session:
         return job.avoid is not self or not any(
             other.free() > 0 for other in self.service.sessions.values() if other is not self)
 
-    def remember_ended(self, pair):
+    def remember_ended(self, pair, now):
         """Note that the provider itself ended this lease: a poll may still name it."""
-        self.ended[pair] = True
+        self.ended[pair] = now
         if len(self.ended) > 16 + 2 * self.workers:
+            self.ended.popitem(last=False)
+
+    def forget_ended(self, before):
+        """A poll that names what ended before that instant has long arrived."""
+        while self.ended and next(iter(self.ended.values())) < before:
             self.ended.popitem(last=False)
 
 
@@ -584,6 +589,12 @@ class Timers:
             self._earlier.notify()
         heapq.heappush(self._heap, (due, next(self._numbers), action, arguments))
 
+    def drop(self, action, is_wanted):
+        """Forget the calls action(*arguments) for which is_wanted(*arguments) is false."""
+        self._heap = [entry for entry in self._heap
+                      if entry[2] != action or is_wanted(*entry[3])]
+        heapq.heapify(self._heap)
+
     def run_due(self):
         """Call what is due."""
         while self._heap and self._heap[0][0] <= self._clock():
@@ -786,6 +797,7 @@ class Jobs:
         self._jobs = {}               # id -> Job, all that are not forgotten
         self._identified = {}         # Identity.key -> Job
         self._timers = Timers(clock, self._lock.lock)
+        self._stale = 0               # timers of jobs that were forgotten
         self._admission = Admission(self.limits, clock, wall)
         self._memory = self._admission.memory
         self._affinity = Affinity(self.limits.max_conversations, clock)
@@ -1068,6 +1080,10 @@ class Jobs:
         if self._jobs.pop(job.id, None) is not None:
             self._memory.forget(job)
             self._disown_locked(job)
+            self._stale += job.checked
+            if self._stale > max(1000, len(self._timers) // 2):    # of no use for minutes
+                self._timers.drop(self._check_job_locked, self._jobs.__contains__)
+                self._stale = 0
 
     def _save_later_locked(self, service):
         """The service's counters changed and must be saved."""
@@ -1338,7 +1354,7 @@ class Matcher(Jobs):
         error = entry.get("error")
         ending = entry.get("done") or error
         if ending and lease is not None:
-            session.remember_ended(pair)
+            session.remember_ended(pair, now)
         if lease is None or lease.state == "cancelled":
             if ending and lease is not None:
                 lease.move("ended", now)
@@ -1460,6 +1476,7 @@ class Matcher(Jobs):
         """Cancel a job that nobody came back for; forget one kept long enough."""
         job = self._jobs.get(job_id)
         if job is None:                    # forgotten, to make room
+            self._stale = max(0, self._stale - 1)
             return
         job.checked = False
         now = self._clock()
@@ -1484,6 +1501,7 @@ class Matcher(Jobs):
         if session.closed:
             return
         left = session.deadline - self._clock()
+        session.forget_ended(self._clock() - self.limits.lease_seconds)
         if left > 0:
             # A later poll may have brought the deadline forward: look once per lease.
             self._timers.call_later(min(left, self.limits.lease_seconds),

@@ -1614,6 +1614,34 @@ def test_idempotency_keys_of_registrations_are_a_bounded_number():
     assert len(registry._repeats) <= 1002
 
 
+def test_timers_of_forgotten_jobs_do_not_fill_the_memory():
+    """A thousand streams a second, kept for five minutes, left 100 MB of timers."""
+    desk = Desk(max_held_bytes=1 << 20)    # room for 64 of one holder
+    session = desk.login()
+    for n in range(6000):
+        reader = desk.submit(identity=desk.identity("stream", "k%d" % n))
+        desk.poll(session)
+        desk.push(session, reader.job.id, ["a"], done=True)
+        desk.broker.leave(reader, True)
+    assert len(desk.broker._jobs) < 100 and len(desk.broker._timers) < 1500
+    desk.later(301)
+    assert not desk.broker._jobs
+
+
+def test_what_a_session_ended_is_remembered_for_a_short_time(desk):
+    session = desk.login(workers=1000)
+    record = desk.broker._sessions[session]
+    for _ in range(500):
+        reader = desk.submit()
+        desk.poll(session)
+        desk.push(session, reader.job.id, ["a"], done=True)
+    assert len(record.ended) == 500
+    for _ in range(35):
+        desk.later(1)
+        desk.push(session, "none")         # it is not silent
+    assert not record.ended and not record.closed
+
+
 def test_draining_fails_the_waiting_and_lets_the_running_finish(desk):
     reader, session, job = desk.start()
     waiting = desk.submit()
