@@ -1898,7 +1898,7 @@ class WholeOutlet(Outlet):
         """What follows a head that was sent before the answer was there."""
         try:
             if error is None:
-                return self.encoded(self.job.answer_bytes(), self.encoder.whole, self.job)
+                return self._body()
         except Exception as fault:
             error = self.exchange.explain(fault)
         return to_json(ERROR_FORMS[self.exchange.api](error))
@@ -2157,10 +2157,10 @@ def submit_native(exchange, service, request, by_operator, access):
     return exchange.broker.submit(job, identity, at)
 
 
-def repeat_identity(exchange, service, caller, repeat):
-    """The identity of an Idempotency-Key, for this caller and body."""
+def repeat_identity(exchange, service, caller, repeat, api="native"):
+    """The identity of an Idempotency-Key, for this caller, body and API."""
     return Identity("repeat", service, caller, repeat[:512],
-                    fingerprint=exchange.fingerprint)
+                    fingerprint=exchange.fingerprint + api.encode())
 
 
 ##############################################################################
@@ -4989,7 +4989,7 @@ def submit_api(exchange, api, service, request, by_operator, access, opaque):
               wait=wait, grace=None if repeat else 0.0, cost=cost,
               needs=api if opaque or api == "embeddings" else None, prefixes=prefixes)
     return exchange.broker.submit(job, repeat_identity(
-        exchange, service, caller, repeat) if repeat else None, 0)
+        exchange, service, caller, repeat, api) if repeat else None, 0)
 
 
 def time_headers(exchange, job):
@@ -5312,7 +5312,7 @@ def openai_model(entry):
 # Operators: register a service, and manage it with its key
 #
 # These handlers check and answer; what is stored, and in which order it comes into force,
-# is the Registry's.
+# is the Registry's. None takes a large body, for which others would wait while it is stored.
 ##############################################################################
 
 REPEAT_SECONDS = 600         # a registration may be repeated with its Idempotency-Key
@@ -5357,7 +5357,7 @@ def charge_change(exchange):
 def register(exchange):
     """POST /api/services: {name, operator, comment, suggestions, invitation} -> {name, key}"""
     charge_change(exchange)
-    request, registry = exchange.read_object(MAX_SMALL_BODY_BYTES), exchange.relay.registry
+    request, registry = exchange.read_object(LARGE_BODY_BYTES), exchange.relay.registry
     repeat = exchange.head.fields.get("idempotency-key")
     name = request.get("name")
     if not isinstance(name, str) or not is_name(name):
@@ -5399,7 +5399,7 @@ def send_service(exchange, name):
 
 def change_service(exchange, name):
     """PATCH /api/services/{name}: the fields of CHANGE_FIELDS; a new name, too"""
-    service, request = read_authorized(exchange, name)
+    service, request = read_authorized(exchange, name, LARGE_BODY_BYTES)
     reset = {"anonymous_per_day": None} if "anonymous_per_day" in request else {}
     check_fields(request, CHANGE_FIELDS)
     changes, answer = dict(reset, **stored_fields(request, CHANGE_FIELDS)), {}
@@ -5445,7 +5445,7 @@ def send_keys(exchange, name):
 
 def add_key(exchange, name):
     """POST /api/services/{name}/keys: {label, limits} -> {id, key}"""
-    service, request = read_authorized(exchange, name)
+    service, request = read_authorized(exchange, name, LARGE_BODY_BYTES)
     check_fields(request, KEY_FIELDS)
     key = new_key()
     access = AccessKey(secrets.token_hex(8), digest(key), request.get("label", ""),
@@ -5460,7 +5460,7 @@ def add_key(exchange, name):
 
 def change_key(exchange, name, key_id):
     """PATCH /api/services/{name}/keys/{id}: the fields of KEY_FIELDS; null: no limit"""
-    service, request = read_authorized(exchange, name)
+    service, request = read_authorized(exchange, name, LARGE_BODY_BYTES)
     for field in request.keys() - KEY_FIELDS.keys():
         raise RelayError("invalid_request", "An access key has no %s to change: there are %s."
                          % (printable(field, 40), ", ".join(KEY_FIELDS)), param=field)

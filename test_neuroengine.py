@@ -3679,6 +3679,18 @@ def test_of_two_heads_that_begin_alike_each_is_itself(relay):
         assert b"Connection: close" not in sock.recv(4096)
 
 
+@pytest.mark.parametrize("method, path", [
+    ("POST", "/api/services"), ("PATCH", "/api/services/%s"),
+    ("POST", "/api/services/%s/keys"), ("PATCH", "/api/services/%s/keys/id")])
+def test_no_prompt_waits_while_an_operators_large_body_is_stored(relay, hand, method, path):
+    """Large bodies are parsed one at a time, until what they say has been done."""
+    with relay.registry.changing:          # the disk is slow
+        storing = in_thread(ask, relay, path.replace("%s", hand.name), {
+            "name": hand.name + "2", "label": "x", "comment": "x", "more": "y" * 100000},
+            method=method, Authorization="Bearer " + hand.key)
+        assert storing()[0] == 413
+
+
 def test_large_pieces_for_slow_readers_count_as_memory():
     with running_relay() as relay:
         hand = Hand(relay)
@@ -4499,6 +4511,15 @@ def test_merging_a_whole_answer_takes_little_more_than_its_bytes(item):
     finally:
         tracemalloc.stop()
     assert most < 6 * size and len(body) < 1.5 * size      # not 30 or 300 times
+
+
+def test_an_idempotency_key_is_for_one_api(relay, hand):
+    body = {"model": hand.name, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    answer = in_thread(ask, relay, "/v1/chat/completions", body, Idempotency_Key="both")
+    hand.reply(hand.next_job(), ["a"], done=True)
+    assert answer()[0] == 200
+    status, refused, _ = ask(relay, "/v1/completions", body, Idempotency_Key="both")
+    assert status == 422 and refused["error"]["code"] == "key_reused"
 
 
 def test_a_text_completion_has_its_own_form(relay, hand):
