@@ -1189,7 +1189,9 @@ class Matcher(Jobs):
                                    self._clock() + self.limits.lease_seconds)
             for lease in session.leases.values():
                 if lease.state == "handed_out":
-                    lease.since = -math.inf           # to be offered again at once
+                    # The next poll that does not name it gets it again at once: but if the
+                    # connection closed behind a response that arrived, it names it.
+                    lease.since = self._clock() - self.limits.handover_seconds / 2
             self._timers.call_later(self.limits.close_seconds, self._broken_locked, session,
                                     token)
 

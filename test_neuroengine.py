@@ -645,6 +645,20 @@ def test_a_long_prompt_is_back_soon_if_its_way_to_the_provider_breaks(desk):
     assert long.job.state == "queued"
 
 
+def test_a_connection_that_closes_behind_a_poll_takes_no_job_away_at_once(desk):
+    session, token = desk.login(workers=2), Poll()
+    desk.submit()
+    (job, attempt, _, _), = desk.poll(session)[0]      # to be checked handover_seconds later
+    desk.later(desk.broker.limits.handover_seconds - 0.1)
+    late = desk.submit()
+    assert desk.poll(session, [(job, attempt)], token)[0]
+    desk.broker.poll_lost(session, token)
+    desk.later(0.2)                        # of close_seconds, 0.5
+    assert late.job.state == "leased"
+    (job, _, _, _), = desk.poll(session, [(job, attempt)])[0]
+    assert job == late.job.id              # it is offered again, as it may be lost
+
+
 def test_silence_after_an_idle_poll_is_loss_after_one_lease(desk):
     session = desk.login()
     parked = desk.broker._sessions[session]
