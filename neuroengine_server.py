@@ -749,6 +749,7 @@ class Admission:
 
 MAX_SESSIONS_PER_JOB = 3     # a job goes to at most this many sessions
 MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
+MAX_READERS_PER_JOB = 100    # a provider's push goes to each: 9 ms for so many
 MAX_UNKNOWN_LEASES = 64      # of a session at once: a provider could make up any number
 MAX_HANDOVER_BYTES = 1 << 22     # prompts in one response, if there is more than one
 HANDOVER_BYTES_PER_SECOND = 1 << 16      # at a provider's line; meanwhile it is not silent
@@ -953,7 +954,10 @@ class Jobs:
         return job
 
     def _attach_locked(self, job, at):
-        """Return a new Reader of the job, from that item offset."""
+        """Return a new Reader of the job, from that item offset. Raises RelayError."""
+        if len(job.readers) >= MAX_READERS_PER_JOB:
+            raise RelayError("rate_limited", "%d connections read this answer already."
+                             % MAX_READERS_PER_JOB, retry_after=5)
         job.left_at = None
         reader = Reader(job, job.resume_at if at is None else min(at, len(job.items)))
         job.readers.append(reader)
@@ -2124,8 +2128,9 @@ def open_stream(exchange, identity, at):
     """Return a Reader of a stream that began before. Guesses are counted."""
     try:
         return exchange.broker.open(identity, at)
-    except RelayError:
-        exchange.charge_guess("unknown stream keys")
+    except RelayError as error:
+        if error.name != "rate_limited":
+            exchange.charge_guess("unknown stream keys")
         raise
 
 
@@ -4300,7 +4305,7 @@ def check_entry(entry):
             entry.get("job"), entry.setdefault("attempt", 0), entry.setdefault("at", 0)):
         raise RelayError("invalid_request", "Each entry of replies must have job, attempt, "
                          "at and items.", param="replies")
-    items = entry.setdefault("items", [])
+    items, entry["raw"] = entry.setdefault("items", []), False
     if not is_plain(items):
         try:
             if type(items) is not list:
