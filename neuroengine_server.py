@@ -28,7 +28,7 @@ this does not protect against: the relay and the provider read what passes throu
 
 import sys
 
-if sys.version_info < (3, 8):    # Python 2 shows this line, as its syntax error
+if sys.version_info < (3, 8):    # Python 2 fails at "from None", and so shows this line
     raise SystemExit("neuroengine needs Python 3.8 or newer: try python3.") from None
 
 import argparse
@@ -133,8 +133,8 @@ class RelayError(Exception):
 
     name: a row of ERRORS. param: the field at fault. retry_after: seconds. retry: whether
     trying again can help, if it differs from the row. allow: the methods that a path has.
-    limit: how many requests are allowed, where a rate limit was passed. status, type, code:
-    those of an upstream LLM server, which its client gets unchanged.
+    limit: how many requests are allowed, where a rate limit was exceeded. status, type,
+    code: of the upstream LLM server, passed to the client unchanged.
     """
 
     def __init__(self, name, words, *, param=None, retry_after=None, allow=None, retry=None,
@@ -194,7 +194,7 @@ class Service:
         self.tokens_per_second = None
         self.features = Features()    # as its last provider declared
         self.expected_until = 0.0     # its provider may be back before: let prompts wait
-        self.cold = self.warm = None  # how long a prompt is read, see Affinity
+        self.cold = self.warm = None  # seconds to the first token, see Affinity
 
     def continues(self, but=None):
         """Whether some connected provider, other than session `but`, can go on with an
@@ -234,7 +234,7 @@ class Session:
         self.parked = False           # whether that poll waits
         self.deadline = 0.0           # when silence becomes loss
         self.arrival = 0.0            # until then it may be busy receiving prompts
-        self.checks_handover = False  # whether a timer looks for unconfirmed leases
+        self.has_handover_timer = False  # whether a timer looks for unconfirmed leases
         self.closed = False
 
     def free(self):
@@ -315,7 +315,7 @@ class Job:
     continued = False             # whether a session had it that knew the conversation
     left_at = None                # when the last reader left
     error, error_told = None, False
-    checked = False               # whether a timer will look at it
+    has_timer = False             # which will look at it
     created = leased_at = first_at = ended_at = None
     encoded = None                # (encoder's name, bytes): the whole answer, made once
 
@@ -377,8 +377,8 @@ class Identity:
 class Reader:
     """One client's hold on a job: it has read up to `cursor`."""
 
-    __slots__ = ("job", "cursor", "start", "news", "wanted", "deliver", "behind", "attached",
-                 "gone")
+    __slots__ = ("job", "cursor", "start", "news", "wanted", "deliver", "has_work",
+                 "attached", "gone")
 
     def __init__(self, job, cursor):
         self.job, self.cursor, self.start = job, cursor, cursor
@@ -386,7 +386,7 @@ class Reader:
         self.wanted = math.inf        # how many items there must be to tell it
         self.deliver = None           # called, without the lock, by a thread that brought
                                       # items; None: the reader's own thread is woken
-        self.behind = False           # there is work that its own thread must do
+        self.has_work = False         # that its own thread must do
         self.attached, self.gone = True, False
 
 
@@ -400,14 +400,14 @@ class Queue:
 
     def __init__(self):
         self._returned = []           # jobs that a provider gave back go first, by number
-        self._first = deque()         # then those of the operator, and urgent ones
+        self._urgent = deque()         # then those of the operator, and urgent ones
         self._turns = OrderedDict()   # then caller -> deque of jobs; callers take turns
         self._counts = {}             # caller, None for the operator -> how many jobs
         self._positions = None        # Job -> queue position, until something changes
         self.size = 0                 # of all together
 
     def __iter__(self):
-        for jobs in (self._returned, self._first, *self._turns.values()):
+        for jobs in (self._returned, self._urgent, *self._turns.values()):
             yield from jobs
 
     def count(self, caller, by_operator):
@@ -434,7 +434,7 @@ class Queue:
     def _line_of(self, job):
         """The deque of a job that no provider has had."""
         if job.by_operator or job.urgent:
-            return self._first
+            return self._urgent
         return self._turns.setdefault(job.caller, deque())
 
     def remove(self, job):
@@ -447,15 +447,15 @@ class Queue:
         return line
 
     def largest(self, group_of):
-        """Return (how many jobs wait, by group of callers; the newest of the largest). The
-        operator's do not count, and returned jobs are not chosen."""
+        """Return (Counter of waiting jobs per group of callers, newest job of the largest
+        group). The operator's do not count, and returned jobs are not chosen."""
         sizes = Counter()
         for caller, count in self._counts.items():
             if caller is not None:
                 sizes[group_of(caller)] += count
         group = max(sizes, key=sizes.get, default=None)
         return sizes, max((
-            job for jobs in (self._first, *self._turns.values()) for job in jobs
+            job for jobs in (self._urgent, *self._turns.values()) for job in jobs
             if not job.by_operator and group_of(job.caller) == group),
             key=lambda job: job.number, default=None)
 
@@ -476,7 +476,7 @@ class Queue:
     def _next_of_each(self):
         """The first job of each caller in the first line."""
         seen = set()
-        for job in self._first:
+        for job in self._urgent:
             caller = job.by_operator, job.caller
             if caller not in seen:
                 seen.add(caller)
@@ -488,7 +488,7 @@ class Queue:
         if self._positions is None:
             turns = sorted(((turn, job) for jobs in self._turns.values()
                             for turn, job in enumerate(jobs)), key=lambda pair: pair[0])
-            order = itertools.chain(self._returned, self._first, (job for _, job in turns))
+            order = itertools.chain(self._returned, self._urgent, (job for _, job in turns))
             self._positions = {job: rank for rank, job in enumerate(order, 1)}
         return self._positions[job]
 
@@ -520,7 +520,7 @@ class Lease:
         "cancelled": ("cancelled", "ended"),
         "ended": (),
     }
-    MENTIONED = ("offered", "cancelled")     # the next response has to say so
+    UNSENT = ("offered", "cancelled")     # the next response has to say so
 
     __slots__ = ("session", "job", "pair", "state", "since", "sent")
 
@@ -531,7 +531,7 @@ class Lease:
         self.state, self.since = state, now
         self.sent = state != "offered"     # whether it may be there
         session.leases[pair] = self
-        if state in self.MENTIONED:
+        if state in self.UNSENT:
             session.outbox[self] = True
 
     def move(self, state, now):
@@ -541,7 +541,7 @@ class Lease:
                 self.pair, self.state, state))
         self.state, self.since = state, now
         self.sent = self.sent or state in ("handed_out", "confirmed")
-        if state in self.MENTIONED:
+        if state in self.UNSENT:
             self.session.outbox[self] = True
         else:
             self.session.outbox.pop(self, None)
@@ -558,7 +558,7 @@ class Lease:
     def stop(self, now):
         """The provider must not go on: tell it, unless this lease was never sent."""
         self.move("ended" if self.state == "offered" else "cancelled", now)
-        self.job = None           # a provider that never gives it up keeps no memory
+        self.job = None           # so that a provider that never answers holds no memory
 
 
 ##############################################################################
@@ -621,7 +621,13 @@ JUST_GONE_SECONDS = 60       # a provider that left this recently may be back so
 
 
 class Admission:
-    """Whether a prompt is accepted. Its user, the Broker, holds the lock."""
+    """Whether a prompt is accepted. Its user, the Broker, holds the lock.
+
+    When memory is full, kept answers of the largest holder go first, the oldest before
+    others; then, if it has twice what the asker would have, its largest job, even a running
+    one; then kept answers of others; else the asker gets relay_busy. Bodies on their way
+    have a Room of their own.
+    """
 
     def __init__(self, limits, clock, wall):
         self._limits, self._clock, self._wall = limits, clock, wall
@@ -670,8 +676,8 @@ class Admission:
         return victim
 
     def _gives_way(self, job):
-        """The newest job of those that have most, if they would still have more. None:
-        nobody gives way."""
+        """The newest job of the largest group, if that group would stay larger than the
+        caller's; else None."""
         sizes, newest = job.service.queue.largest(widest_group)
         if newest is None or sizes[widest_group(newest.caller)] <= 1 + sizes[
                 widest_group(job.caller)]:
@@ -758,7 +764,8 @@ HANDOVER_BYTES_PER_SECOND = 1 << 16      # at a provider's line; meanwhile it is
 class DeliveryLock:
     """The broker's lock. The thread that releases it then makes the deliveries that were
     gathered under it: so items go out in the thread that brought them, and never under the
-    lock. A Condition's wait releases the inner lock only: no method waits after gathering."""
+    lock. A Condition's wait releases the inner lock only: no method waits after gathering,
+    for the deliveries would stay here while it waits."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -805,7 +812,7 @@ class Jobs:
         self._changed = {}            # name -> Service whose counters are not saved
         self.counters_changed = threading.Event()
         self.draining = self.closed = False
-        self._touched = 0             # counts changes of services and sessions
+        self._version = 0             # counts changes of services and sessions
         self.counts = {"jobs": 0, "done": 0, "failed": 0, "cancelled": 0, "requeued": 0,
                        "continued": 0, "tokens": 0}
         self.histograms = {name: Histogram() for name in (
@@ -902,7 +909,7 @@ class Jobs:
     def wake_owner(self, reader):
         """Wake the reader's own thread: it has work."""
         with self._lock:
-            reader.behind = True
+            reader.has_work = True
             self._wake_locked(reader)
 
     def wait_for_work(self, reader, timeout):
@@ -910,8 +917,8 @@ class Jobs:
         has left, or its client has gone; at most for timeout seconds."""
         with self._lock:
             self._wait_locked(reader, timeout,
-                              lambda: reader.behind or not reader.attached)
-            reader.behind = False
+                              lambda: reader.has_work or not reader.attached)
+            reader.has_work = False
 
     def queue_position(self, job):
         """Where a queued job stands: position, waiting, eta_s, and whether a provider is
@@ -1084,7 +1091,7 @@ class Jobs:
         if self._jobs.pop(job.id, None) is not None:
             self._memory.forget(job)
             self._disown_locked(job)
-            self._stale += job.checked
+            self._stale += job.has_timer
             if self._stale > max(1000, len(self._timers) // 2):    # of no use for minutes
                 self._timers.drop(self._check_job_locked, self._jobs.__contains__)
                 self._stale = 0
@@ -1094,7 +1101,7 @@ class Jobs:
         if not self._changed:
             self.counters_changed.set()
         self._changed[service.name] = service
-        self._touched += 1
+        self._version += 1
 
 class Matcher(Jobs):
     """The providers' half of the Broker: matches jobs with their polls.
@@ -1122,19 +1129,19 @@ class Matcher(Jobs):
             self._timers.call_later(self.limits.lease_seconds, self._silent_locked, session)
             return session.id
 
-    def poll(self, service, session_id, token, running, timeout=None):
+    def poll(self, service, session_id, this_poll, running, timeout=None):
         """Wait for work; return (offers, cancels).
 
         offers: tuples (Job, attempt, offset of its next item, text so far or None).
         cancels: pairs (job id, attempt). running: the pairs that the provider has in hand.
         A job it was given and does not name is offered again; one that it names and has no
-        right to is cancelled. token: a new Poll; if its connection breaks, call poll_lost
+        right to is cancelled. this_poll: a new Poll; if its connection breaks, call poll_lost
         with it. Blocks up to timeout seconds (by default limits.poll_seconds, or
         busy_poll_seconds while jobs run, so that silence is noticed within the lease).
         """
         with self._lock:
             session = self._session_locked(service, session_id)
-            session.poll, session.arrival = token, 0.0
+            session.poll, session.arrival = this_poll, 0.0
             session.arrived.notify_all()        # an older poll of this session ends
             if session.id not in service.sessions:
                 self._connect_locked(session)
@@ -1143,12 +1150,12 @@ class Matcher(Jobs):
             hold = self._poll_seconds_locked(session, timeout)
             self._heard_locked(session, 0 if session.jobs() else hold)
             try:
-                self._park_locked(session, token, hold)
+                self._park_locked(session, this_poll, hold)
             finally:
-                if session.poll is token:
+                if session.poll is this_poll:
                     session.parked = False
                     service.idle.pop(session, None)
-            if session.poll is not token or token.lost:
+            if session.poll is not this_poll or this_poll.lost:
                 return [], []                   # a newer one speaks, or nobody hears this
             if session.closed:
                 raise self._session_unknown()
@@ -1179,12 +1186,12 @@ class Matcher(Jobs):
         with self._lock:
             self._end_session_locked(self._session_locked(service, session_id))
 
-    def poll_lost(self, session_id, token):
-        """The connection of the session's poll of that token has closed."""
+    def poll_lost(self, session_id, this_poll):
+        """The connection of this poll has closed."""
         with self._lock:
-            token.lost = True                         # even if the poll has not begun
+            this_poll.lost = True                         # even if the poll has not begun
             session = self._sessions.get(session_id)
-            if session is None or session.poll is not token or session.closed:
+            if session is None or session.poll is not this_poll or session.closed:
                 return
             session.arrived.notify_all()
             session.service.idle.pop(session, None)
@@ -1197,7 +1204,7 @@ class Matcher(Jobs):
                     # connection closed behind a response that arrived, it names it.
                     lease.since = self._clock() - self.limits.handover_seconds / 2
             self._timers.call_later(self.limits.close_seconds, self._broken_locked, session,
-                                    token)
+                                    this_poll)
 
     # -- time --
 
@@ -1270,11 +1277,11 @@ class Matcher(Jobs):
             hold = min(hold, limits.handover_seconds / 2)     # it may have to be repeated
         return hold if timeout is None else min(hold, timeout)
 
-    def _park_locked(self, session, token, timeout):
+    def _park_locked(self, session, this_poll, timeout):
         """Block until this poll has something to say, or a newer one has come."""
         deadline = self._clock() + timeout
         while not (session.outbox or session.closed or self.closed
-                   or session.poll is not token or token.lost):
+                   or session.poll is not this_poll or this_poll.lost):
             if self.draining and not session.jobs():
                 raise self._shutting_down()
             left = deadline - self._clock()
@@ -1311,7 +1318,7 @@ class Matcher(Jobs):
         now, running = self._clock(), set(running)
         unknown = sum(lease.job is None for lease in session.leases.values())
         for pair in running:
-            lease = session.leases.get(pair) or self._continue_locked(session, pair)
+            lease = session.leases.get(pair) or self._take_back_locked(session, pair)
             if lease is not None and lease.state != "cancelled":
                 lease.confirm(now)
             elif lease is not None:
@@ -1339,7 +1346,7 @@ class Matcher(Jobs):
             lease.move("handed_out", now)
             self._check_handover_later_locked(session, self.limits.handover_seconds)
 
-    def _continue_locked(self, session, pair, at=0):
+    def _take_back_locked(self, session, pair, at=0):
         """Give a job back to a provider that seemed to be gone, if it waits and the provider
         can go on from item offset `at`. Return the Lease, or None."""
         job = self._jobs.get(pair[0])
@@ -1348,7 +1355,7 @@ class Matcher(Jobs):
             return None
         job.service.queue.remove(job)
         job.move("leased")
-        job.deaths = max(0, job.deaths - 1)
+        job.deaths = max(0, job.deaths - 1)        # it was not dead after all
         job.lease = Lease(session, job, pair, "handed_out", self._clock())
         return job.lease
 
@@ -1356,7 +1363,7 @@ class Matcher(Jobs):
         """Add one entry's items to its job; return a refusal as a dict, or None."""
         now, pair, at = self._clock(), (entry["job"], entry["attempt"]), entry["at"]
         # This may be the first word of a provider that seemed to be gone.
-        lease = session.leases.get(pair) or self._continue_locked(session, pair, at)
+        lease = session.leases.get(pair) or self._take_back_locked(session, pair, at)
         error = entry.get("error")
         ending = entry.get("done") or error
         if ending and lease is not None:
@@ -1475,7 +1482,7 @@ class Matcher(Jobs):
 
     def _recheck_locked(self, job):
         """Look at a job without a reader, now and when it is due."""
-        if not job.checked:
+        if not job.has_timer:
             self._check_job_locked(job.id)
 
     def _check_job_locked(self, job_id):
@@ -1484,7 +1491,7 @@ class Matcher(Jobs):
         if job is None:                    # forgotten, to make room
             self._stale = max(0, self._stale - 1)
             return
-        job.checked = False
+        job.has_timer = False
         now = self._clock()
         if job.ended_at is not None:
             named = job.identity is not None and job.identity.named
@@ -1495,7 +1502,7 @@ class Matcher(Jobs):
         else:
             return
         if due > now or job.readers:
-            job.checked = True
+            job.has_timer = True
             self._timers.call_later(max(due - now, 1), self._check_job_locked, job_id)
         elif job.ended_at is not None:
             self._forget_locked(job)
@@ -1503,21 +1510,21 @@ class Matcher(Jobs):
             self._cancel_locked(job)
 
     def _silent_locked(self, session):
-        """Once per session and lease: has its provider spoken?"""
+        """Every lease_seconds, per session: has its provider spoken?"""
         if session.closed:
             return
         left = session.deadline - self._clock()
         session.forget_ended(self._clock() - self.limits.lease_seconds)
         if left > 0:
-            # A later poll may have brought the deadline forward: look once per lease.
+            # A later poll may have brought the deadline forward.
             self._timers.call_later(min(left, self.limits.lease_seconds),
                                     self._silent_locked, session)
         else:
             self._end_session_locked(session, died=True)
 
-    def _broken_locked(self, session, token):
+    def _broken_locked(self, session, this_poll):
         """Some time after a poll's connection broke: has the provider polled again?"""
-        if session.closed or session.poll is not token:
+        if session.closed or session.poll is not this_poll:
             return
         self._disconnect_locked(session)
         # Where a client has seen the beginning, wait for the lease: a provider that only
@@ -1528,13 +1535,13 @@ class Matcher(Jobs):
 
     def _check_handover_later_locked(self, session, delay):
         """Make sure that a timer looks for leases that are not confirmed."""
-        if not session.checks_handover:
-            session.checks_handover = True
+        if not session.has_handover_timer:
+            session.has_handover_timer = True
             self._timers.call_later(delay, self._unconfirmed_locked, session)
 
     def _unconfirmed_locked(self, session):
         """Take back the leases that were handed out some time ago and never confirmed."""
-        session.checks_handover = False
+        session.has_handover_timer = False
         if session.closed:
             return
         now, left = self._clock(), math.inf
@@ -1597,7 +1604,7 @@ class Exchange:
         self.relay, self.connection = relay, connection
         self.broker, self.limits, self.bounds = relay.broker, relay.limits, relay.bounds
         self.id = next(REQUEST_IDS)
-        self.address = connection.address  # whose limits count; a proxy's client's
+        self.address = connection.address  # that limits count for; behind a proxy, the client's
 
     def run(self):
         """Read the request and answer it; return whether the connection may be used again.
@@ -1616,7 +1623,7 @@ class Exchange:
         except (PeerGone, socket.timeout, ConnectionError):
             raise PeerGone()
         except Exception as error:
-            if self.head is None:          # only the bytes tell whose API it is
+            if self.head is None:          # it was never parsed: guess from the raw bytes
                 self.api = guess_api(self.connection.last_head)
             self.fail(self.explain(error))
         finally:
@@ -1651,7 +1658,7 @@ class Exchange:
                 printable(head.method, 20), route.allow), allow=route.allow)
         if route.api == "operator":
             check_manager(self)
-        globals()[handler](self, *arguments)
+        globals()[handler](self, *arguments)       # most are defined further down
 
     # -- the request --
 
@@ -1698,7 +1705,7 @@ class Exchange:
     def room(self, size):
         """Take memory for the bytes of a response, before they are made. Blocks until there
         is some. Returns a context manager that releases it."""
-        if size <= PUSHED_BYTES:
+        if size <= DIRECT_BYTES:
             return contextlib.nullcontext()
         room = self.bounds.bytes
         return room.take(self.address, min(size, room.most // 2), reserved=True,
@@ -1718,16 +1725,15 @@ class Exchange:
 ##############################################################################
 
 PIECE_BYTES = 1 << 18        # of a streamed answer, or one item
-PUSHED_BYTES = 1 << 16       # a larger piece counts as memory, and is the own thread's work
+DIRECT_BYTES = 1 << 16       # a larger piece counts as memory, and is sent by the own thread
 WHOLE_WAIT_SECONDS = 0.25    # see WholeOutlet.run
 QUEUE_NEWS_SECONDS = 2       # how often a queued stream hears of its queue position
-LATE_HEAD_SECONDS = 60       # then a whole answer begins before it is there
 
 
 class Outlet:
     """Moves the bytes of one answer to its connection.
 
-    Subclasses say what to send next: run, move, size, next_items. The encoders are below.
+    Subclasses say what to send next: run, send_next, size, next_items. The encoders are below.
 
     Two kinds of threads come here. Those that bring items call deliver, which never blocks:
     not waking a thread for each token halves its processor time. The exchange's own thread
@@ -1740,7 +1746,7 @@ class Outlet:
         self.job, self.connection = reader.job, exchange.connection
         self.broker, self.limits = exchange.broker, exchange.limits
         self.complete = False              # the last byte was given to the connection
-        self._sending = threading.Lock()
+        self._sending = threading.Lock()   # taken before the Broker's lock, never after
 
     def answer(self):
         """Serve the exchange from its own thread, until the answer is complete. Raises
@@ -1772,9 +1778,9 @@ class Outlet:
         try:
             if self.complete or not self.reader.attached:
                 return
-            if not self.connection.unsent and self.size() <= PUSHED_BYTES:
-                self.move(own=False)
-            if self.connection.unsent or not self.complete and self.is_behind():
+            if not self.connection.unsent and self.size() <= DIRECT_BYTES:
+                self.send_next(own=False)
+            if self.connection.unsent or not self.complete and self.items_wait():
                 self.broker.wake_owner(self.reader)
             elif self.complete:            # the client has it all: free its slot at once
                 self.broker.leave(self.reader, True)
@@ -1793,9 +1799,9 @@ class Outlet:
             self.connection.flush()
             if self.complete:
                 return
-            small = 6 * self.size() <= PUSHED_BYTES        # whatever its characters are
+            small = 6 * self.size() <= DIRECT_BYTES    # escapes take at most six for one
             with self.exchange.room(0 if small else json_size(self.next_items())):
-                self.move(own=True)
+                self.send_next(own=True)
 
     def send(self, data, own):
         """Send bytes; what another thread than the exchange's own cannot send waits."""
@@ -1808,11 +1814,11 @@ class Outlet:
         with self.exchange.bounds.large_bodies:
             return encode(*arguments)
 
-    def is_behind(self):
+    def items_wait(self):
         """Whether items wait that another thread has left."""
         return len(self.job.items) > self.reader.cursor and self.job.readable()
 
-    def check_age(self):
+    def cancel_if_too_old(self):
         """Cancel a job that takes too long."""
         if self.broker.now() - self.job.created > self.limits.job_seconds:
             self.broker.cancel(self.job, RelayError(
@@ -1823,15 +1829,13 @@ class Outlet:
 class WholeOutlet(Outlet):
     """Sends an answer as one response, when it has ended."""
 
-    late = False                           # the response has begun without the answer
-
     def run(self):
         self.broker.deliver_to(self.reader, self.deliver, math.inf)
         if self.job.ended_at is not None:  # it ended before deliver_to
             self.deliver()
         # While others bring the answer, this thread waits for the next request already: so
         # it is woken once per prompt, not twice (a fifth of a prompt's processor time).
-        if not (self.complete or self.reader.behind or self.encoder.large) and (
+        if not (self.complete or self.reader.has_work or self.encoder.large) and (
                 self.exchange.keep_alive):
             self.connection.wait_for_more(WHOLE_WAIT_SECONDS)
         while not self.complete or self.connection.unsent:
@@ -1840,11 +1844,18 @@ class WholeOutlet(Outlet):
                 raise PeerGone()
             if self.job.ended_at is not None or self.complete:
                 self.work()
-            elif self.encoder.begins_late and self._is_late():
+            else:
                 self._stay_open()
-            self.check_age()
+            self.cancel_if_too_old()
 
-    def is_behind(self):
+    def _patience(self):
+        """Seconds until the own thread must act without an answer."""
+        return self.limits.heartbeat_seconds
+
+    def _stay_open(self):
+        """Nothing came for so long: see LateOutlet."""
+
+    def items_wait(self):
         return self.job.ended_at is not None
 
     def next_items(self):
@@ -1857,20 +1868,12 @@ class WholeOutlet(Outlet):
             return 0                       # shared with another reader, and counted there
         return self.job.answer_bytes()
 
-    def move(self, own):
+    def send_next(self, own):
         if self.job.ended_at is None:
             return
-        error = self.job.error
-        if self.late:
-            parts = (self.exchange.framed(self._late_body(error), last=True),)
-        else:
-            parts = self._response(error)
-            if len(parts[1]) <= MAX_SMALL_BODY_BYTES:
-                parts = (b"".join(parts),)
-            elif not own:
-                return
-            elif self.job.encoded is not None:
-                parts = self._shared(parts[0], len(parts[1]))
+        parts = self._parts(own)
+        if parts is None:
+            return
         # A client that has the whole answer may disconnect, and ask the same again at once.
         self.connection.when_gone(None)
         for part in parts:
@@ -1878,16 +1881,28 @@ class WholeOutlet(Outlet):
         self.reader.cursor = len(self.job.items)
         self.complete = True
 
+    def _parts(self, own):
+        """The response in parts; None: it is large, and the own thread's work."""
+        head, body = self._response(self.job.error)
+        if len(body) <= MAX_SMALL_BODY_BYTES:
+            return (head + body,)
+        if not own:
+            return None
+        if self.job.encoded is not None:
+            return self._shared(head, len(body))
+        return head, body
+
     def _shared(self, head, size):
         """Yield a response with the job's encoded answer, in copies of small parts: a reader
         that is slow keeps no more of it in memory than that. Raises PeerGone if it had to
         make room for others."""
         yield head
-        for start in range(0, size, PUSHED_BYTES):
+        for start in range(0, size, DIRECT_BYTES):
             encoded = self.job.encoded
             if encoded is None:
                 raise PeerGone()
-            part, encoded = encoded[1][start:start + PUSHED_BYTES], None
+            # The generator must not hold the answer while the client reads.
+            part, encoded = encoded[1][start:start + DIRECT_BYTES], None
             yield part
 
     def _response(self, error):
@@ -1900,15 +1915,6 @@ class WholeOutlet(Outlet):
         except Exception as fault:
             return self.exchange.error_response(self.exchange.explain(fault))
 
-    def _late_body(self, error):
-        """What follows a head that was sent before the answer was there."""
-        try:
-            if error is None:
-                return self._body()
-        except Exception as fault:
-            error = self.exchange.explain(fault)
-        return to_json(ERROR_FORMS[self.exchange.api](error))
-
     def _body(self):
         """The whole answer as bytes, made once for all readers of the job."""
         encoder, job = self.encoder, self.job
@@ -1919,25 +1925,6 @@ class WholeOutlet(Outlet):
         if len(body) > MAX_SMALL_BODY_BYTES:
             self.broker.keep_encoded(job, encoder.name, body)
         return body
-
-    def _patience(self):
-        """Seconds until the own thread must act without an answer."""
-        if self.encoder.begins_late and not self.late:
-            return min(self.limits.heartbeat_seconds, max(
-                0.01, self.exchange.began + LATE_HEAD_SECONDS - self.broker.now()))
-        return self.limits.heartbeat_seconds
-
-    def _is_late(self):
-        return self.late or self.broker.now() - self.exchange.began >= LATE_HEAD_SECONDS
-
-    def _stay_open(self):
-        """Keep the connection open with spaces, which may stand before JSON. An error can
-        then only be told in the body."""
-        with self._sending:
-            if self.job.ended_at is None:
-                head = b"" if self.late else self.exchange.chunked_head(self.encoder.kind)
-                self.late = True
-                self.connection.send(head + self.exchange.framed(b" "))
 
 
 class StreamOutlet(Outlet):
@@ -1952,15 +1939,15 @@ class StreamOutlet(Outlet):
     def run(self):
         self.wrote_at = self.broker.now()
         self.broker.deliver_to(self.reader, self.deliver, 0)
-        if self.is_behind() or self.job.ended_at is not None:  # it came before deliver_to
+        if self.items_wait() or self.job.ended_at is not None:  # it came before deliver_to
             self.deliver()
         while not self.complete or self.connection.unsent:
-            if not self.is_behind():
+            if not self.items_wait():
                 self.broker.wait_for_work(self.reader, self._patience())
             if self.reader.gone:
                 raise PeerGone()
             self.work()
-            self.check_age()
+            self.cancel_if_too_old()
 
     def size(self):
         """Roughly the bytes that wait for this reader."""
@@ -1984,7 +1971,7 @@ class StreamOutlet(Outlet):
             silence = min(silence, QUEUE_NEWS_SECONDS)
         return max(0.01, silence)
 
-    def move(self, own):
+    def send_next(self, own):
         items, ended = self.broker.read(self.reader, most=max(1, len(self.next_items())))
         if ended:
             self.connection.when_gone(None)
@@ -2039,7 +2026,7 @@ SHORT_KEY = 16               # a shorter stream key is for the caller that began
 class NativeWhole:
     """Encodes an answer as one JSON object."""
 
-    name, kind, begins_late, large = "native", JSON, False, False
+    name, kind, large = "native", JSON, False
 
     def headers(self, exchange, job):
         return b""
@@ -2209,16 +2196,16 @@ def post_poll(exchange, name):
     if len(running) > 4 * exchange.limits.max_workers:
         raise RelayError("invalid_request", "running has more than %d jobs."
                          % (4 * exchange.limits.max_workers), param="running")
-    token, broker = Poll(), exchange.broker
-    lost = functools.partial(broker.poll_lost, session, token)
+    this_poll, broker = Poll(), exchange.broker
+    lost = functools.partial(broker.poll_lost, session, this_poll)
     # when_gone: the provider hung up while this poll waits. on_close: its connection ended
     # later, between two requests.
     exchange.connection.when_gone(lost)
     exchange.connection.on_close = lost
-    first = not any(session.parked for session in list(service.sessions.values()))
+    first = not any(other.parked for other in list(service.sessions.values()))
     with exchange.bounds.polls.take(exchange.address, reserved=first, give_way=lost):
-        running = iter(running)            # gone once it was read, before the wait
-        offers, cancels = broker.poll(service, session, token, running)
+        running = iter(running)            # an iterator frees the list: the wait may be long
+        offers, cancels = broker.poll(service, session, this_poll, running)
     send_work(exchange, offers, cancels)
 
 
@@ -2260,8 +2247,8 @@ def send_work(exchange, offers, cancels, refused=None):
     if refused is not None:
         parts.append(b',"refused":%s' % (dumps(refused) if refused else b"[]"))
     parts.append(b"}")
-    # A provider that does not read keeps its copy of prompts that it may have lost since.
-    # Not send_whole: a poll's connection is watched after its response, too.
+    # Counted as memory: a provider that does not read keeps these bytes, even once the jobs
+    # have gone. Not send_whole: a poll's connection is watched after its response, too.
     with exchange.room(sum(map(len, parts))):
         exchange.send_parts(*exchange.response(200, b"".join(parts)))
 
@@ -2302,21 +2289,7 @@ ROUTES = {  # "*" stands for one segment: a service's name, a key's id
     "/provider/*/reply": Route("provider", POST="post_reply"),
     "/provider/*/logout": Route("provider", POST="post_logout"),
 }
-API_ROUTES = {  # below /v1, below /{service}/v1, and without either
-    "/models": Route("openai", GET="send_openai_models"),
-    "/models/*": Route("openai", GET="send_openai_model"),
-    "/chat/completions": Route("openai", "chat", POST="post_api"),
-    "/completions": Route("openai", "completions", POST="post_api"),
-    "/embeddings": Route("openai", "embeddings", POST="post_api"),
-    "/responses": Route("openai", "responses", POST="post_api"),
-    "/rerank": Route("openai", "rerank", POST="post_api"),
-    "/tokenize": Route("openai", "tokenize", POST="post_api"),
-    "/detokenize": Route("openai", "detokenize", POST="post_api"),
-    "/messages": Route("anthropic", "messages", POST="post_api"),
-    "/messages/count_tokens": Route("anthropic", "count_tokens", POST="post_api"),
-}
-ROUTES.update({base + path: route for base in ("", "/v1", "/*/v1")
-               for path, route in API_ROUTES.items()})
+# And those of APIS, in the section on OpenAI's and Anthropic's APIs.
 
 
 ##############################################################################
@@ -2771,7 +2744,7 @@ class Broker(Matcher):
             if len(self._services) >= self.limits.max_services and not returning:
                 raise RelayError("relay_busy", "This relay has no room for more services.")
             self._services[service.name.lower()] = service
-            self._touched += 1
+            self._version += 1
 
     def remove(self, service):
         """Forget a service: its jobs fail, its sessions end."""
@@ -2782,7 +2755,7 @@ class Broker(Matcher):
             self._fail_waiting_locked(service, RelayError(
                 "service_unknown", "The service %s was deleted." % service.name))
             self._changed.pop(service.name, None)
-            self._touched += 1
+            self._version += 1
 
     def rename(self, service, name):
         """Give a service another name, which is free. Its providers know the old one, so
@@ -2792,7 +2765,7 @@ class Broker(Matcher):
             self._services[name.lower()] = service
             self._end_sessions_locked(service)
             service.name = name
-            self._touched += 1
+            self._version += 1
 
     def services(self):
         """All services, as they are at this moment."""
@@ -2825,7 +2798,7 @@ class Broker(Matcher):
             return list(changed.values())
 
     def advance(self, reader):
-        """What was read is about to be written: a client that does not count gets what
+        """What was read is about to be written: a client that sends no offset gets what
         follows it next time. To be called before the write, since the client may ask again
         at once; leave takes it back if the write failed."""
         with self._lock:
@@ -2894,7 +2867,7 @@ class Broker(Matcher):
 
     def version(self):
         """A number that changes at least when the directory does."""
-        return self._touched + sum(self.counts.values())
+        return self._version + sum(self.counts.values())
 
     def eta(self, service):
         """Seconds until a prompt submitted now would be answered; None: unknown."""
@@ -2904,7 +2877,7 @@ class Broker(Matcher):
     def touch(self):
         """A setting of a service has changed."""
         with self._lock:
-            self._touched += 1
+            self._version += 1
 
     def totals(self):
         """Counters, gauges and histograms for /metrics."""
@@ -4593,7 +4566,7 @@ def clean_upstream_error(error):
 def usage_of(items):
     """The provider's own count of tokens, a dict that comes near the end; or None."""
     for item in items[:-4:-1]:
-        if type(item) is bytes and len(item) <= PUSHED_BYTES and b'"usage"' in item:
+        if type(item) is bytes and len(item) <= DIRECT_BYTES and b'"usage"' in item:
             usage = json.loads(item).get("usage")
             if isinstance(usage, dict):
                 return usage
@@ -4620,7 +4593,7 @@ def stats_of(job):
     first = end if job.first_at is None else job.first_at
     tokens, more = count_tokens(job.items), {}
     for item in job.items[-3:]:            # the provider's own words come near the end
-        if type(item) is bytes and len(item) <= PUSHED_BYTES:
+        if type(item) is bytes and len(item) <= DIRECT_BYTES:
             more.update({name: value for name, value in json.loads(item).items()
                          if name in ("usage", "finish_reason") and value})
     if end - first > 0.001 and tokens > 1:
@@ -4815,7 +4788,7 @@ class PollOutlet(Outlet):
         (texts, ended), job = self._read(), self.job
         answer = {"errorcode": 0, "at": self.reader.cursor}
         if not texts and not ended:
-            self.check_age()
+            self.cancel_if_too_old()
             raise RelayError("still_waiting", "No token yet: ask again with the same key.",
                              retry_after=0)
         if texts:
@@ -4874,18 +4847,25 @@ def cancel_native(exchange, service, request, access):
 FOR_RELAY = ("model", "stream", "stream_options", "wait")
 PASSED_HEADERS = ("anthropic-version", "anthropic-beta")
 
-Api = namedtuple("Api", "path usual_length prompt urgent")
-APIS = {  # name: (path, field for the answer's length, field of the prompt, goes first)
-    "chat": Api("/v1/chat/completions", "max_tokens", "messages", False),
-    "completions": Api("/v1/completions", "max_tokens", "prompt", False),
-    "embeddings": Api("/v1/embeddings", None, "input", False),
-    "responses": Api("/v1/responses", "max_output_tokens", "input", False),
-    "messages": Api("/v1/messages", "max_tokens", "messages", False),
-    "count_tokens": Api("/v1/messages/count_tokens", None, "messages", True),
-    "rerank": Api("/v1/rerank", None, "documents", False),
+Api = namedtuple("Api", "path usual_length prompt urgent owner", defaults=(False, "openai"))
+APIS = {  # name: (path, field for the answer's length, field of the prompt, goes first, whose)
+    "chat": Api("/chat/completions", "max_tokens", "messages"),
+    "completions": Api("/completions", "max_tokens", "prompt"),
+    "embeddings": Api("/embeddings", None, "input"),
+    "responses": Api("/responses", "max_output_tokens", "input"),
+    "messages": Api("/messages", "max_tokens", "messages", owner="anthropic"),
+    "count_tokens": Api("/messages/count_tokens", None, "messages", True, "anthropic"),
+    "rerank": Api("/rerank", None, "documents"),
     "tokenize": Api("/tokenize", None, None, True),
     "detokenize": Api("/detokenize", None, None, True),
 }
+API_ROUTES = dict(
+    {api.path: Route(api.owner, name, POST="post_api") for name, api in APIS.items()}, **{
+        "/models": Route("openai", GET="send_openai_models"),
+        "/models/*": Route("openai", GET="send_openai_model")})
+# Clients' base addresses end in /v1, in /{service}/v1, or in neither.
+ROUTES.update({base + path: route for base in ("", "/v1", "/*/v1")
+               for path, route in API_ROUTES.items()})
 MAX_COST = 128               # prompts in one request
 TEXT_FIELDS = {              # of the APIs whose prompts the relay understands: the prompt's
     "chat": {"messages": NATIVE_FIELDS["messages"]},
@@ -4918,7 +4898,7 @@ def post_api(exchange, api, name=None):
     else:
         encoder = TextEncoder(api, service.name, reader.job, options, stream,
                               exchange.head.fields.get("x-neuroengine-queue") == "1")
-    (StreamOutlet if stream else WholeOutlet)(exchange, reader, encoder).answer()
+    (StreamOutlet if stream else LateOutlet)(exchange, reader, encoder).answer()
 
 
 def find_model(exchange, name):
@@ -4956,7 +4936,7 @@ def check_api(api, service, request, opaque):
     sessions = list(service.sessions.values())
     needs = api if opaque or api == "embeddings" else None
     if needs and sessions and not any(session.features.has(needs) for session in sessions):
-        what = APIS[api].path
+        what = "/v1" + APIS[api].path
         if opaque and api in ("chat", "completions"):
             what += " with n, best_of, logprobs, echo, or a prompt that is a list"
         raise RelayError("not_found", "The provider of %s has no %s." % (service.name, what))
@@ -5008,10 +4988,52 @@ def time_headers(exchange, job):
         1000 * queued, max(0, 1000 * added))       # below 0: a repeat of an older prompt
 
 
+LATE_HEAD_SECONDS = 60       # then a whole answer begins before it is there
+
+
+class LateOutlet(WholeOutlet):
+    """As WholeOutlet, but keeps the connection open with spaces, which may stand before JSON:
+    OpenAI's clients and proxies give up on one that is silent for minutes."""
+
+    late = False                           # the response has begun without the answer
+
+    def _patience(self):
+        if self.late:
+            return self.limits.heartbeat_seconds
+        return min(self.limits.heartbeat_seconds, max(0.01, self._seconds_until_late()))
+
+    def _seconds_until_late(self):
+        return self.exchange.began + LATE_HEAD_SECONDS - self.broker.now()
+
+    def _stay_open(self):
+        """Send a space. From now on an error can only be told in the body."""
+        if not self.late and self._seconds_until_late() > 0:
+            return
+        with self._sending:
+            if self.job.ended_at is None:
+                head = b"" if self.late else self.exchange.chunked_head(self.encoder.kind)
+                self.late = True
+                self.connection.send(head + self.exchange.framed(b" "))
+
+    def _parts(self, own):
+        if not self.late:
+            return super()._parts(own)
+        return (self.exchange.framed(self._late_body(self.job.error), last=True),)
+
+    def _late_body(self, error):
+        """What follows a head that was sent before the answer was there."""
+        try:
+            if error is None:
+                return self._body()
+        except Exception as fault:
+            error = self.exchange.explain(fault)
+        return to_json(ERROR_FORMS[self.exchange.api](error))
+
+
 class TextEncoder:
     """Encodes text items as OpenAI's chat completions or completions, whole or streamed."""
 
-    begins_late, large = True, False
+    large = False
 
     def __init__(self, api, model, job, options, stream, tells_queue):
         self.chat, self.model, self.job = api == "chat", model, job
@@ -5212,7 +5234,7 @@ class Message:
 class EmbeddingsWhole:
     """Passes on the one object, or JSON text, that answers /v1/embeddings."""
 
-    name, kind, begins_late, large = "embeddings", JSON, True, True
+    name, kind, large = "embeddings", JSON, True
 
     def __init__(self, service):
         self._model = service.name
@@ -5233,7 +5255,7 @@ class EmbeddingsWhole:
 class OpaqueWhole:
     """Passes on a whole answer as it is."""
 
-    kind, begins_late, large = JSON, True, True
+    kind, large = JSON, True
 
     def __init__(self, api):
         self.name = "opaque " + api
@@ -5616,7 +5638,7 @@ def send_cached(exchange, body, zipped, etag, kind, **headers):
 def send_counted(exchange, body, kind=JSON, **headers):
     """Answer with bytes that count as memory until they are sent: a slow reader keeps them
     when others get a newer version."""
-    if len(body) <= PUSHED_BYTES:
+    if len(body) <= DIRECT_BYTES:
         return exchange.respond(200, body, kind, **headers)
     with exchange.bounds.bytes.take(exchange.address, len(body), reserved=exchange.trusted,
                                    give_way=exchange.connection.abort):
@@ -7511,7 +7533,7 @@ class ClusterBroker(Broker):
                     self._cancel_locked(job, error)
             self._end_sessions_locked(service)
             self._changed.pop(service.name, None)
-            self._touched += 1
+            self._version += 1
 
     def idle(self):
         """Whether no job is in a provider's hands, here or at a home that this relay passes

@@ -1227,7 +1227,7 @@ class FakeExchange:
 class Upper:
     """An encoder that shouts."""
 
-    name, kind, begins_late, large = "upper", "text/plain", False, False
+    name, kind, large = "upper", "text/plain", False
 
     def headers(self, exchange, job):
         return b""
@@ -1274,7 +1274,7 @@ def test_no_item_overtakes_unsent_bytes(stream):
     push(["a", "b"])
     push(["c"], at=2)
     assert outlet.connection.sent == [b"head AB"] and outlet.connection.unsent == b"B"
-    assert outlet.reader.behind and outlet.reader.cursor == 2
+    assert outlet.reader.has_work and outlet.reader.cursor == 2
     outlet.work()
     assert outlet.connection.sent == [b"head AB", b"C"]
 
@@ -1283,7 +1283,7 @@ def test_nothing_is_sent_twice_when_the_exchanges_own_thread_is_sending(stream):
     outlet, push = stream
     with outlet._sending:
         push(["a"])
-    assert outlet.connection.sent == [] and outlet.reader.behind
+    assert outlet.connection.sent == [] and outlet.reader.has_work
     outlet.work()
     push(["b"], at=1)
     assert outlet.connection.sent == [b"head A", b"B"]
@@ -1310,7 +1310,7 @@ def test_a_whole_answer_is_written_once_by_the_thread_that_brings_its_end(whole,
 def test_a_large_answer_is_left_to_the_exchanges_own_thread(whole, desk):
     outlet, push = whole
     push(["x" * 2000000], done=True)
-    assert outlet.connection.sent == [] and outlet.reader.behind
+    assert outlet.connection.sent == [] and outlet.reader.has_work
     outlet.work()
     assert b"".join(outlet.connection.sent) == b"200 " + b"X" * 2000000 and outlet.complete
 
@@ -2510,11 +2510,11 @@ def test_a_prompt_that_left_the_queue_is_soon_said_to(desk):
     session, exchange = desk.login(), FakeExchange(desk.broker, FakeConnection())
     outlet = neuroengine_server.StreamOutlet(exchange, desk.submit(), Upper())
     outlet.wrote_at = desk.time
-    outlet.move(own=True)
+    outlet.send_next(own=True)
     assert outlet.queue_position["position"] == 1
     desk.poll(session)
     assert outlet._patience() == neuroengine_server.QUEUE_NEWS_SECONDS
-    outlet.move(own=True)
+    outlet.send_next(own=True)
     assert outlet.queue_position is None and outlet._patience() > 8
 
 

@@ -391,16 +391,16 @@ class Walk:
                    "job %s is said to be %s", job.number, job.state)
             insist(job.lease is None or job.lease in leases and job.lease.job is job,
                    "the lease of %s is nobody's", job.number)
-            insist(job.readers or job.checked, "job %s has no reader, and nothing ends it",
+            insist(job.readers or job.has_timer, "job %s has no reader, and nothing ends it",
                    job.number)
             for item in job.items:
                 insist(item != STALE, "job %s took items of a stale lease", job.number)
         for lease in leases:
-            insist(lease.state != "handed_out" or lease.session.checks_handover,
+            insist(lease.state != "handed_out" or lease.session.has_handover_timer,
                    "nothing looks whether a job has arrived")
             insist(lease.state == "cancelled" if lease.job is None else lease.job.lease is lease,
                    "a lease of no job is %s", lease.state)
-            insist((lease in lease.session.outbox) == (lease.state in lease.MENTIONED)
+            insist((lease in lease.session.outbox) == (lease.state in lease.UNSENT)
                    or lease.state == "cancelled", "the outbox lacks a lease")
         for job in queued:
             insist(jobs.get(job.id) is job, "job %s waits and is unknown", job.number)
