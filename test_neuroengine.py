@@ -11721,6 +11721,23 @@ def test_page_folds_text_files_and_refuses_what_it_cannot_read(page_provider, pa
     tab.shows("# Hi", ".message.user pre")
 
 
+def test_page_sends_a_file_with_many_backticks(page_provider, page_tab):
+    tab = page_tab().open()
+    page_give(tab, "drop", ("ticks.md", "text/markdown", b"`` ` " * 200000 + b"`````"))
+    tab.tab.wait_for_selector("#files .file.text")
+    tab.say("Count them")
+    content = page_provider.next().request["messages"][0]["content"]
+    assert content.endswith("`````\n``````\n\nCount them")
+
+
+def test_page_says_once_that_there_are_too_many_files(page_tab):
+    tab = page_tab().open()
+    page_give(tab, "drop", *[("%d.txt" % n, "text/plain", b"x") for n in range(40)])
+    tab.shows("at most 10 files", ".toast")
+    tab.eventually("document.querySelectorAll('#files .file').length === 10")
+    assert len(tab.tab.query_selector_all(".toast")) == 1
+
+
 def test_page_stays_fast_when_300_000_characters_are_pasted(
         page_browser, page_provider, page_tab):
     tab = page_tab().open()
@@ -11861,6 +11878,7 @@ def test_page_hostile_share_link_stays_text(page_relay, page_provider, page_tab)
         {"role": "user", "content": "<script>window.pwned=1</script>", "files": [
             {"kind": "image", "name": "x", "data": "https://evil.example/x.png"},
             {"kind": "image", "name": "x", "data": 'data:image/svg+xml,<svg onload="pwned=1">'},
+            {"kind": "image", "name": "x", "data": "data:image/png;base64,AAAA"},
             {"kind": "text", "name": "<b>", "data": "<img src=x onerror='pwned=2'>"}]},
         {"role": "assistant", "content": PAGE_HOSTILE, "stats": {"tokens": "<b>"}, "tools": [
             {"name": "<iframe>", "arguments": "<script>"}, None, 7, {"name": PAGE_ODD}],
@@ -12074,6 +12092,25 @@ def test_page_takes_nothing_bad_from_an_imported_file(page_provider, page_tab):
     assert not [r for r in tab.requests if r.method == "POST"]   # nothing was "live"
 
 
+def test_page_leaves_out_imported_conversations_that_it_cannot_show(page_tab):
+    """No address can hold half a character, and some browsers make no JSON of deep lists."""
+    sound = {"service": "Demo", "title": "Sound", "leaf": "1",
+             "messages": [{"id": "1", "role": "user", "content": "hello"}]}
+    bad = [dict(sound, service=name) for name in ("\ud800", "", "..", "a/b", "x" * 65)]
+    deep = json.dumps(dict(sound, title="Deep", leaf="here")).replace(
+        '"here"', "[" * 50000 + "]" * 50000)
+    text = json.dumps({"conversations": [*bad, "deep", sound]}).replace('"deep"', deep)
+    tab = page_tab().open()
+    tab.tab.click("#open-export")
+    tab.tab.set_input_files("#import", page_file("x.json", "application/json", text.encode()))
+    tab.shows("imported", ".toast")
+    tab.tab.evaluate(PAGE_STORE, [["conversations", {
+        "id": "b", "service": "a/b", "title": "from an older page", "leaf": "1"}]])
+    tab.open()
+    titles = tab.tab.eval_on_selector_all(".list .pick", "(all) => all.map((el) => el.title)")
+    assert "Sound" in titles and set(titles) <= {"Sound", "Deep"}
+
+
 # 8. Truth
 
 
@@ -12099,6 +12136,24 @@ def test_page_shows_tool_calls_and_says_why_an_answer_is_empty(page_provider, pa
         tab.shows(words)
 
 
+def test_page_takes_tool_calls_of_any_size(page_browser, page_provider, page_tab):
+    tab = page_tab().open()
+    for text in ("[" * 5000 + "]" * 5000, json.dumps(["word"] * 60000), "{" * 500000):
+        page_browser.start_tracing(page=tab.tab, categories=["toplevel"])
+        tab.say("Call")
+        job = tab.prompt(page_provider)
+        for n in range(0, len(text), 5000):
+            job.push({"tool_calls": [{"index": 0, "function": {
+                "name": "<b> " * 50, "arguments": text[n:n + 5000]}}]})
+        job.done()
+        tab.shows("asked for the tool <b>")
+        tab.idle()
+        tab.tab.click(".last .tools summary")
+        tab.eventually("(n) => document.querySelector('.last .tools pre').textContent"
+                       ".replace(/\\s/g, '').length === n", len(text.replace(" ", "")))
+        assert page_longest_task(page_browser.stop_tracing()) < 400
+
+
 def test_page_counts_thoughts_in_its_speed(page_provider, page_tab):
     tab = page_tab().open()
     tab.say("Think")
@@ -12109,6 +12164,41 @@ def test_page_counts_thoughts_in_its_speed(page_provider, page_tab):
     tab.idle()
     tab.shows("40 tokens · ", ".last .note")
     tab.shows("tokens/s", ".last .note")
+
+
+@in_each_browser
+def test_page_asks_before_an_invite_link_replaces_a_key(page_relay, page_tab):
+    tab = page_tab().open("/Demo#k=mine")
+    stored = "localStorage.getItem('neuroengine.key.demo')"
+    tab.eventually(stored + " === '\"mine\"'")
+    tab.tab.evaluate("location.hash = '#k=theirs'")
+    tab.shows("brings another key for Demo", ".banner")
+    assert tab.tab.evaluate(stored) == '"mine"'          # nothing was pressed yet
+    tab.tab.click("text=Keep mine")
+    tab.eventually("!document.querySelector('.banner')")
+    assert tab.tab.evaluate(stored) == '"mine"'
+    tab.tab.evaluate("location.hash = '#k=theirs'")
+    tab.tab.click("text=Use the other")
+    tab.eventually(stored + " === '\"theirs\"'")
+    tab.eventually("!document.querySelector('.banner')")
+    tab.tab.evaluate("localStorage.clear()")             # it is the next test's, too
+
+
+@in_each_browser
+def test_page_replaces_a_key_that_no_longer_works_without_asking(page_relay, page_tab):
+    page_relay.change("Demo", private=True)
+    tab = page_tab().open()
+    tab.expects_trouble = True
+    right, stored = page_relay.keys["Demo"], "localStorage.getItem('neuroengine.key.demo')"
+    tab.tab.evaluate("localStorage.setItem('neuroengine.key.demo', '\"revoked\"')")
+    tab.tab.evaluate("location.hash = '#k=wrong'")
+    tab.shows("Demo refuses the key of that link", ".toast")
+    assert tab.tab.evaluate(stored) == '"revoked"'
+    tab.tab.evaluate("(key) => { location.hash = '#k=' + key }", right)
+    tab.eventually("(key) => %s === JSON.stringify(key)" % stored, right)
+    tab.tab.evaluate("location.hash = '#k=wrong'")       # and a good one is not given up
+    tab.shows("Demo refuses the key of that link", ".toast")
+    tab.tab.evaluate("localStorage.clear()")
 
 
 def test_page_says_at_once_that_a_key_is_wrong(page_relay, page_provider, page_tab):
@@ -12862,9 +12952,20 @@ def test_page_ends_addresses_before_foreign_punctuation(page_provider, page_tab)
     ("[bank.example@evil.example](https://other.example)", " (other.example)"),
     ("[me@bank.example](mailto:me@evil.example)", " (evil.example)"),
     ("[https://bank.example](https://www.bank.example/login)", ""),
-    ("[bank.example](https://docs.bank.example)", ""), ("[a text. Yes](https://evil.example)", "")])
+    ("[bank.example](https://docs.bank.example)", ""), ("[a text. Yes](https://evil.example)", ""),
+    ("[evil.example, not bank.example](https://evil.example)", " (evil.example)"),
+    ("[Log in at bank.example now](https://evil.example)", " (evil.example)"),
+    ("![https://bank.example](https://evil.example)", " (evil.example)"),
+    ("[![bank.example](https://bank.example)](https://evil.example)", " (evil.example)"),
+    ("[\u202eelpmaxe.knab](https://evil.example)", " (evil.example)"),
+    ("[b\u0430nk.example](https://bank.example)", " (bank.example)"),
+    ("[x](https://bank.example@evil.example)", " (evil.example)"),
+    ("https://bank.example@evil.example/login", " (evil.example)"),
+    ("<https://bank.example:1@evil.example>", " (evil.example)"),
+    ("<https://bank.example/a>, https://bank.example/?q=other.example", "")])
 def test_page_shows_where_a_link_goes_that_says_otherwise(page_provider, page_tab, link, shown):
-    page_shows(page_tab().open(), page_provider, "x " + link, "texts('bdi').join()", shown)
+    page_shows(page_tab().open(), page_provider, "x " + link,
+               "[texts('bdi').join(), all('a a').length]", [shown, 0])
 
 
 PAGE_LONG = {
@@ -12878,7 +12979,13 @@ PAGE_LONG = {
         "`" * n + "a" for n in range(1, 440)), "tags": "<sub>" * 10000 + "</sub>" * 8000,
     "notes": "[^1] " * 10000 + "\n\n[^1]: x", "dots": ("http://a" + "." * 1900 + "x ") * 50,
     "spaces": ("a" + " " * 3990 + "\n") * 25, "bars": "|" * 50000 + "\n" + "a|b\n" * 12000,
-    "loose list": "- a\n\n  b\n" * 3000}
+    "loose list": "- a\n\n  b\n" * 3000,
+    "spaces in a heading": ("# a" + " " * 3900 + "b\n\n") * 25,
+    "a heading that does not end": "# " + " " * 3900 + "\u2028x",
+    "spaces in a table": ("a|b\n-" + " " * 3900 + "x\n\n") * 25,
+    "spaces in a link": ("[a](" + " " * 3900 + "x\n\n") * 25,
+    "a word in a link": ("[" + "a" * 3900 + "](https://a.example)\n\n") * 25,
+    "cells": ("$$\\begin{matrix}" + "&" * 3900 + "\\end{matrix}$$\n\n") * 25}
 
 
 def page_cpu_of(browser, tab, provider, text):
