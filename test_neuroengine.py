@@ -12434,6 +12434,10 @@ def test_page_reads_out_why_an_answer_has_no_words(page_provider, page_tab):
         tab.eventually("(words) => document.querySelector('#live').textContent"
                        ".startsWith(words)", words)
         tab.idle()
+    tab.say("Hello")
+    page_provider.next()
+    tab.tab.click("#stop")
+    tab.shows("Stopped.", ".message.last p")             # also when it is not the last
 
 
 def test_page_reads_out_what_the_banner_says(page_relay, page_provider, page_tab):
@@ -12473,6 +12477,8 @@ def test_page_lists_its_shortcuts_and_obeys_them(page_provider, page_tab):
     tab.tab.wait_for_selector("#search:focus")
     tab.tab.keyboard.press("Control+Shift+O")
     tab.tab.wait_for_selector(".hello")
+    tab.tab.keyboard.press("Control+,")
+    tab.tab.wait_for_selector("#conversation-system:focus")
 
 
 def test_page_theme_can_be_chosen(page_provider, page_tab):
