@@ -6271,6 +6271,7 @@ class Registry:
         once had a provider stays reserved for its key, so that nobody inherits its
         clients' prompts."""
         try:
+            self._store.load_quotas()      # deletes those that have ended
             self.check_clock()
             for service in self._broker.services():
                 at = self.deleted_at(service)

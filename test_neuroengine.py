@@ -1620,6 +1620,14 @@ def test_quotas_that_cannot_be_saved_do_not_fill_the_memory(monkeypatch):
     assert len(saved) == 100
 
 
+def test_quotas_that_have_ended_do_not_fill_the_disk():
+    store = Store(":memory:")
+    registry = neuroengine_server.Registry(store, Broker())
+    store.save_quotas([(b"then", time.time() - 1), (b"now", time.time() + 1000)])
+    registry.delete_unused()
+    assert [caller for caller, _ in store.rows("quotas")] == [b"now"]
+
+
 def test_idempotency_keys_of_registrations_are_a_bounded_number():
     registry = neuroengine_server.Registry(Store(":memory:"), Broker())
     for n in range(3000):
