@@ -6840,6 +6840,7 @@ MISSED_SECONDS = 1.5         # since a relay's last beat, if its port refuses: i
 FOLLOW_SECONDS = 0.25        # how often a relay reads what has changed
 TAKEOVER_SECONDS = 6.0       # so long a request waits for a home
 RESTORE_SECONDS = 3.0        # after data loss: homes first, then relays that remember
+PASS_ON_SECONDS = 5.0        # a relay that stops forwards new prompts so long: see drain
 PEER_IDLE_SECONDS = 20       # of a pooled connection; the peer closes it after 60
 PEER_IDLE_MOST = 64          # connections in the pool of each peer
 KEEP_BODY_BYTES = 1 << 16    # a larger request is not kept, to be sent to another home
@@ -7497,6 +7498,7 @@ class ClusterBroker(Broker):
     """A Broker of the services that this relay is home to."""
 
     registry = None                        # the EngineRegistry, which sets it
+    passes_on_until = math.inf             # new prompts to other relays
 
     def find(self, name):
         """The same; a service without a home gets one here. Raises Elsewhere, too."""
@@ -7535,6 +7537,12 @@ class ClusterBroker(Broker):
             self._end_sessions_locked(service)
             self._changed.pop(service.name, None)
             self._version += 1
+
+    def drain(self):
+        """The same. Balancers need a moment to notice; but new prompts without end, each
+        forwarded, would last until the answers that run are cut."""
+        self.passes_on_until = time.monotonic() + PASS_ON_SECONDS
+        super().drain()
 
     def idle(self):
         """Whether no job is in a provider's hands, here or at a home that this relay passes
@@ -8229,6 +8237,7 @@ class ClusterExchange(HttpExchange):
     body_dropped = False                   # it was read, and is not here any more
     body_room = None                       # the memory that is taken for it, to be closed
     caller_is_local = None                 # as the relay said that forwards it; None: none does
+    comes_late = False                     # a prompt, to a relay that stops: see drain
     _local = False
 
     @property
@@ -8256,13 +8265,15 @@ class ClusterExchange(HttpExchange):
             if self.broker.draining and head.target.endswith("?drain=404"):
                 # HAProxy's word for a server that gets nothing new, and keeps what it has.
                 raise RelayError("not_found", "The relay is shutting down.")
+        self.comes_late = self.broker.draining and self.caller_is_local is None and (
+            self._is_prompt() and time.monotonic() > self.broker.passes_on_until)
         try:
             self._dispatch_here(head)
         except (Elsewhere, Moved) as there:
             if self.caller_is_local is not None and not self.started:
                 self._refuse_forwarded(Moved())      # forwarded once at most
-            elif isinstance(there, Moved):
-                raise
+            elif isinstance(there, Moved) or self.comes_late:
+                raise Moved() from None
             else:
                 self._forward(there.name, there.home)
 
@@ -8272,7 +8283,8 @@ class ClusterExchange(HttpExchange):
         try:
             super()._dispatch(head)
         except Elsewhere as there:
-            if there.home is None:         # until the answers before it have ended
+            if there.home is None and not self.comes_late:
+                # Wait until the answers before it have ended.
                 with self.relay.peers.holding(self):
                     registry.wait_to_give_up(there.name)
                     if self.caller_is_local is None:
@@ -8328,11 +8340,14 @@ class ClusterExchange(HttpExchange):
                         home = there.home
         raise Moved()
 
+    def _is_prompt(self):
+        return self.head.method == "POST" and (
+            self.head.path[:1] not in (("api",), ("provider",)))
+
     def _slot_for(self, name):
         """Take a slot here, too, for what waits at the home."""
         path = self.head.path
-        if path[0] == "api" or path[::2] != ("provider", "poll") and (
-                path[0] == "provider" or self.head.method != "POST"):
+        if path[::2] != ("provider", "poll") and not self._is_prompt():
             return contextlib.nullcontext()
         return (self.bounds.polls if path[0] == "provider" else self.bounds.waiting).take(
             self.address, give_way=self.connection.abort,

@@ -9514,6 +9514,9 @@ def test_cluster_new_prompts_wait_until_a_stopping_relay_gives_their_home_up(clu
     until(lambda: relays[0].broker.draining)
     waiting = in_thread(ask, relays[entry], "/" + hand.name, {"message": "second"})
     until(lambda: relays[0].peers._held)
+    relays[0].broker.passes_on_until = 0   # for those that come later
+    if entry == 0:
+        assert ask(relays[0], "/" + hand.name, {"message": "third"})[0] == 503
     hand.reply(job, ["whole"], done=True)
     assert running()[1]["reply"] == "whole"
 
@@ -9538,6 +9541,30 @@ def test_cluster_a_stopping_relay_passes_answers_on_to_their_end(cluster):
     assert [record.get("items") for record in records_of(sock) if "items" in record] == [
         ["a"], ["b"]]
     stopped()
+
+
+def test_cluster_a_stopping_relay_forwards_no_new_prompts_after_some_seconds(cluster,
+                                                                             monkeypatch):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    relays[1].broker.drain()
+    answer = in_thread(ask, relays[1], "/" + hand.name, {"message": "hi"})
+    hand.reply(hand.next_job(), ["yes"], done=True)
+    assert answer()[0] == 200
+    monkeypatch.setattr(relays[1].broker, "passes_on_until", 0)
+    assert ask(relays[1], "/" + hand.name, {"message": "hi"})[1]["error"] == "shutting_down"
+    assert hand.call("poll", session=hand.session, running=[], timeout=0)["jobs"] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux has it")
+def test_relays_on_ports_in_a_row_run_on_different_cores(monkeypatch):
+    cores = []
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {7, 2, 5})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, chosen: cores.extend(chosen))
+    for port in (8000, 8001, 8002):
+        neuroengine_server.pin_to_one_core(port)
+    assert sorted(cores) == [2, 5, 7]
 
 
 def test_cluster_the_directory_shows_all_services_from_every_relay(cluster):
