@@ -8294,6 +8294,12 @@ class ClusterExchange(HttpExchange):
                 return super()._dispatch(head)       # who forwards it heard of it first
             raise
 
+    def explain(self, error):
+        if isinstance(error, EngineError):
+            log("cannot_save", error=str(error))
+            return self.relay.registry.silent_error()
+        return super().explain(error)
+
     def _refuse_forwarded(self, error):
         """Answer a relay that takes this one for a home, or for one of its cluster."""
         self.keep_alive = self.keep_alive and self.body_read

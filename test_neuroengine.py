@@ -9388,8 +9388,9 @@ def test_cluster_prompts_go_on_while_the_engine_is_away(cluster, engine, how):
         assert answer()[0] == 200 and time.monotonic() - began < patient(1)
         assert ask(relay, "/api/services", {"name": "New"})[1]["error"] == "relay_busy"
         for change in ({"private": True}, {"name": "Renamed"}):
-            assert ask(relay, "/api/services/" + hand.name, change, "PATCH", Authorization=
-                       "Bearer " + hand.key)[1]["error"] == "relay_busy"
+            _, answer, headers = ask(relay, "/api/services/" + hand.name, change, "PATCH",
+                                     Authorization="Bearer " + hand.key)
+            assert (answer["error"], headers["Retry-After"]) == ("relay_busy", "2")
         assert ask(relay, "/healthz")[0] == 200
     engine.start() if how == "killed" else engine.process.send_signal(signal.SIGCONT)
     until(lambda: ask(relays[1], "/api/services", {"name": "New"})[0] == 201)
