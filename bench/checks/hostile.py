@@ -239,6 +239,52 @@ def bodies_under_way(siege, figures):
         memory.judge(figures, HELD, 20)
 
 
+@part("waiting-prompts")
+def waiting_prompts(siege, figures):
+    """1,200 prompts that wait, with long heads and further requests behind them."""
+    long = {"X_%d" % n: "y" * 240 for n in range(60)}
+    for title, headers, behind in (("short", {}, b""), ("long heads", long, b""),
+                                   ("pipelined", {}, b"z" * 60_000),
+                                   ("both", long, b"z" * 48_000)):
+        with Relay(siege, *TRUST, *MANY_PROMPTS, "--max-held-bytes", 16 << 20,
+                   "--max-queue", 5000, provider=False) as relay:
+            relay.register(SERVICE)
+            with Memory(relay) as memory:
+                socks = hold(1200, lambda n, relay=relay, headers=headers, behind=behind: sent(
+                    relay, request("POST", "/" + SERVICE, {
+                        "message": "%d" % n, "wait": True, "stream": True},
+                        **dict(headers, X_Forwarded_For="203.0.113.%d" % (n % 100))) + behind))
+                time.sleep(3)
+                figures.add(title + ": waiting", relay.metrics().get("queued", 0), least=200)
+                close_all(socks)
+            memory.judge(figures, 16 << 20, len(socks) + 10)
+
+
+@part("slow-line")
+def slow_line(siege, figures):
+    """A prompt of 12 MB to a provider whose line takes 20 s for it: its session lives."""
+    with Relay(siege, provider=False) as relay:
+        session, got = Session(relay, relay.register(SERVICE)), []
+        asker = threading.Thread(target=lambda: got.append(relay.ask(
+            "POST", "/" + SERVICE, {"message": "x" * 12_000_000}, timeout=90)))
+        asker.start()
+        wait_for(lambda: relay.metrics().get("queued"), 10, "queued")
+        with contextlib.closing(relay.dial(timeout=60, buffer=65536)) as sock:
+            sock.sendall(request("POST", session.path + "poll", {
+                "session": session.id, "running": []}, session.headers["Authorization"][7:]))
+            began, head = time.monotonic(), sock.recv(4096)
+            length = int(re.search(rb"(?i)content-length: *(\d+)", head).group(1))
+            body = bytearray(head.partition(b"\r\n\r\n")[2])
+            while len(body) < length:
+                body += sock.recv(30_000)
+                time.sleep(max(0, began + len(body) / 600_000 - time.monotonic()))
+            figures.add("the prompt came after", time.monotonic() - began, "s")
+            job, = json.loads(body)["jobs"]
+            figures.check("the reply is taken", not session.reply(job, ["hi"])["refused"])
+        asker.join(60)
+        figures.add("the client got", got[0][0] if got else "nothing", exactly=200)
+
+
 @part("many-keys")
 def many_keys(siege, figures):
     """Access keys: small, and bounded in all."""
@@ -366,6 +412,9 @@ HOSTILE = {  # title: the request's bytes, from a World
     "body in 400,000 chunks": lambda world: request(
         "POST", "/" + SERVICE, Transfer_Encoding="chunked", **FROM)
         + b"1\r\nx\r\n" * 400_000 + b"0\r\n\r\n",
+    "body in 250,000 chunks of 64 bytes": lambda world: request(
+        "POST", "/" + SERVICE, Transfer_Encoding="chunked", **FROM)
+        + (b"40\r\n" + b"x" * 64 + b"\r\n") * 250_000 + b"0\r\n\r\n",
     "2,000 headers": lambda world: request("GET", "/healthz", **FROM)[:-2]
         + b"a:b\r\n" * 2000 + b"\r\n",
     "wrong keys": lambda world: request("GET", "/api/services/" + SERVICE,
