@@ -12383,7 +12383,7 @@ def test_page_scrolling_obeys_the_reader_while_text_streams(page_provider, page_
         tab.tab.wait_for_timeout(300)                    # a smooth scroll comes to its end
         place = "document.querySelector('#log').scrollTop"
         top = tab.tab.evaluate(place)
-        length = "document.querySelector('.last .md').childElementCount"
+        length = "document.querySelectorAll('.last .md p').length"
         tab.eventually("(n) => %s > n + 20" % length, tab.tab.evaluate(length))
         assert abs(tab.tab.evaluate(place) - top) < 2
         tab.tab.click("#latest")
@@ -13058,7 +13058,8 @@ PAGE_BLOCKS = {
     "list": "- item with **bold** and `code`\n" * 7500, "quote": "> quoted *text* goes on\n" * 10000,
     "table": "| a | b |\n|---|---|\n" + "| 1 **b** | some words and `code` |\n" * 6700,
     "code": "```python\n" + "def f(x):  # comment\n    return x\n" * 7000 + "```\n",
-    "paragraph": "A line of a paragraph with **bold** words.\n" * 5600, "line": "word *words* " * 18500}
+    "paragraph": "A line of a paragraph with **bold** words.\n" * 5600, "line": "word *words* " * 18500,
+    "paragraphs": "a\n\n" * 80000, "headings": "# a\n" * 60000}
 
 
 @pytest.mark.parametrize("kind", PAGE_BLOCKS)
