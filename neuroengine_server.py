@@ -2420,8 +2420,10 @@ class Rates:
         is one too many."""
         with self._lock:
             now, pause = self._clock(), seconds / most
-            # More than `seconds` from now it can only be because the clock was set back.
-            due = min(max(now, self._due.pop(caller, now)), now + seconds)
+            # More than `seconds` from now it can only be because the clock was set back; far
+            # more, because it was wrong.
+            due = self._due.pop(caller, now)
+            due = now if due > now + 2 * seconds else min(max(now, due), now + seconds)
             late = due + pause - now - seconds
             late = late if late > 0.001 else 0        # rounding may leave 1e-12
             self._due[caller] = due if late else due + pause

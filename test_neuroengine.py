@@ -1620,6 +1620,18 @@ def test_quotas_that_cannot_be_saved_do_not_fill_the_memory(monkeypatch):
     assert len(saved) == 100
 
 
+def test_a_clock_that_was_wrong_uses_up_no_quota():
+    now = [2500000000.0]                   # in 2049
+    quotas = neuroengine_server.Quotas(lambda: now[0])
+    quotas.take("caller", 10, "prompts")
+    now[0] = 1800000000.0
+    for _ in range(10):
+        quotas.take("caller", 10, "prompts")
+    now[0] -= 3600                         # a little back: nothing is renewed
+    with pytest.raises(RelayError):
+        quotas.take("caller", 10, "prompts")
+
+
 def test_quotas_that_have_ended_do_not_fill_the_disk():
     store = Store(":memory:")
     registry = neuroengine_server.Registry(store, Broker())
