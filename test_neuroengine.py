@@ -12441,6 +12441,26 @@ PAGE_STORE = """(values) => new Promise((stored) => {
     }; })"""
 
 
+PAGE_NO_STORAGE = """const refuse = () => { throw new DOMException("no", "SecurityError"); };
+for (const name of ["localStorage", "indexedDB"])
+    Object.defineProperty(window, name, {get: refuse});
+window.BroadcastChannel = function () { refuse(); };
+LockManager.prototype.request = async () => refuse();"""
+
+
+def test_page_works_where_the_browser_forbids_storage(page_relay, page_provider, page_tab):
+    page_relay.change("Demo", private=True)
+    tab = page_tab()
+    tab.tab.context.add_init_script(PAGE_NO_STORAGE)
+    tab.complained = lambda: []                          # it cannot keep its own list
+    tab.open("/Demo#k=" + page_relay.keys["Demo"])
+    tab.shows("stores nothing", ".toast")
+    page_talk(tab, page_provider, "Hello", "Hi")
+    tab.tab.click("#new")
+    page_talk(tab, page_provider, "Again", "Hi again")
+    assert len(tab.tab.query_selector_all(".list .pick")) == 2
+
+
 def test_page_leaves_out_what_it_cannot_show_of_its_store(page_provider, page_tab):
     tab = page_tab().open()
     tab.tab.evaluate(PAGE_STORE, [
