@@ -1020,8 +1020,6 @@ class Jobs:
         named = job.identity is not None and job.identity.named
         if job.ended_at is not None and delivered and not named:
             self._forget_locked(job)
-        elif job.ended_at is None and job.grace <= 0:
-            self._cancel_locked(job)
         elif job.id in self._jobs:
             job.left_at = self._clock()
             if job.identity is not None:   # a duplicate may have taken its place
