@@ -755,10 +755,10 @@ class Admission:
 
 MAX_SESSIONS_PER_JOB = 3     # a job goes to at most this many sessions
 MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
-MAX_READERS_PER_JOB = 100    # a provider's push goes to each: 9 ms for so many
+MAX_READERS_PER_JOB = 100    # each push is sent to all of them: 9 ms for 100
 MAX_UNKNOWN_LEASES = 64      # of a session at once: a provider could make up any number
 MAX_HANDOVER_BYTES = 1 << 22     # prompts in one response, if there is more than one
-HANDOVER_BYTES_PER_SECOND = 1 << 16      # at a provider's line; meanwhile it is not silent
+HANDOVER_BYTES_PER_SECOND = 1 << 16      # of a provider's line: time in which it need not speak
 
 
 class DeliveryLock:
@@ -1891,9 +1891,9 @@ class WholeOutlet(Outlet):
         return head, body
 
     def _shared(self, head, size):
-        """Yield a response with the job's encoded answer, in copies of small parts: a reader
-        that is slow keeps no more of it in memory than that. Raises PeerGone if it had to
-        make room for others."""
+        """Yield a response with the job's encoded answer, in copies of small parts, so that a
+        slow reader holds only a part in memory. Raises PeerGone if the answer had to make
+        room for others."""
         yield head
         for start in range(0, size, DIRECT_BYTES):
             encoded = self.job.encoded
@@ -6736,7 +6736,7 @@ class Certificate:
     def __init__(self, cert, key):
         """cert, key: paths of PEM files. Raises OSError if they cannot be used."""
         self.files = (cert, key)
-        self._renewing = threading.Lock()  # who asks finds a new pair already in use
+        self._renewing = threading.Lock()  # one thread loads a new pair, others wait for it
         self._seen = self._stamp()
         # Replaced as a whole, never changed: loading a new pair into a context in use would
         # break handshakes in other threads, and all later ones if the pair does not match.
@@ -6867,7 +6867,7 @@ class Elsewhere(Exception):
     def __init__(self, name, home):
         super().__init__(name, home)
         self.name = name                   # in lower case
-        self.home = home                   # "epoch@url"; None: whoever follows this relay
+        self.home = home                   # "epoch@url"; None: the relay that follows this one
 
 
 class NotSent(Exception):
@@ -7990,7 +7990,7 @@ class Peers:
         except OSError as error:
             return "no answer: %s" % (getattr(error, "strerror", None) or error)
         except (ValueError, AttributeError):
-            return "what answers there is no relay"
+            return "something answers there, but not a relay"
         if there is None:
             return "it has another secret"
         return "" if there == home else "another relay answers there"
@@ -8050,7 +8050,7 @@ class Forward:
         # A provider's polls have a connection of their own for as long as the provider's
         # lasts: the home takes its closing for the provider's end.
         self.is_poll = exchange.head.path[::2] == ("provider", "poll")
-        self._lock = threading.Lock()      # so that abort never meets one that was given back
+        self._lock = threading.Lock()      # abort must not close a socket that is pooled
         self._sock = None
 
     def run(self):
@@ -8291,7 +8291,7 @@ class ClusterExchange(HttpExchange):
                         return self._forward(there.name, registry.next_home(there.name))
             elif self.caller_is_local is not None and not self.broker.draining and (
                     registry.has_moved(there)):
-                return super()._dispatch(head)       # who forwards it heard of it first
+                return super()._dispatch(head)       # the other relay knew first
             raise
 
     def explain(self, error):
@@ -8480,7 +8480,7 @@ class ClusterRelay(Relay):
 
     def caller_of(self, fields):
         """The caller that another relay forwards for: an address, or "local". Raises
-        RelayError if it is no relay of ours."""
+        RelayError if that relay does not have our secret."""
         secret = fields.get("x-relay", "").encode("latin-1")
         if not hmac.compare_digest(secret, self.peers.secret.encode()):
             raise RelayError("forbidden", "X-Relay and X-Relay-For are for relays of one "
