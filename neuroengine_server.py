@@ -1732,6 +1732,7 @@ class Outlet:
     """Moves the bytes of one answer to its connection.
 
     Subclasses say what to send next: run, send_next, size, next_items. The encoders are below.
+    direct_bytes: the most that a thread which brings items sends.
 
     Two kinds of threads come here. Those that bring items call deliver, which never blocks:
     not waking a thread for each token halves its processor time. The exchange's own thread
@@ -1776,7 +1777,7 @@ class Outlet:
         try:
             if self.complete or not self.reader.attached:
                 return
-            if not self.connection.unsent and self.size() <= DIRECT_BYTES:
+            if not self.connection.unsent and self.size() <= self.direct_bytes:
                 self.send_next(own=False)
             if self.connection.unsent or not self.complete and self.items_wait():
                 self.broker.wake_owner(self.reader)
@@ -1826,6 +1827,8 @@ class Outlet:
 
 class WholeOutlet(Outlet):
     """Sends an answer as one response, when it has ended."""
+
+    direct_bytes = DIRECT_BYTES
 
     def run(self):
         self.broker.deliver_to(self.reader, self.deliver, math.inf)
@@ -1882,7 +1885,7 @@ class WholeOutlet(Outlet):
     def _parts(self, own):
         """The response in parts; None: it is large, and the own thread's work."""
         head, body = self._response(self.job.error)
-        if len(body) <= MAX_SMALL_BODY_BYTES:
+        if len(body) <= (MAX_SMALL_BODY_BYTES if own else DIRECT_BYTES):
             return (head + body,)
         if not own:
             return None
@@ -1929,6 +1932,7 @@ class StreamOutlet(Outlet):
     """Sends an answer item by item, as it is generated."""
 
     queue_position = None                  # as last told
+    direct_bytes = DIRECT_BYTES // 6       # of items; escapes take at most six bytes for one
 
     def __init__(self, exchange, reader, encoder):
         super().__init__(exchange, reader, encoder)

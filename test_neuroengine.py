@@ -2525,6 +2525,16 @@ def test_a_queued_stream_gets_its_queue_position(relay, hand):
             assert next(record for record in records if record) == {"queue": None}
 
 
+def test_a_push_sends_no_more_than_may_stay_unsent_without_being_counted(desk, stream):
+    """60 KB for each of 1,200 slow readers: 53 MB, or 97 if they were escapes."""
+    outlet, push = stream
+    push(["x" * 10000])
+    assert outlet.connection.sent and not outlet.reader.has_work
+    outlet.connection.sent.clear()
+    push(["x" * 20000], at=1)
+    assert not outlet.connection.sent and outlet.reader.has_work
+
+
 def test_a_prompt_that_left_the_queue_is_soon_said_to(desk):
     """It may leave after its thread has looked, and before that decides how long to wait."""
     session, exchange = desk.login(), FakeExchange(desk.broker, FakeConnection())
