@@ -4533,7 +4533,7 @@ def test_other_fields_of_a_whole_answer_are_joined_or_replaced():
 
 @pytest.mark.parametrize("item", [
     {"tool_calls": [{}] * 3000},
-    {"tool_calls": [{"index": n} for n in range(3000)]},
+    {"tool_calls": [{"index": n} for n in range(1200)]},
     {"delta": {"n%d" % n: n for n in range(3000)}},
 ], ids=["calls", "counted calls", "fields"])
 def test_an_answer_with_too_many_calls_to_merge_is_an_error(relay, hand, item):
@@ -12150,6 +12150,18 @@ def test_page_takes_nothing_bad_from_an_imported_file(page_provider, page_tab):
     tab.shows("<iframe src=javascript:alert(1)>")
     page_is_unharmed(tab)
     assert not [r for r in tab.requests if r.method == "POST"]   # nothing was "live"
+
+
+def test_page_stays_alive_while_it_imports_thousands_of_conversations(page_browser, page_tab):
+    said = {"conversations": [{"service": "Demo", "title": str(n), "messages": [
+        {"id": "1", "role": "user", "content": "hello %d" % n}]} for n in range(1200)]}
+    tab = page_tab().open()
+    tab.tab.click("#open-export")
+    page_browser.start_tracing(page=tab.tab, categories=["toplevel"])
+    tab.tab.set_input_files("#import", page_file(
+        "x.json", "application/json", json.dumps(said).encode()))
+    tab.shows("1,200 conversations imported", ".toast")
+    assert page_longest_task(page_browser.stop_tracing()) < 200
 
 
 def test_page_leaves_out_imported_conversations_that_it_cannot_show(page_tab):
