@@ -8630,6 +8630,8 @@ def run_import(options):
     if not options.engine:
         raise StoreError("import takes a data file into an engine: name it with --engine.")
     path = options.arguments[0]
+    if not os.path.isfile(path):
+        raise StoreError("There is no data file %s." % path)
     with contextlib.closing(Store(path, existing=True)) as file:
         if file.version < len(MIGRATIONS):
             raise StoreError("The data file %s comes from an older neuroengine: start a relay "
