@@ -2155,7 +2155,7 @@ def submit_native(exchange, service, request, by_operator, access):
 
 def repeat_identity(exchange, service, caller, repeat, api="native"):
     """The identity of an Idempotency-Key, for this caller, body and API."""
-    return Identity("repeat", service, caller, repeat[:512],
+    return Identity("repeat", service, caller, digest(repeat),
                     fingerprint=exchange.fingerprint + api.encode())
 
 
@@ -4830,7 +4830,7 @@ def cancel_native(exchange, service, request, access):
     """{"command": "cancel", "key": ...}: stop a stream, or the caller's own whole prompt
     that came with this Idempotency-Key"""
     key = request.get("key") or ""
-    identity = Identity("repeat", service, exchange.caller(access), key[:512])
+    identity = Identity("repeat", service, exchange.caller(access), digest(key))
     if not exchange.broker.is_known(identity):
         identity = stream_identity(exchange, service, key, access)
     exchange.drop(request)
