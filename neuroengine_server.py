@@ -3078,6 +3078,8 @@ MAX_FIELDS = 64              # headers of one request; browsers send about 20
 SMALL_HEAD_BYTES = 2048      # a larger one counts as memory until it is answered
 MAX_PIPELINED_BYTES = 2048   # of further requests, kept while one is answered
 BODY_BYTES_PER_SECOND = 16384
+MANY_CHUNKS = 4096           # of one body; more must be this long on average, as each takes
+CHUNK_BYTES = 512            # 3 us of all others' time
 SMALL_PIECE = 4096           # bytes of a body; those that come in smaller ones are joined
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(" + TOKEN + r") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
@@ -3320,8 +3322,11 @@ class BodyReader:
                 raise RelayError("bad_http", "The chunked body is malformed.")
             size = int(match[1], 16)
             total += size
-            if total > most or chunks > 4096 + total // 64:      # many tiny ones
+            if total > most:
                 raise too_large(most)
+            if chunks > MANY_CHUNKS + total // CHUNK_BYTES:
+                raise RelayError("bad_http", "This body comes in thousands of tiny chunks: "
+                                 "send larger ones, or a Content-Length.")
             if size == 0:
                 if self._take_line():
                     raise RelayError("bad_http", "Trailers are not accepted.")

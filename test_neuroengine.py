@@ -3991,14 +3991,24 @@ def test_a_body_in_tiny_pieces_takes_little_more_than_its_bytes(chunk):
         assert size - 4096 <= exchange.bounds.bytes.taken <= 1.3 * size
 
 
+def test_a_body_of_thousands_of_tiny_chunks_is_refused_in_words():
+    """Three such bodies of 16 MB made others wait for 140 ms."""
+    class Flood:
+        buffer = (b"40\r\n" + b"x" * 64 + b"\r\n") * 10000
+
+    with pytest.raises(RelayError) as refused:
+        neuroengine_server.BodyReader(Flood, math.inf, None).take_chunked(2**40)
+    assert refused.value.name == "bad_http" and "larger ones" in refused.value.words
+
+
 def test_what_came_of_a_chunked_body_is_not_copied_for_each_chunk():
     """4,000 tiny chunks in one segment held up all others for 74 ms."""
     class Flood:
-        buffer = (b"40\r\n" + b"x" * 64 + b"\r\n") * 40000 + b"0\r\n\r\nGET"
+        buffer = (b"200\r\n" + b"x" * 512 + b"\r\n") * 40000 + b"0\r\n\r\nGET"
 
     began = time.process_time()
     body = neuroengine_server.BodyReader(Flood, math.inf, None).take_chunked(2**40)
-    assert len(body) == 40000 * 64 and Flood.buffer == b"GET"
+    assert len(body) == 40000 * 512 and Flood.buffer == b"GET"
     assert time.process_time() - began < 2
 
 
