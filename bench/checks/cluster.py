@@ -414,6 +414,13 @@ class Cluster:
                   len(lost), len(broken), dict(clients.errors)))
         return clients.wrong + clients.unanswered + lost + broken
 
+    def all_know(self):
+        """Whether each relay answers, and knows all services."""
+        try:
+            return not self.lost()
+        except BROKEN:
+            return False
+
     def lost(self):
         """The services that some relay does not know, though they were registered."""
         missing = []
@@ -482,6 +489,8 @@ def run_random(cluster, minutes, seed):
         if end:
             end()
         cluster.register("N%d" % len(cluster.names))
+        # One that only its relay knows is lost with both: that would be two faults at once.
+        wait_for(cluster.all_know, 30, "That every relay knows it")
         provider = rand.randrange(len(cluster.providers))
         if rand.random() < 0.3:
             cluster.providers[provider].end(signal.SIGKILL)
