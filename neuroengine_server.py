@@ -400,7 +400,7 @@ class Queue:
 
     def __init__(self):
         self._returned = []           # jobs that a provider gave back go first, by number
-        self._urgent = deque()         # then those of the operator, and urgent ones
+        self._urgent = deque()        # then those of the operator, and urgent ones
         self._turns = OrderedDict()   # then caller -> deque of jobs; callers take turns
         self._counts = {}             # caller, None for the operator -> how many jobs
         self._positions = None        # Job -> queue position, until something changes
@@ -474,7 +474,7 @@ class Queue:
         return None
 
     def _next_of_each(self):
-        """The first job of each caller in the first line."""
+        """The first job of each caller among the urgent ones."""
         seen = set()
         for job in self._urgent:
             caller = job.by_operator, job.caller
@@ -791,7 +791,7 @@ class Jobs:
     lock; the others take it, except those that read one value (find, is_known).
 
     The Broker is one class in three parts, split for reading only: Jobs, Matcher, which
-    follows, and Broker, which adds what operators ask for, metrics, and the end.
+    follows, and Broker, in the machinery, which adds services, memory and metrics.
     """
 
     def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
@@ -1101,6 +1101,7 @@ class Jobs:
         self._changed[service.name] = service
         self._version += 1
 
+
 class Matcher(Jobs):
     """The providers' half of the Broker: matches jobs with their polls.
 
@@ -1187,7 +1188,7 @@ class Matcher(Jobs):
     def poll_lost(self, session_id, this_poll):
         """The connection of this poll has closed."""
         with self._lock:
-            this_poll.lost = True                         # even if the poll has not begun
+            this_poll.lost = True                     # even if the poll has not begun
             session = self._sessions.get(session_id)
             if session is None or session.poll is not this_poll or session.closed:
                 return
@@ -1348,7 +1349,8 @@ class Matcher(Jobs):
         """Give a job back to a provider that seemed to be gone, if it waits and the provider
         can go on from item offset `at`. Return the Lease, or None."""
         job = self._jobs.get(pair[0])
-        if (job is None or job.state != "queued" or not 0 < job.attempt == pair[1]
+        if (job is None or job.state != "queued" or not job.attempt
+                or job.attempt != pair[1]
                 or job.service is not session.service or at > len(job.items)):
             return None
         job.service.queue.remove(job)
@@ -1724,6 +1726,7 @@ class Exchange:
 
 PIECE_BYTES = 1 << 18        # of a streamed answer, or one item
 DIRECT_BYTES = 1 << 16       # a larger piece counts as memory, and is sent by the own thread
+DIRECT_ITEM_BYTES = DIRECT_BYTES // 6    # of items: escapes take at most six bytes for one
 WHOLE_WAIT_SECONDS = 0.25    # see WholeOutlet.run
 QUEUE_NEWS_SECONDS = 2       # how often a queued stream hears of its queue position
 
@@ -1798,7 +1801,7 @@ class Outlet:
             self.connection.flush()
             if self.complete:
                 return
-            small = 6 * self.size() <= DIRECT_BYTES    # escapes take at most six for one
+            small = self.size() <= DIRECT_ITEM_BYTES
             with self.exchange.room(0 if small else json_size(self.next_items())):
                 self.send_next(own=True)
 
@@ -1932,7 +1935,7 @@ class StreamOutlet(Outlet):
     """Sends an answer item by item, as it is generated."""
 
     queue_position = None                  # as last told
-    direct_bytes = DIRECT_BYTES // 6       # of items; escapes take at most six bytes for one
+    direct_bytes = DIRECT_ITEM_BYTES
 
     def __init__(self, exchange, reader, encoder):
         super().__init__(exchange, reader, encoder)
@@ -2723,7 +2726,7 @@ class Memory:
 
 
 ##############################################################################
-# The Broker's other duties: services, what operators and metrics ask for, the end
+# The Broker's other duties: services, memory, metrics, affinity, the words of errors, the end
 #
 # The spine has the Broker's halves for clients and providers.
 ##############################################################################
@@ -2800,6 +2803,18 @@ class Broker(Matcher):
             changed, self._changed = self._changed, {}
             self.counters_changed.clear()
             return list(changed.values())
+
+    def _fail_waiting_locked(self, service, error):
+        """End all jobs that wait for a service."""
+        for job in list(service.queue):
+            self._end_locked(job, "failed", error)
+
+    def _end_sessions_locked(self, service):
+        """End all sessions of a service."""
+        for session in [s for s in self._sessions.values() if s.service is service]:
+            self._end_session_locked(session)
+
+    # -- polled reads --
 
     def advance(self, reader):
         """What was read is about to be written: a client that sends no offset gets what
@@ -2930,16 +2945,6 @@ class Broker(Matcher):
                           "this answer. Ask again." % service.name)
 
     # -- the end --
-
-    def _fail_waiting_locked(self, service, error):
-        """End all jobs that wait for a service."""
-        for job in list(service.queue):
-            self._end_locked(job, "failed", error)
-
-    def _end_sessions_locked(self, service):
-        """End all sessions of a service."""
-        for session in [s for s in self._sessions.values() if s.service is service]:
-            self._end_session_locked(session)
 
     def drain(self):
         """Take no new jobs and fail those that wait; running ones go on."""
@@ -3078,8 +3083,8 @@ MAX_FIELDS = 64              # headers of one request; browsers send about 20
 SMALL_HEAD_BYTES = 2048      # a larger one counts as memory until it is answered
 MAX_PIPELINED_BYTES = 2048   # of further requests, kept while one is answered
 BODY_BYTES_PER_SECOND = 16384
-MANY_CHUNKS = 4096           # of one body; more must be this long on average, as each takes
-CHUNK_BYTES = 512            # 3 us of all others' time
+MANY_CHUNKS = 4096           # of one body, whatever their size
+CHUNK_BYTES = 512            # average size from there on: each chunk costs 3 us
 SMALL_PIECE = 4096           # bytes of a body; those that come in smaller ones are joined
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(" + TOKEN + r") ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\r\n")
@@ -3295,6 +3300,15 @@ def too_large(most):
     return RelayError("request_too_large", "The request is larger than %d bytes." % most)
 
 
+def gather(parts, piece):
+    """Add a piece to a list of texts, or of bytes. Small ones are joined: a million of two
+    bytes each would take 250 MB."""
+    if parts and len(parts[-1]) < SMALL_PIECE:
+        parts[-1] += piece
+    elif piece:
+        parts.append(piece)
+
+
 class BodyReader:
     """Takes the bytes of one body off a connection."""
 
@@ -3357,10 +3371,7 @@ class BodyReader:
             if self._uncounted >= SMALL_PIECE:
                 self._count(self._uncounted)
                 self._uncounted = 0
-            if parts and len(parts[-1]) < SMALL_PIECE:
-                parts[-1] += part          # a million of two bytes would take 250 MB
-            else:
-                parts.append(part)
+            gather(parts, part)
             missing -= len(part)
             self._deadline += len(part) / BODY_BYTES_PER_SECOND
 
@@ -4858,18 +4869,19 @@ PASSED_HEADERS = ("anthropic-version", "anthropic-beta")
 
 Api = namedtuple("Api", "path usual_length prompt urgent owner", defaults=(False, "openai"))
 APIS = {  # name: (path, field for the answer's length, field of the prompt, goes first, whose)
-    "chat": Api("/chat/completions", "max_tokens", "messages"),
-    "completions": Api("/completions", "max_tokens", "prompt"),
-    "embeddings": Api("/embeddings", None, "input"),
-    "responses": Api("/responses", "max_output_tokens", "input"),
-    "messages": Api("/messages", "max_tokens", "messages", owner="anthropic"),
-    "count_tokens": Api("/messages/count_tokens", None, "messages", True, "anthropic"),
-    "rerank": Api("/rerank", None, "documents"),
+    "chat": Api("/v1/chat/completions", "max_tokens", "messages"),
+    "completions": Api("/v1/completions", "max_tokens", "prompt"),
+    "embeddings": Api("/v1/embeddings", None, "input"),
+    "responses": Api("/v1/responses", "max_output_tokens", "input"),
+    "messages": Api("/v1/messages", "max_tokens", "messages", owner="anthropic"),
+    "count_tokens": Api("/v1/messages/count_tokens", None, "messages", True, "anthropic"),
+    "rerank": Api("/v1/rerank", None, "documents"),
     "tokenize": Api("/tokenize", None, None, True),
     "detokenize": Api("/detokenize", None, None, True),
 }
 API_ROUTES = dict(
-    {api.path: Route(api.owner, name, POST="post_api") for name, api in APIS.items()}, **{
+    {re.sub("^/v1", "", api.path): Route(api.owner, name, POST="post_api")
+     for name, api in APIS.items()}, **{
         "/models": Route("openai", GET="send_openai_models"),
         "/models/*": Route("openai", GET="send_openai_model")})
 # Clients' base addresses end in /v1, in /{service}/v1, or in neither.
@@ -4945,7 +4957,7 @@ def check_api(api, service, request, opaque):
     sessions = list(service.sessions.values())
     needs = api if opaque or api == "embeddings" else None
     if needs and sessions and not any(session.features.has(needs) for session in sessions):
-        what = "/v1" + APIS[api].path
+        what = APIS[api].path
         if opaque and api in ("chat", "completions"):
             what += " with n, best_of, logprobs, echo, or a prompt that is a list"
         raise RelayError("not_found", "The provider of %s has no %s." % (service.name, what))
@@ -5160,15 +5172,6 @@ class TextEncoder:
 
 
 MAX_CALLS = 1000             # tool calls, or other fields, of one whole answer
-
-
-def gather(parts, piece):
-    """Add a piece to a list of texts, or of bytes: small ones are joined, because each would
-    take fifty bytes more."""
-    if parts and len(parts[-1]) < SMALL_PIECE:
-        parts[-1] += piece
-    elif piece:
-        parts.append(piece)
 
 
 class Message:
@@ -6867,7 +6870,7 @@ class EngineError(sqlite3.OperationalError):
 
 
 class Refused(ConnectionError):
-    """The engine answers, and not as one to work with: an EngineError says why."""
+    """The engine answers, but refuses what relays need: an EngineError says why."""
 
 
 class Elsewhere(Exception):
@@ -8006,7 +8009,7 @@ class Peers:
 
     @contextlib.contextmanager
     def holding(self, exchange):
-        """Until then, this relay has not answered all."""
+        """Count an exchange as unanswered while it waits for a next home."""
         self._held.add(exchange)
         try:
             yield
@@ -8022,8 +8025,9 @@ class Peers:
     def is_answering(self):
         """Whether a response is passed on, other than to a provider's poll, or a request
         waits to be."""
-        return bool(self._held) or any(not forward.is_poll for forwards in list(self._busy.values())
-                   for forward in list(forwards))
+        return bool(self._held) or any(
+            not forward.is_poll for forwards in list(self._busy.values())
+            for forward in list(forwards))
 
     def abort_all(self):
         """This relay ends."""

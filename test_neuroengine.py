@@ -3709,7 +3709,7 @@ def test_pipelined_requests_take_little_memory_while_one_is_answered(relay, hand
             for piece in iter(lambda: sock.recv(65536), b""):
                 answers += piece
     assert answers.startswith(b"HTTP/1.1 200 ") and b'"reply":"a"' in answers
-    if first:                              # it is told that they must be sent again
+    if first:                              # the client must send the others again
         assert answers.count(b"HTTP/1.1 ") == 1 and b"Connection: close" in answers
 
 
