@@ -10349,6 +10349,19 @@ class PageTab:
             assert time.monotonic() < deadline, (script, arg)
             self.tab.wait_for_timeout(20)
 
+    def at_rest(self, script):
+        """The value of `script` once it has stayed the same for half a second and 30 frames:
+        what moves smoothly has arrived then, however slow the machine is."""
+        return self.tab.evaluate("""() => new Promise((resolve) => {
+            let last = NaN, frames = 0, since = 0;
+            const look = () => {
+                const now = %s;
+                if (now !== last) { last = now; frames = 0; since = performance.now(); }
+                if (++frames > 30 && performance.now() - since > 500) resolve(now);
+                else requestAnimationFrame(look);
+            };
+            look(); })""" % script)
+
     def prompt(self, provider):
         """As provider.next(), while what the tab asks of this thread goes on."""
         deadline = time.monotonic() + PAGE_WAIT / 1000
@@ -11205,6 +11218,13 @@ def page_focus(tab):
             || el.textContent).trim().slice(0, 60); }""")
 
 
+def page_focus_comes_to(tab, name):
+    deadline = time.monotonic() + PAGE_WAIT / 1000
+    while page_focus(tab) != name and time.monotonic() < deadline:
+        tab.tab.wait_for_timeout(20)
+    assert page_focus(tab) == name
+
+
 def page_tab_to(tab, name, key="Tab"):
     for _ in range(60):
         if page_focus(tab) == name:
@@ -11261,8 +11281,7 @@ def test_page_opens_one_dialog_from_another(page_provider, page_tab):
                           ("Keyboard shortcuts", "Close")):
         tab.tab.click("#open-settings")
         tab.tab.click("#dialog button:text('%s')" % button)
-        tab.tab.wait_for_timeout(50)                     # until the first has closed
-        assert page_focus(tab) == first
+        page_focus_comes_to(tab, first)
         tab.tab.keyboard.press("Escape")
         tab.tab.wait_for_selector("#open-settings:focus")
 
@@ -12634,7 +12653,7 @@ def test_page_touch_targets_are_44_pixels(page_relay, page_provider, page_tab):
     assert tab.tab.evaluate(small) == []
     for opener in ("#open-settings", "#open-code", "#open-side"):
         tab.tab.click(opener)
-        tab.tab.wait_for_timeout(250)                    # the list slides in
+        tab.at_rest("document.querySelector('#side').getBoundingClientRect().x")  # slides in
         assert tab.tab.evaluate(small) == [], opener
         tab.tab.keyboard.press("Escape")
 
