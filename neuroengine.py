@@ -188,7 +188,7 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
     "service_key_missing": (
         "This needs the service key of {service}.",
         "Pass login() the key that `neuroengine.py register` printed.",
-        "There is none on this machine for this relay: give it by --key-file or $NEUROENGINE_KEY."),
+        "None for this relay is on this machine: give it by --key-file or $NEUROENGINE_KEY."),
     "service_key_wrong": (
         "This is not the service key of {service}.",
         "Pass login() the key that `neuroengine.py register` printed.",
@@ -1513,30 +1513,33 @@ class ResponseReader:
         return body
 
     def _chunks(self, data):
-        body, at = [], 0
+        body, at, left = [], 0, self._left
         while at < len(data):
-            if not self._left:
+            if not left:
                 end = data.find(b"\n", at)
                 if end < 0:
                     self._rest = data[at:]
                     if len(self._rest) > MAX_HEAD_BYTES:
                         raise http.client.HTTPException("a chunk without a size")
                     break
-                size, at = data[at:end].strip(), end + 1
-                if not size:                   # the line that ends a chunk
+                size, at = data[at:end], end + 1
+                if size in (b"\r", b""):       # the line that ends a chunk
                     continue
                 try:
-                    self._left = int(size.partition(b";")[0], 16)
+                    left = int(size.partition(b";")[0], 16)
                 except ValueError:
                     raise http.client.HTTPException("a chunk without a size") from None
-                if self._left <= 0:            # the last one; what may follow is of no use
+                if left <= 0:                  # the last one; what may follow is of no use
                     self.whole = True
                     self.kept = self.kept and data[at:] == b"\r\n"
                     break
-            piece = data[at:at + self._left]
-            self._left -= len(piece)
-            at += len(piece)
-            body.append(piece)
+            end = at + left
+            body.append(data[at:end])
+            if end > len(data):
+                left = end - len(data)
+                break
+            at, left = end + 2 * data.startswith(b"\r\n", end), 0
+        self._left = left
         return body[0] if len(body) == 1 else b"".join(body)
 
 
@@ -1559,7 +1562,7 @@ class Exchange:
         self._timer = loop.call_later(timeout, self._look)
 
     def received(self, data):
-        self._heard = self._loop.time()
+        self._heard = time.monotonic()
         reader, sink = self.reader, self.sink
         try:
             body = reader.feed(data)
@@ -1783,7 +1786,7 @@ def item_text(item):
 
 
 # Made once: json.dumps makes one for each call (1 of 4.5 us).
-to_json = json.JSONEncoder(ensure_ascii=False).encode    # of a str: 0.2 us
+to_json = json.encoder.encode_basestring       # of a str: 0.05 us
 compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -1816,16 +1819,21 @@ class Outbox:
 
         Only for the one thread that answers this job.
         """
+        return self.put_all(work, (item,))
+
+    def put_all(self, work, items):
+        """As put, for several items."""
         if work.cancelled:
             return False
-        text = item_text(item)
+        texts = list(map(item_text, items))
         # Without the lock, for which 64 workers queued up (52 us of CPU a token with it,
         # 40 without; 500 workers came to a halt). No item is left lying: settle says that
         # the work is not due before it looks for more.
-        work.items.append(text)
-        work.size += len(text)
+        work.items.extend(texts)
+        first = not work.size
+        work.size += sum(map(len, texts))
         if not work.due:
-            self._make_ready(work, urgent=len(text) == work.size)
+            self._make_ready(work, urgent=first)
         return True
 
     def is_full(self, work):
@@ -3201,6 +3209,52 @@ class Text:
         return self._decoder.decode(piece.encode("utf-8", "surrogateescape"), final)
 
 
+class Alike:
+    """Short cut for the events of a stream that differ in their text alone, as nearly all do:
+    with each token, a server says everything else again. (5 instead of 8 us a token of our
+    own code; 2 instead of 5 if many come at once.)
+
+    It knows nothing of what events mean. It has the general code take an event with another
+    text; if that text is what comes out, so it will for every text between the same bytes.
+    """
+
+    PLAIN = re.compile(r'[^"\\\x00-\x1f]+')     # text that is its own JSON
+
+    def __init__(self, take):
+        self._take = take          # the general code: an event's line -> its items
+        self._last = None          # what was around the text of the last event
+        self._head = self._between = self._tail = None
+
+    def texts(self, lines):
+        """The texts of these lines, or None if they are not all such events."""
+        data = b"\n".join(lines)
+        if self._head is None or not (
+                data.startswith(self._head) and data.endswith(self._tail)):
+            return None
+        try:
+            texts = data[len(self._head):-len(self._tail)].decode().split(self._between)
+        except UnicodeDecodeError:
+            return None
+        return texts if all(texts) and self.PLAIN.fullmatch("".join(texts)) else None
+
+    def learn(self, line, text):
+        """An event of this text alone was taken; if the one before was like it, the next
+        ones will be, too."""
+        before, found, after = line.partition(to_json(text).encode())
+        around = before, after
+        if not found or around != self._last:
+            self._last = around
+            return
+        self._last, other = None, text + "?"
+        try:
+            items = self._take(before + to_json(other).encode() + after)
+        except NeuroengineError:
+            return
+        if items == [other]:
+            self._head, self._tail = before + b'"', b'"' + after + b"\n"
+            self._between = (self._tail + b"\n" + self._head).decode()
+
+
 class StreamParser:
     """Makes items of a stream: bytes in, items out. Pure. Subclasses add _take(line, items)
     and _end(items).
@@ -3242,6 +3296,25 @@ class Completion(StreamParser):
         self._half = ""            # first half of a character in UTF-16
         self._finish = self._usage = None
         self._done = False
+        self._alike = Alike(self._items_alone)     # None if what came before counts
+
+    def feed(self, data):
+        lines = self._lines.feed(data)
+        if self._alike and not (self._data or self._kind):
+            texts = self._alike.texts(lines)
+            if texts:
+                self._texts += texts
+                return texts
+        items = []
+        for line in lines:
+            self._take(line, items)
+        return items
+
+    def _items_alone(self, line):
+        """The items of an event's line, if the stream was that alone."""
+        items = []
+        Completion(self._model)._take(line, items)
+        return items
 
     def _end(self, items):
         if self._whole is not None:
@@ -3284,8 +3357,10 @@ class Completion(StreamParser):
                 if len(data) > MAX_LINE_BYTES:
                     raise not_json() from None
                 return
-            self._data = b""
+            self._data, count = b"", len(items)
             self._take_event(event, items)
+            if self._alike and len(items) == count + 1 and type(items[-1]) is str:
+                self._alike.learn(line, items[-1])
         elif not line:
             if self._data:
                 raise not_json()
@@ -3304,7 +3379,7 @@ class Completion(StreamParser):
         try:
             return from_json(data.decode("utf-8"))
         except UnicodeDecodeError:
-            self._cut = self._cut or Text()
+            self._cut, self._alike = self._cut or Text(), None
             return from_json(data.decode("utf-8", "surrogateescape"))
 
     def _failure(self, data):
@@ -3400,6 +3475,7 @@ class Completion(StreamParser):
     def _joined(self, text):
         """The text with the first half of a surrogate pair that the one before ended with,
         and without its own. (Servers in JavaScript cut emoji so.)"""
+        self._alike = None
         text = self._half + text
         self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         return text[:len(text) - len(self._half)].encode("utf-16", "surrogatepass").decode(
@@ -3412,7 +3488,7 @@ class Completion(StreamParser):
     def _fresh(self, content, choice):
         """What is new in a message. Some repeat the whole text at the end, or with an empty
         delta all that was said so far."""
-        so_far = "".join(self._texts)
+        so_far, self._alike = "".join(self._texts), None
         if isinstance(content, str) and so_far:
             if content == so_far and choice.get("finish_reason"):
                 return None
@@ -3824,8 +3900,8 @@ class Sink:
             self._work.on_room = self._resume
 
     def put(self, items):
-        for item in items:
-            self._outbox.put(self._work, item)
+        if items:
+            self._outbox.put_all(self._work, items)
 
     def end(self):
         """The upstream has ended, so the answer should have, too. Raises NeuroengineError."""
@@ -5137,8 +5213,9 @@ def add_keys_options(keys):
                       help="only guests may ask")
     kind.add_argument("--open", dest="private", action="store_false", default=None,
                       help="everybody may ask")
-    keys.add_argument("--anonymous", metavar="N", type=or_word("default", whole(0)), help="prompts a "
-                      "day of each caller without a key; `default`: as the relay has it")
+    keys.add_argument("--anonymous", metavar="N", type=or_word("default", whole(0)),
+                      help="prompts a day of each caller without a key; `default`: as the "
+                           "relay has it")
     pausing = keys.add_mutually_exclusive_group()
     pausing.add_argument("--pause", dest="paused", action="store_true", default=None,
                          help="take no more prompts")

@@ -6740,6 +6740,52 @@ def test_a_stream_broken_anywhere_is_right_or_an_error():
     assert not wrong
 
 
+def outcomes(stream):
+    """What comes of a stream, however it is cut: the items, or the words of the error."""
+    found = []
+    for how in HOWS:
+        try:
+            found.append(parsed(neuroengine.Completion(neuroengine.Model("m")), stream, how))
+        except NeuroengineError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_repeated_events_are_read_as_if_there_was_no_short_cut(name, monkeypatch):
+    stream = b"".join(event * 4 for event in re.split(rb"(?<=\n\n)", STREAMS[name]))
+    quick = outcomes(stream)
+    monkeypatch.setattr(neuroengine.Alike, "texts", lambda *_: None)
+    assert quick == outcomes(stream)
+
+
+def test_any_text_between_the_same_bytes_is_read_as_if_there_was_no_short_cut(monkeypatch):
+    """Also texts that stand elsewhere in the event, and those that need escapes."""
+    texts = ["c", "c", "c", "choices", "delta", "content", "id", "Hel", "?", "Hel?", "", " ",
+             "[DONE]", "\u2603", "\U0001f600", 'a"b', "\\", "\n", "\r", "\x7f", "\u2028", "data: "]
+    chance = random.Random(1)
+    for _ in range(20):
+        chosen = [text for text in chance.choices(texts, k=30)
+                  for _ in range(chance.choice((1, 3)))]
+        stream = sse([{"id": chance.choice("ccccx"), "detail": "x", "choices": [
+            {"delta": {"content": text}}]} for text in chosen] + GOOD[4:])
+        with monkeypatch.context() as patched:
+            quick = outcomes(stream)
+            patched.setattr(neuroengine.Alike, "texts", lambda *_: None)
+            assert quick == outcomes(stream)
+        assert text_of(quick[0]) == "".join(chosen)
+
+
+def test_events_that_differ_in_their_text_alone_are_parsed_three_times_at_most(monkeypatch):
+    events, seen = [GOOD[0]] + GOOD[1:2] * 100 + GOOD[4:], []
+    parse = neuroengine.from_json
+    monkeypatch.setattr(neuroengine, "from_json", lambda text: seen.append(text) or parse(text))
+    parser = neuroengine.Completion(neuroengine.Model("m"))
+    pieces = [sse([event], last="") for event in events]
+    assert text_of([item for piece in pieces for item in parser.feed(piece)]) == "Hel" * 100
+    assert len(seen) == 3 + 3              # and the events that differ
+
+
 def test_bytes_that_are_no_text_become_the_sign_for_that():
     data = sse(GOOD).replace(b'"!"', b'"\xff!"')
     items = parsed(neuroengine.Completion(neuroengine.Model("m")), data, "whole")
