@@ -503,6 +503,27 @@ def test_prompts_of_strangers_are_bounded_in_number_and_refilled_in_time():
     assert refused.value.name == "quota_exceeded" and "hours" in str(refused.value)
 
 
+def test_the_households_of_one_ipv6_site_may_have_four_times_the_prompts_of_one():
+    desk = Desk(max_prompts_per_minute=2)
+    desk.login()
+    for n in range(8):
+        desk.submit(caller="2001:db8:0:%d::/64" % (n // 2), rated=True)
+    with pytest.raises(RelayError) as refused:
+        desk.submit(caller="2001:db8:0:9::/64", rated=True)
+    assert refused.value.name == "rate_limited"
+    desk.submit(caller="2001:db8:1:9::/64", rated=True)
+
+
+def test_the_providers_of_one_service_are_a_bounded_number():
+    desk = Desk(max_sessions=2)
+    session, _ = desk.login(), desk.login()
+    with pytest.raises(RelayError) as refused:
+        desk.login()
+    assert refused.value.name == "relay_busy" and refused.value.retry_after
+    desk.broker.logout(desk.service, session)
+    desk.login()
+
+
 def test_a_wall_clock_that_was_wrong_for_a_while_costs_nobody_a_quota():
     wall = [1e9]
     quotas = neuroengine_server.Quotas(lambda: wall[0])
@@ -671,6 +692,16 @@ def test_silence_after_an_idle_poll_is_loss_after_one_lease(desk):
     for _ in range(16):
         desk.later(1)
     assert reader.job.error.name == "provider_lost"
+
+
+def test_silence_after_a_poll_that_only_brought_a_cancel_is_loss_after_one_lease(desk):
+    reader, session, job = desk.start()
+    desk.broker.cancel(reader.job)
+    offers, cancels = desk.broker.poll(desk.service, session, Poll(), [(job, 1)])
+    assert (offers, cancels) == ([], [(job, 1)])
+    for _ in range(16):
+        desk.later(1)
+    assert not desk.service.sessions
 
 
 def test_a_hand_over_that_was_never_confirmed_is_no_death(desk):
@@ -2826,6 +2857,21 @@ def test_an_internal_error_in_an_answer_is_a_500(relay, hand, monkeypatch):
     assert answer()[0] == 500 and answer()[1]["error"] == "internal_error"
 
 
+def test_a_fault_amid_a_stream_cuts_it_and_writes_nothing_more(relay, hand, monkeypatch):
+    items = neuroengine_server.NativeStream.items
+    monkeypatch.setattr(neuroengine_server.NativeStream, "items", lambda self, found, at:
+                        items(self, found, at) if at == 0 else 1 / 0)
+    with contextlib.closing(sent(relay, "/" + hand.name, {
+            "message": "hi", "stream": True})) as sock:
+        job, data = hand.next_job(), b""
+        hand.reply(job, ["a"])
+        while b'["a"]' not in data:
+            data += sock.recv(65536)
+        hand.reply(job, ["b" * neuroengine_server.DIRECT_BYTES], at=1)   # for its own thread
+        data += b"".join(iter(lambda: sock.recv(65536), b""))
+    assert data.count(b"HTTP/1.1") == 1 and not data.endswith(b"0\r\n\r\n")
+
+
 def test_a_large_answer_that_comes_at_once_arrives_whole(relay, hand):
     for size in (1000, 300000, 900000):
         answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
@@ -3028,6 +3074,36 @@ def test_a_deleted_services_key_does_not_come_back_with_its_name(relay, hand):
     relay.registry.save()
     row = next(s for s in relay.registry._store.load() if s.name == name)
     assert row.key_digest == neuroengine_server.digest(new) != neuroengine_server.digest(old)
+
+
+class Meanwhile:
+    """A lock before whose first taking something else is done."""
+
+    def __init__(self, lock, act):
+        self.lock, self.acts = lock, [act]
+
+    def __enter__(self):
+        if self.acts:
+            self.acts.pop()()
+        self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+@pytest.mark.parametrize("method, path, body", [
+    ("PATCH", "", {"comment": "old"}), ("DELETE", "", None), ("POST", "/keys", {}),
+    ("PATCH", "/keys/%s", {"label": "old"})])
+def test_a_key_that_was_changed_an_instant_before_changes_nothing(
+        relay, hand, monkeypatch, method, path, body):
+    service, guest = relay.broker.find(hand.name), manage(relay, hand, "POST", "/keys", {})[1]
+    monkeypatch.setattr(relay.registry, "changing", Meanwhile(
+        relay.registry.changing, lambda: setattr(service, "key_digest", "another")))
+    status, answer = manage(relay, hand, method, path.replace("%s", guest["id"]), body)
+    assert (status, answer["error"]) == (401, "invalid_key")
+    assert relay.broker.find(hand.name) is service and service.comment == ""
+    assert [key.label for key in service.keys.values()] == [""]
+    service.key_digest = digest(hand.key)
 
 
 def test_a_change_that_cannot_be_written_is_not_in_force(relay, hand, monkeypatch):
@@ -3287,6 +3363,13 @@ def test_a_malformed_provider_reply_is_refused(relay, hand, entry):
         relay, "/provider/%s/reply" % hand.name,
         {"session": hand.session, "replies": [entry]}, Authorization="Bearer " + hand.key)
     assert status == 400
+
+
+def test_a_provider_with_too_many_workers_is_refused(relay, hand):
+    for more, status in ((0, 200), (1, 400)):
+        assert ask(relay, "/provider/%s/login" % hand.name, {
+            "workers": relay.limits.max_workers + more},
+            Authorization="Bearer " + hand.key)[0] == status
 
 
 def test_connected_turns_false_within_a_second_of_a_providers_end(relay, hand):
@@ -4822,6 +4905,18 @@ def test_an_opaque_stream_passes_event_by_event(relay, able):
         assert response.read() == b"event: a\ndata: {}\n\nevent: message_stop\ndata: {}\n\n"
 
 
+def test_behind_the_end_of_an_opaque_stream_comes_nothing_but_the_next_answer(relay, able):
+    with contextlib.closing(sent(relay, "/v1/messages", {
+            "model": able.name, "messages": [], "stream": True})) as sock:
+        job = able.next_job()
+        able.reply(job, [{"event": "data: {}"}])
+        able.reply(job, at=1, done=True)   # its last piece is empty
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        data = b"".join(iter(lambda: sock.recv(65536), b""))
+    first, _, rest = data.partition(b"\r\n0\r\n\r\n")
+    assert first.endswith(b"data: {}\n\n") and rest.startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize("path, body, words", [
     ("/v1/messages", {"messages": [{}]}, b'"type":"error","error":{"type":'),
     ("/v1/responses", {"input": "x"}, b'event: error\ndata: {"type":"error","code":'),
@@ -5388,12 +5483,22 @@ def test_what_no_relay_answers_is_an_error_and_never_raises(answering, body, sta
 
 
 @pytest.mark.parametrize("lines", [
-    b"[]\n", b'{"items": 5}\n', b'{"items": ["x"], "at": 7}\n', b'{"at": 0, "items": ["x"]', b"5\n"])
+    b"[]\n", b'{"items": 5}\n', b'{"items": ["x"], "at": 7}\n', b'{"at": 0, "items": ["x"]', b"5\n",
+    b'{"items": ["x"], "at": 7}\n{"done": true}\n'])
 def test_a_stream_that_cannot_be_understood_raises_and_ends(answering, lines):
     server = answering(http_answer(lines, kind="application/x-ndjson"))
     with pytest.raises(NeuroengineError):
         list(Neuroengine("x", server.url).stream("hi", tries=2))
     assert len(server.prompts()) <= 2
+
+
+def test_items_that_a_relay_sends_again_are_dropped(answering):
+    first = b'{"at": 0, "items": ["a", "b"]}\n'
+    again = b'{"at": 1, "items": ["b", "c"]}\n{"at": 0, "items": ["a"]}\n{"done": true}\n'
+    server = answering(http_answer(first, kind="application/x-ndjson"),
+                       http_answer(again, kind="application/x-ndjson"))
+    assert "".join(Neuroengine("x", server.url).stream("hi")) == "abc"
+    assert [prompt["at"] for prompt in server.prompts()] == [0, 2]
 
 
 @pytest.mark.parametrize("text, seconds", [
@@ -9540,6 +9645,43 @@ def test_cluster_a_relay_that_is_home_no_more_cannot_write(cluster, engine):
                                               hand.name.lower())
     with pytest.raises(AssertionError, match="session_unknown"):
         hand.poll()
+
+
+def test_cluster_a_home_is_only_taken_over_from_a_relay_that_is_gone(engine):
+    store = neuroengine_server.EngineStore(neuroengine_server.Engine(engine.url))
+    for name in ("One", "Two"):
+        store.add(Service(name, ""))
+
+    def member(relay, milliseconds):
+        engine.call("SET", "{neuroengine}:relay:" + relay, "url", "PX", milliseconds)
+
+    def claim(relay, name, refused=0):
+        return store.engine.run(neuroengine_server.CLAIM, relay, name, refused, 3000, 500)[:2]
+    member("1@a", 60000), member("2@b", 60000)
+    assert claim("3@c", "one") == ["late"]             # it is no member any more
+    assert claim("1@a", "one") == claim("1@a", "two") == ["home", "nobody"]
+    assert claim("2@b", "one") == claim("2@b", "one", refused=1) == ["held", "1@a"]
+    until(lambda: int(re.search("uptime_in_seconds:([0-9]+)", engine.call(
+        "INFO", "server"))[1]) >= 4)                   # those that live have beaten by then
+    member("1@a", 2400)                                # it has missed a beat
+    assert claim("2@b", "one", refused=1) == ["home", "1@a"]
+    assert claim("2@b", "two") == ["home", "1@a"]      # as the first has shown that it is gone
+
+
+def test_cluster_two_changes_of_a_service_at_once_are_both_kept(engine):
+    store, service = neuroengine_server.EngineStore(
+        neuroengine_server.Engine(engine.url)), Service("One", "")
+    store.add(service)
+    change, others = store.engine.change, [{"comment": "by another"}]
+
+    def after_another(script, *arguments):
+        while others:
+            store.change(service, **others.pop())
+        return change(script, *arguments)
+    store.engine.change = after_another
+    store.change(service, operator="Ann")
+    stored, = store.load()
+    assert (stored.operator, stored.comment) == ("Ann", "by another")
 
 
 def test_cluster_a_late_relay_asks_before_it_acts_as_home(cluster, engine):
