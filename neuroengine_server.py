@@ -4894,6 +4894,9 @@ TEXT_FIELDS = {              # of the APIs whose prompts the relay understands: 
 }
 
 
+OPAQUE_FIELDS = frozenset(("logprobs", "echo", "n", "best_of"))    # may ask for more than text
+
+
 def post_api(exchange, api, name=None):
     """POST /v1/...: a request of one of APIS. name: the service, if the path has it."""
     request = exchange.read_object()
@@ -4909,8 +4912,7 @@ def post_api(exchange, api, name=None):
     cap_length(request, access, APIS[api].usual_length)
     exchange.take_slot(reserved=by_operator or access is not None)
     stream = request.get("stream")
-    options = request.get("stream_options") or {}
-    options = {name: bool(options.get(name)) for name in ("include_usage", "include_queue")}
+    options = dict(request.get("stream_options") or ())
     reader = submit_api(exchange, api, service, request, by_operator, access, opaque)
     if opaque:
         encoder = OpaqueStream(api, service) if stream else OpaqueWhole(api)
@@ -4936,13 +4938,16 @@ def is_opaque(api, request):
     """Whether a request needs more than text items can say."""
     if api not in TEXT_FIELDS:
         return api != "embeddings"
-    prompt = request.get("prompt") if api == "completions" else None
-    if type(prompt) is list and len(prompt) == 1 and type(prompt[0]) is str:
-        prompt = request["prompt"] = prompt[0]
+    if api == "completions" and type(request.get("prompt")) is list:
+        prompt = request["prompt"]
+        if len(prompt) != 1 or type(prompt[0]) is not str:
+            return True
+        request["prompt"] = prompt[0]
+    if OPAQUE_FIELDS.isdisjoint(request):
+        return False
     logprobs = request.get("logprobs")     # 0 is a number of alternatives
-    return type(prompt) is list or bool(
-        logprobs is not None and logprobs is not False or request.get("echo")
-        or request.get("n", 1) > 1 or request.get("best_of", 1) > 1)
+    return bool(logprobs is not None and logprobs is not False or request.get("echo")
+                or request.get("n", 1) > 1 or request.get("best_of", 1) > 1)
 
 
 def check_api(api, service, request, opaque):
@@ -4965,9 +4970,9 @@ def check_api(api, service, request, opaque):
 
 def cost_of(request):
     """How many prompts a request counts as. Raises RelayError if they are too many."""
-    prompt, cost = request.get("prompt"), 1
-    if type(prompt) is list and prompt and type(prompt[0]) is not int:
-        cost = len(prompt)
+    prompt = request.get("prompt")
+    cost = len(prompt) if type(prompt) is list and prompt and (
+        type(prompt[0]) is not int) else 1
     cost *= max(request.get("n", 1), request.get("best_of", 1))
     if cost > MAX_COST:
         raise RelayError("invalid_request", "One request may have at most %d prompts."
@@ -5060,8 +5065,8 @@ class TextEncoder:
         self.chat, self.model, self.job = api == "chat", model, job
         self.name = "openai " + api
         self.kind = "text/event-stream" if stream else JSON
-        self.include_usage = options.get("include_usage")
-        self.tells_queue = tells_queue or options.get("include_queue")
+        self.include_usage = bool(options.get("include_usage"))
+        self.tells_queue = tells_queue or bool(options.get("include_queue"))
         self.finish_reason = self.usage = None
         self.begun, self.tokens, self.calls = False, 0, False
         what = b"text_completion" if not self.chat else (
