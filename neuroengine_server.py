@@ -617,9 +617,6 @@ class Timers:
 # Admission: memory, queue bounds, rate limits, quotas, reserved room
 ##############################################################################
 
-JUST_GONE_SECONDS = 60       # a provider that left this recently may be back soon
-
-
 class Admission:
     """Whether a prompt is accepted. Its user, the Broker, holds the lock.
 
@@ -641,18 +638,15 @@ class Admission:
         can make others give way."""
         service = job.service
         if service.paused and not job.by_operator:
-            raise RelayError("service_paused", "%s is paused by its operator. Try again "
-                             "later." % service.name, retry_after=60, retry=False)
+            raise paused_error(service)
         if job.access is not None:
             job.access.check_quota(self._wall(), job.cost)
         if not (service.sessions or job.wait or self._clock() < service.expected_until):
-            raise self.offline(service)
+            raise offline_error(service, self._wall())
         victim = self._check_queue(job)
         size = JOB_BYTES + len(job.payload)
         if size > self.memory.share_left(job.holder):
-            raise RelayError("rate_limited", "Your prompts and their answers take a quarter "
-                             "of the relay's memory. Wait until some are answered.",
-                             retry_after=10)
+            raise share_taken_error()
         self._check_rates(job)
         return victim
 
@@ -661,18 +655,13 @@ class Admission:
         service, limits = job.service, self._limits
         mine = service.queue.count(job.caller, job.by_operator)
         if mine >= limits.max_queue_per_caller:
-            raise RelayError("rate_limited", "You have %d prompts waiting for %s. Wait until "
-                             "some are answered." % (mine, service.name),
-                             retry_after=self.retry_after(service),
-                             limit=limits.max_queue_per_caller)
+            raise too_many_waiting_error(service, mine, limits, self.retry_after(service))
         most = limits.max_queue
         if job.by_operator or job.access is not None:
             most += most // RESERVED           # for when no stranger gives way
         victim = self._gives_way(job) if service.queue.size >= limits.max_queue else None
         if service.queue.size >= most and victim is None:
-            raise RelayError("queue_full", "%d prompts wait for %s already. Try again "
-                             "later." % (service.queue.size, service.name),
-                             retry_after=self.retry_after(service))
+            raise queue_full_error(service, self.retry_after(service))
         return victim
 
     def _gives_way(self, job):
@@ -683,12 +672,6 @@ class Admission:
                 widest_group(job.caller)]:
             return None
         return newest
-
-    def gave_way_error(self, service):
-        """The error for a job that gave way."""
-        return RelayError("rate_limited", "The queue of %s is full, and you have most of it: "
-                          "others need the room." % service.name,
-                          retry_after=self.retry_after(service))
 
     def _check_rates(self, job):
         service, limits = job.service, self._limits
@@ -730,23 +713,6 @@ class Admission:
         """After how many seconds a full queue may have room again."""
         eta = self.eta(service, service.queue.size)
         return 10 if eta is None else min(max(math.ceil(eta), 1), 120)
-
-    def offline(self, service, waited=False):
-        """The error of a service without a provider. waited: the job has waited for one."""
-        # A provider that has just left may be restarting. Whether to wait for any other is
-        # a person's decision: OpenAI's clients would wait Retry-After out twice, silently.
-        just_gone = service.last_seen is not None and \
-            abs(self._wall() - service.last_seen) < JUST_GONE_SECONDS
-        since = "" if service.last_seen is None else " since %s UTC" % time.strftime(
-            "%Y-%m-%d %H:%M", time.gmtime(service.last_seen))
-        return RelayError("service_offline", "No provider of %s is connected%s. Try again "
-                          "later, or send \"wait\": true to queue." % (service.name, since),
-                          retry_after=5 if just_gone else 30, retry=just_gone and not waited)
-
-    def memory_full(self):
-        """The error when no more bytes can be held."""
-        return RelayError("relay_busy", "The relay's memory is full. Try again later.",
-                          retry_after=10)
 
 
 ##############################################################################
@@ -841,7 +807,7 @@ class Jobs:
             if known is not None:
                 return self._attach_locked(known, at)
             if at:
-                raise self._stream_unknown()
+                raise stream_unknown_error(self.limits)
             if self.draining:
                 raise self._shutting_down()
             job.number, job.created, service = next(JOB_NUMBERS), self._clock(), job.service
@@ -851,9 +817,10 @@ class Jobs:
             self._free_share_locked(job.holder, size)
             victim = self._admission.admit(job)
             if not self._make_room_locked(size, job.holder):
-                raise self._admission.memory_full()
+                raise memory_full_error()
             if victim is not None:
-                self._cancel_locked(victim, self._admission.gave_way_error(service))
+                self._cancel_locked(victim, gave_way_error(
+                    service, self._admission.retry_after(service)))
             self._admission.charge(job)
             self._jobs[job.id] = job
             if identity is not None:
@@ -877,7 +844,7 @@ class Jobs:
         with self._lock:
             job = self._find_job_locked(identity)
             if job is None:
-                raise self._stream_unknown()
+                raise stream_unknown_error(self.limits)
             return self._attach_locked(job, at)
 
     def read(self, reader, want=1, timeout=0.0, most=None):
@@ -956,15 +923,13 @@ class Jobs:
             return None
         if identity.fingerprint is not None and (
                 job.identity.fingerprint != identity.fingerprint):
-            raise RelayError("key_reused", "This key already names another prompt: use a "
-                             "new random one for each prompt.")
+            raise key_reused_error()
         return job
 
     def _attach_locked(self, job, at):
         """Return a new Reader of the job, from that item offset. Raises RelayError."""
         if len(job.readers) >= MAX_READERS_PER_JOB:
-            raise RelayError("rate_limited", "%d connections read this answer already."
-                             % MAX_READERS_PER_JOB, retry_after=5)
+            raise too_many_readers_error()
         job.left_at = None
         reader = Reader(job, job.resume_at if at is None else min(at, len(job.items)))
         job.readers.append(reader)
@@ -1073,7 +1038,7 @@ class Jobs:
         """End a job early, and tell its provider to stop. Nothing happens if it has ended."""
         if job.ended_at is not None:
             return
-        error = error or RelayError("cancelled", "This request was cancelled.")
+        error = error or cancelled_error()
         lease = job.lease
         if lease is not None:
             job.lease = None
@@ -1118,8 +1083,7 @@ class Matcher(Jobs):
             if self.draining:
                 raise self._shutting_down()
             if len(service.sessions) >= self.limits.max_sessions:
-                raise RelayError("relay_busy", "Too many providers of %s are logged in."
-                                 % service.name, retry_after=60)
+                raise too_many_sessions_error(service)
             session = Session(service, workers, Features(**features), self._lock.lock)
             service.features = session.features
             self._sessions[session.id] = session
@@ -1157,7 +1121,7 @@ class Matcher(Jobs):
             if session.poll is not this_poll or this_poll.lost:
                 return [], []                   # a newer one speaks, or nobody hears this
             if session.closed:
-                raise self._session_unknown()
+                raise session_unknown_error()
             session.deadline = min(session.deadline,
                                    self._clock() + self.limits.lease_seconds)
             return self._hand_over_locked(session)
@@ -1378,8 +1342,7 @@ class Matcher(Jobs):
         if not ending or at > have:
             lease.confirm(now)
         if entry.get("raw") and job.needs is None:
-            error = ending = RelayError("provider_error", "The provider answered a prompt "
-                                        "for text with something else.")
+            error = ending = not_text_error()
             items = ()
         if at > have:
             return {"job": pair[0], "error": "gap", "at": have}
@@ -1397,11 +1360,9 @@ class Matcher(Jobs):
         """Add items to a job; return False if there is no room, which ends the job."""
         size = size_of(items)
         if job.size + size > self.limits.max_reply_bytes + JOB_BYTES + len(job.payload):
-            self._cancel_locked(job, RelayError(
-                "reply_too_large", "The answer is larger than %d bytes."
-                % self.limits.max_reply_bytes))
+            self._cancel_locked(job, reply_too_large_error(self.limits))
         elif not self._make_room_locked(size, job.holder):
-            self._cancel_locked(job, self._admission.memory_full())
+            self._cancel_locked(job, memory_full_error())
         if job.ended_at is not None:
             return False
         self._resize_locked(job, size)
@@ -1422,12 +1383,10 @@ class Matcher(Jobs):
         job.deaths += died
         service = session.service
         if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
-            self._end_locked(job, "failed", RelayError(
-                "provider_lost", "%d providers of %s went away after they were given this "
-                "prompt." % (job.attempt, service.name), retry=False))
+            self._end_locked(job, "failed", lost_too_often_error(job))
         elif job.seen and not (only_text(job.items) and service.continues(but=session)):
             # What is not text, such as half a tool call, cannot be handed on.
-            self._end_locked(job, "failed", self._lost_midway(service))
+            self._end_locked(job, "failed", lost_midway_error(service))
         elif self.draining:
             self._end_locked(job, "failed", self._shutting_down())
         else:
@@ -1442,7 +1401,7 @@ class Matcher(Jobs):
         """Return a session of this service. Raises RelayError."""
         session = self._sessions.get(session_id)
         if session is None or session.service is not service:
-            raise self._session_unknown()
+            raise session_unknown_error()
         return session
 
     def _connect_locked(self, session):
@@ -1565,9 +1524,9 @@ class Matcher(Jobs):
             if job is None or job.state != "queued":
                 continue
             if job.seen:
-                self._end_locked(job, "failed", self._lost_midway(service))
+                self._end_locked(job, "failed", lost_midway_error(service))
             elif not service.sessions and not job.wait:
-                self._end_locked(job, "failed", self._admission.offline(service, waited=True))
+                self._end_locked(job, "failed", offline_error(service, self._wall(), waited=True))
 
 
 ##############################################################################
@@ -1646,16 +1605,14 @@ class Exchange:
             return redirect_to_https(self)
         if route is None:
             self.api = guess_api(self.connection.last_head)
-            raise RelayError("not_found", "There is no %s here." %
-                             printable("/" + "/".join(head.path)))
+            raise no_path_error(head)
         self.api = route.api
         self.relay.count("requests", route.api)
         handler = route.handlers.get("GET" if head.method == "HEAD" else head.method)
         if handler is None and head.method == "OPTIONS":
             return answer_options(self, route)
         if handler is None:
-            raise RelayError("method_not_allowed", "There is no %s here, only %s." % (
-                printable(head.method, 20), route.allow), allow=route.allow)
+            raise no_method_error(head, route)
         if route.api == "operator":
             check_manager(self)
         globals()[handler](self, *arguments)       # most are defined further down
@@ -1769,9 +1726,7 @@ class Outlet:
 
     def _give_way(self):
         """The slot is needed for others."""
-        self.broker.cancel(self.job, RelayError(
-            "rate_limited", "Your address has more prompts under way than its share, and "
-            "others need the room. Try again in a few seconds.", retry_after=5))
+        self.broker.cancel(self.job, slot_lost_error())
 
     def deliver(self):
         """Send what has come, in the thread that brought it. Never blocks, never raises."""
@@ -1823,9 +1778,7 @@ class Outlet:
     def cancel_if_too_old(self):
         """Cancel a job that takes too long."""
         if self.broker.now() - self.job.created > self.limits.job_seconds:
-            self.broker.cancel(self.job, RelayError(
-                "provider_timeout", "This answer took longer than %d s."
-                % self.limits.job_seconds))
+            self.broker.cancel(self.job, took_too_long_error(self.limits))
 
 
 class WholeOutlet(Outlet):
@@ -2092,8 +2045,7 @@ def post_native(exchange, name=None):
     if command == "cancel":
         return cancel_native(exchange, service, request, access)
     if command is not None:
-        raise RelayError("invalid_request", "There is no command %s. The commands are "
-                         "getmodels and cancel." % printable(command, 40), param="command")
+        raise no_command_error(command)
     stream, key, at = request.get("stream"), request.get("key"), request.get("at")
     wanted = request.get("gettokens", 20)
     exchange.take_slot(reserved=by_operator or access is not None)
@@ -2372,6 +2324,139 @@ class Limits:
         if unknown:
             raise TypeError("unknown limits: " + ", ".join(sorted(unknown)))
         self.__dict__.update(values, **changes)
+
+
+##############################################################################
+# Words of errors: what the spine tells clients and providers
+#
+# Each function returns a RelayError that says what happened, why, and what to do. Times come
+# in seconds.
+##############################################################################
+
+JUST_GONE_SECONDS = 60       # a provider that left this recently may be back soon
+
+
+def paused_error(service):
+    return RelayError("service_paused", "%s is paused by its operator. Try again later."
+                      % service.name, retry_after=60, retry=False)
+
+
+def offline_error(service, now, waited=False):
+    """For a service without a provider. now: wall clock. waited: the job has waited for one."""
+    # A provider that has just left may be restarting. Whether to wait for any other is a
+    # person's decision: OpenAI's clients would wait Retry-After out twice, silently.
+    left = service.last_seen
+    just_gone = left is not None and abs(now - left) < JUST_GONE_SECONDS
+    since = "" if left is None else " since %s UTC" % time.strftime(
+        "%Y-%m-%d %H:%M", time.gmtime(left))
+    return RelayError("service_offline", "No provider of %s is connected%s. Try again later, "
+                      "or send \"wait\": true to queue." % (service.name, since),
+                      retry_after=5 if just_gone else 30, retry=just_gone and not waited)
+
+
+def share_taken_error():
+    return RelayError("rate_limited", "Your prompts and their answers take a quarter of the "
+                      "relay's memory. Wait until some are answered.", retry_after=10)
+
+
+def memory_full_error():
+    return RelayError("relay_busy", "The relay's memory is full. Try again later.",
+                      retry_after=10)
+
+
+def too_many_waiting_error(service, waiting, limits, retry_after):
+    return RelayError("rate_limited", "You have %d prompts waiting for %s. Wait until some are "
+                      "answered." % (waiting, service.name), retry_after=retry_after,
+                      limit=limits.max_queue_per_caller)
+
+
+def queue_full_error(service, retry_after):
+    return RelayError("queue_full", "%d prompts wait for %s already. Try again later."
+                      % (service.queue.size, service.name), retry_after=retry_after)
+
+
+def gave_way_error(service, retry_after):
+    """For a job that left a full queue to another."""
+    return RelayError("rate_limited", "The queue of %s is full, and you have most of it: "
+                      "others need the room." % service.name, retry_after=retry_after)
+
+
+def slot_lost_error():
+    return RelayError("rate_limited", "Your address has more prompts under way than its share, "
+                      "and others need the room. Try again in a few seconds.", retry_after=5)
+
+
+def too_many_sessions_error(service):
+    return RelayError("relay_busy", "Too many providers of %s are logged in." % service.name,
+                      retry_after=60)
+
+
+def too_many_readers_error():
+    return RelayError("rate_limited", "%d connections read this answer already."
+                      % MAX_READERS_PER_JOB, retry_after=5)
+
+
+def key_reused_error():
+    return RelayError("key_reused", "This key already names another prompt: use a new random "
+                      "one for each prompt.")
+
+
+def stream_unknown_error(limits):
+    return RelayError("stream_unknown", "There is no stream of that key: it ended more than %d "
+                      "s ago, or the relay was restarted. Send the prompt again with a new key."
+                      % limits.keep_seconds)
+
+
+def session_unknown_error():
+    return RelayError("session_unknown", "This session has ended: log in again.")
+
+
+def shutting_down_error():
+    return RelayError("shutting_down", "The relay is restarting. Try again in a few seconds.",
+                      retry_after=3)
+
+
+def cancelled_error():
+    return RelayError("cancelled", "This request was cancelled.")
+
+
+def took_too_long_error(limits):
+    return RelayError("provider_timeout", "This answer took longer than %d s."
+                      % limits.job_seconds)
+
+
+def reply_too_large_error(limits):
+    return RelayError("reply_too_large", "The answer is larger than %d bytes."
+                      % limits.max_reply_bytes)
+
+
+def not_text_error():
+    return RelayError("provider_error", "The provider answered a prompt for text with something "
+                      "else.")
+
+
+def lost_midway_error(service):
+    return RelayError("provider_lost", "The provider of %s went away in the middle of this "
+                      "answer. Ask again." % service.name)
+
+
+def lost_too_often_error(job):
+    return RelayError("provider_lost", "%d providers of %s went away after they were given this "
+                      "prompt." % (job.attempt, job.service.name), retry=False)
+
+
+def no_path_error(head):
+    return RelayError("not_found", "There is no %s here." % printable("/" + "/".join(head.path)))
+
+
+def no_method_error(head, route):
+    return RelayError("method_not_allowed", "There is no %s here, only %s." % (
+        printable(head.method, 20), route.allow), allow=route.allow)
+
+
+def no_command_error(command):
+    return RelayError("invalid_request", "There is no command %s. The commands are getmodels "
+                      "and cancel." % printable(command, 40), param="command")
 
 
 ##############################################################################
@@ -2726,7 +2811,7 @@ class Memory:
 
 
 ##############################################################################
-# The Broker's other duties: services, memory, metrics, affinity, the words of errors, the end
+# The Broker's other duties: services, memory, metrics, affinity, the end
 #
 # The spine has the Broker's halves for clients and providers.
 ##############################################################################
@@ -2832,7 +2917,7 @@ class Broker(Matcher):
             if job is None:
                 return False
             if job.ended_at is None:
-                self._cancel_locked(job, self._admission.memory_full())
+                self._cancel_locked(job, memory_full_error())
             if job.id in self._jobs and not job.readers:
                 self._forget_locked(job)
             elif job.id in self._jobs:
@@ -2849,7 +2934,7 @@ class Broker(Matcher):
 
     def _empty_locked(self, job):
         """Keep only a job's error, which a client has still to read."""
-        job.error = job.error or self._admission.memory_full()
+        job.error = job.error or memory_full_error()
         job.payload, job.items, job.encoded = b"", [], None
         self._memory.keep(job, False)      # there is nothing left to take
         self._resize_locked(job, JOB_BYTES - job.size)
@@ -2926,25 +3011,10 @@ class Broker(Matcher):
             if job.state == "queued":
                 self._dispatch_locked(job.service)
 
-    # -- errors --
-
-    def _stream_unknown(self):
-        return RelayError("stream_unknown", "There is no stream of that key: it ended more "
-                          "than %d s ago, or the relay was restarted. Send the prompt again "
-                          "with a new key." % self.limits.keep_seconds)
-
-    def _session_unknown(self):
-        return RelayError("session_unknown", "This session has ended: log in again.")
+    # -- the end --
 
     def _shutting_down(self):
-        return RelayError("shutting_down", "The relay is restarting. Try again in a few "
-                          "seconds.", retry_after=3)
-
-    def _lost_midway(self, service):
-        return RelayError("provider_lost", "The provider of %s went away in the middle of "
-                          "this answer. Ask again." % service.name)
-
-    # -- the end --
+        return shutting_down_error()
 
     def drain(self):
         """Take no new jobs and fail those that wait; running ones go on."""
