@@ -446,19 +446,6 @@ class Queue:
             del self._turns[job.caller]
         return line
 
-    def largest(self, group_of):
-        """Return (Counter of waiting jobs per group of callers, newest job of the largest
-        group). The operator's do not count, and returned jobs are not chosen."""
-        sizes = Counter()
-        for caller, count in self._counts.items():
-            if caller is not None:
-                sizes[group_of(caller)] += count
-        group = max(sizes, key=sizes.get, default=None)
-        return sizes, max((
-            job for jobs in (self._urgent, *self._turns.values()) for job in jobs
-            if not job.by_operator and group_of(job.caller) == group),
-            key=lambda job: job.number, default=None)
-
     def take(self, session):
         """Take out the job that this session should have next; None if there is none. A
         caller whose next job this session cannot answer is passed over."""
@@ -647,7 +634,7 @@ class Admission:
         size = JOB_BYTES + len(job.payload)
         if size > self.memory.share_left(job.holder):
             raise share_taken_error()
-        self._check_rates(job)
+        charge_rates(job, limits=self._limits, rates=self._rates, quotas=self.quotas)
         return victim
 
     def _check_queue(self, job):
@@ -659,34 +646,10 @@ class Admission:
         most = limits.max_queue
         if job.by_operator or job.access is not None:
             most += most // RESERVED           # for when no stranger gives way
-        victim = self._gives_way(job) if service.queue.size >= limits.max_queue else None
+        victim = gives_way(service.queue, job) if service.queue.size >= limits.max_queue else None
         if service.queue.size >= most and victim is None:
             raise queue_full_error(service, self.retry_after(service))
         return victim
-
-    def _gives_way(self, job):
-        """The newest job of the largest group, if that group would stay larger than the
-        caller's; else None."""
-        sizes, newest = job.service.queue.largest(widest_group)
-        if newest is None or sizes[widest_group(newest.caller)] <= 1 + sizes[
-                widest_group(job.caller)]:
-            return None
-        return newest
-
-    def _check_rates(self, job):
-        service, limits = job.service, self._limits
-        if job.by_operator:
-            return
-        groups = ((job.caller, 1),) if job.access is not None else groups_of(job.caller)
-        for _ in range(job.cost if job.rated else 0):
-            for group, factor in groups:
-                self._rates.take(group, limits.max_prompts_per_minute * factor, 60, "prompts")
-        if job.access is None and (job.rated or service.anonymous_per_day):
-            most = service.anonymous_per_day or limits.max_anonymous_per_day
-            for _ in range(job.cost):
-                for group, factor in groups:
-                    self.quotas.take((service.name.lower(), group), most * factor,
-                                     "prompts without an access key")
 
     def charge(self, job):
         """Count an accepted job."""
@@ -1165,7 +1128,7 @@ class Matcher(Jobs):
                 if lease.state == "handed_out":
                     # The next poll that does not name it gets it again at once: but if the
                     # connection closed behind a response that arrived, it names it.
-                    lease.since = self._clock() - self.limits.handover_seconds / 2
+                    lease.since = self._clock() - REPEAT_AFTER * self.limits.handover_seconds
             self._timers.call_later(self.limits.close_seconds, self._broken_locked, session,
                                     this_poll)
 
@@ -1237,7 +1200,7 @@ class Matcher(Jobs):
         limits = self.limits
         hold = limits.busy_poll_seconds if session.jobs() else limits.poll_seconds
         if any(lease.state == "handed_out" for lease in session.leases.values()):
-            hold = min(hold, limits.handover_seconds / 2)     # it may have to be repeated
+            hold = min(hold, REPEAT_AFTER * limits.handover_seconds)  # it may be repeated then
         return hold if timeout is None else min(hold, timeout)
 
     def _park_locked(self, session, this_poll, timeout):
@@ -1275,53 +1238,6 @@ class Matcher(Jobs):
             self._heard_locked(session)
             self._check_handover_later_locked(session, self.limits.handover_seconds)
         return offers, cancels
-
-    def _confirm_locked(self, session, running):
-        """Compare what the provider has in hand with what we think it has."""
-        now, running = self._clock(), set(running)
-        unknown = sum(lease.job is None for lease in session.leases.values())
-        for pair in running:
-            lease = session.leases.get(pair) or self._take_back_locked(session, pair)
-            if lease is not None and lease.state != "cancelled":
-                lease.confirm(now)
-            elif lease is not None:
-                # Say it again only if the response that said it may have been lost.
-                if now - lease.since >= self.limits.handover_seconds / 2:
-                    lease.move("cancelled", now)
-            elif pair not in session.ended and unknown < MAX_UNKNOWN_LEASES:
-                # Not its own (else its last push overtook this poll).
-                Lease(session, None, pair, "cancelled", now)
-                unknown += 1
-        for lease in list(session.leases.values()):
-            if lease.pair not in running and lease not in session.outbox:
-                self._missing_locked(session, lease, now)
-
-    def _missing_locked(self, session, lease, now):
-        """A poll does not name this lease, which was mentioned in an earlier response."""
-        if lease.state == "cancelled":
-            lease.move("ended", now)                  # the provider has stopped
-        elif now - lease.since < self.limits.handover_seconds / 5:
-            pass                                      # it may have crossed this poll
-        elif not lease.job.items or session.features.continues:
-            lease.move("offered", now)                # it was lost there, or on the way
-        elif lease.state == "confirmed":
-            # It was begun there, and would be begun again behind the items we have.
-            lease.move("handed_out", now)
-            self._check_handover_later_locked(session, self.limits.handover_seconds)
-
-    def _take_back_locked(self, session, pair, at=0):
-        """Give a job back to a provider that seemed to be gone, if it waits and the provider
-        can go on from item offset `at`. Return the Lease, or None."""
-        job = self._jobs.get(pair[0])
-        if (job is None or job.state != "queued" or not job.attempt
-                or job.attempt != pair[1]
-                or job.service is not session.service or at > len(job.items)):
-            return None
-        job.service.queue.remove(job)
-        job.move("leased")
-        job.deaths = max(0, job.deaths - 1)        # it was not dead after all
-        job.lease = Lease(session, job, pair, "handed_out", self._clock())
-        return job.lease
 
     def _push_locked(self, session, entry):
         """Add one entry's items to its job; return a refusal as a dict, or None."""
@@ -1492,28 +1408,6 @@ class Matcher(Jobs):
             if not job.seen:
                 self._release_locked(job.lease, died=True)
 
-    def _check_handover_later_locked(self, session, delay):
-        """Make sure that a timer looks for leases that are not confirmed."""
-        if not session.has_handover_timer:
-            session.has_handover_timer = True
-            self._timers.call_later(delay, self._unconfirmed_locked, session)
-
-    def _unconfirmed_locked(self, session):
-        """Take back the leases that were handed out some time ago and never confirmed."""
-        session.has_handover_timer = False
-        if session.closed:
-            return
-        now, left = self._clock(), math.inf
-        for lease in list(session.leases.values()):
-            if lease.state == "handed_out":
-                due = lease.since + self.limits.handover_seconds
-                if due <= now:
-                    self._release_locked(lease, died=False)
-                else:
-                    left = min(left, due - now)
-        if left < math.inf:
-            self._check_handover_later_locked(session, left)
-
     def _deserted_locked(self, service, job_id=None):
         """Some time after the last provider left, or the last that can go on with a begun
         answer: has one come back? job_id: of the job that must not wait longer; None: all."""
@@ -1543,8 +1437,9 @@ LARGE_BODY_BYTES = 1 << 16       # only one of these is parsed at a time
 class Exchange:
     """One request and its response. One thread runs it until it has ended.
 
-    HttpExchange, in the machinery, adds how a body is read (read_object) and how a response
-    looks as bytes (response, error_response, chunked_head, framed).
+    HttpExchange, in the machinery, adds how a body is read (read_object), how a response looks
+    as bytes (response, error_response, chunked_head, framed), and how a whole one is sent
+    (respond, send_whole).
     """
 
     head = None                        # of the request, once it was read
@@ -1619,11 +1514,6 @@ class Exchange:
 
     # -- the request --
 
-    def charge_guess(self, what):
-        """Count a wrong key, or a stream key that names nothing, for this address."""
-        self.bounds.wrong_keys.take_by_address(
-            self.address, self.limits.max_wrong_keys_per_minute, 60, what)
-
     def caller(self, access=None):
         """Who this client is, for turns and limits: its access key, else its address."""
         return "key " + access.id if access is not None else self.address
@@ -1639,34 +1529,6 @@ class Exchange:
         slot, self.slot = self.slot, None
         if slot is not None:
             slot.release()
-
-    # -- the response --
-
-    def respond(self, status, body, kind=JSON, **more):
-        """Send one whole response: see response."""
-        self.send_whole(*self.response(status, body, kind, **more))
-
-    def send_whole(self, head, body):
-        """Send a whole response, the last of its exchange."""
-        # A client that has the whole answer may disconnect, and ask the same again at once.
-        self.connection.when_gone(None)
-        self.send_parts(head, body)
-
-    def send_parts(self, head, body):
-        """Send a whole response. If the peer hangs up, when_gone's callback is called."""
-        if len(body) <= MAX_SMALL_BODY_BYTES:
-            return self.connection.send(head + body)
-        self.connection.send(head)         # two writes, but no copy
-        self.connection.send(body)
-
-    def room(self, size):
-        """Take memory for the bytes of a response, before they are made. Blocks until there
-        is some. Returns a context manager that releases it."""
-        if size <= DIRECT_BYTES:
-            return contextlib.nullcontext()
-        room = self.bounds.bytes
-        return room.take(self.address, min(size, room.most // 2), reserved=True,
-                         give_way=self.connection.abort, wait=self.limits.write_seconds)
 
     def fail(self, error):
         """Answer with an error. Raises PeerGone if a part of the response was sent."""
@@ -1818,13 +1680,6 @@ class WholeOutlet(Outlet):
     def next_items(self):
         return () if self.size() == 0 else self.job.items
 
-    def size(self):
-        """Roughly the bytes that wait for this reader."""
-        encoded = self.job.encoded
-        if encoded is not None and encoded[0] == self.encoder.name:
-            return 0                       # shared with another reader, and counted there
-        return self.job.answer_bytes()
-
     def send_next(self, own):
         if self.job.ended_at is None:
             return
@@ -1838,29 +1693,13 @@ class WholeOutlet(Outlet):
         self.reader.cursor = len(self.job.items)
         self.complete = True
 
+    def size(self):
+        """Roughly the bytes that wait for this reader."""
+        return self.job.answer_bytes()
+
     def _parts(self, own):
         """The response in parts; None: it is large, and the own thread's work."""
-        head, body = self._response(self.job.error)
-        if len(body) <= (MAX_SMALL_BODY_BYTES if own else DIRECT_BYTES):
-            return (head + body,)
-        if not own:
-            return None
-        if self.job.encoded is not None:
-            return self._shared(head, len(body))
-        return head, body
-
-    def _shared(self, head, size):
-        """Yield a response with the job's encoded answer, in copies of small parts, so that a
-        slow reader holds only a part in memory. Raises PeerGone if the answer had to make
-        room for others."""
-        yield head
-        for start in range(0, size, DIRECT_BYTES):
-            encoded = self.job.encoded
-            if encoded is None:
-                raise PeerGone()
-            # The generator must not hold the answer while the client reads.
-            part, encoded = encoded[1][start:start + DIRECT_BYTES], None
-            yield part
+        return (b"".join(self._response(self.job.error)),)
 
     def _response(self, error):
         """Return (head, body) of the response; an error of ours becomes a 500."""
@@ -1873,15 +1712,8 @@ class WholeOutlet(Outlet):
             return self.exchange.error_response(self.exchange.explain(fault))
 
     def _body(self):
-        """The whole answer as bytes, made once for all readers of the job."""
-        encoder, job = self.encoder, self.job
-        encoded = job.encoded
-        if encoded is not None and encoded[0] == encoder.name:
-            return encoded[1]
-        body = self.encoded(job.answer_bytes(), encoder.whole, job)
-        if len(body) > MAX_SMALL_BODY_BYTES:
-            self.broker.keep_encoded(job, encoder.name, body)
-        return body
+        """The whole answer as bytes."""
+        return self.encoder.whole(self.job)
 
 
 class StreamOutlet(Outlet):
@@ -2058,7 +1890,7 @@ def post_native(exchange, name=None):
     elif key:
         PollOutlet(exchange, reader, wanted, counts=at is not None).answer()
     else:
-        WholeOutlet(exchange, reader, NativeWhole()).answer()
+        SharedOutlet(exchange, reader, NativeWhole()).answer()
 
 
 def stream_identity(exchange, service, key, access, prompt=None):
@@ -2143,13 +1975,6 @@ def post_poll(exchange, name):
     check_fields(request, POLL_FIELDS)
     session, running = session_of(request), request.get("running") or []
     exchange.drop(request)
-    try:
-        running = [(job, attempt) for job, attempt in running]
-        if not all(is_lease(job, attempt) for job, attempt in running):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise RelayError("invalid_request", "running must be a list of [job, attempt].",
-                         param="running") from None
     if len(running) > 4 * exchange.limits.max_workers:
         raise RelayError("invalid_request", "running has more than %d jobs."
                          % (4 * exchange.limits.max_workers), param="running")
@@ -2191,19 +2016,8 @@ def post_logout(exchange, name):
 
 
 def send_work(exchange, offers, cancels, refused=None):
-    """The response to poll and reply. The prompts are JSON already."""
-    parts = [b'{"errorcode":0,"jobs":[']
-    for job, attempt, at, text in offers:
-        request = job.payload or b"{}"     # empty if the job has just been dropped
-        if text is not None and job.payload:
-            request = request[:-1] + b',"reply_so_far":%s}' % to_json(text)
-        parts += (b'%s{"job":"%s","attempt":%d,"at":%d,"request":' % (
-            b"," if len(parts) > 1 else b"", job.id.encode("ascii"), attempt, at),
-            request, b"}")
-    parts.append(b'],"cancel":%s' % (dumps(cancels) if cancels else b"[]"))
-    if refused is not None:
-        parts.append(b',"refused":%s' % (dumps(refused) if refused else b"[]"))
-    parts.append(b"}")
+    """The response to poll and reply."""
+    parts = encode_work(offers, cancels, refused)
     # Counted as memory: a provider that does not read keeps these bytes, even once the jobs
     # have gone. Not send_whole: a poll's connection is watched after its response, too.
     with exchange.room(sum(map(len, parts))):
@@ -2571,6 +2385,40 @@ class Quotas(Rates):
             self._due.update(pairs[-self.MOST:])
 
 
+def gives_way(queue, job):
+    """The newest job of the group of callers that has most jobs in a queue, if that group would
+    stay larger than that of `job`; else None. The operator's do not count, and jobs that a
+    provider gave back are not chosen."""
+    sizes, newest = Counter(), {}
+    for other in queue:
+        if not other.by_operator:
+            group = widest_group(other.caller)
+            sizes[group] += 1
+            if not other.returned and (
+                    group not in newest or other.number > newest[group].number):
+                newest[group] = other
+    group = max(sizes, key=sizes.get, default=None)
+    if group not in newest or sizes[group] <= 1 + sizes[widest_group(job.caller)]:
+        return None
+    return newest[group]
+
+
+def charge_rates(job, limits, rates, quotas):
+    """Count a prompt for its caller. Raises RelayError if it is one too many."""
+    if job.by_operator:
+        return
+    groups = ((job.caller, 1),) if job.access is not None else groups_of(job.caller)
+    for _ in range(job.cost if job.rated else 0):
+        for group, factor in groups:
+            rates.take(group, limits.max_prompts_per_minute * factor, 60, "prompts")
+    if job.access is None and (job.rated or job.service.anonymous_per_day):
+        most = job.service.anonymous_per_day or limits.max_anonymous_per_day
+        for _ in range(job.cost):
+            for group, factor in groups:
+                quotas.take((job.service.name.lower(), group), most * factor,
+                            "prompts without an access key")
+
+
 def too_many(what, most, seconds, late, name="rate_limited"):
     """The error for one `what` more than `most` in `seconds`, which is `late` seconds early."""
     return RelayError(name, "Too many %s: %d in %s are allowed. Try again in %s." % (
@@ -2811,10 +2659,14 @@ class Memory:
 
 
 ##############################################################################
-# The Broker's other duties: services, memory, metrics, affinity, the end
+# The Broker's other duties: services, lost responses, memory, metrics, affinity
 #
 # The spine has the Broker's halves for clients and providers.
 ##############################################################################
+
+
+CROSSING = 0.2               # of handover_seconds: so late a poll may have crossed a response
+REPEAT_AFTER = 0.5           # of handover_seconds: then what was said may be said again
 
 
 class Broker(Matcher):
@@ -2898,6 +2750,77 @@ class Broker(Matcher):
         """End all sessions of a service."""
         for session in [s for s in self._sessions.values() if s.service is service]:
             self._end_session_locked(session)
+
+    # -- lost responses: each poll names what its provider has in hand --
+
+    def _confirm_locked(self, session, running):
+        """Compare what the provider has in hand with what we think it has."""
+        now, running = self._clock(), set(running)
+        unknown = sum(lease.job is None for lease in session.leases.values())
+        for pair in running:
+            lease = session.leases.get(pair) or self._take_back_locked(session, pair)
+            if lease is not None and lease.state != "cancelled":
+                lease.confirm(now)
+            elif lease is not None:
+                # Say it again only if the response that said it may have been lost.
+                if now - lease.since >= REPEAT_AFTER * self.limits.handover_seconds:
+                    lease.move("cancelled", now)
+            elif pair not in session.ended and unknown < MAX_UNKNOWN_LEASES:
+                # Not its own (else its last push overtook this poll).
+                Lease(session, None, pair, "cancelled", now)
+                unknown += 1
+        for lease in list(session.leases.values()):
+            if lease.pair not in running and lease not in session.outbox:
+                self._missing_locked(session, lease, now)
+
+    def _missing_locked(self, session, lease, now):
+        """A poll does not name this lease, which was mentioned in an earlier response."""
+        if lease.state == "cancelled":
+            lease.move("ended", now)                  # the provider has stopped
+        elif now - lease.since < CROSSING * self.limits.handover_seconds:
+            pass                                      # it may have crossed this poll
+        elif not lease.job.items or session.features.continues:
+            lease.move("offered", now)                # it was lost there, or on the way
+        elif lease.state == "confirmed":
+            # It was begun there, and would be begun again behind the items we have.
+            lease.move("handed_out", now)
+            self._check_handover_later_locked(session, self.limits.handover_seconds)
+
+    def _take_back_locked(self, session, pair, at=0):
+        """Give a job back to a provider that seemed to be gone, if it waits and the provider
+        can go on from item offset `at`. Return the Lease, or None."""
+        job = self._jobs.get(pair[0])
+        if (job is None or job.state != "queued" or not job.attempt
+                or job.attempt != pair[1]
+                or job.service is not session.service or at > len(job.items)):
+            return None
+        job.service.queue.remove(job)
+        job.move("leased")
+        job.deaths = max(0, job.deaths - 1)        # it was not dead after all
+        job.lease = Lease(session, job, pair, "handed_out", self._clock())
+        return job.lease
+
+    def _check_handover_later_locked(self, session, delay):
+        """Make sure that a timer looks for leases that are not confirmed."""
+        if not session.has_handover_timer:
+            session.has_handover_timer = True
+            self._timers.call_later(delay, self._unconfirmed_locked, session)
+
+    def _unconfirmed_locked(self, session):
+        """Take back the leases that were handed out some time ago and never confirmed."""
+        session.has_handover_timer = False
+        if session.closed:
+            return
+        now, left = self._clock(), math.inf
+        for lease in list(session.leases.values()):
+            if lease.state == "handed_out":
+                due = lease.since + self.limits.handover_seconds
+                if due <= now:
+                    self._release_locked(lease, died=False)
+                else:
+                    left = min(left, due - now)
+        if left < math.inf:
+            self._check_handover_later_locked(session, left)
 
     # -- polled reads --
 
@@ -4136,6 +4059,16 @@ def of_type(kind, words):
     return Kind(words, accept)
 
 
+def leases():
+    """A list of [job, attempt], as pairs."""
+    def accept(value):
+        pairs = [(job, attempt) for job, attempt in value]
+        if not all(is_lease(job, attempt) for job, attempt in pairs):
+            raise ValueError
+        return pairs
+    return Kind("a list of [job, attempt]", accept)
+
+
 def texts(most, length):
     """A list of short lines."""
     def accept(value):
@@ -4217,7 +4150,7 @@ LOGIN_FIELDS = {
     "vision": flag(),
     "tools": flag(),
 }
-POLL_FIELDS = {"running": of_type(list, "a list of [job, attempt]")}
+POLL_FIELDS = {"running": leases()}
 SERVICE_FIELDS = {
     "operator": text(100, line=True),
     "comment": text(500, line=True),
@@ -4403,6 +4336,23 @@ def provider_error(error):
     return RelayError(name, words, **upstream)
 
 
+def encode_work(offers, cancels, refused):
+    """The response to poll and reply as JSON, in parts. The prompts are JSON already."""
+    parts = [b'{"errorcode":0,"jobs":[']
+    for job, attempt, at, text in offers:
+        request = job.payload or b"{}"     # empty if the job has just been dropped
+        if text is not None and job.payload:
+            request = request[:-1] + b',"reply_so_far":%s}' % to_json(text)
+        parts += (b'%s{"job":"%s","attempt":%d,"at":%d,"request":' % (
+            b"," if len(parts) > 1 else b"", job.id.encode("ascii"), attempt, at),
+            request, b"}")
+    parts.append(b'],"cancel":%s' % (dumps(cancels) if cancels else b"[]"))
+    if refused is not None:
+        parts.append(b',"refused":%s' % (dumps(refused) if refused else b"[]"))
+    parts.append(b"}")
+    return parts
+
+
 class BytesUnderWay:
     """The memory that one body takes, from the arrival of its bytes until it is parsed."""
 
@@ -4519,6 +4469,11 @@ class HttpExchange(Exchange):
             self.parsing = False
             self.bounds.large_bodies.release()
 
+    def charge_guess(self, what):
+        """Count a wrong key, or a stream key that names nothing, for this address."""
+        self.bounds.wrong_keys.take_by_address(
+            self.address, self.limits.max_wrong_keys_per_minute, 60, what)
+
     # -- the response --
 
     def response(self, status, body, kind=JSON, error=None, more=b"", **headers):
@@ -4564,6 +4519,32 @@ class HttpExchange(Exchange):
             head += ("%s: %s\r\n" % (name.replace("_", "-"), value)).encode("ascii")
         return b"%s%s%sX-Request-Id: %s\r\n" % (
             head, more, self.relay.date(), self.id.encode("ascii"))
+
+    def respond(self, status, body, kind=JSON, **more):
+        """Send one whole response: see response."""
+        self.send_whole(*self.response(status, body, kind, **more))
+
+    def send_whole(self, head, body):
+        """Send a whole response, the last of its exchange."""
+        # A client that has the whole answer may disconnect, and ask the same again at once.
+        self.connection.when_gone(None)
+        self.send_parts(head, body)
+
+    def send_parts(self, head, body):
+        """Send a whole response. If the peer hangs up, when_gone's callback is called."""
+        if len(body) <= MAX_SMALL_BODY_BYTES:
+            return self.connection.send(head + body)
+        self.connection.send(head)         # two writes, but no copy
+        self.connection.send(body)
+
+    def room(self, size):
+        """Take memory for the bytes of a response, before they are made. Blocks until there
+        is some. Returns a context manager that releases it."""
+        if size <= DIRECT_BYTES:
+            return contextlib.nullcontext()
+        room = self.bounds.bytes
+        return room.take(self.address, min(size, room.most // 2), reserved=True,
+                         give_way=self.connection.abort, wait=self.limits.write_seconds)
 
     def explain(self, error):
         """Return the RelayError for whatever went wrong; a fault of ours is logged."""
@@ -4860,6 +4841,60 @@ def access_of(exchange, service):
 
 
 ##############################################################################
+# Large whole answers: made once for all their readers
+#
+# An answer may be sent to a hundred readers, each of them slow. Without this section each
+# would hold a copy of it.
+##############################################################################
+
+
+class SharedOutlet(WholeOutlet):
+    """As WholeOutlet. A large answer is encoded once, kept with its job, and sent in parts, by
+    the exchange's own thread."""
+
+    def size(self):
+        """Roughly the bytes that wait for this reader."""
+        encoded = self.job.encoded
+        if encoded is not None and encoded[0] == self.encoder.name:
+            return 0                       # shared with another reader, and counted there
+        return self.job.answer_bytes()
+
+    def _parts(self, own):
+        head, body = self._response(self.job.error)
+        if len(body) <= (MAX_SMALL_BODY_BYTES if own else DIRECT_BYTES):
+            return (head + body,)
+        if not own:
+            return None
+        if self.job.encoded is not None:
+            return self._shared(head, len(body))
+        return head, body
+
+    def _shared(self, head, size):
+        """Yield a response with the job's encoded answer, in copies of small parts, so that a
+        slow reader holds only a part in memory. Raises PeerGone if the answer had to make
+        room for others."""
+        yield head
+        for start in range(0, size, DIRECT_BYTES):
+            encoded = self.job.encoded
+            if encoded is None:
+                raise PeerGone()
+            # The generator must not hold the answer while the client reads.
+            part, encoded = encoded[1][start:start + DIRECT_BYTES], None
+            yield part
+
+    def _body(self):
+        """The whole answer as bytes, made once for all readers of the job."""
+        encoder, job = self.encoder, self.job
+        encoded = job.encoded
+        if encoded is not None and encoded[0] == encoder.name:
+            return encoded[1]
+        body = self.encoded(job.answer_bytes(), encoder.whole, job)
+        if len(body) > MAX_SMALL_BODY_BYTES:
+            self.broker.keep_encoded(job, encoder.name, body)
+        return body
+
+
+##############################################################################
 # Polled reads of the native API, for clients that cannot read a stream
 #
 # The oldest clients ask again and again with one stream key.
@@ -4982,7 +5017,8 @@ def post_api(exchange, api, name=None):
     cap_length(request, access, APIS[api].usual_length)
     exchange.take_slot(reserved=by_operator or access is not None)
     stream = request.get("stream")
-    options = dict(request.get("stream_options") or ())
+    options = request.get("stream_options") or {}
+    options = {name: bool(options.get(name)) for name in ("include_usage", "include_queue")}
     reader = submit_api(exchange, api, service, request, by_operator, access, opaque)
     if opaque:
         encoder = OpaqueStream(api, service) if stream else OpaqueWhole(api)
@@ -5087,8 +5123,8 @@ def time_headers(exchange, job):
 LATE_HEAD_SECONDS = 60       # then a whole answer begins before it is there
 
 
-class LateOutlet(WholeOutlet):
-    """As WholeOutlet, but keeps the connection open with spaces, which may stand before JSON:
+class LateOutlet(SharedOutlet):
+    """As SharedOutlet, but keeps the connection open with spaces, which may stand before JSON:
     OpenAI's clients and proxies give up on one that is silent for minutes."""
 
     late = False                           # the response has begun without the answer
@@ -5135,8 +5171,8 @@ class TextEncoder:
         self.chat, self.model, self.job = api == "chat", model, job
         self.name = "openai " + api
         self.kind = "text/event-stream" if stream else JSON
-        self.include_usage = bool(options.get("include_usage"))
-        self.tells_queue = tells_queue or bool(options.get("include_queue"))
+        self.include_usage = options.get("include_usage")
+        self.tells_queue = tells_queue or options.get("include_queue")
         self.finish_reason = self.usage = None
         self.begun, self.tokens, self.calls = False, 0, False
         what = b"text_completion" if not self.chat else (

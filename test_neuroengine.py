@@ -1281,7 +1281,7 @@ def outlet_of(desk, reader, kind, most=10**9):
     outlet = kind(exchange, reader, Upper())
     outlet.wrote_at = desk.time
     desk.broker.deliver_to(reader, outlet.deliver,
-                         float("inf") if kind is neuroengine_server.WholeOutlet else 0)
+                         float("inf") if kind is neuroengine_server.SharedOutlet else 0)
     return outlet
 
 
@@ -1295,7 +1295,7 @@ def stream(desk):
 @pytest.fixture
 def whole(desk):
     reader, session, job = desk.start()
-    return (outlet_of(desk, reader, neuroengine_server.WholeOutlet),
+    return (outlet_of(desk, reader, neuroengine_server.SharedOutlet),
             functools.partial(desk.push, session, job))
 
 
@@ -1352,7 +1352,7 @@ def test_readers_of_one_large_answer_share_its_bytes(desk):
     encoded = []
     for _ in range(3):
         other = desk.broker.open(desk.identity("repeat", "k"), 0)
-        outlet = outlet_of(desk, other, neuroengine_server.WholeOutlet)
+        outlet = outlet_of(desk, other, neuroengine_server.SharedOutlet)
         outlet.work()
         assert b"".join(outlet.connection.sent) == b"200 " + b"X" * 2000000
         encoded.append(other.job.encoded)
@@ -1363,7 +1363,7 @@ def test_readers_of_one_large_answer_share_its_bytes(desk):
 def test_a_slow_reader_keeps_no_answer_in_memory_that_had_to_make_room(desk):
     reader, session, job = desk.start(identity=desk.identity("repeat", "k"))
     desk.push(session, job, ["x" * 2000000], done=True)
-    outlet = outlet_of(desk, reader, neuroengine_server.WholeOutlet)
+    outlet = outlet_of(desk, reader, neuroengine_server.SharedOutlet)
 
     def send(part):
         outlet.connection.sent.append(part)
