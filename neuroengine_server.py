@@ -123,9 +123,6 @@ ERRORS = {name: ErrorKind(*row) for name, row in {
     "unsupported": (55, 400, "invalid_request_error", "unsupported_parameter", False),
     "session_unknown": (60, 404, "invalid_request_error", "session_unknown", False),
 }.items()}
-# The names that a provider may give for a job; any other becomes provider_error.
-PROVIDER_ERRORS = frozenset(("provider_error", "invalid_request", "unsupported",
-                             "context_length_exceeded", "provider_timeout"))
 
 
 class RelayError(Exception):
@@ -167,12 +164,6 @@ ITEM_BYTES = 64              # what an item takes besides its text
 
 class Service:
     """A name under which an LLM is shared, and who waits and works for it."""
-
-    SETTINGS = ("operator", "comment", "private", "paused", "anonymous_per_day",
-                "suggestions")
-    COLUMNS = ("name", "key_digest", "operator", "comment", "created", "numreq",
-               "last_seen", "private", "paused", "anonymous_per_day", "suggestions",
-               "connected")
 
     def __init__(self, name, key_digest, operator="", comment="", created=0, numreq=0,
                  last_seen=None, private=False, paused=False, anonymous_per_day=None,
@@ -810,22 +801,11 @@ class Jobs:
                 raise stream_unknown_error(self.limits)
             return self._attach_locked(job, at)
 
-    def read(self, reader, want=1, timeout=0.0, most=None):
-        """Wait for items and return (items, ended).
-
-        Blocks up to timeout seconds until there are `want` items that this reader has not
-        had, or the job has ended, or its client has gone. Returns at most `most` of them;
-        ended: none will follow those returned. With want None it waits for the end, and
-        returns nothing before.
-        """
-        job = reader.job
+    def read(self, reader, most=None):
+        """Return (items that this reader has not had, at most `most`; whether none will follow
+        those). Does not block: see deliver_to, and wait_for_items."""
         with self._lock:
-            if timeout > 0:
-                target = reader.wanted = math.inf if want is None else reader.cursor + want
-                self._wait_locked(reader, timeout, lambda: job.ended_at is not None or (
-                    len(job.items) >= target and job.readable()))
-                reader.wanted = math.inf
-            if job.ended_at is None and (want is None or not job.readable()):
+            if reader.job.ended_at is None and not reader.job.readable():
                 return [], False
             return self._take_items_locked(reader, most)
 
@@ -1017,10 +997,8 @@ class Jobs:
         if self._jobs.pop(job.id, None) is not None:
             self._memory.forget(job)
             self._disown_locked(job)
-            self._stale += job.has_timer
-            if self._stale > max(1000, len(self._timers) // 2):    # of no use for minutes
-                self._timers.drop(self._check_job_locked, self._jobs.__contains__)
-                self._stale = 0
+            if job.has_timer:
+                self._timer_left_locked()
 
     def _save_later_locked(self, service):
         """The service's counters changed and must be saved."""
@@ -1408,19 +1386,6 @@ class Matcher(Jobs):
             if not job.seen:
                 self._release_locked(job.lease, died=True)
 
-    def _deserted_locked(self, service, job_id=None):
-        """Some time after the last provider left, or the last that can go on with a begun
-        answer: has one come back? job_id: of the job that must not wait longer; None: all."""
-        if service.continues():
-            return
-        jobs = list(service.queue) if job_id is None else [self._jobs.get(job_id)]
-        for job in jobs:
-            if job is None or job.state != "queued":
-                continue
-            if job.seen:
-                self._end_locked(job, "failed", lost_midway_error(service))
-            elif not service.sessions and not job.wait:
-                self._end_locked(job, "failed", offline_error(service, self._wall(), waited=True))
 
 
 ##############################################################################
@@ -1762,7 +1727,7 @@ class StreamOutlet(Outlet):
         return max(0.01, silence)
 
     def send_next(self, own):
-        items, ended = self.broker.read(self.reader, most=max(1, len(self.next_items())))
+        items, ended = self.broker.read(self.reader, max(1, len(self.next_items())))
         if ended:
             self.connection.when_gone(None)
         if ended and not items and not self.exchange.started and self.job.error is not None:
@@ -1810,7 +1775,6 @@ class StreamOutlet(Outlet):
 # Native API: encoders and handlers
 ##############################################################################
 
-SHORT_KEY = 16               # a shorter stream key is for the caller that began the stream
 
 
 class NativeWhole:
@@ -1893,23 +1857,6 @@ def post_native(exchange, name=None):
         SharedOutlet(exchange, reader, NativeWhole()).answer()
 
 
-def stream_identity(exchange, service, key, access, prompt=None):
-    """The identity of a stream key, and of the prompt if it is known."""
-    name = (key,) if len(key) >= SHORT_KEY else (key, exchange.caller(access))
-    fingerprint = None if prompt is None else hashlib.sha256(to_json(prompt)).digest()
-    return Identity("stream", service, *name, fingerprint=fingerprint)
-
-
-def open_stream(exchange, identity, at):
-    """Return a Reader of a stream that began before. Guesses are counted."""
-    try:
-        return exchange.broker.open(identity, at)
-    except RelayError as error:
-        if error.name != "rate_limited":
-            exchange.charge_guess("unknown stream keys")
-        raise
-
-
 def submit_native(exchange, service, request, by_operator, access):
     """Submit a native prompt, or find the job it already is; return a Reader."""
     key, at, caller = request.get("key"), request.get("at"), exchange.caller(access)
@@ -1939,11 +1886,6 @@ def submit_native(exchange, service, request, by_operator, access):
               prefixes=prefixes)
     return exchange.broker.submit(job, identity, at)
 
-
-def repeat_identity(exchange, service, caller, repeat, api="native"):
-    """The identity of an Idempotency-Key, for this caller, body and API."""
-    return Identity("repeat", service, caller, digest(repeat),
-                    fingerprint=exchange.fingerprint + api.encode())
 
 
 ##############################################################################
@@ -2822,7 +2764,33 @@ class Broker(Matcher):
         if left < math.inf:
             self._check_handover_later_locked(session, left)
 
+    # -- prompts that no provider comes back for --
+
+    def _deserted_locked(self, service, job_id=None):
+        """Some time after the last provider left, or the last that can go on with a begun
+        answer: has one come back? job_id: of the job that must not wait longer; None: all."""
+        if service.continues():
+            return
+        jobs = list(service.queue) if job_id is None else [self._jobs.get(job_id)]
+        for job in jobs:
+            if job is None or job.state != "queued":
+                continue
+            if job.seen:
+                self._end_locked(job, "failed", lost_midway_error(service))
+            elif not service.sessions and not job.wait:
+                self._end_locked(job, "failed", offline_error(service, self._wall(), waited=True))
+
     # -- polled reads --
+
+    def wait_for_items(self, reader, want, timeout):
+        """Block up to timeout seconds until there are `want` items that this reader has not had
+        (None: all), or the job has ended, or its client has gone."""
+        job = reader.job
+        with self._lock:
+            target = reader.wanted = math.inf if want is None else reader.cursor + want
+            self._wait_locked(reader, timeout, lambda: job.ended_at is not None or (
+                len(job.items) >= target and job.readable()))
+            reader.wanted = math.inf
 
     def advance(self, reader):
         """What was read is about to be written: a client that sends no offset gets what
@@ -2832,6 +2800,13 @@ class Broker(Matcher):
             reader.job.resume_at = max(reader.job.resume_at, reader.cursor)
 
     # -- memory --
+
+    def _timer_left_locked(self):
+        """A job was forgotten before its timer: drop such timers when they are many."""
+        self._stale += 1
+        if self._stale > max(1000, len(self._timers) // 2):    # of no use for minutes
+            self._timers.drop(self._check_job_locked, self._jobs.__contains__)
+            self._stale = 0
 
     def _make_room_locked(self, size, holder):
         """Return whether `size` more bytes can be held, if necessary after others gave way."""
@@ -4323,6 +4298,11 @@ def is_plain(items):
         return False
 
 
+# The names that a provider may give for a job; any other becomes provider_error.
+PROVIDER_ERRORS = frozenset(("provider_error", "invalid_request", "unsupported",
+                             "context_length_exceeded", "provider_timeout"))
+
+
 def provider_error(error):
     """Return the RelayError for what a provider says of a job."""
     error = error if isinstance(error, dict) else {"message": error}
@@ -4841,6 +4821,36 @@ def access_of(exchange, service):
 
 
 ##############################################################################
+# Identities: what makes a second request mean the same job
+##############################################################################
+
+SHORT_KEY = 16               # a shorter stream key is for the caller that began the stream
+
+
+def stream_identity(exchange, service, key, access, prompt=None):
+    """The identity of a stream key, and of the prompt if it is known."""
+    name = (key,) if len(key) >= SHORT_KEY else (key, exchange.caller(access))
+    fingerprint = None if prompt is None else hashlib.sha256(to_json(prompt)).digest()
+    return Identity("stream", service, *name, fingerprint=fingerprint)
+
+
+def open_stream(exchange, identity, at):
+    """Return a Reader of a stream that began before. Guesses are counted."""
+    try:
+        return exchange.broker.open(identity, at)
+    except RelayError as error:
+        if error.name != "rate_limited":
+            exchange.charge_guess("unknown stream keys")
+        raise
+
+
+def repeat_identity(exchange, service, caller, repeat, api="native"):
+    """The identity of an Idempotency-Key, for this caller, body and API."""
+    return Identity("repeat", service, caller, digest(repeat),
+                    fingerprint=exchange.fingerprint + api.encode())
+
+
+##############################################################################
 # Large whole answers: made once for all their readers
 #
 # An answer may be sent to a hundred readers, each of them slow. Without this section each
@@ -4936,8 +4946,8 @@ class PollOutlet(Outlet):
                 break
             # Until there is a first token, one is enough to wake up for.
             want = self.wanted - len(texts) if texts else 1
-            items, ended = self.broker.read(self.reader, want, left,
-                                            self.wanted - len(texts))
+            self.broker.wait_for_items(self.reader, want, left)
+            items, ended = self.broker.read(self.reader, self.wanted - len(texts))
             if self.reader.gone:
                 raise PeerGone()
             found = [item for item in items if type(item) is str and item]
@@ -5880,6 +5890,11 @@ class Histogram:
 # Store: what survives a restart. Services, hashes of keys, counters; no prompts
 ##############################################################################
 
+SERVICE_SETTINGS = ("operator", "comment", "private", "paused", "anonymous_per_day",
+                    "suggestions")
+SERVICE_COLUMNS = ("name", "key_digest", "operator", "comment", "created", "numreq",
+                   "last_seen", "private", "paused", "anonymous_per_day", "suggestions",
+                   "connected")
 MIGRATIONS = (   # user_version counts those that the file has been through
     ("""CREATE TABLE services (
             name TEXT PRIMARY KEY COLLATE NOCASE, key_digest TEXT NOT NULL,
@@ -5973,7 +5988,7 @@ class Store:
         is reported and left alone."""
         with self._lock:
             services = {row[0].lower(): Service(*row) for row in self._db.execute(
-                "SELECT %s FROM services" % ", ".join(Service.COLUMNS)).fetchall()}
+                "SELECT %s FROM services" % ", ".join(SERVICE_COLUMNS)).fetchall()}
             for row in self._db.execute("SELECT service, %s FROM keys" % ", ".join(
                     AccessKey.COLUMNS)):
                 key, service = AccessKey(*row[1:]), services.get(row[0].lower())
@@ -6007,8 +6022,8 @@ class Store:
                                  param="invitation")
             self._db.execute(
                 "INSERT INTO services (%s) VALUES (?%s)" % (
-                    ", ".join(Service.COLUMNS), ", ?" * (len(Service.COLUMNS) - 1)),
-                [getattr(service, name) for name in Service.COLUMNS])
+                    ", ".join(SERVICE_COLUMNS), ", ?" * (len(SERVICE_COLUMNS) - 1)),
+                [getattr(service, name) for name in SERVICE_COLUMNS])
         service.stored = True
 
     def _take_name(self, name, key_digest):
@@ -6435,7 +6450,7 @@ class Registry:
                          for hashed in service.keys}
 
     def _compare_one(self, service, new):
-        for field in Service.SETTINGS:
+        for field in SERVICE_SETTINGS:
             setattr(service, field, getattr(new, field))
         if service.key_digest != new.key_digest:
             service.key_digest = new.key_digest
@@ -7361,7 +7376,7 @@ def record_of(service, old="{}"):
     """A service as a record, in JSON. old: its last record; what a newer version of this
     program keeps there stays."""
     record = json.loads(old)
-    record.update({name: getattr(service, name) for name in Service.COLUMNS
+    record.update({name: getattr(service, name) for name in SERVICE_COLUMNS
                    if name not in COUNTED})
     record["keys"] = [key_record(key) for key in list(service.keys.values())]
     return json.dumps(record, sort_keys=True)
@@ -7383,7 +7398,7 @@ def counters_of(service):
 def service_of(record, counters=""):
     """Return the Service of a record and its counters."""
     record, counters = json.loads(record), json.loads(counters or "{}")
-    service = Service(**{name: record[name] for name in Service.COLUMNS if name in record})
+    service = Service(**{name: record[name] for name in SERVICE_COLUMNS if name in record})
     service.numreq = counters.get("numreq", 0)
     service.last_seen = counters.get("last_seen")
     service.connected = counters.get("connected", 0)

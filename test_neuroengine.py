@@ -1168,7 +1168,7 @@ def test_a_reader_is_woken_only_when_enough_items_are_there(desk):
     reader, session, job = desk.start()
     got = []
     thread = threading.Thread(target=lambda: got.append(
-        desk.broker.read(reader, want=3, timeout=SOON)))
+        desk.broker.wait_for_items(reader, 3, SOON) or desk.broker.read(reader)))
     thread.start()
     until(lambda: reader.wanted == 3)
     desk.push(session, job, ["a"])
@@ -1990,9 +1990,9 @@ def test_a_file_of_version_1_is_migrated_with_all_its_data(tmp_path):
     for _ in range(2):                           # the second time there is nothing to do
         store = Store(path)
         llm, other = store.load()
-        assert [getattr(llm, name) for name in Service.COLUMNS] == [
+        assert [getattr(llm, name) for name in neuroengine_server.SERVICE_COLUMNS] == [
             "Llm", "d1", "me", "a comment", 1.5, 41, 4.5, True, False, None, "[]", 0]
-        assert [getattr(other, name) for name in Service.COLUMNS] == [
+        assert [getattr(other, name) for name in neuroengine_server.SERVICE_COLUMNS] == [
             "other", "d2", "", "", 2.5, 0, None, False, True, None, "[]", 0]
         key, = llm.keys.values()
         assert [getattr(key, name) for name in key.COLUMNS] == [
@@ -3157,7 +3157,7 @@ def test_no_failing_statement_leaves_a_change_half_done(tmp_path, stays):
     serving.start()
 
     def shown(service, *counted):
-        return [getattr(service, c) for c in ("key_digest",) + service.SETTINGS + counted]
+        return [getattr(service, c) for c in ("key_digest",) + neuroengine_server.SERVICE_SETTINGS + counted]
 
     def agree(*counted):
         with contextlib.closing(Store(path, existing=True)) as store:

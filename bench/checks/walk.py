@@ -183,9 +183,9 @@ class Walk:
         if not reader.attached:
             return
         at = reader.cursor
-        items, ended = self.broker.read(
-            reader, self.rand.choice((1, 2, None)), self.rand.choice((0, 0, 5)),
-            self.rand.choice((None, 1, 5)))
+        self.broker.wait_for_items(
+            reader, self.rand.choice((1, 2, None)), self.rand.choice((0, 0, 5)))
+        items, ended = self.broker.read(reader, self.rand.choice((None, 1, 5)))
         # Others may have read with this reader while it waited.
         insist(reader.cursor - at >= len(items), "the cursor went back")
         at = reader.cursor - len(items)

@@ -77,7 +77,8 @@ class World:
                 {"job": job.id, "attempt": attempt, "at": at, "items": [ITEM],
                  "done": True}])
             reader = self.readers.pop(job.id)
-            self.broker.read(reader, None, 1)
+            self.broker.wait_for_items(reader, None, 1)
+            self.broker.read(reader)
             self.broker.leave(reader, True)
 
     def job(self):
@@ -113,7 +114,8 @@ def parked(relay, count):
 
     def ask():
         reader = broker.submit(relay.Job(service, b'{"message":"Hello"}', wait=True))
-        broker.read(reader, None, 10)
+        broker.wait_for_items(reader, None, 10)
+        broker.read(reader)
         broker.leave(reader, True)
 
     threads = [threading.Thread(target=provide, args=(broker.login(service),), daemon=True)
@@ -181,7 +183,8 @@ def answered(relay, count):
     def item():
         broker.push(service, session, [
             {"job": job.id, "attempt": attempt, "at": next(at), "items": [ITEM]}])
-        broker.read(reader, 1, 1)
+        broker.wait_for_items(reader, 1, 1)
+        broker.read(reader)
 
     broker.push(service, session, [
         {"job": job.id, "attempt": attempt, "at": 0, "items": [ITEM] * count}])
