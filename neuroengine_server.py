@@ -595,6 +595,7 @@ class Timers:
 # Admission: memory, queue bounds, rate limits, quotas, reserved room
 ##############################################################################
 
+
 class Admission:
     """Whether a prompt is accepted. Its user, the Broker, holds the lock.
 
