@@ -1731,7 +1731,7 @@ def test_draining_fails_the_waiting_and_lets_the_running_finish(desk):
 
 def test_closing_wakes_every_waiter(desk):
     reader, session, job = desk.start()
-    threads = [threading.Thread(target=desk.broker.read, args=(reader, 1, SOON)),
+    threads = [threading.Thread(target=desk.broker.wait_for_items, args=(reader, 1, SOON)),
                threading.Thread(target=desk.broker.poll, args=(
                    desk.service, session, Poll(), [(job, 1)])),
                threading.Thread(target=lambda: desk.broker.upkeep())]

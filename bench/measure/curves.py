@@ -188,7 +188,8 @@ def answered(relay, count):
 
     broker.push(service, session, [
         {"job": job.id, "attempt": attempt, "at": 0, "items": [ITEM] * count}])
-    broker.read(reader, 1, 1)
+    broker.wait_for_items(reader, 1, 1)
+    broker.read(reader)
     try:
         return best(item)
     finally:
