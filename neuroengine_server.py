@@ -1459,7 +1459,8 @@ class Exchange:
         """Find the handler and call it. Raises RelayError."""
         if head.size > SMALL_HEAD_BYTES:
             self.head_slot = self.bounds.bytes.take(self.address, head.size, reserved=True)
-        self.relay.check_host(head.fields.get("host", ""), head.fields.get("origin"))
+        if self.relay.names.known:
+            self.relay.names.check(head.fields)
         self.local = self.connection.near and FORWARDED.isdisjoint(head.fields)
         route, arguments = find_route(head.path)
         if self.relay.tls and self.connection.tls is None and route is not CHALLENGE:
@@ -1468,7 +1469,7 @@ class Exchange:
             self.api = guess_api(self.connection.last_head)
             raise no_path_error(head)
         self.api = route.api
-        self.relay.count("requests", route.api)
+        self.relay.tally.count("requests", route.api)
         handler = route.handlers.get("GET" if head.method == "HEAD" else head.method)
         if handler is None and head.method == "OPTIONS":
             return answer_options(self, route)
@@ -4403,6 +4404,12 @@ def common_head(status, kind, api, keep_alive, cached):
     return b"".join(lines)
 
 
+@functools.lru_cache(maxsize=1)
+def date_header(second):
+    """The Date header line, made once a second."""
+    return b"Date: %s\r\n" % formatdate(second, usegmt=True).encode()
+
+
 class HttpExchange(Exchange):
     """An Exchange with its bytes: how a body is read, how a response is written."""
 
@@ -4499,7 +4506,7 @@ class HttpExchange(Exchange):
                 raise ValueError("ill-formed header %s: %r" % (name, value))
             head += ("%s: %s\r\n" % (name.replace("_", "-"), value)).encode("ascii")
         return b"%s%s%sX-Request-Id: %s\r\n" % (
-            head, more, self.relay.date(), self.id.encode("ascii"))
+            head, more, date_header(int(time.time())), self.id.encode("ascii"))
 
     def respond(self, status, body, kind=JSON, **more):
         """Send one whole response: see response."""
@@ -4541,7 +4548,7 @@ class HttpExchange(Exchange):
 
     def error_response(self, error):
         """Return (head, body) of the response for an error, in the form of the API in use."""
-        self.relay.count("errors", error.name)
+        self.relay.tally.count("errors", error.name)
         if self.head is None or not self.body_read:
             self.keep_alive = False        # where the next request begins is unknown
         return self.response(error.status, ERROR_FORMS[self.api](error), error=error)
@@ -5854,7 +5861,7 @@ def send_metrics(exchange):
             name += "_total" if kind == "counter" else ""
             lines += ["# TYPE neuroengine_%s %s" % (name, kind),
                       "neuroengine_%s %d" % (name, value)]
-    counted = sorted(relay.counted().items())
+    counted = sorted(relay.tally.counted().items())
     for what in sorted({what for (what, _), _ in counted}):
         lines.append("# TYPE neuroengine_%s_total counter" % what)
         lines += ['neuroengine_%s_total{kind="%s"} %d' % (what, label, count)
@@ -5863,6 +5870,23 @@ def send_metrics(exchange):
         lines += histogram.lines("neuroengine_" + name)
     exchange.respond(200, ("\n".join(lines) + "\n").encode("ascii"),
                      "text/plain; version=0.0.4")
+
+
+class Tally:
+    """Counts what happens, for /metrics. Thread-safe."""
+
+    def __init__(self):
+        self._counts, self._lock = Counter(), threading.Lock()
+
+    def count(self, what, label):
+        """Count one."""
+        with self._lock:
+            self._counts[what, label] += 1
+
+    def counted(self):
+        """What was counted: (what, label) -> number."""
+        with self._lock:
+            return Counter(self._counts)
 
 
 class Histogram:
@@ -6514,6 +6538,32 @@ def host_name(host):
         return host
 
 
+class Names:
+    """By which names the relay may be called.
+
+    A page anywhere can make its own name mean 127.0.0.1 (DNS rebinding) and then call a relay
+    that only this machine can reach: the name it uses gives it away.
+    """
+
+    def __init__(self, names, local):
+        """names: none if any will do. local: only this machine can reach the relay."""
+        self.known = {name.lower() for name in names}
+        if self.known or local:
+            self.known.add("localhost")
+
+    def check(self, fields):
+        """Raise RelayError if a request's headers call the relay by another name, or if they
+        come from a page of elsewhere while the relay is for this machine alone."""
+        name, origin = host_name(fields.get("host", "")), fields.get("origin")
+        if name and name not in self.known:
+            raise RelayError("forbidden", "This relay is not called %s. If a proxy calls it "
+                             "so, start it with --allow-host %s." % (name, name))
+        if origin and self.known == {"localhost"} and host_name(
+                origin.partition("://")[2] or origin) not in ("", "localhost"):
+            raise RelayError("forbidden", "This relay is for this machine alone, not for "
+                             "pages of %s." % printable(origin, 60))
+
+
 class Relay(ThreadingHTTPServer):
     """Accepts connections and serves them in threads."""
 
@@ -6548,8 +6598,7 @@ class Relay(ThreadingHTTPServer):
         self.threads, self.lobby = Threads(), Lobby(self._start)
         self.stopping = False
         self.active = set()                # exchanges under way
-        self._counts, self._counting = Counter(), threading.Lock()
-        self._date = (0, b"")
+        self.tally = Tally()
         self._spare = os.open(os.devnull, os.O_RDONLY)   # see _accept
         if ":" in host or not host and socket.has_dualstack_ipv6():
             self.address_family = socket.AF_INET6
@@ -6559,11 +6608,7 @@ class Relay(ThreadingHTTPServer):
             self.socket = listener
             self.server_address = listener.getsockname()
             self.server_port = self.server_address[1]
-        # A page anywhere can make its own name mean 127.0.0.1 (DNS rebinding) and then call
-        # a relay that only this machine can reach: the name it uses gives it away.
-        self.names = {name.lower() for name in names}
-        if self.names or is_loopback(canonical_address(self.server_address[0])):
-            self.names.add("localhost")
+        self.names = Names(names, is_loopback(canonical_address(self.server_address[0])))
 
     def show(self, page):
         """Serve these bytes of chat.html from now on; None for no page. And the client file
@@ -6610,7 +6655,7 @@ class Relay(ThreadingHTTPServer):
             sock, address = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self.count("refused_connections", "descriptors")
+                self.tally.count("refused_connections", "descriptors")
                 self.lobby.close_oldest()
                 spare, self._spare = self._spare, None
                 with contextlib.suppress(OSError, TypeError):
@@ -6657,7 +6702,7 @@ class Relay(ThreadingHTTPServer):
             self.threads.run(functools.partial(self._serve, connection))
         except RuntimeError:               # the system has no more threads
             connection.close()
-            self.count("refused_connections", "threads")
+            self.tally.count("refused_connections", "threads")
             self.lobby.close_oldest()
 
     def _serve(self, connection):
@@ -6704,7 +6749,7 @@ class Relay(ThreadingHTTPServer):
 
     def _refuse(self, request, error):
         """Answer 503 without reading anything; over TLS there is no way to say it."""
-        self.count("refused_connections", error.name)
+        self.tally.count("refused_connections", error.name)
         body = dumps(error.native())
         with contextlib.suppress(OSError, ValueError):
             if not self.tls:
@@ -6732,37 +6777,6 @@ class Relay(ThreadingHTTPServer):
                 return canonical_address(str(ipaddress.ip_address(
                     addresses[-self.hops].strip())))
         return peer
-
-    def check_host(self, host, origin):
-        """Raise RelayError if a Host header does not call the relay by one of its names, or
-        if a page from elsewhere calls a relay for this machine alone."""
-        if not self.names:
-            return
-        name = host_name(host)
-        if name and name not in self.names:
-            raise RelayError("forbidden", "This relay is not called %s. If a proxy calls it "
-                             "so, start it with --allow-host %s." % (name, name))
-        if origin and self.names == {"localhost"} and host_name(
-                origin.partition("://")[2] or origin) not in ("", "localhost"):
-            raise RelayError("forbidden", "This relay is for this machine alone, not for "
-                             "pages of %s." % printable(origin, 60))
-
-    def count(self, what, label):
-        """Count one, for /metrics."""
-        with self._counting:
-            self._counts[what, label] += 1
-
-    def counted(self):
-        """What was counted: (what, label) -> number."""
-        with self._counting:
-            return Counter(self._counts)
-
-    def date(self):
-        """The Date header, made once a second."""
-        now = int(time.time())
-        if self._date[0] != now:
-            self._date = now, b"Date: %s\r\n" % formatdate(now, usegmt=True).encode()
-        return self._date[1]
 
     # -- start and stop --
 

@@ -3494,10 +3494,10 @@ def test_an_expected_continue_comes_only_if_the_body_is_wanted(relay, hand):
     b"POST /a HTTP/1.1\r\nHost: localhost\r\n\r\n", b"nonsense\r\n\r\n", b"\x16\x03\x01\x02\x00",
     b"POST /a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nshort"])
 def test_broken_requests_are_answered_or_closed_and_never_a_500(relay, data):
-    mistakes = relay.counted()["errors", "internal_error"]
+    mistakes = relay.tally.counted()["errors", "internal_error"]
     answer = raw(relay, data)
     assert not answer or answer[9:10] == b"4"
-    assert relay.counted()["errors", "internal_error"] == mistakes
+    assert relay.tally.counted()["errors", "internal_error"] == mistakes
 
 
 def test_a_head_that_drips_times_out():
@@ -10076,7 +10076,7 @@ def test_cluster_haproxy_sends_a_service_to_one_relay_and_v1_to_all(haproxy, clu
         url = types.SimpleNamespace(server_address=("127.0.0.1", port))
 
         def counted(api):
-            return [relay.counted()["requests", api] for relay in relays]
+            return [relay.tally.counted()["requests", api] for relay in relays]
 
         def health():
             with contextlib.suppress(OSError):
