@@ -5526,7 +5526,6 @@ def charge_change(exchange):
 
 def register(exchange):
     """POST /api/services: {name, operator, comment, suggestions, invitation} -> {name, key}"""
-    charge_change(exchange)
     request, registry = exchange.read_object(LARGE_BODY_BYTES), exchange.relay.registry
     repeat = exchange.head.fields.get("idempotency-key")
     name = request.get("name")

@@ -2108,6 +2108,11 @@ def test_the_data_file_is_private(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_what_is_written_is_on_the_disk_before_it_is_answered(tmp_path):
+    with contextlib.closing(Store(str(tmp_path / "data.sqlite3"))) as store:
+        assert store._value("PRAGMA synchronous") == 2           # FULL
+
+
 def test_a_newer_or_broken_data_file_is_refused_in_words(tmp_path):
     newer, broken, torn = (tmp_path / name for name in ("newer", "broken", "torn"))
     with contextlib.closing(sqlite3.connect(str(newer))) as db:
@@ -2895,6 +2900,10 @@ def test_registration_is_repeatable_with_an_idempotency_key(relay):
     assert first[0] == 201
     assert ask(relay, "/api/services", body, Idempotency_Key="r1")[1] == first[1]
     assert ask(relay, "/api/services", body)[1]["error"] == "name_taken"
+    other = ask(relay, "/api/services", dict(body, comment="other"), Idempotency_Key="r1")
+    assert (other[0], other[1]["error"]) == (422, "key_reused")
+    relay.broker.find(body["name"]).created -= neuroengine_server.REPEAT_SECONDS
+    assert ask(relay, "/api/services", body, Idempotency_Key="r1")[1]["error"] == "key_reused"
 
 
 @pytest.mark.parametrize("name", ["v1", "API", "models", "robots.txt", "", "-x", "a b",
@@ -3954,6 +3963,32 @@ def test_limits_apply_to_the_client_of_a_trusted_proxy():
         hand.logout()
 
 
+def test_names_changes_and_logins_are_limited_for_each_address():
+    far = {"X_Forwarded_For": "203.0.113.9"}           # it did not come from this machine
+    with running_relay(limits=Limits(max_registrations_per_hour=2)) as own:
+        path, key = "/api/services/", ask(own, "/api/services", {"name": "One"}, **far)[1]["key"]
+        far["Authorization"] = "Bearer " + key
+        assert ask(own, path + "One", {"name": "Two"}, "PATCH", **far)[0] == 200
+        assert ask(own, path + "Two", {"name": "Three"}, "PATCH", **far)[0] == 429
+    del far["Authorization"]
+    with running_relay(limits=Limits(max_changes_per_minute=4)) as own:
+        key = ask(own, "/api/services", {"name": "One"}, **far)[1]["key"]
+        far["Authorization"] = "Bearer " + key
+        assert [ask(own, path + "One", {"comment": "x"}, "PATCH", **far)[0]
+                for _ in range(4)] == [200, 200, 200, 429]
+        assert ask(own, "/provider/One/login", {}, **far)[0] == 429
+
+
+def test_access_keys_are_a_bounded_number_of_a_service_and_in_all(monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "MAX_KEYS", 1)
+    with running_relay(limits=Limits(max_access_keys=2)) as own:
+        hands = [Hand(own) for _ in range(3)]
+        assert [[manage(own, hand, "POST", "/keys", {})[0] for _ in range(2)]
+                for hand in hands] == [[201, 400], [201, 400], [503, 503]]
+        for hand in hands:
+            hand.logout()
+
+
 def test_without_a_trusted_proxy_its_header_means_nothing(relay):
     for _ in range(3):
         ask(relay, "/api/models", X_Forwarded_For="203.0.113.77")
@@ -4024,6 +4059,18 @@ def test_bodies_under_way_count_as_memory_and_small_ones_always_pass():
         first.close()
         until(lambda: relay.bounds.bytes.taken == 0)
         assert ask(relay, "/" + hand.name, b" " * (size // 2))[0] == 400
+        hand.logout()
+
+
+def test_an_operators_bodies_have_reserved_memory():
+    network = neuroengine_server.ipaddress.ip_network("127.0.0.1")
+    with running_relay(proxies=[network], limits=Limits(max_held_bytes=1 << 22)) as own:
+        hand, room, far = Hand(own), own.bounds.bytes, {"X_Forwarded_For": "203.0.113.9"}
+        room.take("203.0.113.1", room.most - room.most // 10)    # all that strangers may have
+        body = b" " * (room.most // 12)
+        assert ask(own, "/" + hand.name, body, **far)[1]["error"] == "relay_busy"
+        assert ask(own, "/provider/%s/reply" % hand.name, body, Authorization="Bearer "
+                   + hand.key, **far)[1]["error"] == "invalid_json"
         hand.logout()
 
 
@@ -4981,6 +5028,12 @@ def test_every_field_of_length_is_capped_for_a_guest(relay, able):
         assert job["request"]["body"][field] == 5
         able.reply(job, [{"result": "{}"}], done=True)
         assert answer()[0] == 200
+    answer = in_thread(ask, relay, "/" + able.name, {
+        "message": "hi", "options": {"num_predict": 30}}, Authorization="Bearer " + guest)
+    job = able.next_job()
+    assert job["request"]["options"] == {"num_predict": 5}       # as Ollama calls it
+    able.reply(job, ["x"], done=True)
+    assert answer()[0] == 200
 
 
 def test_many_prompts_in_one_request_cost_as_many(relay, able):
@@ -5220,6 +5273,21 @@ def test_stop_before_listen_has_begun_ends_it_at_once(relay):
     in_thread(server.listen, lambda request: "x")()
 
 
+def test_stop_has_handed_all_jobs_back_when_listen_returns(relay, hand):
+    provider = NeuroengineServer(relay.url)
+    hand.logout()                          # so that this one gets the prompt
+    assert provider.login(hand.name, hand.key) == 0
+    session, tokens = provider._session, iter(client_of(relay, hand.name).stream("x"))
+    listening = threading.Thread(target=provider.listen, args=(slow_count(10**6),), daemon=True)
+    listening.start()
+    next(tokens)
+    provider.stop()
+    listening.join(SOON)
+    assert not listening.is_alive() and session not in relay.broker._sessions
+    with pytest.raises(NeuroengineError, match="went away in the middle"):
+        list(tokens)
+
+
 def test_listen_can_be_called_again_after_stop(relay):
     hand = Hand(relay)
     hand.logout()
@@ -5346,6 +5414,56 @@ def test_cancel_stops_a_polled_stream(relay, provide):
     assert api.request("x", streamkey="s" * 32, gettokens=1)
     api.cancel("s" * 32)
     assert closed.wait(patient(1))
+
+
+class Endless:
+    """An iterator that is no generator."""
+
+    def __init__(self):
+        self.closed = threading.Event()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        time.sleep(0.01)
+        return "x"
+
+    def close(self):
+        self.closed.set()
+
+
+class AsyncEndless(Endless):
+    __iter__ = None
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        await asyncio.sleep(0.01)
+        return "x"
+
+    async def aclose(self):
+        self.closed.set()
+
+
+@pytest.mark.parametrize("kind", [Endless, AsyncEndless])
+def test_an_iterator_that_nobody_waits_for_is_closed_by_its_method(relay, provide, kind):
+    answer = kind()
+    name, _ = provide(lambda request: answer)
+    stream = client_of(relay, name).stream("x")
+    next(stream)
+    stream.close()
+    assert answer.closed.wait(SOON)
+
+
+def test_a_provider_whose_session_has_ended_logs_in_again(relay, provide):
+    name, _ = provide(lambda request: "x")
+    service = relay.broker.find(name)
+    first = set(until(lambda: service.sessions))
+    relay.broker.close_sessions(service)
+    until(lambda: set(service.sessions) - first)
+    assert client_of(relay, name).request("hi") == "x"
 
 
 def test_a_stream_whose_provider_was_lost_is_begun_anew_or_told_at_once(
@@ -5490,6 +5608,8 @@ def test_a_stream_that_cannot_be_understood_raises_and_ends(answering, lines):
     with pytest.raises(NeuroengineError):
         list(Neuroengine("x", server.url).stream("hi", tries=2))
     assert len(server.prompts()) <= 2
+    assert len(server.asked) - len(server.prompts()) <= 1 and not any(
+        b"cancel" in body for _, body in server.asked)         # there is nothing to stop
 
 
 def test_items_that_a_relay_sends_again_are_dropped(answering):
@@ -5554,6 +5674,36 @@ def test_heartbeats_and_queue_news_do_not_renew_the_tries(answering, monkeypatch
     with pytest.raises(NeuroengineError, match="cut"):
         list(Neuroengine("x", server.url).stream("hi", tries=3))
     assert len(server.prompts()) == 3
+
+
+def test_each_item_renews_the_tries(answering, monkeypatch):
+    monkeypatch.setattr(neuroengine, "FIRST_PAUSE_SECONDS", 0.01)
+    server = answering(*[http_answer(b'{"at": %d, "items": ["%d"]}\n' % (n, n) + b'{"done": true}\n'
+                                     * (n == 4), kind="application/x-ndjson") for n in range(5)])
+    assert "".join(Neuroengine("x", server.url).stream("hi", tries=2)) == "01234"
+
+
+def test_a_prompt_that_waits_without_end_is_given_up(answering, monkeypatch):
+    monkeypatch.setattr(neuroengine, "ANSWER_SECONDS", 0.0)
+    server = answering(http_answer({"errorcode": 46, "error": "still_waiting",
+                                    "reply": "No token yet."}, 202))
+    reply = in_thread(Neuroengine("x", server.url).request, "hi", streamkey="k" * 20)()
+    assert reply.error == "still_waiting" and len(server.prompts()) == 1
+
+
+def test_pauses_between_tries_grow_up_to_a_bound_and_are_not_all_the_same():
+    pauses = [[neuroengine.pause_before(n) for _ in range(50)] for n in range(12)]
+    assert all(len(set(some)) > 1 for some in pauses)
+    assert 0 < max(pauses[0]) < min(pauses[3]) <= max(map(max, pauses)) <= 8
+
+
+def test_a_pause_ends_with_its_prompt():
+    call = neuroengine.Call()
+    call.cancel()
+    pausing = threading.Thread(target=call.pause, args=(10**6,), daemon=True)
+    pausing.start()
+    pausing.join(SOON)
+    assert not pausing.is_alive()
 
 
 def test_the_finish_reason_and_the_usage_are_those_of_the_answer(answering):
@@ -6189,6 +6339,18 @@ def test_outbox_says_the_last_word_of_an_answer_cancelled_at_its_end():
     assert entries[0]["items"] == [] and entries[0]["error"] and "done" not in entries[0]
     outbox.settle(taken, sent=True)
     assert outbox.running() == []
+
+
+def test_outbox_holds_a_worker_up_while_the_relay_takes_nothing(monkeypatch):
+    monkeypatch.setattr(neuroengine, "MAX_UNSENT_BYTES", 10)
+    outbox, work = neuroengine.Outbox(), neuroengine.Work("j", 1, 0, {})
+    outbox.add(work)
+    outbox.put(work, "more than ten bytes")
+    assert outbox.is_full(work)
+    waiting = in_thread(lambda: outbox.wait_for_room(work) or "went on")
+    until(lambda: outbox._room._waiters)
+    outbox.settle(outbox.take()[1], sent=True)
+    assert waiting() == "went on" and not outbox.is_full(work)
 
 
 def test_outbox_sends_a_long_outage_in_pieces(monkeypatch):
@@ -9647,20 +9809,30 @@ def test_cluster_a_relay_that_is_home_no_more_cannot_write(cluster, engine):
         hand.poll()
 
 
-def test_cluster_a_home_is_only_taken_over_from_a_relay_that_is_gone(engine):
+@pytest.fixture
+def engine_store(engine):
+    """What a command writes to: an EngineStore, with one service."""
     store = neuroengine_server.EngineStore(neuroengine_server.Engine(engine.url))
-    for name in ("One", "Two"):
-        store.add(Service(name, ""))
+    store.add(Service("One", digest("key")))
+    return store
+
+
+def test_cluster_a_home_is_only_taken_over_from_a_relay_that_is_gone(engine, engine_store):
+    engine_store.add(Service("Two", ""))
 
     def member(relay, milliseconds):
         engine.call("SET", "{neuroengine}:relay:" + relay, "url", "PX", milliseconds)
 
-    def claim(relay, name, refused=0):
-        return store.engine.run(neuroengine_server.CLAIM, relay, name, refused, 3000, 500)[:2]
+    def claim(relay, name, refused=0, lasting=3000):
+        return engine_store.engine.run(
+            neuroengine_server.CLAIM, relay, name, refused, lasting, 500)[:2]
     member("1@a", 60000), member("2@b", 60000)
     assert claim("3@c", "one") == ["late"]             # it is no member any more
     assert claim("1@a", "one") == claim("1@a", "two") == ["home", "nobody"]
     assert claim("2@b", "one") == claim("2@b", "one", refused=1) == ["held", "1@a"]
+    engine.call("DEL", "{neuroengine}:relay:1@a")      # or did the engine's restart do that?
+    assert claim("2@b", "one", lasting=10**6) == ["young", "1@a"]
+    member("1@a", 60000)
     until(lambda: int(re.search("uptime_in_seconds:([0-9]+)", engine.call(
         "INFO", "server"))[1]) >= 4)                   # those that live have beaten by then
     member("1@a", 2400)                                # it has missed a beat
@@ -9668,10 +9840,49 @@ def test_cluster_a_home_is_only_taken_over_from_a_relay_that_is_gone(engine):
     assert claim("2@b", "two") == ["home", "1@a"]      # as the first has shown that it is gone
 
 
-def test_cluster_two_changes_of_a_service_at_once_are_both_kept(engine):
-    store, service = neuroengine_server.EngineStore(
-        neuroengine_server.Engine(engine.url)), Service("One", "")
-    store.add(service)
+def test_cluster_a_relay_that_is_not_the_home_neither_renames_nor_gives_up(
+        engine, engine_store):
+    service, = engine_store.load()
+    engine.call("HSET", "{neuroengine}:homes", "one", "1@a")
+    engine_store.home = "2@b"
+    with pytest.raises(RelayError) as refused:
+        engine_store.rename(service, "Other", False)
+    assert refused.value.name == "shutting_down"
+    engine_store.engine.run(neuroengine_server.LEAVE, "2@b", "one")
+    assert engine.call("HGET", "{neuroengine}:homes", "one") == "1@a"
+    assert [service.name for service in engine_store.load()] == ["One"]
+
+
+def test_cluster_a_process_on_an_address_ends_the_membership_of_the_one_before(
+        engine, engine_store):
+    first, second = (engine_store.engine.run(neuroengine_server.JOIN, url, 60000, "born", "")
+                     for url in ["http://a"] * 2)
+    assert first != second and [engine.call("EXISTS", "{neuroengine}:relay:" + relay)
+                                for relay in (first, second)] == [0, 1]
+
+
+def test_cluster_reserved_names_and_used_invitations_register_nothing(engine_store):
+    service, = engine_store.load()
+    engine_store.remove(service, reserve=True)
+    engine_store.invite("code", 1)
+    for arguments in ((), (None, digest("another key"))):
+        with pytest.raises(RelayError, match="reserved"):
+            engine_store.add(Service("One", ""), *arguments)
+    engine_store.add(Service("One", ""), "code", digest("key"))
+    with pytest.raises(RelayError, match="used up"):
+        engine_store.add(Service("Two", ""), "code")
+    assert [service.name for service in engine_store.load()] == ["One"]
+
+
+def test_cluster_what_a_relay_remembers_replaces_nothing_newer(engine_store):
+    old = neuroengine_server.record_of(Service("One", "", comment="old"))
+    engine_store.engine.run(neuroengine_server.RESTORE, "1@a", "one", old, "{}")
+    service, = engine_store.load()
+    assert service.comment == "" and not engine_store.table("homes")
+
+
+def test_cluster_two_changes_of_a_service_at_once_are_both_kept(engine_store):
+    store, (service,) = engine_store, engine_store.load()
     change, others = store.engine.change, [{"comment": "by another"}]
 
     def after_another(script, *arguments):
