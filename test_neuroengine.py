@@ -7553,7 +7553,35 @@ def test_a_stream_that_never_closes_ends_with_its_own_end(monkeypatch):
         assert items[0] == "a" and last["done"]
 
 
-def test_an_upstream_waits_while_the_relay_takes_nothing(monkeypatch):
+@pytest.fixture(params=[True, False], ids=["epoll", "asyncio"])
+def reading(request, monkeypatch):
+    """Both ways in which connections to an upstream are read."""
+    if request.param and not neuroengine.Intake.THERE:
+        pytest.skip("this system has no epoll")
+    monkeypatch.setattr(neuroengine.Intake, "THERE", request.param)
+
+
+def test_a_stream_that_is_reset_or_ends_amid_the_answer_is_an_error(reading):
+    def begin(handler):
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(sse(GOOD[:3], last=""))
+        handler.close_connection = True
+
+    def reset(handler):
+        begin(handler)
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                      struct.pack("ii", 1, 0))
+    with fake_llm(script=[begin, reset]) as (llm, url), sharing(url) as (relay, _):
+        items, last = relay.ask({"message": "x"}, "a")
+        assert items == ["Hel", "lo \u2603"] and "in the middle" in last["error"]["message"]
+        _, last = relay.ask({"message": "x"}, "b")
+        assert last["error"]["error"] == "provider_error"
+        assert relay.ask({"message": "x"}, "c")[1]["done"]
+
+
+def test_an_upstream_waits_while_the_relay_takes_nothing(monkeypatch, reading):
     monkeypatch.setattr(neuroengine, "MAX_UNSENT_BYTES", 1000)
     with fake_llm(script=[["x" * 900] * 100]) as (llm, url), sharing(url) as (relay, _):
         items, last = relay.ask({"message": "x"})
