@@ -11581,6 +11581,36 @@ def test_page_reload_picks_the_answer_up(page_provider, page_tab):
     tab.shows("Once upon a time it ended.")
 
 
+PAGE_SLOW_STORE = """for (const [kind, name, delay] of [[IDBObjectStore, "", 900], [IDBIndex, "c", 300]]) {
+    const getAll = kind.prototype.getAll;
+    kind.prototype.getAll = function (key) {             // one that is asked for by name
+        const end = performance.now() + delay;
+        const wait = () => { if (performance.now() < end) this.get("x").onsuccess = wait; };
+        if (name ? key === name : key) wait();
+        return getAll.call(this, key); };
+}"""
+
+
+def test_page_reload_picks_the_answer_up_while_its_database_is_slow(page_provider, page_tab):
+    tab = page_tab()
+    tab.tab.context.add_init_script(PAGE_SLOW_STORE)
+    tab.expects_trouble = True                           # the relay does not know the second
+    tab.open()
+    tab.say("Hello")
+    job = page_provider.next()
+    job.push("Half ")
+    tab.shows("Half")
+    tab.tab.evaluate(PAGE_STORE, [
+        ["conversations", {"id": "c", "service": "Demo", "title": "Second", "leaf": "z"}],
+        ["messages", {"id": "z", "conv": "c", "role": "assistant", "content": "", "state": "live",
+                      "live": 1, "stream": {"key": "theirs", "at": 1}}]])
+    tab.tab.reload()
+    tab.shows("Half")
+    job.done("and half")
+    tab.answers("Half and half")
+    tab.idle()
+
+
 def test_page_keeps_what_came_when_the_provider_goes(page_relay, page_provider, page_tab):
     tab = page_tab().open()
     tab.expects_trouble = True
