@@ -9262,7 +9262,7 @@ def read_page():
     comment = rb"^\t*(?://[^\n]*|/\*(?:(?!\*/).)*\*/)\n|  // [^\n\"'`]*$"
     page = page and re.sub(rb"(?ms)" + comment, b"", page)
     page = page and re.sub(
-        rb"(?<=[,({])\n\t+|(?<=[;}])\n+\t*|\n\t+(?=[?:})\]&|])|(?<=\n)\t+", b"", page)
+        rb"(?<=[,({])\n+\t+|(?<=[;}])\n+\t*|\n\t+(?=[?:})\]&|+])|(?<=\n)\n*\t*", b"", page)
     return page and re.sub(rb"(?s)(?<=<style>).*(?=</style>)", lambda style: re.sub(
         rb"(?<=[:;,{}])\s+|\s+(?=[{}])", b"", style.group()), page)
 

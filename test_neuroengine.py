@@ -12419,10 +12419,13 @@ def page_says(tab, name="Demo", **fields):
     tab.tab.route("**/api/models", models)
 
 
-def page_png(width, height):
-    rows = b"".join(b"\0" + bytes(c for x in range(width) for c in (x & 255, y & 255, 90))
-                    for y in range(height))
-    chunks = ((b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)),
+def page_png(width, height, row=None):
+    """row: one of black and white, for all, instead of colours."""
+    rows = row * height if row else b"".join(
+        b"\0" + bytes(c for x in range(width) for c in (x & 255, y & 255, 90))
+        for y in range(height))
+    depth = (1, 0) if row else (8, 2)
+    chunks = ((b"IHDR", struct.pack(">2I5B", width, height, *depth, 0, 0, 0)),
               (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -12524,30 +12527,11 @@ def test_page_folds_text_files_and_refuses_what_it_cannot_read(page_provider, pa
     tab.shows("# Hi", ".message.user pre")
 
 
-def page_head(kind, width, height):
-    """The first bytes of an image of that size."""
-    big, little = struct.pack(">2I", width, height), struct.pack("<2I", width, height)
-    return {
-        "png": page_png(1, 1)[:16] + big,
-        "jpeg": b"\xff\xd8\xff\xe0\0\x10" + b"JFIF" + b"\0" * 10 + b"\xff\xc2\0\x11\x08"
-                + struct.pack(">2H", height, width),
-        "gif": b"GIF89a" + struct.pack("<2H", width, height),
-        "bmp": b"BM" + b"\0" * 16 + little,
-        "webp": b"RIFF\0\0\0\0WEBPVP8X" + b"\0" * 8 + struct.pack("<I", width - 1)[:3]
-                + struct.pack("<I", height - 1)[:3],
-        "webp lossy": b"RIFF\0\0\0\0WEBPVP8 " + b"\0" * 10 + struct.pack("<2H", width, height),
-        "webp lossless": b"RIFF\0\0\0\0WEBPVP8L\0\0\0\0\x2f"
-                         + struct.pack("<I", width - 1 | height - 1 << 14),
-        "heic": b"\0\0\0\x18ftypheic" + b"\0" * 12 + b"ispe\0\0\0\0" + struct.pack(">2I", 9, 9)
-                + b"ispe\0\0\0\0" + big}[kind] + b"\0" * 20
-
-
 @in_each_browser
 def test_page_says_why_it_takes_no_file_and_what_to_do(page_tab):
     """An image may unfold to gigabytes: browsers stood still for it, for up to 20 s."""
-    kinds = ("png", "jpeg", "gif", "bmp", "webp", "webp lossy", "webp lossless", "heic")
-    files = [(kind, page_head(kind, 16000, 12000), " has 192 million pixels") for kind in kinds]
-    files += [
+    files = [
+        ("bomb", page_png(16000, 12000, b"\0" * 2001), "bomb has 192 million pixels"),
         ("x\u202ey", b"", "xy is empty"), ("tale", b"Gr\xfc\xdfe", "plain text (UTF-8)"),
         ("photo", b"\0\0\0\x18ftypheic\0\0\0\0", "Save it as JPEG"),
         ("cut", b"\x89PNG\r\n\x1a\n cut off", "Save it as JPEG"),
