@@ -12773,10 +12773,12 @@ def test_page_sends_the_next_message_after_the_answer(page_provider, page_tab):
     job.push("Working ")
     tab.shows("Working")
     tab.say("Second")
-    tab.say("Third")
-    tab.shows("Second", "#up-next")
+    third = "Third" + " and a lot more" * 40
+    tab.say(third)
+    tab.shows("Third", "#up-next")
+    assert tab.wide() == []
     tab.tab.click("#up-next li:nth-child(2) >> text=Take back")
-    assert tab.tab.input_value("#input") == "Third"
+    assert tab.tab.input_value("#input") == third
     assert page_provider.arrived.empty()
     job.done("done.")
     job = tab.prompt(page_provider)
