@@ -5871,10 +5871,12 @@ def test_map_takes_no_more_prompts_than_it_needs_and_ends_when_closed(relay, pro
         for n in itertools.count():
             taken.append(n)
             yield "prompt %d" % n
-    replies = client_of(relay, name).map(prompts(), at_once=2)
+    batch = neuroengine.Batch(client_of(relay, name), prompts(), 2, {})
+    replies = batch.replies()
     assert next(replies) == "x"
+    until(lambda: batch._room._waiters)    # for someone to take replies
+    assert len(taken) == 2 * neuroengine.AHEAD + 1
     replies.close()
-    assert len(taken) <= 2 * neuroengine.AHEAD + 2
 
     def broken():
         yield "one"
@@ -5885,6 +5887,24 @@ def test_map_takes_no_more_prompts_than_it_needs_and_ends_when_closed(relay, pro
     assert next(replies) == "x"
     with pytest.raises(KeyError):
         next(replies)
+
+
+def test_closing_map_closes_the_iterators_of_what_is_under_way(relay, provide):
+    answer, begun = Endless(), threading.Event()
+    name, _ = provide(lambda request: "x" if request["message"] == "short" else
+                      begun.set() or answer, workers=2)
+    replies = client_of(relay, name).map(["short", "long"])
+    assert next(replies) == "x" and begun.wait(SOON)
+    replies.close()
+    assert answer.closed.wait(SOON)
+
+
+def test_a_client_remembers_a_bounded_number_of_stream_keys(answering, monkeypatch):
+    monkeypatch.setattr(neuroengine, "REMEMBERED_STREAMS", 3)
+    api = Neuroengine("x", answering(http_answer({"reply": "x", "errorcode": 0, "at": 1})).url)
+    for n in range(5):
+        assert api.request("hi", streamkey="key %d" % n) == "x"
+    assert list(api._cursors) == ["key 2", "key 3", "key 4"]
 
 
 def test_a_wrong_access_key_and_none_are_told_apart(relay, hand):
