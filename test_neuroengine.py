@@ -8837,7 +8837,7 @@ def test_ctrl_c_of_a_provider_hands_its_jobs_back_at_once(start, relay):
     first = start("-c", PROVIDER, relay.url, hand.name, hand.key, 0.1)
     first.says("login 0")
     # A client that waits for the whole reply has seen no token of it.
-    answer = in_thread(Neuroengine(hand.name, relay.url).request, "80")
+    answer = in_thread(Neuroengine(hand.name, relay.url).request, "80", wait=True)
     service = relay.broker.find(hand.name)
     job = until(lambda: [j for s in service.sessions.values() for j in s.jobs()])[0]
     until(lambda: len(job.items) > 5)
@@ -8918,7 +8918,7 @@ def test_a_provider_killed_amid_a_whole_reply_is_replaced(start, relay):
     hand.logout()
     first = start("-c", PROVIDER, relay.url, hand.name, hand.key, 0.1)
     first.says("login 0")
-    answer = in_thread(Neuroengine(hand.name, relay.url).request, "100")
+    answer = in_thread(Neuroengine(hand.name, relay.url).request, "100", wait=True)
     service = relay.broker.find(hand.name)
     job = until(lambda: [j for s in service.sessions.values() for j in s.jobs()])[0]
     until(lambda: len(job.items) > 5)
