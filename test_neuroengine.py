@@ -432,6 +432,17 @@ def test_an_ipv6_household_is_one_address_and_its_provider_has_a_larger_share():
     room.take("2001:db8:1:9::/64")
 
 
+def test_a_session_is_one_of_its_own_service_alone(desk):
+    other = Service("Other", "")
+    desk.broker.add(other)
+    for use in (lambda session: desk.broker.poll(other, session, Poll(), (), timeout=0),
+                lambda session: desk.broker.push(other, session, []),
+                lambda session: desk.broker.logout(other, session)):
+        with pytest.raises(RelayError) as refused:
+            use(desk.login())
+        assert refused.value.name == "session_unknown"
+
+
 def test_a_late_deletion_spares_the_next_service_of_that_name(desk):
     again = Service("Llm", "")
     desk.broker.remove(desk.service)
@@ -3950,6 +3961,14 @@ def test_a_trusted_proxys_last_forwarded_address_counts(hops, header, address):
         assert relay.is_proxy("::ffff:127.0.0.1") and not relay.is_proxy("10.0.0.1")
 
 
+@pytest.mark.parametrize("address, counted", [
+    ("203.0.113.9", "203.0.113.9"), ("::ffff:203.0.113.9", "203.0.113.9"), ("::1", "::1"),
+    ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"), ("fe80::1%eth0", "fe80::/64"),
+    ("", "127.0.0.1")])
+def test_an_address_counts_as_its_household(address, counted):
+    assert neuroengine_server.canonical_address(address) == counted
+
+
 def test_limits_apply_to_the_client_of_a_trusted_proxy():
     network = neuroengine_server.ipaddress.ip_network("127.0.0.1")
     with running_relay(proxies=[network], limits=Limits(
@@ -5716,6 +5735,13 @@ def test_heartbeats_and_queue_news_do_not_renew_the_tries(answering, monkeypatch
     with pytest.raises(NeuroengineError, match="cut"):
         list(Neuroengine("x", server.url).stream("hi", tries=3))
     assert len(server.prompts()) == 3
+
+
+def test_a_polled_stream_that_lost_its_provider_is_not_asked_for_again(answering):
+    server = answering(http_answer({"errorcode": 51, "error": "provider_lost", "retry": True,
+                                    "reply": "It went away."}, 502))
+    reply = Neuroengine("x", server.url).request("hi", streamkey="k" * 20)
+    assert reply.error == "provider_lost" and len(server.prompts()) == 1
 
 
 def test_each_item_renews_the_tries(answering, monkeypatch):
@@ -7607,6 +7633,22 @@ def test_an_upstream_that_breaks_off_but_lives_fails_one_prompt():
     with fake_llm(script=[dead]) as (llm, url), sharing(url) as (relay, _):
         assert "broke off" in relay.ask({"message": "x"}, "a")[1]["error"]["message"]
         assert relay.ask({"message": "x"}, "b")[1]["done"]
+
+
+def test_a_provider_that_works_in_silence_is_heard_of(monkeypatch):
+    monkeypatch.setattr(neuroengine, "HEARTBEAT_SECONDS", 0.05)
+    fake, done = fake_relay(), threading.Event()
+    with serving(fake) as url:
+        provider = NeuroengineServer(url)
+        assert provider.login("S", "k") == 0
+        ended = in_thread(provider.listen, lambda request: done.wait(SOON) and "x")
+        fake.jobs["S"] = [{"job": "j", "attempt": 1, "at": 0, "request": {"message": "hi"}}]
+        until(lambda: sum(action == "reply" and not body["replies"]
+                          for _, action, body in fake.calls) > 2)
+        done.set()
+        until(lambda: any(entry.get("done") for entry in fake.entries))
+        provider.stop()
+        ended()
 
 
 def test_a_loading_upstream_is_waited_for():
