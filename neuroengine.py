@@ -1463,12 +1463,11 @@ class ResponseReader:
 
     def end(self):
         """The connection has ended. Raises HTTPException if the response is cut."""
-        if self.whole:
-            return
-        if self._parse not in (self._until_end, self._trailer):
+        if self._parse == self._until_end:
+            self.whole = True
+        elif not self.whole:
             raise http.client.RemoteDisconnected("the connection was closed" if not self.begun
                                                  else "the answer was cut")
-        self.whole, self.kept = True, False
 
     def _head(self, data):
         head, end, body = data.partition(b"\r\n\r\n")
@@ -1535,9 +1534,9 @@ class ResponseReader:
                     left = int(size.partition(b";")[0], 16)
                 except ValueError:
                     raise http.client.HTTPException("a chunk without a size") from None
-                if left <= 0:                  # the last one
-                    self._parse, left = self._trailer, 0
-                    self._trailer(data[at:])
+                if left <= 0:                  # the last one; what may follow is of no use
+                    self.whole = True
+                    self.kept = self.kept and data[at:] == b"\r\n"
                     break
             end = at + left
             body.append(data[at:end])
@@ -1547,16 +1546,6 @@ class ResponseReader:
             at, left = end + 2 * data.startswith(b"\r\n", end), 0
         self._left = left
         return body[0] if len(body) == 1 else b"".join(body)
-
-    def _trailer(self, data):
-        """What follows the last chunk: an empty line, which llama.cpp sends by itself. Without
-        it, the connection cannot be kept."""
-        if data in (b"", b"\r"):
-            self._rest = data
-        else:
-            self.whole = True
-            self.kept = self.kept and data == b"\r\n"
-        return b""
 
 
 class Exchange:

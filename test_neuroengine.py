@@ -7697,36 +7697,6 @@ def test_a_stream_that_is_reset_or_ends_amid_the_answer_is_an_error(reading):
         assert relay.ask({"message": "x"}, "c")[1]["done"]
 
 
-def test_a_connection_is_kept_whose_last_empty_line_comes_by_itself(reading):
-    """As from llama.cpp."""
-    callers = []
-
-    def chunked(handler):
-        callers.append(handler.client_address)
-        handler.send_response(200)
-        handler.send_header("Transfer-Encoding", "chunked")
-        handler.end_headers()
-        data = sse(GOOD)
-        for piece in (b"%x\r\n%s\r\n" % (len(data), data), b"0\r\n", b"\r\n"):
-            handler.wfile.write(piece)
-            time.sleep(0.02)               # so that they are read one by one
-    with fake_llm(script=[chunked] * 3) as (llm, url), sharing(url) as (relay, _):
-        for job in "abc":
-            items, last = relay.ask({"message": "x"}, job)
-            assert text_of(items) == "Hello \u2603!" and last["done"]
-        assert len(set(callers)) == 1
-
-
-@pytest.mark.parametrize("last", [b"0\r\n", b"0\r\n\r", b"0\r\n\r\n", b"0\r\nX: y\r\n\r\n"])
-def test_a_response_is_whole_after_its_last_chunk_also_if_the_connection_ends(last):
-    reader = neuroengine.ResponseReader()
-    body = reader.feed(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n")
-    for number in range(len(last)):
-        body += reader.feed(last[number:number + 1])
-    reader.end()
-    assert body == b"ab" and reader.whole and reader.kept == (last == b"0\r\n\r\n")
-
-
 def test_an_upstream_waits_while_the_relay_takes_nothing(monkeypatch, reading):
     monkeypatch.setattr(neuroengine, "MAX_UNSENT_BYTES", 1000)
     with fake_llm(script=[["x" * 900] * 100]) as (llm, url), sharing(url) as (relay, _):
