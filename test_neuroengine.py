@@ -991,7 +991,17 @@ def test_a_broken_poll_hands_its_jobs_out_again_at_once(desk):
     assert desk.poll(session)[0] == [(reader.job.id, 1, 0, None)]
 
 
-def test_losing_an_old_poll_changes_nothing(desk):
+def test_an_older_poll_takes_nothing_from_a_newer_one(desk, monkeypatch):
+    session = desk.login()
+    desk.submit()
+    with monkeypatch.context() as patched:
+        patched.setattr(desk.broker, "_park_locked", lambda session, *_: setattr(
+            session, "poll", Poll()))      # a newer one comes meanwhile
+        assert desk.poll(session) == ([], [])
+    assert len(desk.poll(session)[0]) == 1
+
+
+
     session, old = desk.login(), Poll()
     desk.poll(session, token=old)
     desk.poll(session)
@@ -3175,8 +3185,8 @@ def test_no_failing_statement_leaves_a_change_half_done(tmp_path, stays):
     path = str(tmp_path / "data.sqlite3")
     relay = Relay("127.0.0.1", 0, store=Store(path))     # no thread but this writes
     db = relay.registry._store._db = FailingDB(relay.registry._store._db)
-    serving = threading.Thread(target=relay.serve_forever, args=(0.05,), daemon=True)
-    serving.start()
+    for target in (functools.partial(relay.serve_forever, 0.05), relay.lobby.run):
+        threading.Thread(target=target, daemon=True).start()
 
     def shown(service, *counted):
         return [getattr(service, c) for c in ("key_digest",) + neuroengine_server.SERVICE_SETTINGS + counted]
@@ -6228,6 +6238,8 @@ def test_a_key_in_the_place_of_a_name_is_never_shown(relay, hand):
         reply = Neuroengine(name, relay.url).request("hi")
         assert reply.errorcode and hand.key not in reply
         assert "ne_..." in reply or "A service name has" in reply
+    error = NeuroengineError(1, "There is no %s." % hand.key)
+    assert hand.key not in error.said + str(error)
 
 
 def test_the_environment_replaces_the_default_address_only(monkeypatch):
