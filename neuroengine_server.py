@@ -236,20 +236,22 @@ class Session:
         """The jobs it works on, oldest lease first."""
         return [lease.job for lease in self.leases.values() if lease.state != "cancelled"]
 
+    def can_answer(self, job):
+        """Whether it passes on the API that the job needs, and can go on where another session
+        began."""
+        return (job.needs is None or self.features.has(job.needs)) and (
+            not job.seen or self.features.continues)
+
     def may_take(self, job):
-        """Whether it can answer this job: it has the API that the job needs, and can go on
-        where another session began."""
-        if job.needs is not None and not self.features.has(job.needs):
+        """Whether it may have this job now, or another session should."""
+        if not self.can_answer(job):
             return False
         if job.prefers not in (None, self) and job.prefers.id in self.service.sessions:
             return False                   # it is left alone for a while, see Affinity
-        if not job.returned:
-            return True
-        if job.seen and not self.features.continues:
-            return False
         # Not again to the one that lost it, if another is free.
         return job.avoid is not self or not any(
-            other.free() > 0 for other in self.service.sessions.values() if other is not self)
+            other.free() > 0 and other.can_answer(job)
+            for other in self.service.sessions.values() if other is not self)
 
     def remember_ended(self, pair, now):
         """Note that the provider itself ended this lease: a poll may still name it."""
@@ -301,6 +303,7 @@ class Job:
     seen = 0                      # items that a stream or a polled read has taken
     resume_at = 0                 # where a polled client that names no offset (at) reads on
     attempt = deaths = 0          # leases so far; providers that died on it
+    died = False                  # whether the last lease that was lost is one of those deaths
     lease = avoid = None          # its Lease; the Session that gave it back
     prefers = None                # the Session that should have it, for a while
     continued = False             # whether a session had it that knew the conversation
@@ -991,7 +994,7 @@ class Jobs:
         self._end_locked(job, "cancelled" if error.name == "cancelled" else "failed", error)
         if lease is not None:
             self._idle_locked(lease.session)
-            self._dispatch_locked(lease.session.service)
+        self._dispatch_locked(job.service)     # to a free worker, or what stood behind this one
 
     def _forget_locked(self, job):
         """Let go of an ended job, which has no reader: what is not counted is not kept."""
@@ -1152,6 +1155,8 @@ class Matcher(Jobs):
             self._lease_locked(job, session)
             room -= len(job.payload)
         self._idle_locked(session)
+        if room < MAX_HANDOVER_BYTES:      # others may take what stood behind those jobs
+            self._dispatch_locked(session.service)
 
     def _idle_locked(self, session):
         """Keep the service's list of idle sessions right."""
@@ -1225,10 +1230,9 @@ class Matcher(Jobs):
         lease = session.leases.get(pair) or self._take_back_locked(session, pair, at)
         error = entry.get("error")
         ending = entry.get("done") or error
-        if ending and lease is not None:
-            session.remember_ended(pair, now)
         if lease is None or lease.state == "cancelled":
             if ending and lease is not None:
+                session.remember_ended(pair, now)
                 lease.move("ended", now)
             # Fenced off: this lease is not, or no longer, the session's.
             return {"job": pair[0], "error": "fenced"}
@@ -1243,7 +1247,11 @@ class Matcher(Jobs):
             return {"job": pair[0], "error": "gap", "at": have}
         if at < have:
             items = items[have - at:]                 # the others are here already
+        if ending:
+            session.remember_ended(pair, now)
         if items and not self._append_locked(job, items, now):
+            if ending and lease.state == "cancelled":
+                lease.move("ended", now)              # no need to tell it to stop
             return {"job": pair[0], "error": "fenced"}
         if ending:
             self._end_locked(job, "failed" if error else "done", error)
@@ -1272,10 +1280,10 @@ class Matcher(Jobs):
         job, session = lease.job, lease.session
         if not lease.sent:
             job.attempt -= 1
-        died = died and lease.state == "confirmed"    # it had begun to work on it
+        job.died = died and lease.state == "confirmed"    # it had begun to work on it
         lease.move("ended", self._clock())
         job.lease = None
-        job.deaths += died
+        job.deaths += job.died
         service = session.service
         if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
             self._end_locked(job, "failed", lost_too_often_error(job))
@@ -1320,8 +1328,9 @@ class Matcher(Jobs):
 
     def _heard_locked(self, session, hold=0.0):
         """The provider spoke: its silence counts from now, or from the end of its poll."""
-        session.deadline = max(self._clock() + hold,
-                               session.arrival) + self.limits.lease_seconds
+        due = max(self._clock() + hold, session.arrival) + self.limits.lease_seconds
+        # While its poll is parked it is silent with good reason: a push changes nothing.
+        session.deadline = max(due, session.deadline) if session.parked else due
 
     def _end_session_locked(self, session, died=False):
         """End a session; its jobs go back to the queue, the oldest to the front."""
@@ -1534,6 +1543,7 @@ class Outlet:
         self.job, self.connection = reader.job, exchange.connection
         self.broker, self.limits = exchange.broker, exchange.limits
         self.complete = False              # the last byte was given to the connection
+        self.fault = None                  # what went wrong in a thread that brought items
         self._sending = threading.Lock()   # taken before the Broker's lock, never after
 
     def answer(self):
@@ -1544,8 +1554,10 @@ class Outlet:
         self.connection.when_gone(functools.partial(self.broker.hang_up, self.reader))
         try:
             self.run()
-        except RelayError:                 # the response is an error, and arrives
-            self.complete = True
+        except RelayError as error:
+            # These two say all there is. After any other the client may come back.
+            self.complete = not self.exchange.started and (
+                error is self.job.error or error.name == "still_waiting")
             raise
         finally:
             with self._sending:               # no other thread is sending now, or will
@@ -1562,7 +1574,7 @@ class Outlet:
         if not self._sending.acquire(False):
             return self.broker.wake_owner(self.reader)
         try:
-            if self.complete or not self.reader.attached:
+            if self.complete or self.fault or not self.reader.attached:
                 return
             if not self.connection.unsent and self.size() <= self.direct_bytes:
                 self.send_next(own=False)
@@ -1571,10 +1583,11 @@ class Outlet:
             elif self.complete:            # the client has it all: free its slot at once
                 self.broker.leave(self.reader, True)
                 self.exchange.release_slot()
-        except Exception as error:         # never the fault of the thread that came here
-            if not isinstance(error, PeerGone):
-                self.exchange.explain(error)
+        except PeerGone:
             self.broker.hang_up(self.reader)
+        except Exception as error:         # not the business of the thread that came here
+            self.fault = error
+            self.broker.wake_owner(self.reader)
         finally:
             self._sending.release()
 
@@ -1582,6 +1595,8 @@ class Outlet:
         """Do what is left, in the exchange's own thread. Blocks for as long as the client
         takes to read. Raises PeerGone."""
         with self._sending:
+            if self.fault is not None:
+                raise self.fault
             self.connection.flush()
             if self.complete:
                 return
@@ -1830,7 +1845,10 @@ def post_native(exchange, name=None):
         by_operator, access = access_of(exchange, service) if service else (False, None)
     except RelayError as error:            # any path answers getmodels
         service, refusal = None, error
-    request = exchange.read_object(None if service else MAX_SMALL_BODY_BYTES)
+    try:
+        request = exchange.read_object(None if service else MAX_SMALL_BODY_BYTES)
+    except RelayError as error:
+        raise refusal or error
     command = request.get("command")
     if command == "getmodels":
         exchange.drop(request)
@@ -2740,7 +2758,8 @@ class Broker(Matcher):
             return None
         job.service.queue.remove(job)
         job.move("leased")
-        job.deaths = max(0, job.deaths - 1)        # it was not dead after all
+        job.deaths -= job.died                     # it was not dead after all
+        job.died = False
         job.lease = Lease(session, job, pair, "handed_out", self._clock())
         return job.lease
 

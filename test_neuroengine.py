@@ -183,6 +183,69 @@ def test_a_parked_poll_wakes_on_submit(desk):
     assert len(got) == 1
 
 
+def parked(desk, session):
+    """Park a poll of a session in a thread; return the list that gets what it answers."""
+    got = []
+
+    def poll():
+        with contextlib.suppress(RelayError):
+            got.extend(desk.broker.poll(desk.service, session, Poll(), ())[0])
+    threading.Thread(target=poll, daemon=True).start()
+    until(lambda: desk.broker._sessions[session].parked)
+    return got
+
+
+def test_a_prompt_goes_back_to_its_provider_if_no_other_can_answer_it(desk):
+    able, unable = desk.login(apis=("chat",)), desk.login()
+    job = desk.submit(needs="chat").job
+    assert desk.poll(able)[0]
+    desk.later(desk.broker.limits.handover_seconds)          # it was lost on its way
+    assert not desk.poll(unable)[0] and desk.poll(able)[0] == [(job.id, 2, 0, None)]
+
+
+@pytest.mark.parametrize("how", ["taken", "cancelled"])
+def test_a_parked_poll_gets_what_others_leave_to_it(desk, how):
+    idle, other = desk.login(), desk.login(apis=("chat",))
+    got = parked(desk, idle)
+    first = desk.submit(needs="chat")
+    desk.submit()                          # of the same caller: it waits for its turn
+    assert got == []
+    if how == "cancelled":
+        desk.broker.cancel(first.job)
+    else:
+        assert len(desk.poll(other)[0]) == 1
+    until(lambda: got)
+    desk.broker.close()
+
+
+def test_a_push_beside_a_parked_poll_does_not_shorten_its_silence(desk):
+    session = desk.login()
+    parked(desk, session)
+    desk.broker.push(desk.service, session, [])
+    desk.later(desk.broker.limits.lease_seconds + 1)
+    assert session in desk.broker._sessions
+    desk.broker.close()
+
+
+def test_a_provider_that_comes_back_undoes_only_its_own_death(desk):
+    reader, session, job = desk.start()
+    desk.later(60)                         # it is silent: a death
+    second = desk.login()
+    assert desk.poll(second)[0]
+    desk.later(desk.broker.limits.handover_seconds)          # never confirmed: no death
+    desk.push(second, job, ["x"], attempt=2)
+    assert reader.job.deaths == 1 and reader.job.state == "leased"
+
+
+def test_an_end_that_is_too_large_frees_its_worker_at_once():
+    desk = Desk(max_reply_bytes=1000)
+    reader, session, job = desk.start()
+    following = desk.submit().job
+    refused, offers, cancels = desk.push(session, job, ["x" * 2000], done=True)
+    assert reader.job.error.name == "reply_too_large"
+    assert offers == [following.id] and cancels == []
+
+
 def test_a_job_moves_only_as_the_table_says(desk):
     reader, session, job = desk.start()
     desk.push(session, job, done=True)
@@ -1322,6 +1385,22 @@ def whole(desk):
             functools.partial(desk.push, session, job))
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_answer_that_found_no_memory_is_kept_for_its_client(desk, begun):
+    reader, session, job = desk.start(identity=desk.identity("body", "hash"))
+    desk.push(session, job, ["x" * 2 * neuroengine_server.DIRECT_BYTES], done=True)
+    outlet = outlet_of(desk, reader, neuroengine_server.StreamOutlet)
+    outlet.exchange.started, outlet.exchange.slot = begun, None
+    outlet.connection.when_gone = lambda callback: None
+
+    def room(size):
+        raise RelayError("relay_busy", "Full.")
+    outlet.exchange.room = room
+    with pytest.raises(RelayError):
+        outlet.answer()
+    assert desk.submit(identity=desk.identity("body", "hash")).job.id == job
+
+
 def test_no_item_overtakes_unsent_bytes(stream):
     outlet, push = stream
     outlet.connection.most = 6
@@ -1416,7 +1495,9 @@ def test_a_fault_while_an_answer_is_sent_stops_no_other(whole, desk):
     outlet, push = whole
     outlet.connection.send_now = None
     push(["a"], done=True)
-    assert outlet.reader.gone and not outlet._sending.locked()
+    assert outlet.reader.has_work and not outlet._sending.locked()
+    with pytest.raises(TypeError):         # in its own thread
+        outlet.work()
 
 
 def test_an_encoder_that_raises_becomes_a_500(whole, monkeypatch):
@@ -2885,6 +2966,22 @@ def test_an_internal_error_in_an_answer_is_a_500(relay, hand, monkeypatch):
     assert answer()[0] == 500 and answer()[1]["error"] == "internal_error"
 
 
+@pytest.mark.parametrize("size", [1, neuroengine_server.DIRECT_BYTES])
+def test_a_fault_before_a_stream_began_is_a_500(relay, hand, monkeypatch, size):
+    monkeypatch.setattr(neuroengine_server.NativeStream, "items", lambda *_: 1 / 0)
+    answer = in_thread(ask, relay, "/" + hand.name, {"message": "x", "stream": True})
+    hand.reply(hand.next_job(), ["x" * size])
+    assert answer()[0] == 500 and answer()[1]["error"] == "internal_error"
+
+
+def test_a_long_prompt_to_the_wrong_service_hears_that(relay, hand):
+    ask(relay, "/api/services/" + hand.name, {"private": True}, "PATCH",
+        Authorization="Bearer " + hand.key)
+    body = {"message": "x" * 2 * neuroengine_server.MAX_SMALL_BODY_BYTES}
+    assert ask(relay, "/Unknown", body)[1]["error"] == "service_unknown"
+    assert ask(relay, "/" + hand.name, body)[1]["error"] == "invalid_key"
+
+
 def test_a_fault_amid_a_stream_cuts_it_and_writes_nothing_more(relay, hand, monkeypatch):
     items = neuroengine_server.NativeStream.items
     monkeypatch.setattr(neuroengine_server.NativeStream, "items", lambda self, found, at:
@@ -3447,7 +3544,7 @@ def test_getmodels_is_answered_on_every_path(relay, hand):
 def test_an_error_reply_arrives_although_the_request_is_too_large(relay):
     body = b"x" * (8 << 20)
     for _ in range(20):
-        status, answer, _ = ask(relay, "/nosuch", body)
+        status, answer, _ = ask(relay, "/", body)
         assert status == 413 and answer["error"] == "request_too_large"
 
 
