@@ -10166,6 +10166,13 @@ def test_cluster_a_late_relay_asks_before_it_acts_as_home(cluster, engine):
             relays[0].broker.find(hand.name)
 
 
+def test_cluster_a_relay_is_sure_to_be_home_no_longer_than_it_is_a_member(cluster, engine):
+    registry = cluster().registry
+    with registry.changing:                # no beat meanwhile
+        left = engine.call("PTTL", "{neuroengine}:relay:" + registry.id) / 1000
+        assert registry.sure_until - time.monotonic() <= max(left, 0) + 0.01
+
+
 def test_cluster_a_home_that_is_only_cut_off_from_the_engine_stays_home(cluster, engine):
     relays = cluster(2)
     hand = FarHand(*relays)
