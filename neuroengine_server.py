@@ -22,6 +22,12 @@ A prompt goes in: Connection -> Exchange -> handler -> Broker (which asks Admiss
 Queue -> Lease (a provider's right to work on a job) -> poll. Items come out: push ->
 Broker -> Outlet (one for each response) -> Connection.
 
+Threads: one accepts connections. The Lobby watches those between two requests; each request
+gets a thread, which runs its Exchange to the end. A client's thread waits for Reader.woken, a
+provider's poll for Session.has_response, upkeep for Timers. submit wakes a poll. A push sends
+items in its own thread, and wakes the client's only for what could block. The thread of
+HangUps calls hang_up (of a client) or poll_lost (of a provider).
+
 ERRORS, LIMITS and the schemas named ..._FIELDS are the tables that docs/ repeats. What
 this does not protect against: the relay and the provider read what passes through them.
 """
@@ -184,7 +190,7 @@ class Service:
         self.job_seconds = None       # measured, as a moving average
         self.tokens_per_second = None
         self.features = Features()    # as its last provider declared
-        self.expected_until = 0.0     # its provider may be back before: let prompts wait
+        self.expected_until = 0.0     # after a restart: until then prompts wait for a provider
         self.cold = self.warm = None  # seconds to the first token, see Affinity
 
     def continues(self, but=None):
@@ -211,7 +217,12 @@ class Features:
 
 
 class Session:
-    """One logged-in provider."""
+    """One logged-in provider.
+
+    connected (in service.sessions): it gets jobs. lost: its poll's connection has broken; it
+    keeps the jobs that clients have seen, and may come back. closed: it was silent for too
+    long, or logged out; its jobs go to others.
+    """
 
     def __init__(self, service, workers, features, lock):
         self.id = secrets.token_hex(16)
@@ -219,12 +230,12 @@ class Session:
         self.leases = {}              # (job id, attempt) -> Lease; each occupies a worker
         self.outbox = OrderedDict()   # leases that its next response must mention
         self.ended = OrderedDict()    # pairs that it ended recently, newest last
-        self.arrived = threading.Condition(lock)   # its poll waits for: the outbox has
-                                      # something, a newer poll has come, the session ended
+        self.has_response = threading.Condition(lock)   # its poll waits for: the outbox has
+                                      # something, a newer poll has come, the session closed
         self.poll = None              # the newest Poll
         self.parked = False           # whether that poll waits
         self.deadline = 0.0           # when silence becomes loss
-        self.arrival = 0.0            # until then it may be busy receiving prompts
+        self.receiving_until = 0.0    # a large response may be on its way to it until then
         self.has_handover_timer = False  # whether a timer looks for unconfirmed leases
         self.closed = False
 
@@ -233,7 +244,7 @@ class Session:
         return self.workers - len(self.leases)
 
     def jobs(self):
-        """The jobs it works on, oldest lease first."""
+        """The jobs it works on, oldest lease first; not those that it was told to stop."""
         return [lease.job for lease in self.leases.values() if lease.state != "cancelled"]
 
     def can_answer(self, job):
@@ -371,15 +382,14 @@ class Identity:
 class Reader:
     """One client's hold on a job: it has read up to `cursor`."""
 
-    __slots__ = ("job", "cursor", "start", "news", "wanted", "deliver", "has_work",
+    __slots__ = ("job", "cursor", "start", "woken", "wanted", "deliver", "has_work",
                  "attached", "gone")
 
     def __init__(self, job, cursor):
         self.job, self.cursor, self.start = job, cursor, cursor
-        self.news = None              # the condition its thread waits for, made when it does
+        self.woken = None             # the condition its thread waits for, made when it does
         self.wanted = math.inf        # how many items there must be to tell it
-        self.deliver = None           # called, without the lock, by a thread that brought
-                                      # items; None: the reader's own thread is woken
+        self.deliver = None           # see deliver_to; None: the reader's own thread is woken
         self.has_work = False         # that its own thread must do
         self.attached, self.gone = True, False
 
@@ -491,7 +501,8 @@ class Lease:
     cancelled   the provider must stop, and has not said that it did
     ended       over
 
-    A lease goes back from confirmed when a later poll does not name it any more.
+    A confirmed lease that a later poll does not name goes back: to offered if the provider can
+    begin or continue the job, else to handed_out, and then to another session.
     """
 
     MOVES = {
@@ -614,9 +625,9 @@ class Admission:
         self.memory = Memory(limits.max_held_bytes)
 
     def admit(self, job):
-        """Accept a prompt, and count it for its caller; return the job that must leave a full
-        queue for it, or None. Raises RelayError if the service, the queue, or a limit does
-        not allow it. Memory is looked for after that, so that only those below their limits
+        """Raise RelayError unless the service, the queue, the quota and the rate limits allow
+        this job; return the one that must leave a full queue for it, or None. It counts for the
+        rate limits even if there is no memory for it then: so only those below their limits
         can make others give way."""
         service = job.service
         if service.paused and not job.by_operator:
@@ -640,14 +651,14 @@ class Admission:
             raise too_many_waiting_error(service, mine, limits, self.retry_after(service))
         most = limits.max_queue
         if job.by_operator or job.access is not None:
-            most += most // RESERVED           # for when no stranger gives way
+            most += most // RESERVED           # a tenth more, for when no stranger gives way
         victim = gives_way(service.queue, job) if service.queue.size >= limits.max_queue else None
         if service.queue.size >= most and victim is None:
             raise queue_full_error(service, self.retry_after(service))
         return victim
 
-    def charge(self, job):
-        """Count an accepted job."""
+    def job_accepted(self, job):
+        """Count what a job takes, for its holder and its access key."""
         self.memory.add(job, JOB_BYTES + len(job.payload))
         access = job.access
         if access is not None:
@@ -655,7 +666,7 @@ class Admission:
             access.running += 1
             access.last_used = self._wall()
 
-    def discharge(self, job):
+    def job_ended(self, job):
         """Count the end of a job for its access key."""
         job.access.running -= 1
         job.access.tokens += count_tokens(job.items)
@@ -688,8 +699,8 @@ HANDOVER_BYTES_PER_SECOND = 1 << 16      # of a provider's line: time in which i
 class DeliveryLock:
     """The broker's lock. The thread that releases it then makes the deliveries that were
     gathered under it: so items go out in the thread that brought them, and never under the
-    lock. A Condition's wait releases the inner lock only: no method waits after gathering,
-    for the deliveries would stay here while it waits."""
+    lock. Waiting for a condition releases only the inner lock, and delivers nothing: so no
+    method waits once deliveries are gathered."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -714,8 +725,8 @@ class Jobs:
     The thread that sees its connection break calls hang_up. Methods named _locked need the
     lock; the others take it, except those that read one value (find, is_known).
 
-    The Broker is one class in three parts, split for reading only: Jobs, Matcher, which
-    follows, and Broker, in the machinery, which adds services, memory and metrics.
+    The Broker is one class in three parts, split for reading only: a method that is not here
+    is in Matcher, which follows, or in Broker, in the machinery: services, memory, metrics.
     """
 
     def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
@@ -779,7 +790,7 @@ class Jobs:
             if victim is not None:
                 self._cancel_locked(victim, gave_way_error(
                     service, self._admission.retry_after(service)))
-            self._admission.charge(job)
+            self._admission.job_accepted(job)
             self._jobs[job.id] = job
             if identity is not None:
                 job.identity = identity
@@ -793,8 +804,8 @@ class Jobs:
             return reader
 
     def is_known(self, identity):
-        """Whether a job has this identity. If so, call hang_ups.look() before submit: the
-        job is only found again if its client is known to have left."""
+        """Whether a job has this identity. Its client may have hung up unnoticed: HangUps.look
+        finds out, and then submit finds the job."""
         return identity.key in self._identified
 
     def open(self, identity, at=None):
@@ -814,9 +825,9 @@ class Jobs:
             return self._take_items_locked(reader, most)
 
     def deliver_to(self, reader, deliver, wanted):
-        """From now on call deliver() when the job has `wanted` items or has ended, in the
-        thread that brought them. It must not block. Call it once yourself, for what came
-        before. With None for deliver, the reader's own thread is woken instead."""
+        """From now on call deliver() when items have come and the job has `wanted` in all (0:
+        each time; math.inf: only at the end), and when it has ended, in the thread that brought
+        them: it must not block. For what came before, call it yourself."""
         with self._lock:
             reader.deliver, reader.wanted = deliver, wanted
 
@@ -854,7 +865,7 @@ class Jobs:
         """The reader's client has hung up: wake the thread that waits for it."""
         with self._lock:
             reader.gone = True
-            self._leave_locked(reader, False)      # which wakes it
+            self._leave_locked(reader, False)      # which wakes it, unless it has left
 
     def cancel(self, job, error=None):
         """Stop a job, whatever it is doing; nothing happens if it has ended."""
@@ -888,17 +899,17 @@ class Jobs:
             return
         deadline = self._clock() + timeout
         # What this thread waits for: see _wake_locked, which notifies it.
-        reader.news = reader.news or threading.Condition(self._lock.lock)
+        reader.woken = reader.woken or threading.Condition(self._lock.lock)
         while not (reader.gone or is_true()):
             left = deadline - self._clock()
             if left <= 0:
                 return
-            reader.news.wait(left)
+            reader.woken.wait(left)
 
     def _wake_locked(self, reader):
         """Wake the reader's own thread, if it waits."""
-        if reader.news is not None:
-            reader.news.notify()
+        if reader.woken is not None:
+            reader.woken.notify()
 
     def _take_items_locked(self, reader, most):
         """Return (items that the reader has not had, whether none will follow)."""
@@ -959,21 +970,20 @@ class Jobs:
             job.lease.move("ended", job.ended_at)
             job.lease = None
         if job.access is not None:
-            self._admission.discharge(job)
+            self._admission.job_ended(job)
             self._save_later_locked(job.service)
         if state == "done":
             self._measure_locked(job)
         self._tell_readers_locked(job)
-        identity = job.identity
-        if identity is not None and identity.kind == "repeat" and state != "done":
+        if job.identity is not None and job.identity.kind == "repeat" and state != "done":
             # A failure is not the answer to an Idempotency-Key: asking again tries again.
             # A stream key names this one stream, whatever became of it.
             self._disown_locked(job)
         if job.identity is not None and job.identity.named:
-            self._memory.keep(job)
+            self._memory.keep(job)         # its client may come back for the answer
             self._recheck_locked(job)
         elif not job.readers and (state != "done" or job.identity is None):
-            self._forget_locked(job)
+            self._forget_locked(job)       # an answer waits for a while for an equal body
 
     def _disown_locked(self, job):
         """The job is not found by its identity any more."""
@@ -990,7 +1000,7 @@ class Jobs:
         if lease is not None:
             job.lease = None
             lease.stop(self._clock())
-            lease.session.arrived.notify()
+            lease.session.has_response.notify()
         self._end_locked(job, "cancelled" if error.name == "cancelled" else "failed", error)
         if lease is not None:
             self._idle_locked(lease.session)
@@ -1015,8 +1025,14 @@ class Jobs:
 class Matcher(Jobs):
     """The providers' half of the Broker: matches jobs with their polls.
 
-    A provider logs in, polls and pushes, and logs out. The thread that sees the connection
-    of a poll break calls poll_lost. One thread runs upkeep.
+    A provider logs in, polls and pushes, and logs out. One thread runs upkeep.
+
+    When a provider goes away, the connection of its poll breaks: poll_lost. After
+    close_seconds _broken_locked queues the jobs again of which no client has seen an item.
+    After lease_seconds of silence _silent_locked ends the session, and releases the rest: such
+    a job is queued again, before all others, if another session can continue it, else it
+    fails. A lease that was confirmed counts as a death; two deaths, or three leases, end a
+    job. What a lost response leaves behind is repaired in Broker, from what polls name.
     """
 
     # -- providers --
@@ -1049,8 +1065,8 @@ class Matcher(Jobs):
         """
         with self._lock:
             session = self._session_locked(service, session_id)
-            session.poll, session.arrival = this_poll, 0.0
-            session.arrived.notify_all()        # an older poll of this session ends
+            session.poll, session.receiving_until = this_poll, 0.0
+            session.has_response.notify_all()        # an older poll of this session ends
             if session.id not in service.sessions:
                 self._connect_locked(session)
             self._confirm_locked(session, running)
@@ -1075,8 +1091,9 @@ class Matcher(Jobs):
         """Take items for many jobs; return (refused, offers, cancels), the last two as poll.
 
         Each entry is a dict: job, attempt, at (offset of its first item), items, and done
-        or error (a RelayError) at the end. A repeat is dropped. refused lists gaps, with
-        the offset wanted, and leases that are not, or no longer, this session's.
+        or error (a RelayError) at the end; raw, if it is not text. A repeat is dropped. refused:
+        the entries that were not taken, as {job, error}: "gap", with `at`, the offset to push
+        from, or "fenced": the session has no such lease. Raises RelayError.
         """
         with self._lock:
             session = self._session_locked(service, session_id)
@@ -1101,15 +1118,15 @@ class Matcher(Jobs):
             session = self._sessions.get(session_id)
             if session is None or session.poll is not this_poll or session.closed:
                 return
-            session.arrived.notify_all()
+            session.has_response.notify_all()
             session.service.idle.pop(session, None)
-            session.parked, session.arrival = False, 0.0
+            session.parked, session.receiving_until = False, 0.0
             session.deadline = min(session.deadline,
                                    self._clock() + self.limits.lease_seconds)
             for lease in session.leases.values():
                 if lease.state == "handed_out":
-                    # The next poll that does not name it gets it again at once: but if the
-                    # connection closed behind a response that arrived, it names it.
+                    # If the response was lost, the next poll does not name it: it is old
+                    # enough to be offered again at once. If it arrived, that poll names it.
                     lease.since = self._clock() - REPEAT_AFTER * self.limits.handover_seconds
             self._timers.call_later(self.limits.close_seconds, self._broken_locked, session,
                                     this_poll)
@@ -1118,7 +1135,7 @@ class Matcher(Jobs):
 
     def upkeep(self):
         """Run the next timers, waiting for them; return False once closed."""
-        self.expire()                      # deliveries follow when the lock is released
+        self.expire()          # it delivers what it gathers, before this thread waits
         with self._lock:
             if not self.closed:
                 self._timers.wait()
@@ -1143,23 +1160,24 @@ class Matcher(Jobs):
             self._lease_locked(job, session)
             service.idle.pop(session)
             self._idle_locked(session)
-            session.arrived.notify()
+            session.has_response.notify()
 
     def _fill_locked(self, session):
         """Lease jobs to a session's free workers, for the response being made."""
-        room, connected = MAX_HANDOVER_BYTES, session.id in session.service.sessions
-        while connected and session.free() > 0 and not self.draining and room > 0:
+        left, connected = MAX_HANDOVER_BYTES, session.id in session.service.sessions
+        while connected and session.free() > 0 and not self.draining and left > 0:
             job = session.service.queue.take(session)
             if job is None:
                 break
             self._lease_locked(job, session)
-            room -= len(job.payload)
+            left -= len(job.payload)
         self._idle_locked(session)
-        if room < MAX_HANDOVER_BYTES:      # others may take what stood behind those jobs
+        if left < MAX_HANDOVER_BYTES:      # others may take what stood behind those jobs
             self._dispatch_locked(session.service)
 
     def _idle_locked(self, session):
-        """Keep the service's list of idle sessions right."""
+        """Put the session into the service's list of those that wait for a job, or take it
+        out."""
         if session.parked and session.free() > 0 and not session.closed:
             session.service.idle.setdefault(session)
         else:
@@ -1199,7 +1217,7 @@ class Matcher(Jobs):
                 return
             session.parked = True
             self._idle_locked(session)
-            session.arrived.wait(left)
+            session.has_response.wait(left)
 
     def _hand_over_locked(self, session):
         """Empty the outbox into a response: (offers, cancels), as poll returns them."""
@@ -1218,7 +1236,7 @@ class Matcher(Jobs):
                 lease.since = now
         session.outbox.clear()
         if offers:
-            session.arrival = max(session.arrival, arrival)
+            session.receiving_until = max(session.receiving_until, arrival)
             self._heard_locked(session)
             self._check_handover_later_locked(session, self.limits.handover_seconds)
         return offers, cancels
@@ -1279,7 +1297,7 @@ class Matcher(Jobs):
         """Take a job from its session: back to the queue, or to its end."""
         job, session = lease.job, lease.session
         if not lease.sent:
-            job.attempt -= 1
+            job.attempt -= 1               # nobody has heard of that attempt
         job.died = died and lease.state == "confirmed"    # it had begun to work on it
         lease.move("ended", self._clock())
         job.lease = None
@@ -1328,7 +1346,7 @@ class Matcher(Jobs):
 
     def _heard_locked(self, session, hold=0.0):
         """The provider spoke: its silence counts from now, or from the end of its poll."""
-        due = max(self._clock() + hold, session.arrival) + self.limits.lease_seconds
+        due = max(self._clock() + hold, session.receiving_until) + self.limits.lease_seconds
         # While its poll is parked it is silent with good reason: a push changes nothing.
         session.deadline = max(due, session.deadline) if session.parked else due
 
@@ -1339,7 +1357,7 @@ class Matcher(Jobs):
         self._disconnect_locked(session)
         for job in session.jobs():
             self._release_locked(job.lease, died)
-        session.arrived.notify_all()
+        session.has_response.notify_all()
 
     # -- timers: each looks at the facts again, for they may have changed --
 
@@ -1395,7 +1413,6 @@ class Matcher(Jobs):
         for job in session.jobs():
             if not job.seen:
                 self._release_locked(job.lease, died=True)
-
 
 
 ##############################################################################
@@ -1456,10 +1473,8 @@ class Exchange:
                 self.api = guess_api(self.connection.last_head)
             self.fail(self.explain(error))
         finally:
-            if self.parsing:
-                self.release_large_body()
-            if self.slot is not None:
-                self.release_slot()
+            self.release_large_body()
+            self.release_slot()
             if self.head_slot is not None:
                 self.head_slot.release()
         return self.keep_alive and self.body_read
@@ -1520,7 +1535,7 @@ class Exchange:
 ##############################################################################
 
 PIECE_BYTES = 1 << 18        # of a streamed answer, or one item
-DIRECT_BYTES = 1 << 16       # a larger piece counts as memory, and is sent by the own thread
+DIRECT_BYTES = 1 << 16       # a larger piece waits for memory: its exchange's thread sends it
 DIRECT_ITEM_BYTES = DIRECT_BYTES // 6    # of items: escapes take at most six bytes for one
 WHOLE_WAIT_SECONDS = 0.25    # see WholeOutlet.run
 QUEUE_NEWS_SECONDS = 2       # how often a queued stream hears of its queue position
@@ -1605,7 +1620,8 @@ class Outlet:
                 self.send_next(own=True)
 
     def send(self, data, own):
-        """Send bytes; what another thread than the exchange's own cannot send waits."""
+        """Send bytes. own: in the exchange's own thread, which may block; another leaves what
+        the socket does not take to work."""
         (self.connection.send if own else self.connection.send_now)(data)
 
     def encoded(self, size, encode, *arguments):
@@ -1793,7 +1809,6 @@ class StreamOutlet(Outlet):
 ##############################################################################
 
 
-
 class NativeWhole:
     """Encodes an answer as one JSON object."""
 
@@ -1905,7 +1920,6 @@ def submit_native(exchange, service, request, by_operator, access):
               rated=not exchange.local, by_operator=by_operator, wait=wait,
               prefixes=prefixes)
     return exchange.broker.submit(job, identity, at)
-
 
 
 ##############################################################################
@@ -2761,6 +2775,7 @@ class Broker(Matcher):
         job.deaths -= job.died                     # it was not dead after all
         job.died = False
         job.lease = Lease(session, job, pair, "handed_out", self._clock())
+        self._dispatch_locked(session.service)     # what stood behind it
         return job.lease
 
     def _check_handover_later_locked(self, session, delay):
@@ -2942,9 +2957,9 @@ class Broker(Matcher):
             for service in self._services.values():
                 self._fail_waiting_locked(service, self._shutting_down())
             for session in self._sessions.values():
-                session.arrived.notify_all()
+                session.has_response.notify_all()
 
-    def idle(self):
+    def nothing_runs(self):
         """Whether no job is in a provider's hands."""
         with self._lock:
             return not any(session.jobs() for session in self._sessions.values())
@@ -2957,7 +2972,7 @@ class Broker(Matcher):
                 if job.ended_at is None:
                     self._end_locked(job, "failed", self._shutting_down())
             for session in self._sessions.values():
-                session.arrived.notify_all()
+                session.has_response.notify_all()
             self._timers.wake()
 
 
@@ -6841,7 +6856,7 @@ class Relay(ThreadingHTTPServer):
         self.stopping = True
         self.broker.drain()
         deadline = time.monotonic() + drain_seconds
-        while not self.broker.idle() and time.monotonic() < deadline:
+        while not self.broker.nothing_runs() and time.monotonic() < deadline:
             time.sleep(0.05)               # once in a relay's life
         self.broker.close()
         deadline = time.monotonic() + 2    # for the last responses to be written

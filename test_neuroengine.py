@@ -993,7 +993,7 @@ def test_a_provider_that_cannot_stop_at_once_keeps_its_session(desk):
         desk.broker._lock.lock.release()
         desk.later(seconds)
         desk.broker._lock.lock.acquire()
-    desk.broker._sessions[session].arrived.wait = wait
+    desk.broker._sessions[session].has_response.wait = wait
     before = desk.time
     desk.broker.poll(desk.service, session, Poll(), [(job, 1)])
     assert desk.time >= before + desk.broker.limits.poll_seconds
@@ -1270,9 +1270,9 @@ def test_no_thread_is_woken_for_items_that_are_delivered(desk):
     desk.broker.deliver_to(reader, lambda: got.append(desk.broker.read(reader, most=9)), 0)
     thread = threading.Thread(target=desk.broker.wait_for_work, args=(reader, 9), daemon=True)
     thread.start()
-    until(lambda: reader.news and reader.news._waiters)
+    until(lambda: reader.woken and reader.woken._waiters)
     desk.push(session, job, ["b", "c"])
-    assert got == [(["b", "c"], False)] and reader.news._waiters
+    assert got == [(["b", "c"], False)] and reader.woken._waiters
     desk.broker.wake_owner(reader)
     thread.join(SOON)
     assert not thread.is_alive()
@@ -1830,7 +1830,7 @@ def test_draining_fails_the_waiting_and_lets_the_running_finish(desk):
     with pytest.raises(RelayError):
         desk.submit()
     desk.push(session, job, ["x"], done=True)
-    assert desk.broker.read(reader) == (["x"], True) and desk.broker.idle()
+    assert desk.broker.read(reader) == (["x"], True) and desk.broker.nothing_runs()
 
 
 def test_closing_wakes_every_waiter(desk):

@@ -163,7 +163,7 @@ class Walk:
         reader = open_reader()
         self.prompts.append(Prompt(reader, reader.job.caller, identity))
         # A read that waits lets others do what they do.
-        reader.news = SteppingCondition(self)
+        reader.woken = SteppingCondition(self)
 
     def find_again(self):
         identity = self.pick(self.identities)
