@@ -5567,6 +5567,18 @@ def test_closing_the_stream_closes_the_providers_iterator_within_a_second(relay,
     assert closed.wait(patient(1))
 
 
+def test_an_answer_that_the_relay_refuses_stops_its_iterator(relay, provide, monkeypatch):
+    closed, push = threading.Event(), relay.broker.push
+    name, _ = provide(endless(closed))
+    stream = client_of(relay, name).stream("x")
+    next(stream)
+    monkeypatch.setattr(relay.broker, "push", lambda service, session, entries: (
+        [{"job": entry["job"], "error": "gap", "at": 0} for entry in entries],
+        *push(service, session, [])[1:]))
+    assert closed.wait(patient(5))
+    stream.close()
+
+
 def test_cancel_stops_a_polled_stream(relay, provide):
     closed = threading.Event()
     name, _ = provide(endless(closed))

@@ -223,7 +223,7 @@ class Walk:
         service, continues = self.pick(self.services), self.rand.random() < 0.5
         id = self.broker.login(service, self.rand.choice((1, 1, 2, 5)), continues=continues,
                                apis=self.rand.choice(((), ("chat",))))
-        self.broker._sessions[id].arrived = SteppingCondition(self)
+        self.broker._sessions[id].has_response = SteppingCondition(self)
         self.providers.append(Provider(service, id, continues))
 
     def poll(self):
