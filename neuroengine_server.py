@@ -4917,7 +4917,8 @@ class SharedOutlet(WholeOutlet):
             return (head + body,)
         if not own:
             return None
-        if self.job.encoded is not None:
+        encoded = self.job.encoded
+        if encoded is not None and encoded[1] is body:
             return self._shared(head, len(body))
         return head, body
 
@@ -7730,10 +7731,10 @@ class ClusterBroker(Broker):
         self.passes_on_until = time.monotonic() + PASS_ON_SECONDS
         super().drain()
 
-    def idle(self):
+    def nothing_runs(self):
         """Whether no job is in a provider's hands, here or at a home that this relay passes
         the answer on from."""
-        return super().idle() and not self.registry.peers.is_answering()
+        return super().nothing_runs() and not self.registry.peers.is_answering()
 
     def close(self):
         super().close()

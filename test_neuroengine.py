@@ -2412,10 +2412,12 @@ class Hand:
         return answer
 
     def next_job(self):
-        while True:
+        deadline = time.monotonic() + patient(60)
+        while time.monotonic() < deadline:
             jobs = self.poll()["jobs"]
             if jobs:
                 return jobs[0]
+        raise AssertionError("no job came")
 
     def reply(self, job, items=(), at=0, **kw):
         if kw.get("done") or kw.get("error"):
