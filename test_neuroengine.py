@@ -11267,7 +11267,7 @@ def test_page_makes_a_service_private_and_invites_a_guest(
     tab.eventually("!document.querySelector('.keys li')")
     guest.tab.click("#new")
     guest.say("Still there?")
-    guest.shows("The key that you have for Demo is wrong", ".trouble")
+    guest.shows("Your key for Demo is wrong", ".trouble")
 
 
 def test_page_pauses_a_service(page_relay, page_provider, page_tab):
@@ -13051,7 +13051,7 @@ def test_page_keeps_no_temporary_conversation(page_provider, page_tab):
     tab = page_tab().open()
     tab.tab.check("#temporary")
     page_talk(tab, page_provider, "Between us", "Yes")
-    tab.shows("this conversation is not kept", ".banner")
+    tab.shows("This conversation is not kept", ".banner")
     assert "#" not in tab.tab.url
     tab.tab.click("#new")
     tab.tab.click("text=Temporary conversation")         # as long as the tab is there
@@ -13289,11 +13289,11 @@ def test_page_says_at_once_that_a_key_is_wrong(page_relay, page_provider, page_t
     tab = page_tab()
     tab.expects_trouble = True
     tab.open("/Demo#k=wrong")
-    tab.shows("The key that you have for Demo is wrong", ".banner")
+    tab.shows("Your key for Demo is wrong", ".banner")
     tab.tab.click(".banner >> text=Enter a key")
     tab.tab.fill("#key-key", "wrong too")
     tab.tab.keyboard.press("Enter")
-    tab.shows("The key that you have for Demo is wrong", "#key-trouble")
+    tab.shows("Your key for Demo is wrong", "#key-trouble")
     tab.tab.fill("#key-key", page_relay.keys["Demo"])
     tab.tab.keyboard.press("Enter")
     tab.eventually("!document.querySelector('.banner')")
@@ -13306,7 +13306,7 @@ def test_page_asks_the_relay_before_it_takes_the_key_of_an_invite(page_relay, pa
     tab.expects_trouble = True
     page_relay.change("Demo", private=True)              # the page has not heard of it yet
     tab.tab.evaluate("location.hash = '#k=wrong'")
-    tab.shows("The key that you have for Demo is wrong", ".banner")
+    tab.shows("Your key for Demo is wrong", ".banner")
 
 
 def test_page_has_its_own_words_for_every_error(page_tab):
