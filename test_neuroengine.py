@@ -11510,10 +11510,10 @@ def test_page_markdown_streamed_is_markdown_whole(page_provider, page_tab, sampl
     tab.idle()
     html = "document.querySelector('.last .md').innerHTML"
     tab.shows("least", ".last .md > :last-child")
-    streamed = tab.tab.evaluate(html)
+    streamed = tab.at_rest(html)           # footnotes are resolved when all of it is there
     tab.tab.reload()
     tab.shows("least", ".last .md > :last-child")
-    assert streamed == tab.tab.evaluate(html)
+    assert streamed == tab.at_rest(html)
 
 
 def test_page_copies_messages_and_code(page_provider, page_tab):
