@@ -13076,7 +13076,8 @@ def test_page_two_tabs_show_the_same_conversation(page_provider, page_tab):
     job = tab.prompt(page_provider)
     job.push("De")
     other.shows("De")
-    other.shows("Answered in another tab")
+    said = "document.querySelector('.message.last').innerText.includes('Answered in another tab')"
+    until(lambda: tab.tab.evaluate(said) != other.tab.evaluate(said))    # whichever was first
     job.push("ux et ")
     tab.tab.close()                                      # the other takes it over
     job.done("demi")
@@ -13423,7 +13424,12 @@ def test_page_scrolling_obeys_the_reader_while_text_streams(page_provider, page_
     thread.start()
     try:
         tab.shows("more 20")
-        page_reader_scrolls(tab, how)
+        shown, turns = "document.querySelector('#latest').offsetParent !== null", 0
+        while turns < 200 and not tab.tab.evaluate(shown):
+            if turns % 40 == 0:            # again: WebKitGTK loses a wheel's turn now and then
+                page_reader_scrolls(tab, how)
+            turns += 1
+            tab.tab.wait_for_timeout(50)
         tab.tab.wait_for_selector("#latest:visible")
         place = "document.querySelector('#log').scrollTop"
         top = tab.at_rest(place)                         # a smooth scroll has come to its end
