@@ -1617,7 +1617,7 @@ class Exchange:
 
 class Intake:
     """Reads many sockets for one event loop, which watches only one for them: an epoll
-    object that watches them all. (asyncio by itself takes 17 us to read a token, so 12.)
+    object that watches them all. (Reading a token takes 12 us this way, 17 by asyncio alone.)
     Linux has that; elsewhere, and for TLS, asyncio reads.
     """
 
@@ -3341,17 +3341,18 @@ class StreamParser:
 
     def feed(self, data):
         """The items that are in these bytes."""
-        items = []
-        for line in self._lines.feed(data):
-            self._take(line, items)
-        return items
+        return self._items_of(self._lines.feed(data))
 
     def finish(self):
         """The last items, after the last byte."""
-        items = []
-        for line in self._lines.end():
-            self._take(line, items)
+        items = self._items_of(self._lines.end())
         self._end(items)
+        return items
+
+    def _items_of(self, lines):
+        items = []
+        for line in lines:
+            self._take(line, items)
         return items
 
 
@@ -3377,16 +3378,11 @@ class Completion(StreamParser):
             if texts:
                 self._texts += texts
                 return texts
-        items = []
-        for line in lines:
-            self._take(line, items)
-        return items
+        return self._items_of(lines)
 
     def _items_alone(self, line):
         """The items of an event's line, if the stream was that alone."""
-        items = []
-        Completion(self._model)._take(line, items)
-        return items
+        return Completion(self._model)._items_of([line])
 
     def _end(self, items):
         if self._whole is not None:

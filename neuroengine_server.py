@@ -248,8 +248,8 @@ class Session:
         return [lease.job for lease in self.leases.values() if lease.state != "cancelled"]
 
     def can_answer(self, job):
-        """Whether it passes on the API that the job needs, and can go on where another session
-        began."""
+        """Whether it supports the API that the job needs, and can continue an answer that
+        another session began."""
         return (job.needs is None or self.features.has(job.needs)) and (
             not job.seen or self.features.continues)
 
@@ -1297,7 +1297,7 @@ class Matcher(Jobs):
         """Take a job from its session: back to the queue, or to its end."""
         job, session = lease.job, lease.session
         if not lease.sent:
-            job.attempt -= 1               # nobody has heard of that attempt
+            job.attempt -= 1               # the provider never received that attempt
         job.died = died and lease.state == "confirmed"    # it had begun to work on it
         lease.move("ended", self._clock())
         job.lease = None
@@ -1642,7 +1642,8 @@ class Outlet:
 
 
 class WholeOutlet(Outlet):
-    """Sends an answer as one response, when it has ended."""
+    """Sends an answer as one response, when it has ended. SharedOutlet, in the machinery, says
+    what its bytes are: size and _parts."""
 
     direct_bytes = DIRECT_BYTES
 
@@ -1690,28 +1691,6 @@ class WholeOutlet(Outlet):
             self.send(part, own)
         self.reader.cursor = len(self.job.items)
         self.complete = True
-
-    def size(self):
-        """Roughly the bytes that wait for this reader."""
-        return self.job.answer_bytes()
-
-    def _parts(self, own):
-        """The response in parts; None: it is large, and the own thread's work."""
-        return (b"".join(self._response(self.job.error)),)
-
-    def _response(self, error):
-        """Return (head, body) of the response; an error of ours becomes a 500."""
-        try:
-            if error is not None:
-                return self.exchange.error_response(error)
-            return self.exchange.response(200, self._body(), self.encoder.kind,
-                                          more=self.encoder.headers(self.exchange, self.job))
-        except Exception as fault:
-            return self.exchange.error_response(self.exchange.explain(fault))
-
-    def _body(self):
-        """The whole answer as bytes."""
-        return self.encoder.whole(self.job)
 
 
 class StreamOutlet(Outlet):
@@ -4073,6 +4052,8 @@ def of_type(kind, words):
 def leases():
     """A list of [job, attempt], as pairs."""
     def accept(value):
+        if type(value) is not list:
+            raise ValueError
         pairs = [(job, attempt) for job, attempt in value]
         if not all(is_lease(job, attempt) for job, attempt in pairs):
             raise ValueError
@@ -4901,8 +4882,8 @@ def repeat_identity(exchange, service, caller, repeat, api="native"):
 
 
 class SharedOutlet(WholeOutlet):
-    """As WholeOutlet. A large answer is encoded once, kept with its job, and sent in parts, by
-    the exchange's own thread."""
+    """A WholeOutlet with its bytes. A large answer is encoded once, kept with its job, and sent
+    in parts, by the exchange's own thread."""
 
     def size(self):
         """Roughly the bytes that wait for this reader."""
@@ -4912,6 +4893,7 @@ class SharedOutlet(WholeOutlet):
         return self.job.answer_bytes()
 
     def _parts(self, own):
+        """The response in parts; None: it is large, and the own thread's work."""
         head, body = self._response(self.job.error)
         if len(body) <= (MAX_SMALL_BODY_BYTES if own else DIRECT_BYTES):
             return (head + body,)
@@ -4921,6 +4903,16 @@ class SharedOutlet(WholeOutlet):
         if encoded is not None and encoded[1] is body:
             return self._shared(head, len(body))
         return head, body
+
+    def _response(self, error):
+        """Return (head, body) of the response; an error of ours becomes a 500."""
+        try:
+            if error is not None:
+                return self.exchange.error_response(error)
+            return self.exchange.response(200, self._body(), self.encoder.kind,
+                                          more=self.encoder.headers(self.exchange, self.job))
+        except Exception as fault:
+            return self.exchange.error_response(self.exchange.explain(fault))
 
     def _shared(self, head, size):
         """Yield a response with the job's encoded answer, in copies of small parts, so that a
