@@ -1059,7 +1059,7 @@ def test_an_older_poll_takes_nothing_from_a_newer_one(desk, monkeypatch):
     desk.submit()
     with monkeypatch.context() as patched:
         patched.setattr(desk.broker, "_park_locked", lambda session, *_: setattr(
-            session, "poll", Poll()))      # a newer one comes meanwhile
+            session, "poll", Poll()))      # a newer poll replaces it
         assert desk.poll(session) == ([], [])
     assert len(desk.poll(session)[0]) == 1
 
@@ -3207,8 +3207,16 @@ def test_a_deleted_services_key_does_not_come_back_with_its_name(relay, hand):
     assert row.key_digest == neuroengine_server.digest(new) != neuroengine_server.digest(old)
 
 
-class Meanwhile:
-    """A lock before whose first taking something else is done."""
+@pytest.mark.parametrize("running", ["", "ab", {}, 5, [["x"]], [["x", "y"]]])
+def test_a_poll_names_its_jobs_in_a_list_of_pairs(relay, hand, running):
+    status, answer, _ = ask(relay, "/provider/%s/poll" % hand.name, {
+        "session": hand.session, "running": running}, Authorization="Bearer " + hand.key)
+    assert (status, answer["error"]) == (400, "invalid_request")
+    assert answer["reply"].startswith("running must be a list of [job, attempt]")
+
+
+class LockAfter:
+    """A lock that calls act() just before it is taken for the first time."""
 
     def __init__(self, lock, act):
         self.lock, self.acts = lock, [act]
@@ -3228,7 +3236,7 @@ class Meanwhile:
 def test_a_key_that_was_changed_an_instant_before_changes_nothing(
         relay, hand, monkeypatch, method, path, body):
     service, guest = relay.broker.find(hand.name), manage(relay, hand, "POST", "/keys", {})[1]
-    monkeypatch.setattr(relay.registry, "changing", Meanwhile(
+    monkeypatch.setattr(relay.registry, "changing", LockAfter(
         relay.registry.changing, lambda: setattr(service, "key_digest", "another")))
     status, answer = manage(relay, hand, method, path.replace("%s", guest["id"]), body)
     assert (status, answer["error"]) == (401, "invalid_key")
@@ -10172,7 +10180,7 @@ def test_cluster_a_late_relay_asks_before_it_acts_as_home(cluster, engine):
     relays = cluster(2)
     hand = FarHand(*relays)
     registry = relays[0].registry
-    with registry.changing:                # no beat meanwhile
+    with registry.changing:                # so no beat comes between
         engine.call("DEL", "{neuroengine}:relay:" + registry.id)
         until(lambda: relays[1].registry._claim(hand.name.lower(), False))
         registry.sure_until = registry._beat_at = 0
@@ -10182,7 +10190,7 @@ def test_cluster_a_late_relay_asks_before_it_acts_as_home(cluster, engine):
 
 def test_cluster_a_relay_is_sure_to_be_home_no_longer_than_it_is_a_member(cluster, engine):
     registry = cluster().registry
-    with registry.changing:                # no beat meanwhile
+    with registry.changing:                # so no beat comes between
         left = engine.call("PTTL", "{neuroengine}:relay:" + registry.id) / 1000
         assert registry.sure_until - time.monotonic() <= max(left, 0) + 0.01
 
