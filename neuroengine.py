@@ -82,6 +82,8 @@ STREAM_SECONDS = 30          # silence within a stream; heartbeats come every 9 
 POLL_SECONDS = 40            # a held poll; the relay answers within 25 s
 YIELD_SECONDS = 0.005        # from new jobs to the next poll, unless items were sent before
 GATHER_SECONDS = 0.005       # between two requests with items, other than first ones and ends
+REST_FACTOR = 4              # having read many streams for a time, rest so many times as long
+LONGEST_REST_SECONDS = 0.04  # but no longer than this
 HEARTBEAT_SECONDS = 5        # a provider with jobs is sends something this often
 CANCEL_SECONDS = 5           # for a cancel or a logout
 LIST_SECONDS = 1.1           # a relay's list of services may be a second old
@@ -1619,29 +1621,43 @@ class Intake:
     """Reads many sockets for one event loop, which watches only one for them: an epoll
     object that watches them all. (Reading a token takes 12 us this way, 17 by asyncio alone.)
     Linux has that; elsewhere, and for TLS, asyncio reads.
+
+    lazy: it rests after each look, in proportion to how long that took. So the more streams
+    there are, the more tokens of each gather until the next look, to which several are hardly
+    more work than one: 19 instead of 36 us a token with 256 streams of 50/s.
     """
 
     THERE = hasattr(select, "epoll")
 
-    def __init__(self, loop):
+    def __init__(self, loop, lazy=False):
+        self._loop, self._lazy = loop, lazy
         self._epoll, self._read_of = select.epoll(), {}    # number of a socket -> its read
-        loop.add_reader(self._epoll.fileno(), self._look)
+        self._wake()
 
     def watch(self, number, read):
         """Call read() whenever there is something in the socket of this number."""
-        self._read_of[number] = read
-        self._epoll.register(number, select.EPOLLIN)
+        if number not in self._read_of:
+            self._read_of[number] = read
+            self._epoll.register(number, select.EPOLLIN)
 
     def forget(self, number):
         """Watch it no more, before it is closed."""
         if self._read_of.pop(number, None):
             self._epoll.unregister(number)
 
+    def _wake(self):
+        self._loop.add_reader(self._epoll.fileno(), self._look)
+
     def _look(self):
+        began = self._loop.time()
         for number, _ in self._epoll.poll(0):
             read = self._read_of.get(number)
             if read is not None:               # one before it may have ended it
                 read()
+        if self._lazy:
+            rest = REST_FACTOR * (self._loop.time() - began)
+            self._loop.remove_reader(self._epoll.fileno())
+            self._loop.call_later(min(rest, LONGEST_REST_SECONDS), self._wake)
 
 
 class AsyncConnection:
@@ -1649,14 +1665,22 @@ class AsyncConnection:
 
     def __init__(self, on_close):
         self._on_close, self._exchange = on_close, None
-        self._sock = self._intake = self._error = None     # if an Intake reads
+        self._sock = self._error = None                    # if Intakes read
+        self._intakes = self._intake = None                # both, and the one that does
         self.transport = None
 
-    def read_by(self, intake, sock):
-        """Let an Intake read, from now on."""
+    def read_by(self, intakes, sock):
+        """Let Intakes read, from now on: an eager one, or a lazy one."""
         self.transport.pause_reading()
-        self._sock, self._intake = sock, intake
+        self._sock, self._intakes, self._intake = sock, intakes, intakes[0]
         self.resume()
+
+    def read_lazily(self, lazily):
+        """Whether what comes can wait until the lazy one looks at many sockets at once."""
+        if self._intakes is not None and self._intake is not self._intakes[lazily]:
+            self.pause()
+            self._intake = self._intakes[lazily]
+            self.resume()
 
     def pause(self):
         """Read no more, until resume()."""
@@ -1697,7 +1721,9 @@ class AsyncConnection:
         finally:
             exchange.end()
             self._exchange = None
-            if not (exchange.reader.whole and exchange.reader.kept):
+            if exchange.reader.whole and exchange.reader.kept:
+                self.read_lazily(False)
+            else:
                 self.transport.abort()
 
     def connection_made(self, transport):
@@ -1737,7 +1763,9 @@ class AsyncTransport:
             asyncio.get_running_loop(), transport, keep)
         self.base, self._where = transport.base, transport.where()
         self._free, self._on_idle_end = [], on_idle_end
-        self._intake = Intake(self._loop) if Intake.THERE and not self._where[0] else None
+        self._intakes = None
+        if Intake.THERE and not self._where[0]:
+            self._intakes = Intake(self._loop), Intake(self._loop, lazy=True)
 
     async def call(self, path, body, key):
         """POST JSON text and return the relay's answer. Raises NeuroengineError."""
@@ -1798,8 +1826,8 @@ class AsyncTransport:
                "ssl_handshake_timeout": CONNECT_SECONDS} if secure else {}
         _, line = await self._loop.create_connection(lambda: AsyncConnection(self._forget),
                                                      sock=opener.sock, **tls)
-        if self._intake is not None:
-            line.read_by(self._intake, opener.sock)
+        if self._intakes is not None:
+            line.read_by(self._intakes, opener.sock)
         return line
 
     def _forget(self, line):
@@ -3963,6 +3991,8 @@ class Sink:
         items, work = self._parser.feed(data), self._work
         self.finished = self._parser.finished
         if items:
+            if not work.size:                  # only the first are urgent
+                self.line.read_lazily(True)
             self._outbox.put_all(work, items)
             if work.size - work.sent > MAX_UNSENT_BYTES and self._outbox.is_full(work):
                 self.line.pause()

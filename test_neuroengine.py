@@ -7808,6 +7808,38 @@ def reading(request, monkeypatch):
     monkeypatch.setattr(neuroengine.Intake, "THERE", request.param)
 
 
+@pytest.mark.skipif(not neuroengine.Intake.THERE, reason="this system has no epoll")
+@pytest.mark.parametrize("seconds, rest", [(0.002, 0.008), (0.5, 0.04)])
+def test_a_lazy_reader_rests_longer_the_longer_it_read(seconds, rest):
+    class Loop:
+        now = 0.0
+
+        def time(self):
+            return self.now
+
+        def add_reader(self, number, look):
+            self.watched, self.look = True, look
+
+        def remove_reader(self, number):
+            self.watched = False
+
+        def call_later(self, pause, wake):
+            self.pause, self.wake = pause, wake
+
+    def read():
+        loop.now += seconds
+    loop = Loop()
+    intake, (ours, theirs) = neuroengine.Intake(loop, lazy=True), socket.socketpair()
+    with ours, theirs:
+        intake.watch(ours.fileno(), read)
+        theirs.send(b"x")
+        loop.look()
+        assert loop.pause == pytest.approx(rest) and not loop.watched
+        loop.wake()
+        assert loop.watched
+        intake.forget(ours.fileno())
+
+
 def test_a_stream_that_is_reset_or_ends_amid_the_answer_is_an_error(reading):
     def begin(handler):
         handler.send_response(200)
