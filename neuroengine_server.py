@@ -400,88 +400,89 @@ class Reader:
 
 
 class Queue:
-    """The jobs that wait for one service, in the order in which they will be taken."""
+    """The jobs that wait for one service, in the order in which they will be taken.
+
+    Jobs that a provider gave back go first, by number; then the operator's, then urgent ones,
+    then all others. Within each of these three kinds callers take turns.
+    """
 
     def __init__(self):
-        self._returned = []           # jobs that a provider gave back go first, by number
-        self._urgent = deque()        # then those of the operator, and urgent ones
-        self._turns = OrderedDict()   # then caller -> deque of jobs; callers take turns
-        self._counts = {}             # caller, None for the operator -> how many jobs
+        self._returned = []
+        self._operators, self._urgent, self._others = self._kinds = (
+            OrderedDict(), OrderedDict(), OrderedDict())    # caller -> deque, its line of jobs
         self._positions = None        # Job -> queue position, until something changes
         self.size = 0                 # of all together
 
     def __iter__(self):
-        for jobs in (self._returned, self._urgent, *self._turns.values()):
-            yield from jobs
+        yield from self._returned
+        for lines in self._kinds:
+            yield from itertools.chain.from_iterable(lines.values())
 
-    def count(self, caller, by_operator):
-        """How many jobs of one caller, or of the operator, wait."""
-        return self._counts.get(None if by_operator else caller, 0)
-
-    def _count(self, job, change):
-        self.size += change
-        self._positions = None
-        caller = None if job.by_operator else job.caller
-        count = self._counts.pop(caller, 0) + change
-        if count:
-            self._counts[caller] = count
+    def count_like(self, job):
+        """How many prompts of this job's caller wait; for the operator's, how many of those."""
+        if job.by_operator:
+            return sum(map(len, self._operators.values()))
+        return len(self._urgent.get(job.caller, ())) + len(self._others.get(job.caller, ()))
 
     def add(self, job):
         """Put a job where it belongs."""
-        self._count(job, 1)
+        self.size += 1
+        self._positions = None
         if job.returned:
-            numbers = [other.number for other in self._returned]
-            self._returned.insert(bisect.bisect(numbers, job.number), job)
+            self._returned.append(job)
+            self._returned.sort(key=lambda job: job.number)
         else:
-            self._line_of(job).append(job)
+            self._lines_of(job).setdefault(job.caller, deque()).append(job)
 
-    def _line_of(self, job):
-        """The deque of a job that no provider has had."""
-        if job.by_operator or job.urgent:
-            return self._urgent
-        return self._turns.setdefault(job.caller, deque())
+    def _lines_of(self, job):
+        """The lines of a job that no provider has had."""
+        if job.by_operator:
+            return self._operators
+        return self._urgent if job.urgent else self._others
 
     def remove(self, job):
-        """Take out this very job; return the line where it stood."""
-        self._count(job, -1)
-        line = self._returned if job.returned else self._line_of(job)
-        line.remove(job)
-        if not line and line is self._turns.get(job.caller):
-            del self._turns[job.caller]
-        return line
+        """Take out this very job."""
+        self.size -= 1
+        self._positions = None
+        if job.returned:
+            return self._returned.remove(job)
+        lines = self._lines_of(job)
+        lines[job.caller].remove(job)
+        if not lines[job.caller]:
+            del lines[job.caller]
 
     def take(self, session):
         """Take out the job that this session should have next; None if there is none. A
         caller whose next job this session cannot answer is passed over."""
-        if not self.size:
-            return None
-        for job in itertools.chain(self._returned, self._next_of_each(),
-                                   (line[0] for line in self._turns.values())):
+        for job in self._first_of_each() if self.size else ():
             if session.may_take(job):
-                line = self.remove(job)
-                if line is self._turns.get(job.caller):
-                    self._turns.move_to_end(job.caller)   # the next caller's turn
+                self.remove(job)
+                lines = self._lines_of(job)
+                if not job.returned and job.caller in lines:
+                    lines.move_to_end(job.caller)         # the next caller's turn
                 return job
         return None
 
-    def _next_of_each(self):
-        """The first job of each caller among the urgent ones."""
-        seen = set()
-        for job in self._urgent:
-            caller = job.by_operator, job.caller
-            if caller not in seen:
-                seen.add(caller)
-                yield job
+    def _first_of_each(self):
+        """The returned jobs, and the first of each line."""
+        yield from self._returned
+        for lines in self._kinds:
+            for line in lines.values():
+                yield line[0]
 
     def position(self, job):
         """The job's rank among those that wait; 1 is next."""
         # All at once, because each of 1,000 waiting streams asks every two seconds.
         if self._positions is None:
-            turns = sorted(((turn, job) for jobs in self._turns.values()
-                            for turn, job in enumerate(jobs)), key=lambda pair: pair[0])
-            order = itertools.chain(self._returned, self._urgent, (job for _, job in turns))
+            order = itertools.chain(self._returned, *map(in_turns, self._kinds))
             self._positions = {job: rank for rank, job in enumerate(order, 1)}
         return self._positions[job]
+
+
+def in_turns(lines):
+    """The jobs of these lines in the order in which their callers' turns come."""
+    turns = [(turn, job) for line in lines.values() for turn, job in enumerate(line)]
+    return [job for _, job in sorted(turns, key=lambda pair: pair[0])]
 
 
 ##############################################################################
@@ -637,16 +638,13 @@ class Admission:
         if not (service.sessions or job.wait or self._clock() < service.expected_until):
             raise offline_error(service, self._wall())
         victim = self._check_queue(job)
-        size = JOB_BYTES + len(job.payload)
-        if size > self.memory.share_left(job.holder):
-            raise share_taken_error()
         charge_rates(job, limits=self._limits, rates=self._rates, quotas=self.quotas)
         return victim
 
     def _check_queue(self, job):
         """Return the job that must leave a full queue for this one, or None."""
         service, limits = job.service, self._limits
-        mine = service.queue.count(job.caller, job.by_operator)
+        mine = service.queue.count_like(job)
         if mine >= limits.max_queue_per_caller:
             raise too_many_waiting_error(service, mine, limits, self.retry_after(service))
         most = limits.max_queue
@@ -783,7 +781,8 @@ class Jobs:
             if job.grace is None:
                 job.grace = self.limits.grace_seconds
             size = JOB_BYTES + len(job.payload)
-            self._free_share_locked(job.holder, size)
+            if not self._fits_share_locked(job.holder, size):
+                raise share_taken_error()
             victim = self._admission.admit(job)
             if not self._make_room_locked(size, job.holder):
                 raise memory_full_error()
@@ -1188,7 +1187,7 @@ class Matcher(Jobs):
         job.move("leased")
         if job.items and not job.seen:                # this one begins anew
             job.items.clear()
-            self._resize_locked(job, JOB_BYTES + len(job.payload) - job.size)
+            self._memory.hold(job, JOB_BYTES + len(job.payload) - job.size)
             job.first_at = None
         job.attempt += 1
         job.lease = Lease(session, job, (job.id, job.attempt), "offered", self._clock())
@@ -1286,7 +1285,7 @@ class Matcher(Jobs):
             self._cancel_locked(job, memory_full_error())
         if job.ended_at is not None:
             return False
-        self._resize_locked(job, size)
+        self._memory.hold(job, size)
         self.counts["tokens"] += len(items)
         if not job.items:
             job.first_at = now
@@ -2400,13 +2399,14 @@ class Slot:
 
     def release(self):
         """Release it. Safe to call twice, and after it was taken away."""
-        self.room.release(self)
+        with self.room.lock:
+            self.room.release_locked(self)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.room.release(self)
+        self.release()
 
 
 class Room:
@@ -2424,8 +2424,8 @@ class Room:
         self.taken = 0
         self._by = defaultdict(int)        # group -> how much
         self._slots = defaultdict(dict)    # group -> {Slot: True}, oldest first
-        self._lock = threading.Lock()
-        self._released = threading.Condition(self._lock)   # notified when there is more room
+        self.lock = threading.Lock()
+        self._released = threading.Condition(self.lock)   # notified when there is more room
         self._waiting = 0                  # threads that wait for it
 
     def take(self, address, count=1, *, give_way=None, reserved=False, always=False,
@@ -2435,12 +2435,13 @@ class Room:
         room, after blocking up to `wait` seconds for it."""
         groups, lost = self._groups(address), ()
         try:
-            with self._lock:
-                if not always and any([self._by.get(group, 0) + count > self.hard * factor
-                                       for group, factor in groups]):
-                    raise self._none_left("rate_limited", "your address")
-                most = self.most if reserved or not groups else (
-                    self.most - self.most // RESERVED)
+            with self.lock:
+                for group, factor in groups:
+                    if self._by.get(group, 0) + count > self.hard * factor and not always:
+                        raise self._none_left("rate_limited", "your address")
+                most = self.most
+                if groups and not reserved:
+                    most -= most // RESERVED
                 if self.taken + count > most and not always:
                     lost = self._make_way(count, groups, most)
                     self._wait(count, most, wait)
@@ -2470,7 +2471,7 @@ class Room:
             slot = self._newest_above_share(count, groups)
             if slot is None:
                 break
-            self._release(slot)
+            self.release_locked(slot)
             lost.append(slot)
         return lost
 
@@ -2496,12 +2497,8 @@ class Room:
                         return slot
         return None
 
-    def release(self, slot):
+    def release_locked(self, slot):
         """Take a slot back; nothing happens if that was done already."""
-        with self._lock:
-            self._release(slot)
-
-    def _release(self, slot):
         if slot.released:
             return
         slot.released = True
@@ -2545,7 +2542,7 @@ class Memory:
     """The bytes that jobs hold, in all and by holder. Its user holds the lock."""
 
     def __init__(self, most):
-        self.most, self.held = most, 0
+        self.most, self.held, self._share = most, 0, most // 4
         self._holdings = defaultdict(Holding)          # holder -> Holding
         self._largest, self._looks = None, 0           # see _largest_holder
 
@@ -2582,7 +2579,8 @@ class Memory:
 
     def share_left(self, holder):
         """How many bytes more one holder may have: it may have a quarter of all."""
-        return self.most // 4 - self.held_by(holder)
+        holding = self._holdings.get(holder)
+        return self._share - (0 if holding is None else holding.bytes)
 
     def kept_by(self, holder):
         """The ended jobs of one holder that are kept, oldest first."""
@@ -2837,32 +2835,29 @@ class Broker(Matcher):
                 self._empty_locked(job)
         return True
 
-    def _free_share_locked(self, holder, size):
-        """Forget ended jobs of this holder, the oldest first, as far as its share of the
-        memory lacks `size` bytes."""
-        if self._memory.share_left(holder) < size:
-            for job in self._memory.kept_by(holder):
-                if not job.readers and self._memory.share_left(holder) < size:
-                    self._forget_locked(job)
+    def _fits_share_locked(self, holder, size):
+        """Return whether this holder's share of the memory has `size` bytes left, if necessary
+        after its ended jobs were forgotten, the oldest first."""
+        if self._memory.share_left(holder) >= size:
+            return True
+        for job in self._memory.kept_by(holder):
+            if not job.readers and self._memory.share_left(holder) < size:
+                self._forget_locked(job)
+        return self._memory.share_left(holder) >= size
 
     def _empty_locked(self, job):
         """Keep only a job's error, which a client has still to read."""
         job.error = job.error or memory_full_error()
         job.payload, job.items, job.encoded = b"", [], None
         self._memory.keep(job, False)      # there is nothing left to take
-        self._resize_locked(job, JOB_BYTES - job.size)
-
-    def _resize_locked(self, job, size):
-        """Count bytes that a job takes from now on, or, below zero, no longer."""
-        if job.id in self._jobs:
-            self._memory.hold(job, size)
+        self._memory.hold(job, JOB_BYTES - job.size)
 
     def keep_encoded(self, job, encoder, data):
         """Keep a whole answer as it is sent, so that other readers of the job share it."""
         with self._lock:
             if job.id in self._jobs and job.encoded is None and self._make_room_locked(
                     len(data), job.holder) and job.items:
-                self._resize_locked(job, len(data))
+                self._memory.hold(job, len(data))
                 job.encoded = encoder, data
 
     # -- the directory and metrics --
@@ -5061,17 +5056,19 @@ def post_api(exchange, api, name=None):
     check_api(api, service, request, opaque)
     cap_length(request, access, APIS[api].usual_length)
     exchange.take_slot(reserved=by_operator or access is not None)
-    stream = request.get("stream")
-    options = request.get("stream_options") or {}
-    options = {name: bool(options.get(name)) for name in ("include_usage", "include_queue")}
+    stream, options = request.get("stream"), request.get("stream_options") or {}
+    include_usage, tells_queue = bool(options.get("include_usage")), bool(
+        options.get("include_queue")
+        or exchange.head.fields.get("x-neuroengine-queue") == "1")
     reader = submit_api(exchange, api, service, request, by_operator, access, opaque)
     if opaque:
         encoder = OpaqueStream(api, service) if stream else OpaqueWhole(api)
     elif api == "embeddings":
         encoder, stream = EmbeddingsWhole(service), False
+    elif stream:
+        encoder = TextStream(api, service.name, reader.job, include_usage, tells_queue)
     else:
-        encoder = TextEncoder(api, service.name, reader.job, options, stream,
-                              exchange.head.fields.get("x-neuroengine-queue") == "1")
+        encoder = TextWhole(api, service.name)
     (StreamOutlet if stream else LateOutlet)(exchange, reader, encoder).answer()
 
 
@@ -5110,9 +5107,10 @@ def check_api(api, service, request, opaque):
     if field is not None and request.get(field) is None and not (
             api == "responses" and request.get("prompt")):
         raise RelayError("invalid_request", "%s is missing." % field, param=field)
+    if not opaque and api != "embeddings":
+        return                             # any provider can answer text
     sessions = list(service.sessions.values())
-    needs = api if opaque or api == "embeddings" else None
-    if needs and sessions and not any(session.features.has(needs) for session in sessions):
+    if sessions and not any(session.features.has(api) for session in sessions):
         what = APIS[api].path
         if opaque and api in ("chat", "completions"):
             what += " with n, best_of, logprobs, echo, or a prompt that is a list"
@@ -5135,7 +5133,8 @@ def submit_api(exchange, api, service, request, by_operator, access, opaque):
     """Submit a request of one of APIS; return a Reader. Empties the request: it may be
     large, and the wait long."""
     repeat = exchange.head.fields.get("idempotency-key")
-    caller, cost, wait = exchange.caller(access), cost_of(request), request.pop("wait", False)
+    caller, wait = exchange.caller(access), request.pop("wait", False)
+    cost = cost_of(request) if opaque else 1
     prefixes = prefixes_of(service, request.get(APIS[api].prompt))
     if opaque:
         job = {"api": api, "opaque": True, "stream": bool(request.get("stream")),
@@ -5207,51 +5206,68 @@ class LateOutlet(SharedOutlet):
         return to_json(ERROR_FORMS[self.exchange.api](error))
 
 
-class TextEncoder:
-    """Encodes text items as OpenAI's chat completions or completions, whole or streamed."""
+def opening(api, model, job, stream):
+    """What each object of a text answer begins with, up to its choices."""
+    prefix, what = (b"chatcmpl", b"chat.completion") if api == "chat" else (
+        b"cmpl", b"text_completion")
+    if stream and api == "chat":
+        what += b".chunk"
+    return b'{"id":"%s-%s","object":"%s","created":%d,"model":"%s","choices":[' % (
+        prefix, job.id[:24].encode("ascii"), what, time.time(), model.encode("ascii"))
 
-    large = False
 
-    def __init__(self, api, model, job, options, stream, tells_queue):
-        self.chat, self.model, self.job = api == "chat", model, job
-        self.name = "openai " + api
-        self.kind = "text/event-stream" if stream else JSON
-        self.include_usage = options.get("include_usage")
-        self.tells_queue = tells_queue or options.get("include_queue")
-        self.finish_reason = self.usage = None
-        self.begun, self.tokens, self.calls = False, 0, False
-        what = b"text_completion" if not self.chat else (
-            b"chat.completion.chunk" if stream else b"chat.completion")
-        self.base = b'{"id":"%s-%s","object":"%s","created":%d,"model":"%s","choices":[' % (
-            b"chatcmpl" if self.chat else b"cmpl", job.id[:24].encode("ascii"), what,
-            time.time(), model.encode("ascii"))
-        if stream:
-            # Around each piece of text stands the same: a fifth of a streamed token's cost.
-            self.before, self.after = self._chunk({"content": ""}).split(b'""')
+def usage_json(job, usage, tokens):
+    """The upstream's own count of tokens as JSON, if it has told one; else items, and four
+    bytes of prompt to a token."""
+    if isinstance(usage, dict):
+        return dumps(usage)
+    prompt = len(job.payload) // 4
+    return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (
+        prompt, tokens, prompt + tokens)
+
+
+class TextWhole:
+    """Encodes text items as one of OpenAI's chat completions or completions."""
+
+    kind, large = JSON, False
+
+    def __init__(self, api, model):
+        self.api, self.model, self.name = api, model, "openai " + api
 
     def headers(self, exchange, job):
         return time_headers(exchange, job)
 
-    # -- whole --
-
     def whole(self, job):
-        """The answer as one object."""
         message = Message()
         for item in job.items:
             if type(item) is str:
                 message.texts.append(item)
             else:
-                item = json.loads(item)
-                self._note(item)
-                message.add(item)
-        self.tokens = len(message.texts)
+                message.add(json.loads(item))
         said = "".join(message.texts)
-        said = b'"message":' + message.whole(said) if self.chat else b'"text":' + to_json(said)
-        reason = self.finish_reason or ("tool_calls" if message.calls else "stop")
+        said = b'"message":' + message.whole(said) if self.api == "chat" else (
+            b'"text":' + to_json(said))
+        reason = message.finish_reason or ("tool_calls" if message.calls else "stop")
         return b'%s{"index":0,%s,"logprobs":null,"finish_reason":%s}],"usage":%s}' % (
-            self.base, said, dumps(reason), self._usage())
+            opening(self.api, self.model, job, False), said, dumps(reason),
+            usage_json(job, message.usage, len(message.texts)))
 
-    # -- streamed --
+
+class TextStream:
+    """Encodes text items as the events of OpenAI's chat completions or completions."""
+
+    kind = "text/event-stream"
+
+    def __init__(self, api, model, job, include_usage, tells_queue):
+        self.chat, self.opening = api == "chat", opening(api, model, job, True)
+        self.include_usage, self.tells_queue = include_usage, tells_queue
+        self.finish_reason = self.usage = None
+        self.begun, self.tokens, self.calls = False, 0, False
+        # Around each piece of text stands the same: a fifth of a streamed token's cost.
+        self.before, self.after = self._chunk({"content": ""}).split(b'""')
+
+    def headers(self, exchange, job):
+        return time_headers(exchange, job)
 
     def items(self, items, at):
         """The events for some items; texts that came together go as one."""
@@ -5300,7 +5316,8 @@ class TextEncoder:
         parts.append(self._chunk({}, self.finish_reason or (
             "tool_calls" if self.calls else "stop")))
         if self.include_usage:
-            parts.append(b'data: %s],"usage":%s}\n\n' % (self.base, self._usage()))
+            parts.append(b'data: %s],"usage":%s}\n\n' % (
+                self.opening, usage_json(job, self.usage, self.tokens)))
         return b"".join(parts) + b"data: [DONE]\n\n"
 
     def _chunk(self, delta, finish_reason=None, more=b""):
@@ -5310,21 +5327,12 @@ class TextEncoder:
         else:
             choice = {"index": 0, "text": delta.get("content", ""), "logprobs": None,
                       "finish_reason": finish_reason}
-        return b"data: %s%s]%s}\n\n" % (self.base, dumps(choice), more)
+        return b"data: %s%s]%s}\n\n" % (self.opening, dumps(choice), more)
 
     def _note(self, item):
         self.finish_reason = item.get("finish_reason") or self.finish_reason
         self.usage = item.get("usage") or self.usage
         self.calls = self.calls or bool(item.get("tool_calls"))
-
-    def _usage(self):
-        """The upstream's own count as JSON; else items, and four bytes of prompt to a
-        token."""
-        if isinstance(self.usage, dict):
-            return dumps(self.usage)
-        prompt = len(self.job.payload) // 4
-        return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (
-            prompt, self.tokens, prompt + self.tokens)
 
 
 MAX_CALLS = 1000             # tool calls, or other fields, of one whole answer
@@ -5336,10 +5344,13 @@ class Message:
 
     def __init__(self):
         self.texts, self.reasoning, self.calls = [], [], []
+        self.finish_reason = self.usage = None
         self.more = {}                     # field -> (type of its value, pieces)
 
     def add(self, item):
         """Add an item that is an object. Raises RelayError."""
+        self.finish_reason = item.get("finish_reason") or self.finish_reason
+        self.usage = item.get("usage") or self.usage
         gather(self.reasoning, item.get("reasoning") or "")
         for delta in item.get("tool_calls") or ():
             self._add_call(delta)
@@ -5381,22 +5392,22 @@ class Message:
 
     def whole(self, said):
         """The message as JSON."""
-        message = {"role": b'"assistant"', "content": to_json(said)}
+        message = {b'"role"': b'"assistant"', b'"content"': to_json(said)}
         if self.reasoning:
-            message["reasoning_content"] = to_json("".join(self.reasoning))
+            message[b'"reasoning_content"'] = to_json("".join(self.reasoning))
         if self.calls:
-            message["content"] = to_json(said or None)
-            message["tool_calls"] = to_json([
+            message[b'"content"'] = to_json(said or None)
+            message[b'"tool_calls"'] = to_json([
                 {"id": call["id"], "type": call["type"], "function": {
                     field: "".join(call[field]) for field in ("name", "arguments")}}
                 for call in self.calls])
         for name, (kind, parts) in self.more.items():
             if kind is str:
-                message[name] = to_json("".join(parts))
+                value = to_json("".join(parts))
             else:
-                message[name] = (b"[%s]" if kind is list else b"%s") % b"".join(parts)
-        return b"{%s}" % b",".join([b"%s:%s" % (to_json(name), value)
-                                    for name, value in message.items()])
+                value = (b"[%s]" if kind is list else b"%s") % b"".join(parts)
+            message[to_json(name)] = value
+        return b"{%s}" % b",".join(map(b"%s:%s".__mod__, message.items()))
 
 
 class EmbeddingsWhole:

@@ -4828,7 +4828,7 @@ def whole_message(*items):
     """The message of a whole chat answer of these items, and its job."""
     job = Job(Service("Llm", ""), b"{}")
     job.items = [neuroengine_server.encoded_item(item) for item in items]
-    encoder = neuroengine_server.TextEncoder("chat", "Llm", job, {}, False, False)
+    encoder = neuroengine_server.TextWhole("chat", "Llm")
     return json.loads(encoder.whole(job))["choices"][0]["message"]
 
 

@@ -61,7 +61,7 @@ class Fair(ne.Queue):
             if session.may_take(other):
                 insist(not mine or other.number > job.number or job.returned,
                        "%s overtook %s", job.number, other.number)
-                insist(not other.by_operator or job.by_operator or job.returned or job.urgent
+                insist(not other.by_operator or job.by_operator or job.returned
                        or any(third.by_operator and third.caller == other.caller
                               and third.number < other.number for third in self),
                        "%s before the operator's %s", job.number, other.number)
@@ -374,10 +374,11 @@ class Walk:
             insist(service.queue.size == len(list(service.queue)), "the queue's size is wrong")
             insist(service.queue.size <= broker.limits.max_queue * 1.1 + sum(
                 job.returned for job in service.queue), "the queue is too long")
-            for caller in {job.caller for job in service.queue}:
-                insist(service.queue.count(caller, False) == sum(
-                    job.caller == caller and not job.by_operator for job in service.queue),
-                    "the queue's count of %s is wrong", caller)
+            for job in service.queue:
+                insist(service.queue.count_like(job) == sum(
+                    not other.returned and other.by_operator == job.by_operator
+                    and (job.by_operator or other.caller == job.caller)
+                    for other in service.queue), "the count of %s is wrong", job.caller)
             for id, session in service.sessions.items():
                 insist(broker._sessions.get(id) is session, "a session is half known")
             for session in service.idle:
