@@ -5056,20 +5056,25 @@ def post_api(exchange, api, name=None):
     check_api(api, service, request, opaque)
     cap_length(request, access, APIS[api].usual_length)
     exchange.take_slot(reserved=by_operator or access is not None)
-    stream, options = request.get("stream"), request.get("stream_options") or {}
-    include_usage, tells_queue = bool(options.get("include_usage")), bool(
-        options.get("include_queue")
-        or exchange.head.fields.get("x-neuroengine-queue") == "1")
+    stream = request.get("stream")
+    tells_usage = stream_option(request, "include_usage")
+    tells_queue = stream_option(request, "include_queue") or (
+        exchange.head.fields.get("x-neuroengine-queue") == "1")
     reader = submit_api(exchange, api, service, request, by_operator, access, opaque)
     if opaque:
         encoder = OpaqueStream(api, service) if stream else OpaqueWhole(api)
     elif api == "embeddings":
         encoder, stream = EmbeddingsWhole(service), False
     elif stream:
-        encoder = TextStream(api, service.name, reader.job, include_usage, tells_queue)
+        encoder = TextStream(api, service.name, reader.job, tells_usage, tells_queue)
     else:
         encoder = TextWhole(api, service.name)
     (StreamOutlet if stream else LateOutlet)(exchange, reader, encoder).answer()
+
+
+def stream_option(request, name):
+    """Whether a request's stream_options have this flag."""
+    return bool((request.get("stream_options") or {}).get(name))
 
 
 def find_model(exchange, name):
@@ -5258,9 +5263,9 @@ class TextStream:
 
     kind = "text/event-stream"
 
-    def __init__(self, api, model, job, include_usage, tells_queue):
+    def __init__(self, api, model, job, tells_usage, tells_queue):
         self.chat, self.opening = api == "chat", opening(api, model, job, True)
-        self.include_usage, self.tells_queue = include_usage, tells_queue
+        self.tells_usage, self.tells_queue = tells_usage, tells_queue
         self.finish_reason = self.usage = None
         self.begun, self.tokens, self.calls = False, 0, False
         # Around each piece of text stands the same: a fifth of a streamed token's cost.
@@ -5315,7 +5320,7 @@ class TextStream:
         parts = [] if self.begun or not self.chat else [self.items((), 0)]
         parts.append(self._chunk({}, self.finish_reason or (
             "tool_calls" if self.calls else "stop")))
-        if self.include_usage:
+        if self.tells_usage:
             parts.append(b'data: %s],"usage":%s}\n\n' % (
                 self.opening, usage_json(job, self.usage, self.tokens)))
         return b"".join(parts) + b"data: [DONE]\n\n"
