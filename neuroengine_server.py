@@ -1544,7 +1544,6 @@ class Outlet:
     """Moves the bytes of one answer to its connection.
 
     Subclasses say what to send next: run, send_next, size, next_items. The encoders are below.
-    direct_bytes: the most that a thread which brings items sends.
 
     Two kinds of threads come here. Those that bring items call deliver, which never blocks:
     not waking a thread for each token halves its processor time. The exchange's own thread
@@ -1590,7 +1589,7 @@ class Outlet:
         try:
             if self.complete or self.fault or not self.reader.attached:
                 return
-            if not self.connection.unsent and self.size() <= self.direct_bytes:
+            if not self.connection.unsent:
                 self.send_next(own=False)
             if self.connection.unsent or not self.complete and self.items_wait():
                 self.broker.wake_owner(self.reader)
@@ -1644,8 +1643,6 @@ class WholeOutlet(Outlet):
     """Sends an answer as one response, when it has ended. SharedOutlet, in the machinery, says
     what its bytes are: size and _parts."""
 
-    direct_bytes = DIRECT_BYTES
-
     def run(self):
         self.broker.deliver_to(self.reader, self.deliver, math.inf)
         if self.job.ended_at is not None:  # it ended before deliver_to
@@ -1679,7 +1676,7 @@ class WholeOutlet(Outlet):
         return () if self.size() == 0 else self.job.items
 
     def send_next(self, own):
-        if self.job.ended_at is None:
+        if self.job.ended_at is None or not own and self.size() > DIRECT_BYTES:
             return
         parts = self._parts(own)
         if parts is None:
@@ -1696,7 +1693,6 @@ class StreamOutlet(Outlet):
     """Sends an answer item by item, as it is generated."""
 
     queue_position = None                  # as last told
-    direct_bytes = DIRECT_ITEM_BYTES
 
     def __init__(self, exchange, reader, encoder):
         super().__init__(exchange, reader, encoder)
@@ -1738,7 +1734,11 @@ class StreamOutlet(Outlet):
         return max(0.01, silence)
 
     def send_next(self, own):
-        items, ended = self.broker.read(self.reader, max(1, len(self.next_items())))
+        count = len(self.job.items) - self.reader.cursor     # before their size: more may come
+        if not own and self.size() > DIRECT_ITEM_BYTES:
+            return
+        most = max(1, len(self.next_items()) if own else count)
+        items, ended = self.broker.read(self.reader, most)
         if ended:
             self.connection.when_gone(None)
         if ended and not items and not self.exchange.started and self.job.error is not None:
@@ -2864,10 +2864,10 @@ class Broker(Matcher):
 
     def _measure_locked(self, job):
         """Note how long a job took, for estimates and /metrics."""
-        for name, instant in (("queue_seconds", job.leased_at), ("answer_seconds", job.ended_at),
-                              ("first_token_seconds", job.first_at or job.ended_at)):
-            self.histograms[name].observe(instant - job.created)
-        service = job.service
+        durations, service = self.histograms, job.service
+        durations["queue_seconds"].observe(job.leased_at - job.created)
+        durations["first_token_seconds"].observe((job.first_at or job.ended_at) - job.created)
+        durations["answer_seconds"].observe(job.ended_at - job.created)
         service.job_seconds = moving_average(service.job_seconds,
                                              job.ended_at - job.leased_at)
         if job.prefixes and job.first_at is not None:
@@ -5276,32 +5276,31 @@ class TextStream:
 
     def items(self, items, at):
         """The events for some items; texts that came together go as one."""
-        parts, texts = [], []
+        parts = []
         if not self.begun and self.chat:
             parts.append(self._chunk({"role": "assistant", "content": ""}))
         self.begun = True
-
-        def flush():
-            if texts:
+        for kind, group in itertools.groupby(items, type):
+            if kind is str:
+                texts = list(group)
                 self.tokens += len(texts)
                 parts.append(self.before + dumps("".join(texts)) + self.after)
-                texts.clear()
-
-        for item in items:
-            if type(item) is str:
-                texts.append(item)
-                continue
-            flush()
-            item = json.loads(item)
-            self._note(item)
-            if item.get("reasoning"):
-                parts.append(self._chunk({"reasoning_content": item["reasoning"]}))
-            if item.get("tool_calls"):
-                parts.append(self._chunk({"tool_calls": item["tool_calls"]}))
-            if item.get("delta"):
-                parts.append(self._chunk(item["delta"]))
-        flush()
+            else:
+                for item in group:         # one at a time: parsed, they are large
+                    parts += self._events(json.loads(item))
         return b"".join(parts) or b": \n\n"
+
+    def _events(self, item):
+        """The events for an item that is an object."""
+        self.finish_reason = item.get("finish_reason") or self.finish_reason
+        self.usage = item.get("usage") or self.usage
+        self.calls = self.calls or bool(item.get("tool_calls"))
+        if item.get("reasoning"):
+            yield self._chunk({"reasoning_content": item["reasoning"]})
+        if item.get("tool_calls"):
+            yield self._chunk({"tool_calls": item["tool_calls"]})
+        if item.get("delta"):
+            yield self._chunk(item["delta"])
 
     def queue(self, position):
         if position is None:
@@ -5333,11 +5332,6 @@ class TextStream:
             choice = {"index": 0, "text": delta.get("content", ""), "logprobs": None,
                       "finish_reason": finish_reason}
         return b"data: %s%s]%s}\n\n" % (self.opening, dumps(choice), more)
-
-    def _note(self, item):
-        self.finish_reason = item.get("finish_reason") or self.finish_reason
-        self.usage = item.get("usage") or self.usage
-        self.calls = self.calls or bool(item.get("tool_calls"))
 
 
 MAX_CALLS = 1000             # tool calls, or other fields, of one whole answer
