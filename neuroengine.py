@@ -191,7 +191,8 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
     "service_key_missing": (
         "This needs the service key of {service}.",
         "Pass login() the key that `neuroengine.py register` printed.",
-        "None for this relay is on this machine: give it by --key-file or $NEUROENGINE_KEY."),
+        "This machine has no key for it at this relay: give one by --key-file or "
+        "$NEUROENGINE_KEY."),
     "service_key_wrong": (
         "This is not the service key of {service}.",
         "Pass login() the key that `neuroengine.py register` printed.",

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
 """What a job costs the relay's Broker, against the number of everything else.
 
-    python bench/measure/curves.py [NEUROENGINE_SERVER.PY] [--quick]
-
 No sockets, one process: microseconds a job (or an item, or a question), the best of
 several batches, as JSON: {curve: [[how many, microseconds], ...]}. A curve that rises
 shows something that is scanned. compare.py runs this and draws it.
 """
 
+import argparse
 import importlib.util
 import itertools
 import json
@@ -209,14 +208,17 @@ CURVES = {  # title: (what is measured, how many there are)
 
 
 def main():
-    arguments = [a for a in sys.argv[1:] if a != "--quick"]
-    relay = load(arguments[0] if arguments else
-                 os.path.join(ROOT, "neuroengine_server.py"))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", nargs="?", default=os.path.join(ROOT, "neuroengine_server.py"),
+                        help="the relay's file (default: that of this checkout)")
+    parser.add_argument("--quick", action="store_true", help="at most 1,000 of each")
+    options = parser.parse_args()
+    relay = load(options.file)
     threading.stack_size(256 * 1024)
     curves = {}
     for title, (measure, counts) in CURVES.items():
         curves[title] = [[count, round(measure(relay, count), 2)] for count in counts
-                         if count <= 1000 or "--quick" not in sys.argv]
+                         if count <= 1000 or not options.quick]
     print(json.dumps(curves))
 
 
