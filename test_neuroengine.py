@@ -8460,7 +8460,7 @@ def test_a_key_file_that_is_no_key_file_is_named_with_its_trouble(
 def test_wrong_and_missing_keys_and_files_are_told_by_their_source(
         command, relay, hand, monkeypatch):
     for args, words in ((["--key", "ne_no"], "It comes from --key."),
-                        ([], "give it by --key-file"),
+                        ([], "give one by --key-file"),
                         (["--key", "a\nb"], "--key holds no key")):
         assert words in command(relay, "keys", hand.name, *args)[1]
     monkeypatch.setenv("NEUROENGINE_KEY", "ne_no")
