@@ -3270,13 +3270,13 @@ class Lines:
         self._rest, self._first = b"", True
 
     def feed(self, data):
-        """The lines that are whole now, without their ends."""
+        """The lines that are whole now, each with \\n at its end."""
         if self._rest:
             data = self._rest + data
         if self._first:
             if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
                 self._rest = data
-                return []
+                return b""
             self._first = False
             if data[:3] == b"\xef\xbb\xbf":    # a byte order mark
                 data = data[3:]
@@ -3284,17 +3284,17 @@ class Lines:
             half = data[-1:] == b"\r"
             data = (data[:-1] if half else data).replace(b"\r\n", b"\n").replace(
                 b"\r", b"\n") + (b"\r" if half else b"")
-        lines = data.split(b"\n")
-        self._rest = lines.pop()
+        end = data.rfind(b"\n") + 1
+        self._rest = data[end:]
         if len(self._rest) > MAX_LINE_BYTES:
             raise NeuroengineError(1, "the LLM server sent a line without end",
                                    "provider_error")
-        return lines
+        return data[:end]
 
     def end(self):
         """What is left: a last line that nothing ended."""
         rest, self._rest = self._rest.rstrip(b"\r"), b""
-        return [rest] if rest else []
+        return rest + b"\n" if rest else b""
 
 
 class Text:
@@ -3317,43 +3317,43 @@ class Alike:
 
     It knows nothing of what events mean. It has the general code take an event with another
     text; if that text is what comes out, so it will for every text between the same bytes.
+    When a number in them changes, as a time does, the event that brings it teaches the rest.
     """
 
-    PLAIN = re.compile(r'[^"\\\x00-\x1f]+')     # text that is its own JSON
+    # Texts that are their own JSON, one a line.
+    PLAIN = re.compile(rb'[^"\\\x00-\x1f]+(\n[^"\\\x00-\x1f]+)*')
 
     def __init__(self, take):
         self._take = take          # the general code: an event's line -> its items
-        self._last = None          # what was around the text of the last event
-        self._head = self._between = self._tail = None
+        self._last = None          # what was around the text of the last event, but numbers
+        self._proven = None        # the same, of events where every text is what comes out
+        self._head = self._between = self._tail = None     # the bytes around texts
 
-    def texts(self, lines):
+    def texts(self, data):
         """The texts of these lines, or None if they are not all such events."""
-        data = b"\n".join(lines)
-        if self._head is None or not (
-                data.startswith(self._head) and data.endswith(self._tail)):
+        head, tail = self._head, self._tail
+        if head is None or not (data.startswith(head) and data.endswith(tail)):
             return None
+        plain = data[len(head):-len(tail)].replace(self._between, b"\n")
         try:
-            texts = data[len(self._head):-len(self._tail)].decode().split(self._between)
+            return plain.decode().split("\n") if self.PLAIN.fullmatch(plain) else None
         except UnicodeDecodeError:
             return None
-        return texts if all(texts) and self.PLAIN.fullmatch("".join(texts)) else None
 
     def learn(self, line, text):
         """An event of this text alone was taken; if the one before was like it, the next
         ones will be, too."""
         before, found, after = line.partition(to_json(text).encode())
-        around = before, after
-        if not found or around != self._last:
-            self._last = around
-            return
-        self._last, other = None, text + "?"
-        try:
-            items = self._take(before + to_json(other).encode() + after)
-        except NeuroengineError:
-            return
-        if items == [other]:
-            self._head, self._tail = before + b'"', b'"' + after + b"\n"
-            self._between = (self._tail + b"\n" + self._head).decode()
+        around = (before + b"\n" + after).translate(None, b"0123456789")
+        last, self._last = self._last, around
+        if found and around == last != self._proven:
+            self._last, other = None, text + "?"
+            with contextlib.suppress(NeuroengineError):
+                if self._take(before + to_json(other).encode() + after) == [other]:
+                    self._proven = around
+        if around == self._proven:
+            self._head, self._tail = before + b'"', b'"' + after + b"\n\n"
+            self._between = self._tail + self._head
 
 
 class StreamParser:
@@ -3380,7 +3380,7 @@ class StreamParser:
 
     def _items_of(self, lines):
         items = []
-        for line in lines:
+        for line in lines.split(b"\n")[:-1]:
             self._take(line, items)
         return items
 
@@ -3411,7 +3411,7 @@ class Completion(StreamParser):
 
     def _items_alone(self, line):
         """The items of an event's line, if the stream was that alone."""
-        return Completion(self._model)._items_of([line])
+        return Completion(self._model)._items_of(line + b"\n")
 
     def _end(self, items):
         if self._whole is not None:

@@ -7265,13 +7265,15 @@ def test_any_text_between_the_same_bytes_is_read_as_if_there_was_no_short_cut(mo
     for _ in range(20):
         chosen = [text for text in chance.choices(texts, k=30)
                   for _ in range(chance.choice((1, 3)))]
-        stream = sse([{"id": chance.choice("ccccx"), "detail": "x", "choices": [
-            {"delta": {"content": text}}]} for text in chosen] + GOOD[4:])
+        chosen = [(text, chance.choice((0, 0, 0, 1))) for text in chosen]
+        stream = sse([{"id": chance.choice("ccccx"), "detail": "x", "created": len(text),
+                       "choices": [{"delta": {"content": text}, "index": index}]}
+                      for text, index in chosen] + GOOD[4:])
         with monkeypatch.context() as patched:
             quick = outcomes(stream)
             patched.setattr(neuroengine.Alike, "texts", lambda *_: None)
             assert quick == outcomes(stream)
-        assert text_of(quick[0]) == "".join(chosen)
+        assert text_of(quick[0]) == "".join(text for text, index in chosen if not index)
 
 
 def test_events_that_differ_in_their_text_alone_are_parsed_three_times_at_most(monkeypatch):
@@ -7282,6 +7284,16 @@ def test_events_that_differ_in_their_text_alone_are_parsed_three_times_at_most(m
     pieces = [sse([event], last="") for event in events]
     assert text_of([item for piece in pieces for item in parser.feed(piece)]) == "Hel" * 100
     assert len(seen) == 3 + 3              # and the events that differ
+
+
+def test_a_number_that_changes_in_all_events_costs_one_to_be_parsed(monkeypatch):
+    events, seen = [dict(GOOD[1], created=1000 + n // 10) for n in range(100)], []
+    parse = neuroengine.from_json
+    monkeypatch.setattr(neuroengine, "from_json", lambda text: seen.append(text) or parse(text))
+    parser = neuroengine.Completion(neuroengine.Model("m"))
+    for event in events:
+        assert parser.feed(sse([event], last="")) == ["Hel"]
+    assert len(seen) == 3 + 9
 
 
 def test_bytes_that_are_no_text_become_the_sign_for_that():
