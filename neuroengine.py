@@ -3320,25 +3320,25 @@ class Alike:
     When a number in them changes, as a time does, the event that brings it teaches the rest.
     """
 
-    # Texts that are their own JSON, one a line.
-    PLAIN = re.compile(rb'[^"\\\x00-\x1f]+(\n[^"\\\x00-\x1f]+)*')
-
     def __init__(self, take):
         self._take = take          # the general code: an event's line -> its items
         self._last = None          # what was around the text of the last event, but numbers
         self._proven = None        # the same, of events where every text is what comes out
         self._head = self._between = self._tail = None     # the bytes around texts
 
-    def texts(self, data):
+    def texts(self, lines):
         """The texts of these lines, or None if they are not all such events."""
         head, tail = self._head, self._tail
-        if head is None or not (data.startswith(head) and data.endswith(tail)):
+        if head is None or not (lines.startswith(head) and lines.endswith(tail)):
             return None
-        plain = data[len(head):-len(tail)].replace(self._between, b"\n")
+        texts = lines[len(head):-len(tail)].replace(self._between, b'","')
+        if b"\\u" in texts or b'\\","' in texts:       # half a character; no end of a text
+            return None
         try:
-            return plain.decode().split("\n") if self.PLAIN.fullmatch(plain) else None
-        except UnicodeDecodeError:
+            found = from_json('["%s"]' % texts.decode())
+        except (ValueError, RecursionError):
             return None
+        return found if all(found) and len(found) == lines.count(tail) else None
 
     def learn(self, line, text):
         """An event of this text alone was taken; if the one before was like it, the next

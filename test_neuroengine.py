@@ -7276,24 +7276,36 @@ def test_any_text_between_the_same_bytes_is_read_as_if_there_was_no_short_cut(mo
         assert text_of(quick[0]) == "".join(text for text, index in chosen if not index)
 
 
-def test_events_that_differ_in_their_text_alone_are_parsed_three_times_at_most(monkeypatch):
-    events, seen = [GOOD[0]] + GOOD[1:2] * 100 + GOOD[4:], []
-    parse = neuroengine.from_json
-    monkeypatch.setattr(neuroengine, "from_json", lambda text: seen.append(text) or parse(text))
+@pytest.fixture
+def parsed_events(monkeypatch):
+    """The JSON texts of all events that are parsed."""
+    seen, parse = [], neuroengine.from_json
+
+    def from_json(text):
+        if text.startswith("{"):
+            seen.append(text)
+        return parse(text)
+    monkeypatch.setattr(neuroengine, "from_json", from_json)
+    return seen
+
+
+def test_events_that_differ_in_their_text_alone_are_parsed_three_times_at_most(parsed_events):
+    words = ["Hel", "lo\n", '"\u2603"\t', "\\'"]
+    events = [GOOD[0]] + [{"choices": [{"delta": {"content": word}}]} for word in words * 25]
     parser = neuroengine.Completion(neuroengine.Model("m"))
-    pieces = [sse([event], last="") for event in events]
-    assert text_of([item for piece in pieces for item in parser.feed(piece)]) == "Hel" * 100
-    assert len(seen) == 3 + 3              # and the events that differ
+    pieces = [json.dumps(event, ensure_ascii=False) for event in events + GOOD[4:]]
+    items = [item for piece in pieces
+             for item in parser.feed(("data: %s\n\n" % piece).encode())]
+    assert text_of(items) == "".join(words * 25)
+    assert len(parsed_events) == 3 + len(GOOD[4:]) + 1     # and the events that differ
 
 
-def test_a_number_that_changes_in_all_events_costs_one_to_be_parsed(monkeypatch):
-    events, seen = [dict(GOOD[1], created=1000 + n // 10) for n in range(100)], []
-    parse = neuroengine.from_json
-    monkeypatch.setattr(neuroengine, "from_json", lambda text: seen.append(text) or parse(text))
+def test_a_number_that_changes_in_all_events_costs_one_to_be_parsed(parsed_events):
+    events = [dict(GOOD[1], created=1000 + n // 10) for n in range(100)]
     parser = neuroengine.Completion(neuroengine.Model("m"))
     for event in events:
         assert parser.feed(sse([event], last="")) == ["Hel"]
-    assert len(seen) == 3 + 9
+    assert len(parsed_events) == 3 + 9
 
 
 def test_bytes_that_are_no_text_become_the_sign_for_that():
