@@ -7824,6 +7824,17 @@ def test_a_stream_that_never_closes_ends_with_its_own_end(monkeypatch):
         assert items[0] == "a" and last["done"]
 
 
+def test_a_server_on_this_machine_is_connected_to_again_without_a_thread(monkeypatch):
+    in_thread, threads = neuroengine.in_thread, []
+    monkeypatch.setattr(neuroengine, "in_thread", lambda function, cancel: threads.append(
+        function.__name__) or in_thread(function, cancel))
+    with fake_llm() as (llm, url), sharing(url) as (relay, _):     # it closes each connection
+        assert relay.ask({"message": "x"}, "a")[1]["done"]
+        before = threads.count("connect")
+        assert relay.ask({"message": "x"}, "b")[1]["done"]
+        assert before and threads.count("connect") == before
+
+
 @pytest.fixture(params=[True, False], ids=["epoll", "asyncio"])
 def reading(request, monkeypatch):
     """Both ways in which connections to an upstream are read."""
