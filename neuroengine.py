@@ -1451,6 +1451,9 @@ class ResponseReader:
     was read. kept: the connection can carry another request after it.
     """
 
+    STATUS = re.compile(r"HTTP/1\.([01]) (\d\d\d)\b")
+    FIELD = re.compile(r"\r\n([^:\s]+)[ \t]*:([^\r]*)")
+
     def __init__(self):
         self.status, self.headers = 0, {}
         self.begun = self.whole = self.kept = False
@@ -1480,14 +1483,11 @@ class ResponseReader:
                 raise http.client.BadStatusLine(repr(data[:40]))
             self._rest = data
             return b""
-        first, *lines = head.decode("latin-1").split("\r\n")
-        match = re.match(r"HTTP/1\.([01]) (\d\d\d)\b", first)
+        head = head.decode("latin-1")
+        match = self.STATUS.match(head)
         if not match:
-            raise http.client.BadStatusLine(first[:80])
-        headers = {}
-        for line in lines:
-            name, _, value = line.partition(":")
-            headers[name.strip().lower()] = value.strip()
+            raise http.client.BadStatusLine(head[:80])
+        headers = {name.lower(): value.strip() for name, value in self.FIELD.findall(head)}
         status = int(match.group(2))
         if status < 200:                       # 100 Continue, and then the response itself
             return self._head(body)
@@ -1764,6 +1764,12 @@ class AsyncTransport:
         self._loop, self._transport, self._most_kept = (
             asyncio.get_running_loop(), transport, keep)
         self.base, self._where = transport.base, transport.where()
+        secure, host, prefix, proxy, fields = self._where
+        through = proxy and not secure         # else the proxy has seen its fields
+        self._prefix = ("http://" + host if through else "") + prefix
+        self._fields = "".join("%s: %s\r\n" % pair for pair in [
+            ("Host", host), ("Content-Type", "application/json"),
+            ("User-Agent", "neuroengine/" + __version__), *(fields.items() if through else ())])
         self._free, self._on_idle_end = [], on_idle_end
         self._near = None                      # the server's address, if it is on this machine
         self._intakes = None
@@ -1784,17 +1790,12 @@ class AsyncTransport:
                        headers=()):
         """(status, headers, body) of one request. With a sink, the body of a success goes
         there. Raises OSError or HTTPException. Cancelling it closes the connection."""
-        secure, host, prefix, proxy, proxy_headers = self._where
-        lines = ["%s %s%s%s HTTP/1.1" % (method, "" if secure or not proxy else
-                                         "http://" + host, prefix, path), "Host: " + host]
+        head = "%s %s%s HTTP/1.1\r\n%s" % (method, self._prefix, path, self._fields)
         if key:
-            lines.append("Authorization: Bearer " + clean_key(key))
-        if proxy and not secure:
-            lines += ["%s: %s" % pair for pair in proxy_headers.items()]
-        lines += ["%s: %s" % pair for pair in headers]
-        lines += ["Content-Type: application/json", "Content-Length: %d" % len(body),
-                  "User-Agent: neuroengine/" + __version__, "", ""]
-        data = "\r\n".join(lines).encode("latin-1") + body
+            head += "Authorization: Bearer %s\r\n" % clean_key(key)
+        for pair in headers:
+            head += "%s: %s\r\n" % pair
+        data = ("%sContent-Length: %d\r\n\r\n" % (head, len(body))).encode("latin-1") + body
         fresh = not self._free
         while True:
             line = await self._connect() if fresh else self._free.pop()
@@ -2541,7 +2542,7 @@ class _Listening:
         server = self.server
         if server._session is None:
             raise NeuroengineError(NO_CONNECTION, "Not logged in.", "no_connection")
-        text = '{"session":%s,%s}' % (json.dumps(server._session), fields)
+        text = '{"session":%s,%s}' % (to_json(server._session), fields)
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError:             # half a surrogate pair, which is no text
@@ -2878,6 +2879,11 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
+def given(fields, names):
+    """Those of the names that have a value in these fields."""
+    return [name for name in filter(fields.__contains__, names) if fields[name] is not None]
+
+
 class Question:
     """What the upstream is asked: a path and a body. own: the fields that the bridge added
     by itself, which may be left out again if the upstream refuses them."""
@@ -3063,19 +3069,17 @@ class Rendering:
         """Apply the operator's limit, under whatever name; returns the fields added."""
         most = self.most_tokens
         for fields in [body] + [value for value in body.values() if isinstance(value, dict)]:
-            for name in LENGTH_FIELDS:
-                value = fields.get(name)
-                if most and value is not None:
-                    try:
-                        number = int(value)
-                    except (TypeError, ValueError, OverflowError):
-                        raise NeuroengineError(1, "%s must be a number" % name,
-                                               "invalid_request") from None
-                    if not 0 <= number <= most:            # -1 is without end
-                        fields[name] = most
+            for name in given(fields, LENGTH_FIELDS) if most else ():
+                try:
+                    number = int(fields[name])
+                except (TypeError, ValueError, OverflowError):
+                    raise NeuroengineError(1, "%s must be a number" % name,
+                                           "invalid_request") from None
+                if not 0 <= number <= most:                # -1 is without end
+                    fields[name] = most
         if not most and self.kind == "llama.cpp" and self.model.endless:
             most = self.model.context_length or DEFAULT_MAX_TOKENS
-        if not most or any(body.get(name) is not None for name in LENGTH_FIELDS):
+        if not most or given(body, LENGTH_FIELDS):
             return set()
         name = "max_output_tokens" if api == "responses" else "max_tokens"
         body[name] = most
@@ -3083,14 +3087,12 @@ class Rendering:
 
     def _check(self, body):
         """Raise NeuroengineError for what the operator did not mean to share."""
-        for name in UNSHARED:
-            if body.get(name) is not None:
-                raise unshared("%s reaches into the provider's server, and is not shared"
-                               % name, name)
-        for name in STATE_FIELDS:
-            if body.get(name):
-                raise unshared("%s needs a server that keeps conversations; send the whole "
-                               "conversation instead" % name, name)
+        for name in given(body, UNSHARED):
+            raise unshared("%s reaches into the provider's server, and is not shared" % name,
+                           name)
+        for name in filter(body.get, STATE_FIELDS):
+            raise unshared("%s needs a server that keeps conversations; send the whole "
+                           "conversation instead" % name, name)
         if body.get("store") is True and "input" in body:
             raise unshared("store cannot be true: nothing is kept here; send store: false",
                            "store")
@@ -3100,9 +3102,9 @@ class Rendering:
                 if as_dict(tool).get("server_url"):
                     raise unshared("server_url of a tool would have the provider's server "
                                    "fetch it", "tools")
-            for name in ("messages", "input", "documents", "query", "system", "prompt"):
-                if isinstance(body.get(name), (list, dict)):
-                    check_urls(body[name])
+            for name in given(body, ("messages", "input", "documents", "query", "system",
+                                     "prompt")):
+                check_urls(body[name])
 
 
 def check_urls(root):
