@@ -7872,6 +7872,9 @@ def test_a_lazy_reader_rests_longer_the_longer_it_read(seconds, rest):
         assert loop.pause == pytest.approx(rest) and not loop.watched
         loop.wake()
         assert loop.watched
+        loop.now += 1                          # in which nothing came
+        loop.look()
+        assert loop.watched
         intake.forget(ours.fileno())
 
 
