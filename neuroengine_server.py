@@ -4881,11 +4881,11 @@ class SharedOutlet(WholeOutlet):
     in parts, by the exchange's own thread."""
 
     def size(self):
-        """Roughly the bytes that wait for this reader."""
-        encoded = self.job.encoded
-        if encoded is not None and encoded[0] == self.encoder.name:
+        """Roughly the bytes that wait for this reader, without what each item takes besides."""
+        job = self.job
+        if job.encoded is not None and job.encoded[0] == self.encoder.name:
             return 0                       # shared with another reader, and counted there
-        return self.job.answer_bytes()
+        return job.answer_bytes() - ITEM_BYTES * len(job.items)
 
     def _parts(self, own):
         """The response in parts; None: it is large, and the own thread's work."""
@@ -4928,7 +4928,7 @@ class SharedOutlet(WholeOutlet):
         encoded = job.encoded
         if encoded is not None and encoded[0] == encoder.name:
             return encoded[1]
-        body = self.encoded(job.answer_bytes(), encoder.whole, job)
+        body = self.encoded(self.size(), encoder.whole, job)
         if len(body) > MAX_SMALL_BODY_BYTES:
             self.broker.keep_encoded(job, encoder.name, body)
         return body

@@ -2944,11 +2944,14 @@ def test_large_answers_that_come_at_once_are_sent_at_once(relay, hand, monkeypat
     monkeypatch.setattr(neuroengine_server, "WHOLE_WAIT_SECONDS", 2 * SOON)
     vectors = {"result": {"data": [{"embedding": [0.125] * 50000}]}}
     able = Hand(relay, embeddings=True)
-    for name, path, body, item in (
-            (hand, "/" + hand.name, {"message": "x" * 300000}, "y"),
-            (able, "/v1/embeddings", {"model": able.name, "input": "x"}, vectors)):
+    chat = {"model": hand.name, "messages": [{"role": "user", "content": "x"}]}
+    for name, path, body, items in (
+            (hand, "/" + hand.name, {"message": "x" * 300000}, ["y"]),
+            (hand, "/" + hand.name, {"message": "x"}, ["many tokens "] * 2000),
+            (hand, "/v1/chat/completions", chat, ["many tokens "] * 2000),
+            (able, "/v1/embeddings", {"model": able.name, "input": "x"}, [vectors])):
         answer = in_thread(ask, relay, path, body)
-        name.reply(name.next_job(), [item], done=True)
+        name.reply(name.next_job(), items, done=True)
         assert answer()[0] == 200
     able.logout()
 
