@@ -11,25 +11,22 @@ is generated. It hosts no LLM, and it neither stores nor logs prompts or answers
     python3 neuroengine_server.py --port 443 --cert fullchain.pem --key privkey.pem
     python3 neuroengine_server.py doctor        # what is wrong? --help: more commands
 
-How to read this file. It has two halves. The spine comes first and takes about an
-hour from top to bottom: what a job is, who waits for what, how a prompt gets in
-and how items get out. The machinery follows: HTTP, TLS, JSON, the OpenAI and
-Anthropic APIs, operators, page, storage, serving, command line. Its sections can
-be read in any order. Searching for "####" lists all sections, and ROUTES, at the
-end of the spine, lists all paths.
+How to read this file. The spine comes first and takes about an hour: what a job is,
+who waits for what, how a prompt gets in and items get out. The machinery follows, in
+sections of any order. "####" finds all sections; ROUTES, at the end of the spine,
+lists all paths.
 
-A prompt goes in: Connection -> Exchange -> handler -> Broker (which asks Admission) ->
-Queue -> Lease (a provider's right to work on a job) -> poll. Items come out: push ->
-Broker -> Outlet (one for each response) -> Connection.
+In: Connection -> Exchange -> handler -> Broker (which asks Admission) -> Queue -> Lease
+(a provider's right to work on a job) -> poll. Out: push -> Broker -> Outlet (one per
+response) -> Connection.
 
-Threads: one accepts connections. The Lobby watches those between two requests; each request
-gets a thread, which runs its Exchange to the end. A client's thread waits for Reader.woken, a
+Threads: each request has one, which runs its Exchange. A client's waits for Reader.woken, a
 provider's poll for Session.has_response, upkeep for Timers. submit wakes a poll. A push sends
-items in its own thread, and wakes the client's only for what could block. The thread of
-HangUps calls hang_up (of a client) or poll_lost (of a provider).
+items itself, and wakes the client's thread only for what could block. HangUps calls hang_up
+(of a client) or poll_lost (of a provider). The Lobby holds idle connections.
 
-ERRORS, LIMITS and the schemas named ..._FIELDS are the tables that docs/ repeats. What
-this does not protect against: the relay and the provider read what passes through them.
+docs/ repeats the tables ERRORS, LIMITS and ..._FIELDS. Relay and provider can read what
+passes through them.
 """
 
 import sys
@@ -70,11 +67,7 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections import Counter
-from collections import OrderedDict
-from collections import defaultdict
-from collections import deque
-from collections import namedtuple
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from email.utils import formatdate
 from http.server import ThreadingHTTPServer
 
@@ -87,9 +80,8 @@ __all__ = ["Broker", "Limits", "Relay", "RelayError", "Store", "main"]
 
 ErrorKind = namedtuple("ErrorKind", "errorcode status type code retry")
 
-# errorcode, on the native API: 10-29 request, 30-39 caller, 40-49 service or relay, 50-59
-# provider, 60 session. retry: whether trying again can help. type and code: as OpenAI's
-# clients know them.
+# errorcode, of the native API: 10-29 request, 30-39 caller, 40-49 service or relay, 50-59
+# provider, 60 session. type and code are OpenAI's. retry: whether trying again can help.
 ERRORS = {name: ErrorKind(*row) for name, row in {
     "internal_error": (1, 500, "server_error", "internal_error", True),
     "invalid_request": (10, 400, "invalid_request_error", "invalid_value", False),
@@ -134,10 +126,9 @@ ERRORS = {name: ErrorKind(*row) for name, row in {
 class RelayError(Exception):
     """What went wrong, in words for the person who asked.
 
-    name: a row of ERRORS. param: the field at fault. retry_after: seconds. retry: whether
-    trying again can help, if it differs from the row. allow: the methods that a path has.
-    limit: how many requests are allowed, where a rate limit was exceeded. status, type,
-    code: of the upstream LLM server, passed to the client unchanged.
+    name: a row of ERRORS; retry, status, type and code replace the row's (the last three are
+    the upstream LLM server's). param: the field at fault. retry_after: seconds. allow: the
+    methods of a path. limit: the rate limit that was exceeded.
     """
 
     def __init__(self, name, words, *, param=None, retry_after=None, allow=None, retry=None,
@@ -157,7 +148,7 @@ class RelayError(Exception):
 
 
 class PeerGone(Exception):
-    """The other end of a connection went away: normal, and nobody to tell."""
+    """The peer went away: normal, and nobody to tell."""
 
 
 ##############################################################################
@@ -179,23 +170,21 @@ class Service:
         self.numreq, self.last_seen = numreq, last_seen   # last_seen: wall clock
         self.private, self.paused = bool(private), bool(paused)
         self.anonymous_per_day = anonymous_per_day    # None: as the relay's limit says
-        self.suggestions = suggestions    # prompts to try, as the JSON of a list
-        self.connected = connected    # sessions, as the data file knows
+        self.suggestions = suggestions    # prompts to try, a JSON list
+        self.connected = connected    # sessions, as stored
         self.stored = False           # whether it is in the data file
-        self.keys = {}                # digest -> AccessKey, those of its guests
-        self.sessions = {}            # id -> Session, those that are connected; one that is
-                                      # lost keeps its leases until its deadline
+        self.keys = {}                # digest -> AccessKey
+        self.sessions = {}            # id -> Session, the connected ones
         self.idle = OrderedDict()     # sessions with a parked poll and a free worker
         self.queue = Queue()          # jobs that wait
-        self.job_seconds = None       # measured, as a moving average
+        self.job_seconds = None       # moving average
         self.tokens_per_second = None
         self.features = Features()    # as its last provider declared
-        self.expected_until = 0.0     # after a restart: until then prompts wait for a provider
+        self.expected_until = 0.0     # until then prompts wait for a provider: after a restart
         self.cold = self.warm = None  # seconds to the first token, see Affinity
 
     def continues(self, but=None):
-        """Whether some connected provider, other than session `but`, can go on with an
-        answer that another began."""
+        """Whether a session other than `but` can continue an answer that another began."""
         return any(session.features.continues for session in self.sessions.values()
                    if session is not but)
 
@@ -208,7 +197,7 @@ class Features:
         self.continues = continues        # can continue an answer that another began
         self.embeddings = embeddings
         self.context_length = context_length          # in tokens; None: unknown
-        self.apis = frozenset(apis)       # those it passes through, see the opaque path
+        self.apis = frozenset(apis)       # that it passes through
         self.vision, self.tools = vision, tools       # None: unknown
 
     def has(self, api):
@@ -219,9 +208,9 @@ class Features:
 class Session:
     """One logged-in provider.
 
-    connected (in service.sessions): it gets jobs. lost: its poll's connection has broken; it
-    keeps the jobs that clients have seen, and may come back. closed: it was silent for too
-    long, or logged out; its jobs go to others.
+    connected (in service.sessions): it gets jobs. lost: its poll broke close_seconds ago; it
+    keeps the jobs that clients have seen, and may come back. closed: silent for lease_seconds,
+    or logged out; its jobs go to others.
     """
 
     def __init__(self, service, workers, features, lock):
@@ -229,14 +218,14 @@ class Session:
         self.service, self.workers, self.features = service, workers, features
         self.leases = {}              # (job id, attempt) -> Lease; each occupies a worker
         self.outbox = OrderedDict()   # leases that its next response must mention
-        self.ended = OrderedDict()    # pairs that it ended recently, newest last
-        self.has_response = threading.Condition(lock)   # its poll waits for: the outbox has
-                                      # something, a newer poll has come, the session closed
+        self.ended = OrderedDict()    # pairs that it ended recently -> instant
+        self.has_response = threading.Condition(lock)   # what its poll waits for: an outbox
+                                      # that is not empty, a newer poll, the session's end
         self.poll = None              # the newest Poll
         self.parked = False           # whether that poll waits
         self.deadline = 0.0           # when silence becomes loss
-        self.receiving_until = 0.0    # a large response may be on its way to it until then
-        self.has_handover_timer = False  # whether a timer looks for unconfirmed leases
+        self.receiving_until = 0.0    # when a large response has surely arrived
+        self.has_handover_timer = False  # for unconfirmed leases
         self.closed = False
 
     def free(self):
@@ -244,12 +233,11 @@ class Session:
         return self.workers - len(self.leases)
 
     def jobs(self):
-        """The jobs it works on, oldest lease first; not those that it was told to stop."""
+        """The jobs it works on, oldest lease first, without cancelled ones."""
         return [lease.job for lease in self.leases.values() if lease.state != "cancelled"]
 
     def can_answer(self, job):
-        """Whether it supports the API that the job needs, and can continue an answer that
-        another session began."""
+        """Whether it has the API that the job needs, and can continue what was begun."""
         return (job.needs is None or self.features.has(job.needs)) and (
             not job.seen or self.features.continues)
 
@@ -258,33 +246,33 @@ class Session:
         if not self.can_answer(job):
             return False
         if job.prefers not in (None, self) and job.prefers.id in self.service.sessions:
-            return False                   # it is left alone for a while, see Affinity
+            return False                   # see Affinity
         # Not again to the one that lost it, if another is free.
         return job.avoid is not self or not any(
             other.free() > 0 and other.can_answer(job)
             for other in self.service.sessions.values() if other is not self)
 
     def remember_ended(self, pair, now):
-        """Note that the provider itself ended this lease: a poll may still name it."""
+        """Note that the provider ended this lease: a poll on its way may name it."""
         self.ended[pair] = now
         if len(self.ended) > 16 + 2 * self.workers:
             self.ended.popitem(last=False)
 
     def forget_ended(self, before):
-        """A poll that names what ended before that instant has long arrived."""
+        """Forget what ended before that instant: no poll still names it."""
         while self.ended and next(iter(self.ended.values())) < before:
             self.ended.popitem(last=False)
 
 
 class Poll:
-    """One poll. Its identity tells a newer poll of a session from an older."""
+    """One poll: its identity tells it from a newer one of the session."""
 
     lost = False                      # its connection has broken
 
 
 def unique_ids():
-    """Yield names that no other object has had or will have, in any process. They are not
-    secret: a system call for each would cost more than the rest of a job's record."""
+    """Yield names unique to all processes. Not secret: a system call for each would cost more
+    than the rest of a job's record."""
     prefix = secrets.token_hex(8)
     return map((prefix + "%08x").__mod__, itertools.count())
 
@@ -296,8 +284,8 @@ JOB_NUMBERS = itertools.count()
 class Job:
     """One prompt on its way, and the items that came back.
 
-    An item is a str, a piece of text; or bytes, the JSON of an object, for what text cannot
-    say (see docs/). Objects stay encoded because parsed ones need 18 times the memory.
+    An item is a str, or bytes: an object for what text cannot say (see docs/), kept as JSON
+    because parsed it takes 18 times the memory.
     """
 
     MOVES = {  # the only ways a job changes its state
@@ -306,21 +294,21 @@ class Job:
         "done": (), "failed": (), "cancelled": (),
     }
 
-    # Class attributes: what a job begins with, and most jobs never change.
+    # Class attributes, because most jobs never change them.
     state = "queued"
     number = None                 # in the order of arrival
-    identity = None               # how other requests find this job
+    identity = None               # how other requests find it
     returned = False              # a provider had it: it goes before all others
-    seen = 0                      # items that a stream or a polled read has taken
-    resume_at = 0                 # where a polled client that names no offset (at) reads on
-    attempt = deaths = 0          # leases so far; providers that died on it
-    died = False                  # whether the last lease that was lost is one of those deaths
+    seen = 0                      # items that a client has taken
+    resume_at = 0                 # where a polled client that sends no `at` reads on
+    attempt = deaths = 0          # leases so far; of them, those whose provider died
+    died = False                  # whether the last lease is one of these
     lease = avoid = None          # its Lease; the Session that gave it back
     prefers = None                # the Session that should have it, for a while
-    continued = False             # whether a session had it that knew the conversation
+    continued = False             # whether its session knew the conversation
     left_at = None                # when the last reader left
     error, error_told = None, False
-    has_timer = False             # which will look at it
+    has_timer = False             # see _recheck_locked
     created = leased_at = first_at = ended_at = None
     encoded = None                # (encoder's name, bytes): the whole answer, made once
 
@@ -328,19 +316,18 @@ class Job:
                  by_operator=False, urgent=False, wait=False, grace=None, cost=1, needs=None,
                  prefixes=()):
         self.id, self.service = next(JOB_IDS), service
-        self.payload = payload                     # the prompt as the provider gets it, JSON
-        self.caller = caller                       # "key ID", or an address
-        self.holder = holder or caller             # the address whose memory it takes
-        self.access = access                       # the AccessKey it counts for
-        self.rated = rated                         # the caller's prompts are limited
-        self.by_operator = by_operator             # it goes before the prompts of others
-        self.urgent = urgent                       # the same, for what costs nearly nothing
-        self.wait = wait                           # it queues even if no provider is there
-        self.grace = grace                         # seconds that it lives without a reader
-        self.cost = cost                           # how many prompts it counts as
-        self.needs = needs                         # the API that its provider must pass
-                                                   # through; None: text
-        self.prefixes = prefixes                   # of its conversation, see prefixes_of
+        self.payload = payload            # JSON, as the provider gets it
+        self.caller = caller              # "key ID", or an address
+        self.holder = holder or caller    # the address whose memory it takes
+        self.access = access              # the AccessKey it counts for
+        self.rated = rated                # rate limits apply
+        self.by_operator = by_operator    # it goes before others
+        self.urgent = urgent              # the same: it costs nearly nothing
+        self.wait = wait                  # it queues even without a provider
+        self.grace = grace                # seconds that it lives without a reader
+        self.cost = cost                  # how many prompts it counts as
+        self.needs = needs                # the API that its provider must have; None: text
+        self.prefixes = prefixes          # see prefixes_of
         self.items, self.size, self.readers = [], 0, []
 
     def move(self, state):
@@ -351,7 +338,7 @@ class Job:
         self.state = state
 
     def answer_bytes(self):
-        """What its items take; with its whole answer, if that is kept encoded."""
+        """What its items take, and its encoded answer."""
         return self.size - JOB_BYTES - len(self.payload)
 
     def readable(self):
@@ -362,9 +349,9 @@ class Job:
 class Identity:
     """What makes a second request mean the same job.
 
-    kind "stream": a stream key, with which a client reads on. kind "repeat": an
-    Idempotency-Key. kind "body": an equal body of the same caller, which finds only a job
-    that its client left. fingerprint: of the prompt, which must be the same each time.
+    kind "stream": a stream key. "repeat": an Idempotency-Key. "body": an equal body of the
+    same caller; it finds only a job that its client left. fingerprint: of the prompt, which
+    must not differ.
     """
 
     __slots__ = ("kind", "key", "fingerprint")
@@ -375,7 +362,7 @@ class Identity:
 
     @property
     def named(self):
-        """Whether the client chose the name, and so may come back for the answer."""
+        """Whether the client chose it, and so may come back for the answer."""
         return self.kind != "body"
 
 
@@ -387,10 +374,10 @@ class Reader:
 
     def __init__(self, job, cursor):
         self.job, self.cursor, self.start = job, cursor, cursor
-        self.woken = None             # the condition its thread waits for, made when it does
-        self.wanted = math.inf        # how many items there must be to tell it
-        self.deliver = None           # see deliver_to; None: the reader's own thread is woken
-        self.has_work = False         # that its own thread must do
+        self.woken = None             # the condition its own thread waits for
+        self.wanted = math.inf        # of how many items it wants to hear
+        self.deliver = None           # see deliver_to; None: its own thread is woken
+        self.has_work = False         # for its own thread
         self.attached, self.gone = True, False
 
 
@@ -400,10 +387,10 @@ class Reader:
 
 
 class Queue:
-    """The jobs that wait for one service, in the order in which they will be taken.
+    """The jobs that wait for one service.
 
-    Jobs that a provider gave back go first, by number; then the operator's, then urgent ones,
-    then all others. Within each of these three kinds callers take turns.
+    Returned jobs go first, by number; then the operator's, then urgent ones, then all others.
+    Within each of these three kinds callers take turns.
     """
 
     def __init__(self):
@@ -419,7 +406,7 @@ class Queue:
             yield from itertools.chain.from_iterable(lines.values())
 
     def count_like(self, job):
-        """How many prompts of this job's caller wait; for the operator's, how many of those."""
+        """How many prompts of this job's caller wait; or of the operator, if it is one."""
         if job.by_operator:
             return sum(map(len, self._operators.values()))
         return len(self._urgent.get(job.caller, ())) + len(self._others.get(job.caller, ()))
@@ -452,8 +439,8 @@ class Queue:
             del lines[job.caller]
 
     def take(self, session):
-        """Take out the job that this session should have next; None if there is none. A
-        caller whose next job this session cannot answer is passed over."""
+        """Take out this session's next job; None if there is none. A caller whose first job
+        it may not take is passed over."""
         for job in self._first_of_each() if self.size else ():
             if session.may_take(job):
                 self.remove(job)
@@ -472,7 +459,7 @@ class Queue:
 
     def position(self, job):
         """The job's rank among those that wait; 1 is next."""
-        # All at once, because each of 1,000 waiting streams asks every two seconds.
+        # Cached: each of 1,000 waiting streams asks every two seconds.
         if self._positions is None:
             order = itertools.chain(self._returned, *map(in_turns, self._kinds))
             self._positions = {job: rank for rank, job in enumerate(order, 1)}
@@ -480,7 +467,7 @@ class Queue:
 
 
 def in_turns(lines):
-    """The jobs of these lines in the order in which their callers' turns come."""
+    """The jobs of these lines as their callers' turns come."""
     turns = [(turn, job) for line in lines.values() for turn, job in enumerate(line)]
     return [job for _, job in sorted(turns, key=lambda pair: pair[0])]
 
@@ -493,8 +480,7 @@ def in_turns(lines):
 class Lease:
     """A provider's right to work on a job, named by (job id, attempt).
 
-    It occupies a worker of its session until it has ended. Its state says what the two
-    sides know of each other:
+    It occupies a worker until it has ended. Its state says what both sides know:
 
     offered     goes out with the session's next response
     handed_out  a response carried it; the provider has not named it yet
@@ -502,8 +488,8 @@ class Lease:
     cancelled   the provider must stop, and has not said that it did
     ended       over
 
-    A confirmed lease that a later poll does not name goes back: to offered if the provider can
-    begin or continue the job, else to handed_out, and then to another session.
+    One that was sent and that a poll does not name is offered again, if the provider can begin
+    or continue the job; else it is handed_out, and its job goes to another session.
     """
 
     MOVES = {
@@ -518,11 +504,10 @@ class Lease:
     __slots__ = ("session", "job", "pair", "state", "since", "sent")
 
     def __init__(self, session, job, pair, state, now):
-        """job: None if the provider has no right to it, or no longer: it must be told to
-        stop."""
+        """job: None if the provider has no right to it and must be told to stop."""
         self.session, self.job, self.pair = session, job, pair
         self.state, self.since = state, now
-        self.sent = state != "offered"     # whether it may be there
+        self.sent = state != "offered"     # whether the provider may have it
         session.leases[pair] = self
         if state in self.UNSENT:
             session.outbox[self] = True
@@ -549,9 +534,9 @@ class Lease:
             self.move("confirmed", now)
 
     def stop(self, now):
-        """The provider must not go on: tell it, unless this lease was never sent."""
+        """Tell the provider to stop, unless it does not have this lease."""
         self.move("ended" if self.state == "offered" else "cancelled", now)
-        self.job = None           # so that a provider that never answers holds no memory
+        self.job = None           # a provider that never answers must hold no memory
 
 
 ##############################################################################
@@ -561,22 +546,20 @@ class Lease:
 
 class Timers:
     """A heap of calls and their instants on the injected clock. Its user holds the lock.
-
-    A job is named by its id, not referred to: a timer would keep it in memory.
-    """
+    Arguments name a job by its id: a timer would keep the Job in memory."""
 
     def __init__(self, clock, lock):
         self._clock, self._heap = clock, []
         self._numbers = itertools.count()          # equal instants keep their order
-        # The upkeep thread waits for it; call_later notifies when it must look earlier.
+        # Upkeep waits for it; call_later notifies.
         self._earlier = threading.Condition(lock)
 
     def __len__(self):
         return len(self._heap)
 
     def call_later(self, delay, action, *arguments):
-        """Call action(*arguments) in `delay` seconds. The action must look at the facts
-        again: nothing cancels a timer."""
+        """Call action(*arguments) in `delay` seconds. Nothing cancels a timer: the action must
+        look at the facts again."""
         due = self._clock() + delay
         if not self._heap or due < self._heap[0][0]:
             self._earlier.notify()
@@ -614,10 +597,8 @@ class Timers:
 class Admission:
     """Whether a prompt is accepted. Its user, the Broker, holds the lock.
 
-    When memory is full, kept answers of the largest holder go first, the oldest before
-    others; then, if it has twice what the asker would have, its largest job, even a running
-    one; then kept answers of others; else the asker gets relay_busy. Bodies on their way
-    have a Room of their own.
+    When memory is full, room is made by what Memory.victim names; else the asker gets
+    relay_busy. Bodies on their way have a Room of their own.
     """
 
     def __init__(self, limits, clock, wall):
@@ -626,10 +607,9 @@ class Admission:
         self.memory = Memory(limits.max_held_bytes)
 
     def admit(self, job):
-        """Raise RelayError unless the service, the queue, the quota and the rate limits allow
-        this job; return the one that must leave a full queue for it, or None. It counts for the
-        rate limits even if there is no memory for it then: so only those below their limits
-        can make others give way."""
+        """Raise RelayError unless service, quota, queue and rate limits allow this job; return
+        the job that must leave a full queue for it, or None. It counts for the rate limits
+        even if memory is full then: only callers below them can make others give way."""
         service = job.service
         if service.paused and not job.by_operator:
             raise paused_error(service)
@@ -649,7 +629,7 @@ class Admission:
             raise too_many_waiting_error(service, mine, limits, self.retry_after(service))
         most = limits.max_queue
         if job.by_operator or job.access is not None:
-            most += most // RESERVED           # a tenth more, for when no stranger gives way
+            most += most // RESERVED           # for when no stranger gives way
         victim = gives_way(service.queue, job) if service.queue.size >= limits.max_queue else None
         if service.queue.size >= most and victim is None:
             raise queue_full_error(service, self.retry_after(service))
@@ -670,14 +650,14 @@ class Admission:
         job.access.tokens += count_tokens(job.items)
 
     def eta(self, service, position):
-        """Seconds until the job at that queue position is answered; None: unknown."""
+        """Seconds until that queue position is answered; None: unknown."""
         workers = sum(session.workers for session in service.sessions.values())
         if service.job_seconds is None or not workers:
             return None
         return round(service.job_seconds * position / workers, 1)
 
     def retry_after(self, service):
-        """After how many seconds a full queue may have room again."""
+        """Seconds until a full queue may have room."""
         eta = self.eta(service, service.queue.size)
         return 10 if eta is None else min(max(math.ceil(eta), 1), 120)
 
@@ -687,18 +667,17 @@ class Admission:
 ##############################################################################
 
 MAX_SESSIONS_PER_JOB = 3     # a job goes to at most this many sessions
-MAX_DEATHS_PER_JOB = 2       # a prompt that two providers died on is the cause
-MAX_READERS_PER_JOB = 100    # each push is sent to all of them: 9 ms for 100
-MAX_UNKNOWN_LEASES = 64      # of a session at once: a provider could make up any number
-MAX_HANDOVER_BYTES = 1 << 22     # prompts in one response, if there is more than one
-HANDOVER_BYTES_PER_SECOND = 1 << 16      # of a provider's line: time in which it need not speak
+MAX_DEATHS_PER_JOB = 2       # then the prompt is the cause
+MAX_READERS_PER_JOB = 100    # a push to 100 takes 9 ms
+MAX_UNKNOWN_LEASES = 64      # of a session, which could make up any number
+MAX_HANDOVER_BYTES = 1 << 22     # of prompts in one response, if more than one
+HANDOVER_BYTES_PER_SECOND = 1 << 16      # a provider may be silent while it receives
 
 
 class DeliveryLock:
-    """The broker's lock. The thread that releases it then makes the deliveries that were
-    gathered under it: so items go out in the thread that brought them, and never under the
-    lock. Waiting for a condition releases only the inner lock, and delivers nothing: so no
-    method waits once deliveries are gathered."""
+    """The broker's lock. The thread that releases it then makes the deliveries gathered under
+    it: items go out in the thread that brought them, but not under the lock. Waiting for a
+    condition delivers nothing, so no method waits once deliveries are gathered."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -720,22 +699,21 @@ class Jobs:
     """The clients' half of the Broker: all jobs, in memory.
 
     A client submits a prompt or opens a stream, reads until the job has ended, and leaves.
-    The thread that sees its connection break calls hang_up. Methods named _locked need the
-    lock; the others take it, except those that read one value (find, is_known).
+    Methods named _locked need the lock; the others take it, except find and is_known.
 
-    The Broker is one class in three parts, split for reading only: a method that is not here
-    is in Matcher, which follows, or in Broker, in the machinery: services, memory, metrics.
+    The Broker is one class in three parts: Jobs, Matcher (next), and Broker (in the machinery:
+    services, lost responses, memory, metrics).
     """
 
     def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
         self.limits = limits or Limits()
         self._clock, self._wall = clock, wall
         self.now = clock              # every time in a Job is by this clock
-        # Guards everything below, and every record. Each condition is built on it.
+        # Guards everything below, and all records. All conditions share it.
         self._lock = DeliveryLock()
         self._services = {}           # lower-case name -> Service
-        self._sessions = {}           # id -> Session, lost ones until their deadline
-        self._jobs = {}               # id -> Job, all that are not forgotten
+        self._sessions = {}           # id -> Session, also lost ones
+        self._jobs = {}               # id -> Job
         self._identified = {}         # Identity.key -> Job
         self._timers = Timers(clock, self._lock.lock)
         self._stale = 0               # timers of jobs that were forgotten
@@ -764,11 +742,8 @@ class Jobs:
     # -- clients, in the order a job lives --
 
     def submit(self, job, identity=None, at=None):
-        """Accept a job, or find the one it already is, and return a Reader of it.
-
-        identity: how the job is found again. at: the item offset to read from. Raises
-        RelayError. Does not block.
-        """
+        """Accept a job, or find the one that has this Identity; return a Reader, from item
+        offset `at`. Raises RelayError. Does not block."""
         with self._lock:
             known = self._find_job_locked(identity)
             if known is not None:
@@ -803,8 +778,8 @@ class Jobs:
             return reader
 
     def is_known(self, identity):
-        """Whether a job has this identity. Its client may have hung up unnoticed: HangUps.look
-        finds out, and then submit finds the job."""
+        """Whether a job has this identity. If its client has hung up unnoticed, submit finds it
+        only after HangUps.look."""
         return identity.key in self._identified
 
     def open(self, identity, at=None):
@@ -816,17 +791,17 @@ class Jobs:
             return self._attach_locked(job, at)
 
     def read(self, reader, most=None):
-        """Return (items that this reader has not had, at most `most`; whether none will follow
-        those). Does not block: see deliver_to, and wait_for_items."""
+        """Return (the next items, at most `most`; whether none will follow). Does not block:
+        see deliver_to, and wait_for_items."""
         with self._lock:
             if reader.job.ended_at is None and not reader.job.readable():
                 return [], False
             return self._take_items_locked(reader, most)
 
     def deliver_to(self, reader, deliver, wanted):
-        """From now on call deliver() when items have come and the job has `wanted` in all (0:
-        each time; math.inf: only at the end), and when it has ended, in the thread that brought
-        them: it must not block. For what came before, call it yourself."""
+        """From now on call deliver() when the job has ended, and when items have come and it
+        has `wanted` in all. The thread that brought them calls it: it must not block. For what
+        came before, call it yourself."""
         with self._lock:
             reader.deliver, reader.wanted = deliver, wanted
 
@@ -837,16 +812,15 @@ class Jobs:
             self._wake_locked(reader)
 
     def wait_for_work(self, reader, timeout):
-        """Block the reader's own thread until there is work for it (see wake_owner), it
-        has left, or its client has gone; at most for timeout seconds."""
+        """Block the reader's own thread until wake_owner, until it has left or its client has
+        gone, or for timeout seconds."""
         with self._lock:
             self._wait_locked(reader, timeout,
                               lambda: reader.has_work or not reader.attached)
             reader.has_work = False
 
     def queue_position(self, job):
-        """Where a queued job stands: position, waiting, eta_s, and whether a provider is
-        connected; None if it is not queued."""
+        """Where a queued job stands, as clients are told; None if it is not queued."""
         with self._lock:
             if job.state != "queued":
                 return None
@@ -856,12 +830,12 @@ class Jobs:
                     "connected": bool(job.service.sessions)}
 
     def leave(self, reader, delivered=False):
-        """Detach the reader. delivered: its client has what was read, as far as we know."""
+        """Detach the reader. delivered: what it read has reached its client."""
         with self._lock:
             self._leave_locked(reader, delivered)
 
     def hang_up(self, reader):
-        """The reader's client has hung up: wake the thread that waits for it."""
+        """The reader's client has hung up."""
         with self._lock:
             reader.gone = True
             self._leave_locked(reader, False)      # which wakes it, unless it has left
@@ -897,7 +871,7 @@ class Jobs:
         if timeout <= 0 or reader.gone or is_true():
             return
         deadline = self._clock() + timeout
-        # What this thread waits for: see _wake_locked, which notifies it.
+        # Only this thread waits for it; _wake_locked notifies.
         reader.woken = reader.woken or threading.Condition(self._lock.lock)
         while not (reader.gone or is_true()):
             left = deadline - self._clock()
@@ -911,7 +885,7 @@ class Jobs:
             reader.woken.notify()
 
     def _take_items_locked(self, reader, most):
-        """Return (items that the reader has not had, whether none will follow)."""
+        """Do what read does, for a job whose items may be shown."""
         job, cursor = reader.job, reader.cursor
         items = job.items[cursor:None if most is None else cursor + most]
         reader.cursor += len(items)
@@ -919,7 +893,7 @@ class Jobs:
         return items, job.ended_at is not None and reader.cursor >= len(job.items)
 
     def _tell_readers_locked(self, job):
-        """Items came, or the job has ended: notify the readers that wait for that."""
+        """Items came, or the job has ended: tell the readers that want to know."""
         for reader in job.readers:
             if job.ended_at is not None or len(job.items) >= reader.wanted:
                 if reader.deliver is not None:
@@ -928,7 +902,7 @@ class Jobs:
                     self._wake_locked(reader)
 
     def _leave_locked(self, reader, delivered):
-        """Detach a reader; decide what becomes of a job that has none left."""
+        """Detach a reader; see what becomes of a job without any."""
         if not reader.attached:
             return
         reader.attached, reader.deliver = False, None
@@ -975,14 +949,13 @@ class Jobs:
             self._measure_locked(job)
         self._tell_readers_locked(job)
         if job.identity is not None and job.identity.kind == "repeat" and state != "done":
-            # A failure is not the answer to an Idempotency-Key: asking again tries again.
-            # A stream key names this one stream, whatever became of it.
+            # The same Idempotency-Key tries again after a failure; a stream key does not.
             self._disown_locked(job)
         if job.identity is not None and job.identity.named:
             self._memory.keep(job)         # its client may come back for the answer
             self._recheck_locked(job)
         elif not job.readers and (state != "done" or job.identity is None):
-            self._forget_locked(job)       # an answer waits for a while for an equal body
+            self._forget_locked(job)       # else it waits for an equal body
 
     def _disown_locked(self, job):
         """The job is not found by its identity any more."""
@@ -991,7 +964,7 @@ class Jobs:
         job.identity = None
 
     def _cancel_locked(self, job, error=None):
-        """End a job early, and tell its provider to stop. Nothing happens if it has ended."""
+        """Do what cancel does, and tell the provider to stop."""
         if job.ended_at is not None:
             return
         error = error or cancelled_error()
@@ -1006,7 +979,7 @@ class Jobs:
         self._dispatch_locked(job.service)     # to a free worker, or what stood behind this one
 
     def _forget_locked(self, job):
-        """Let go of an ended job, which has no reader: what is not counted is not kept."""
+        """Let go of an ended job without readers."""
         if self._jobs.pop(job.id, None) is not None:
             self._memory.forget(job)
             self._disown_locked(job)
@@ -1014,7 +987,7 @@ class Jobs:
                 self._timer_left_locked()
 
     def _save_later_locked(self, service):
-        """The service's counters changed and must be saved."""
+        """Have the service's counters saved."""
         if not self._changed:
             self.counters_changed.set()
         self._changed[service.name] = service
@@ -1026,19 +999,17 @@ class Matcher(Jobs):
 
     A provider logs in, polls and pushes, and logs out. One thread runs upkeep.
 
-    When a provider goes away, the connection of its poll breaks: poll_lost. After
-    close_seconds _broken_locked queues the jobs again of which no client has seen an item.
-    After lease_seconds of silence _silent_locked ends the session, and releases the rest: such
-    a job is queued again, before all others, if another session can continue it, else it
-    fails. A lease that was confirmed counts as a death; two deaths, or three leases, end a
-    job. What a lost response leaves behind is repaired in Broker, from what polls name.
+    When a poll's connection breaks (poll_lost), _broken_locked after close_seconds queues again
+    the jobs of which no client has seen an item. After lease_seconds of silence _silent_locked
+    ends the session and releases the rest: queued again, before all others, if another session
+    can continue, else failed. If the lease was confirmed, this is a death; two deaths, or three
+    leases, end a job. _confirm_locked, in Broker, repairs lost responses by what polls name.
     """
 
     # -- providers --
 
     def login(self, service, workers=1, **features):
-        """Open a session for a provider that runs up to `workers` jobs; return its id.
-        features: those of Features."""
+        """Open a session for up to `workers` jobs; return its id. features: of Features."""
         with self._lock:
             if self.draining:
                 raise self._shutting_down()
@@ -1056,11 +1027,10 @@ class Matcher(Jobs):
         """Wait for work; return (offers, cancels).
 
         offers: tuples (Job, attempt, offset of its next item, text so far or None).
-        cancels: pairs (job id, attempt). running: the pairs that the provider has in hand.
-        A job it was given and does not name is offered again; one that it names and has no
-        right to is cancelled. this_poll: a new Poll; if its connection breaks, call poll_lost
-        with it. Blocks up to timeout seconds (by default limits.poll_seconds, or
-        busy_poll_seconds while jobs run, so that silence is noticed within the lease).
+        cancels: pairs (job id, attempt). running: the pairs that the provider has in hand; what
+        it does not name is offered again, what it has no right to is cancelled. this_poll: a
+        new Poll, for poll_lost. Blocks up to timeout, poll_seconds, or busy_poll_seconds while
+        jobs run, so that silence is noticed within the lease.
         """
         with self._lock:
             session = self._session_locked(service, session_id)
@@ -1089,10 +1059,10 @@ class Matcher(Jobs):
     def push(self, service, session_id, entries):
         """Take items for many jobs; return (refused, offers, cancels), the last two as poll.
 
-        Each entry is a dict: job, attempt, at (offset of its first item), items, and done
-        or error (a RelayError) at the end; raw, if it is not text. A repeat is dropped. refused:
-        the entries that were not taken, as {job, error}: "gap", with `at`, the offset to push
-        from, or "fenced": the session has no such lease. Raises RelayError.
+        An entry is a dict: job, attempt, at (offset of its first item), items; at the end done
+        or error (a RelayError); raw, if it is not text. Repeats are dropped. refused: what was
+        not taken, as {job, error}: "gap", with `at`, the offset to push from, or "fenced": the
+        session has no such lease. Raises RelayError.
         """
         with self._lock:
             session = self._session_locked(service, session_id)
@@ -1124,8 +1094,7 @@ class Matcher(Jobs):
                                    self._clock() + self.limits.lease_seconds)
             for lease in session.leases.values():
                 if lease.state == "handed_out":
-                    # If the response was lost, the next poll does not name it: it is old
-                    # enough to be offered again at once. If it arrived, that poll names it.
+                    # If the next poll does not name it, it is offered again at once.
                     lease.since = self._clock() - REPEAT_AFTER * self.limits.handover_seconds
             self._timers.call_later(self.limits.close_seconds, self._broken_locked, session,
                                     this_poll)
@@ -1134,7 +1103,7 @@ class Matcher(Jobs):
 
     def upkeep(self):
         """Run the next timers, waiting for them; return False once closed."""
-        self.expire()          # it delivers what it gathers, before this thread waits
+        self.expire()          # delivers before this thread waits, see DeliveryLock
         with self._lock:
             if not self.closed:
                 self._timers.wait()
@@ -1148,7 +1117,7 @@ class Matcher(Jobs):
     # -- leases --
 
     def _dispatch_locked(self, service):
-        """Give waiting jobs to sessions with a parked poll, which take turns."""
+        """Give waiting jobs to the sessions in service.idle, which take turns."""
         while service.queue.size:
             for session in service.idle:
                 job = service.queue.take(session)
@@ -1175,8 +1144,7 @@ class Matcher(Jobs):
             self._dispatch_locked(session.service)
 
     def _idle_locked(self, session):
-        """Put the session into the service's list of those that wait for a job, or take it
-        out."""
+        """Put the session into service.idle, or take it out."""
         if session.parked and session.free() > 0 and not session.closed:
             session.service.idle.setdefault(session)
         else:
@@ -1243,7 +1211,7 @@ class Matcher(Jobs):
     def _push_locked(self, session, entry):
         """Add one entry's items to its job; return a refusal as a dict, or None."""
         now, pair, at = self._clock(), (entry["job"], entry["attempt"]), entry["at"]
-        # This may be the first word of a provider that seemed to be gone.
+        # Or the provider seemed to be gone.
         lease = session.leases.get(pair) or self._take_back_locked(session, pair, at)
         error = entry.get("error")
         ending = entry.get("done") or error
@@ -1251,7 +1219,6 @@ class Matcher(Jobs):
             if ending and lease is not None:
                 session.remember_ended(pair, now)
                 lease.move("ended", now)
-            # Fenced off: this lease is not, or no longer, the session's.
             return {"job": pair[0], "error": "fenced"}
         job, items = lease.job, entry.get("items", ())
         have = len(job.items)
@@ -1305,7 +1272,7 @@ class Matcher(Jobs):
         if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
             self._end_locked(job, "failed", lost_too_often_error(job))
         elif job.seen and not (only_text(job.items) and service.continues(but=session)):
-            # What is not text, such as half a tool call, cannot be handed on.
+            # Half a tool call, say, cannot be continued.
             self._end_locked(job, "failed", lost_midway_error(service))
         elif self.draining:
             self._end_locked(job, "failed", self._shutting_down())
@@ -1325,13 +1292,13 @@ class Matcher(Jobs):
         return session
 
     def _connect_locked(self, session):
-        """The provider is connected: it gets jobs, and the directory says so."""
+        """The provider gets jobs, and the directory shows it."""
         session.service.sessions[session.id] = session
         session.service.last_seen = self._wall()
         self._save_later_locked(session.service)
 
     def _disconnect_locked(self, session):
-        """The provider is not connected any more: no new jobs."""
+        """The provider gets no more jobs."""
         service = session.service
         service.idle.pop(session, None)
         if service.sessions.pop(session.id, None) is None:
@@ -1346,11 +1313,11 @@ class Matcher(Jobs):
     def _heard_locked(self, session, hold=0.0):
         """The provider spoke: its silence counts from now, or from the end of its poll."""
         due = max(self._clock() + hold, session.receiving_until) + self.limits.lease_seconds
-        # While its poll is parked it is silent with good reason: a push changes nothing.
+        # A push does not shorten what a parked poll allows.
         session.deadline = max(due, session.deadline) if session.parked else due
 
     def _end_session_locked(self, session, died=False):
-        """End a session; its jobs go back to the queue, the oldest to the front."""
+        """End a session, and release its jobs."""
         self._sessions.pop(session.id, None)
         session.closed = True
         self._disconnect_locked(session)
@@ -1396,19 +1363,18 @@ class Matcher(Jobs):
         left = session.deadline - self._clock()
         session.forget_ended(self._clock() - self.limits.lease_seconds)
         if left > 0:
-            # A later poll may have brought the deadline forward.
+            # The deadline may come forward.
             self._timers.call_later(min(left, self.limits.lease_seconds),
                                     self._silent_locked, session)
         else:
             self._end_session_locked(session, died=True)
 
     def _broken_locked(self, session, this_poll):
-        """Some time after a poll's connection broke: has the provider polled again?"""
+        """close_seconds after a poll broke: has the provider polled again?"""
         if session.closed or session.poll is not this_poll:
             return
         self._disconnect_locked(session)
-        # Where a client has seen the beginning, wait for the lease: a provider that only
-        # lost its connection comes back, and continues.
+        # If a client has seen the beginning, wait: the provider may come back and continue.
         for job in session.jobs():
             if not job.seen:
                 self._release_locked(job.lease, died=True)
@@ -1426,40 +1392,36 @@ LARGE_BODY_BYTES = 1 << 16       # only one of these is parsed at a time
 
 
 class Exchange:
-    """One request and its response. One thread runs it until it has ended.
-
-    HttpExchange, in the machinery, adds how a body is read (read_object), how a response looks
-    as bytes (response, error_response, chunked_head, framed), and how a whole one is sent
-    (respond, send_whole).
-    """
+    """One request and its response. One thread runs it until it has ended. HttpExchange, in the
+    machinery, reads its body and makes its bytes."""
 
     head = None                        # of the request, once it was read
-    api = "native"                     # whose form errors take, see ERROR_FORMS
-    local = False                      # whether the request comes from this machine
-    trusted = False                    # whether it came with the service's key
+    api = "native"                     # see ERROR_FORMS
+    local = False                      # from this machine
+    trusted = False                    # with the service's key
     keep_alive, body_read = False, True
     started = False                    # whether a part of the response was made
-    slot = None                        # of the Room for waiting prompts
+    slot = None                        # in bounds.waiting
     began = 0.0                        # when its head was complete
-    fingerprint = None                 # the SHA-256 of the body
+    fingerprint = None                 # SHA-256 of the body
     parsing = False                    # whether it holds bounds.large_bodies
-    head_slot = None                   # of the Room for memory, if its head is large
+    head_slot = None                   # in bounds.bytes, if its head is large
 
     def __init__(self, relay, connection):
         self.relay, self.connection = relay, connection
         self.broker, self.limits, self.bounds = relay.broker, relay.limits, relay.bounds
         self.id = next(REQUEST_IDS)
-        self.address = connection.address  # that limits count for; behind a proxy, the client's
+        self.address = connection.address  # whose limits count; run replaces a proxy's
 
     def run(self):
         """Read the request and answer it; return whether the connection may be used again.
-        Raises PeerGone. Blocks for as long as the answer takes."""
+        Blocks until then. Raises PeerGone."""
         try:
             self.head = head = read_head(self.connection, self.limits)
             self.body_read = head.length == 0
             self.keep_alive = head.keep_alive and not self.relay.stopping
             self.began = self.broker.now()
-            if self.connection.proxied:    # it counts for the client that it speaks for
+            if self.connection.proxied:
                 self.address = self.relay.forwarded_for(head, self.address)
                 with self.bounds.proxied.take(self.address):
                     self._dispatch(head)
@@ -1505,17 +1467,17 @@ class Exchange:
     # -- the request --
 
     def caller(self, access=None):
-        """Who this client is, for turns and limits: its access key, else its address."""
+        """Whom turns and limits count for: the access key, else the address."""
         return "key " + access.id if access is not None else self.address
 
     def take_slot(self, reserved):
-        """Take one of the slots for waiting prompts, until this one is answered. reserved:
-        for operators and key holders."""
+        """Take a slot in bounds.waiting until the answer. reserved: for operators and key
+        holders."""
         self.slot = self.bounds.waiting.take(self.address, reserved=reserved,
                                             give_way=self.connection.abort)
 
     def release_slot(self):
-        """Give the slot back; nothing happens if that was done already."""
+        """Give the slot back, once."""
         slot, self.slot = self.slot, None
         if slot is not None:
             slot.release()
@@ -1534,47 +1496,45 @@ class Exchange:
 ##############################################################################
 
 PIECE_BYTES = 1 << 18        # of a streamed answer, or one item
-DIRECT_BYTES = 1 << 16       # a larger piece waits for memory: its exchange's thread sends it
-DIRECT_ITEM_BYTES = DIRECT_BYTES // 6    # of items: escapes take at most six bytes for one
+DIRECT_BYTES = 1 << 16       # more must wait for memory, in the exchange's own thread
+DIRECT_ITEM_BYTES = DIRECT_BYTES // 6    # an escape takes up to six bytes for one
 WHOLE_WAIT_SECONDS = 0.25    # see WholeOutlet.run
 QUEUE_NEWS_SECONDS = 2       # how often a queued stream hears of its queue position
 
 
 class Outlet:
-    """Moves the bytes of one answer to its connection.
+    """Moves one answer to its connection. Subclasses say what to send next.
 
-    Subclasses say what to send next: run, send_next, size, next_items. The encoders are below.
-
-    Two kinds of threads come here. Those that bring items call deliver, which never blocks:
-    not waking a thread for each token halves its processor time. The exchange's own thread
-    calls answer, and does what is left: the rest of a full socket, large pieces, heartbeats,
-    queue news. Only the thread that holds _sending reads and sends.
+    Threads that bring items call deliver, which never blocks: not waking a thread for each
+    token halves its processor time. The exchange's own thread calls answer, and does the rest:
+    what a full socket did not take, large pieces, heartbeats, queue news. Only the thread that
+    holds _sending reads items and sends.
     """
 
     def __init__(self, exchange, reader, encoder):
         self.exchange, self.reader, self.encoder = exchange, reader, encoder
         self.job, self.connection = reader.job, exchange.connection
         self.broker, self.limits = exchange.broker, exchange.limits
-        self.complete = False              # the last byte was given to the connection
-        self.fault = None                  # what went wrong in a thread that brought items
+        self.complete = False              # the connection has the last byte
+        self.fault = None                  # of a thread that brought items
         self._sending = threading.Lock()   # taken before the Broker's lock, never after
 
     def answer(self):
-        """Serve the exchange from its own thread, until the answer is complete. Raises
-        PeerGone, or RelayError before the response has begun."""
+        """Send the whole answer, in the exchange's own thread. Raises PeerGone, or RelayError
+        before the response has begun."""
         if self.exchange.slot is not None:
             self.exchange.slot.give_way = self._give_way
         self.connection.when_gone(functools.partial(self.broker.hang_up, self.reader))
         try:
             self.run()
         except RelayError as error:
-            # These two say all there is. After any other the client may come back.
+            # After any other error the client may come back.
             self.complete = not self.exchange.started and (
                 error is self.job.error or error.name == "still_waiting")
             raise
         finally:
-            with self._sending:               # no other thread is sending now, or will
-                if self.reader.attached:   # else the thread that sent the end has left it
+            with self._sending:               # wait for a thread that is sending
+                if self.reader.attached:   # else deliver has left it
                     delivered = self.complete and not self.connection.unsent
                     self.broker.leave(self.reader, delivered)
 
@@ -1593,20 +1553,18 @@ class Outlet:
                 self.send_next(own=False)
             if self.connection.unsent or not self.complete and self.items_wait():
                 self.broker.wake_owner(self.reader)
-            elif self.complete:            # the client has it all: free its slot at once
+            elif self.complete:
                 self.broker.leave(self.reader, True)
                 self.exchange.release_slot()
-        except PeerGone:
-            self.broker.hang_up(self.reader)
-        except Exception as error:         # not the business of the thread that came here
+        except Exception as error:         # for the exchange's own thread
             self.fault = error
             self.broker.wake_owner(self.reader)
         finally:
             self._sending.release()
 
     def work(self):
-        """Do what is left, in the exchange's own thread. Blocks for as long as the client
-        takes to read. Raises PeerGone."""
+        """Do what is left, in the exchange's own thread. Blocks while the client reads. Raises
+        PeerGone."""
         with self._sending:
             if self.fault is not None:
                 raise self.fault
@@ -1618,19 +1576,18 @@ class Outlet:
                 self.send_next(own=True)
 
     def send(self, data, own):
-        """Send bytes. own: in the exchange's own thread, which may block; another leaves what
-        the socket does not take to work."""
+        """Send bytes. own: in the exchange's own thread, which may block."""
         (self.connection.send if own else self.connection.send_now)(data)
 
     def encoded(self, size, encode, *arguments):
-        """Return encode(*arguments). Objects are parsed for it: large ones one at a time."""
+        """Return encode(*arguments). It may parse objects: large ones one at a time."""
         if size <= LARGE_BODY_BYTES:
             return encode(*arguments)
         with self.exchange.bounds.large_bodies:
             return encode(*arguments)
 
     def items_wait(self):
-        """Whether items wait that another thread has left."""
+        """Whether there are items to send."""
         return len(self.job.items) > self.reader.cursor and self.job.readable()
 
     def cancel_if_too_old(self):
@@ -1640,15 +1597,15 @@ class Outlet:
 
 
 class WholeOutlet(Outlet):
-    """Sends an answer as one response, when it has ended. SharedOutlet, in the machinery, says
-    what its bytes are: size and _parts."""
+    """Sends an answer as one response, when it has ended. SharedOutlet, in the machinery, adds
+    its bytes: size and _parts."""
 
     def run(self):
         self.broker.deliver_to(self.reader, self.deliver, math.inf)
         if self.job.ended_at is not None:  # it ended before deliver_to
             self.deliver()
-        # While others bring the answer, this thread waits for the next request already: so
-        # it is woken once per prompt, not twice (a fifth of a prompt's processor time).
+        # Wait for the next request already, while others bring the answer: one wake-up per
+        # prompt, not two, saves a fifth of its processor time.
         if not (self.complete or self.reader.has_work or self.encoder.large) and (
                 self.exchange.keep_alive):
             self.connection.wait_for_more(WHOLE_WAIT_SECONDS)
@@ -1681,8 +1638,7 @@ class WholeOutlet(Outlet):
         parts = self._parts(own)
         if parts is None:
             return
-        # A client that has the whole answer may disconnect, and ask the same again at once.
-        self.connection.when_gone(None)
+        self.connection.when_gone(None)    # whoever has the whole answer may disconnect
         for part in parts:
             self.send(part, own)
         self.reader.cursor = len(self.job.items)
@@ -1717,7 +1673,7 @@ class StreamOutlet(Outlet):
 
     def next_items(self):
         items = self.job.items[self.reader.cursor:]
-        if self.size() <= PIECE_BYTES:     # they were counted before they were added
+        if self.size() <= PIECE_BYTES:     # counted before they are added
             return items
         size = 0
         for end, item in enumerate(items):
@@ -1729,7 +1685,7 @@ class StreamOutlet(Outlet):
     def _patience(self):
         """Seconds until the own thread must act without an item."""
         silence = self.wrote_at + self.limits.heartbeat_seconds - self.broker.now()
-        if self.job.state == "queued" or self.queue_position:     # or it was, when last told
+        if self.job.state == "queued" or self.queue_position:     # as last told
             silence = min(silence, QUEUE_NEWS_SECONDS)
         return max(0.01, silence)
 
@@ -1751,7 +1707,7 @@ class StreamOutlet(Outlet):
         self.complete = ended
 
     def _piece(self, items, ended, news):
-        """The next bytes of the response; b"" if there is nothing to say."""
+        """The next bytes of the response, if any."""
         body = b""
         if items:
             self.queue_position = None     # its client can tell
@@ -1773,7 +1729,7 @@ class StreamOutlet(Outlet):
         return head + self.exchange.framed(body, last=ended)
 
     def _news(self):
-        """What to say while there are no items: the queue position, or a heartbeat."""
+        """The queue position, or a heartbeat."""
         position = self.broker.queue_position(self.job)
         if position != self.queue_position:
             self.queue_position = position
@@ -1801,7 +1757,7 @@ class NativeWhole:
 
 
 class NativeStream:
-    """Encodes an answer as NDJSON. Without its last record, done or an error, it is cut."""
+    """Encodes an answer as NDJSON. The last record is done or an error."""
 
     kind = "application/x-ndjson"
 
@@ -1934,13 +1890,12 @@ def post_poll(exchange, name):
                          % (4 * exchange.limits.max_workers), param="running")
     this_poll, broker = Poll(), exchange.broker
     lost = functools.partial(broker.poll_lost, session, this_poll)
-    # when_gone: the provider hung up while this poll waits. on_close: its connection ended
-    # later, between two requests.
+    # when_gone: while this poll waits. on_close: between two requests.
     exchange.connection.when_gone(lost)
     exchange.connection.on_close = lost
     first = not any(other.parked for other in list(service.sessions.values()))
     with exchange.bounds.polls.take(exchange.address, reserved=first, give_way=lost):
-        running = iter(running)            # an iterator frees the list: the wait may be long
+        running = iter(running)            # which frees the list during the wait
         offers, cancels = broker.poll(service, session, this_poll, running)
     send_work(exchange, offers, cancels)
 
@@ -1972,8 +1927,8 @@ def post_logout(exchange, name):
 def send_work(exchange, offers, cancels, refused=None):
     """The response to poll and reply."""
     parts = encode_work(offers, cancels, refused)
-    # Counted as memory: a provider that does not read keeps these bytes, even once the jobs
-    # have gone. Not send_whole: a poll's connection is watched after its response, too.
+    # A provider that does not read holds these bytes even after the jobs have gone. Not
+    # send_whole: a poll's connection stays watched.
     with exchange.room(sum(map(len, parts))):
         exchange.send_parts(*exchange.response(200, b"".join(parts)))
 
@@ -1984,8 +1939,8 @@ def send_work(exchange, offers, cancels, refused=None):
 
 
 class Route:
-    """The handlers of one path, by method, and whose API it belongs to. arguments: what
-    they get before those from the path."""
+    """The handlers of one path, by method, and its API. arguments: what they get before those
+    from the path."""
 
     def __init__(self, api, *arguments, **handlers):
         self.api, self.arguments, self.handlers = api, arguments, handlers
