@@ -188,6 +188,10 @@ class Service:
         return any(session.features.continues for session in self.sessions.values()
                    if session is not but)
 
+    def can_answer(self, job):
+        """Whether some session can answer this job, when it has a free worker."""
+        return any(session.can_answer(job) for session in self.sessions.values())
+
 
 class Features:
     """What a provider declared at login."""
@@ -401,7 +405,7 @@ class Queue:
         self.size = 0                 # of all together
 
     def __iter__(self):
-        yield from self._returned
+        yield from self._returned_jobs()
         for lines in self._kinds:
             yield from itertools.chain.from_iterable(lines.values())
 
@@ -416,8 +420,7 @@ class Queue:
         self.size += 1
         self._positions = None
         if job.returned:
-            self._returned.append(job)
-            self._returned.sort(key=lambda job: job.number)
+            bisect.insort(self._returned, (job.number, job))
         else:
             self._lines_of(job).setdefault(job.caller, deque()).append(job)
 
@@ -432,7 +435,8 @@ class Queue:
         self.size -= 1
         self._positions = None
         if job.returned:
-            return self._returned.remove(job)
+            del self._returned[bisect.bisect_left(self._returned, (job.number,))]
+            return
         lines = self._lines_of(job)
         lines[job.caller].remove(job)
         if not lines[job.caller]:
@@ -450,9 +454,12 @@ class Queue:
                 return job
         return None
 
+    def _returned_jobs(self):
+        return (job for _, job in self._returned)
+
     def _first_of_each(self):
         """The returned jobs, and the first of each line."""
-        yield from self._returned
+        yield from self._returned_jobs()
         for lines in self._kinds:
             for line in lines.values():
                 yield line[0]
@@ -461,7 +468,7 @@ class Queue:
         """The job's rank among those that wait; 1 is next."""
         # Cached: each of 1,000 waiting streams asks every two seconds.
         if self._positions is None:
-            order = itertools.chain(self._returned, *map(in_turns, self._kinds))
+            order = itertools.chain(self._returned_jobs(), *map(in_turns, self._kinds))
             self._positions = {job: rank for rank, job in enumerate(order, 1)}
         return self._positions[job]
 
@@ -501,13 +508,14 @@ class Lease:
     }
     UNSENT = ("offered", "cancelled")     # the next response has to say so
 
-    __slots__ = ("session", "job", "pair", "state", "since", "sent")
+    __slots__ = ("session", "job", "pair", "state", "since", "sent", "offers")
 
     def __init__(self, session, job, pair, state, now):
         """job: None if the provider has no right to it and must be told to stop."""
         self.session, self.job, self.pair = session, job, pair
         self.state, self.since = state, now
         self.sent = state != "offered"     # whether the provider may have it
+        self.offers = 0                    # responses that carried it
         session.leases[pair] = self
         if state in self.UNSENT:
             session.outbox[self] = True
@@ -667,8 +675,10 @@ class Admission:
 ##############################################################################
 
 MAX_SESSIONS_PER_JOB = 3     # a job goes to at most this many sessions
+MAX_OFFERS_PER_LEASE = 3     # then the provider ignores it, and another gets the job
 MAX_DEATHS_PER_JOB = 2       # then the prompt is the cause
 MAX_READERS_PER_JOB = 100    # a push to 100 takes 9 ms
+POLL_GAP_SECONDS = 0.5       # a provider with a free worker polls again within this
 MAX_UNKNOWN_LEASES = 64      # of a session, which could make up any number
 MAX_HANDOVER_BYTES = 1 << 22     # of prompts in one response, if more than one
 HANDOVER_BYTES_PER_SECOND = 1 << 16      # a provider may be silent while it receives
@@ -753,6 +763,7 @@ class Jobs:
             if self.draining:
                 raise self._shutting_down()
             job.number, job.created, service = next(JOB_NUMBERS), self._clock(), job.service
+            self._check_still_there_locked(job)
             if job.grace is None:
                 job.grace = self.limits.grace_seconds
             size = JOB_BYTES + len(job.payload)
@@ -775,7 +786,16 @@ class Jobs:
             reader = self._attach_locked(job, at)
             self._prefer_locked(job)
             self._enqueue_locked(job)
+            self._dispatch_locked(service)
             return reader
+
+    def _check_still_there_locked(self, job):
+        """Raise RelayError if the service, or the access key, was deleted after it was looked
+        up: before the body came."""
+        if self._services.get(job.service.name.lower()) is not job.service:
+            raise service_deleted_error(job.service)
+        if job.access is not None and job.access.digest not in job.service.keys:
+            raise key_revoked_error()
 
     def is_known(self, identity):
         """Whether a job has this identity. If its client has hung up unnoticed, submit finds it
@@ -785,10 +805,12 @@ class Jobs:
     def open(self, identity, at=None):
         """Return a Reader of a job that was submitted before. Raises RelayError."""
         with self._lock:
-            job = self._find_job_locked(identity)
-            if job is None:
-                raise stream_unknown_error(self.limits)
-            return self._attach_locked(job, at)
+            return self._attach_locked(self._known_job_locked(identity), at)
+
+    def cancel_stream(self, identity):
+        """Stop a job that was submitted before. Raises RelayError."""
+        with self._lock:
+            self._cancel_locked(self._known_job_locked(identity))
 
     def read(self, reader, most=None):
         """Return (the next items, at most `most`; whether none will follow). Does not block:
@@ -857,6 +879,13 @@ class Jobs:
             raise key_reused_error()
         return job
 
+    def _known_job_locked(self, identity):
+        """Return the job of this identity. Raises RelayError."""
+        job = self._find_job_locked(identity)
+        if job is None:
+            raise stream_unknown_error(self.limits)
+        return job
+
     def _attach_locked(self, job, at):
         """Return a new Reader of the job, from that item offset. Raises RelayError."""
         if len(job.readers) >= MAX_READERS_PER_JOB:
@@ -918,19 +947,19 @@ class Jobs:
             self._forget_locked(job)
         elif job.id in self._jobs:
             job.left_at = self._clock()
+            if job.ended_at is not None:
+                self._memory.keep(job)     # nobody waits for it: the first to make room
             if job.identity is not None:   # a duplicate may have taken its place
                 self._identified[job.identity.key] = job
             self._recheck_locked(job)
 
     def _enqueue_locked(self, job):
-        """Queue a job, and give it to a provider that waits."""
-        service = job.service
-        service.queue.add(job)
-        if service.idle:
-            self._dispatch_locked(service)
-        elif not service.sessions:
+        """Queue a job; if no connected provider can answer it, for a short time only. To be
+        followed by _dispatch_locked."""
+        job.service.queue.add(job)
+        if not job.service.can_answer(job):
             self._timers.call_later(self.limits.offline_seconds, self._deserted_locked,
-                                    service, job.id)
+                                    job.service, job.id)
 
     def _end_locked(self, job, state, error=None):
         """End a job: state is "done", "failed" or "cancelled"."""
@@ -955,7 +984,9 @@ class Jobs:
             self._memory.keep(job)         # its client may come back for the answer
             self._recheck_locked(job)
         elif not job.readers and (state != "done" or job.identity is None):
-            self._forget_locked(job)       # else it waits for an equal body
+            self._forget_locked(job)
+        elif not job.readers:              # it waits for an equal body
+            self._memory.keep(job)
 
     def _disown_locked(self, job):
         """The job is not found by its identity any more."""
@@ -1039,7 +1070,8 @@ class Matcher(Jobs):
             if session.id not in service.sessions:
                 self._connect_locked(session)
             self._confirm_locked(session, running)
-            self._fill_locked(session)
+            if not this_poll.lost:
+                self._fill_locked(session)
             hold = self._poll_seconds_locked(session, timeout)
             self._heard_locked(session, 0 if session.jobs() else hold)
             try:
@@ -1052,6 +1084,7 @@ class Matcher(Jobs):
                 return [], []                   # a newer one speaks, or nobody hears this
             if session.closed:
                 raise session_unknown_error()
+            self._fill_locked(session)          # what else fits, if a job woke this poll
             session.deadline = min(session.deadline,
                                    self._clock() + self.limits.lease_seconds)
             return self._hand_over_locked(session)
@@ -1132,20 +1165,25 @@ class Matcher(Jobs):
 
     def _fill_locked(self, session):
         """Lease jobs to a session's free workers, for the response being made."""
-        left, connected = MAX_HANDOVER_BYTES, session.id in session.service.sessions
-        while connected and session.free() > 0 and not self.draining and left > 0:
-            job = session.service.queue.take(session)
+        service, took = session.service, False
+        left = MAX_HANDOVER_BYTES - sum(
+            len(lease.job.payload) for lease in session.outbox if lease.job is not None)
+        while (session.id in service.sessions and session.free() > 0 and not self.draining
+               and left > 0):
+            job = service.queue.take(session)
             if job is None:
                 break
             self._lease_locked(job, session)
             left -= len(job.payload)
+            took = True
         self._idle_locked(session)
-        if left < MAX_HANDOVER_BYTES:      # others may take what stood behind those jobs
-            self._dispatch_locked(session.service)
+        if took:                           # others may take what stood behind those jobs
+            self._dispatch_locked(service)
 
     def _idle_locked(self, session):
-        """Put the session into service.idle, or take it out."""
-        if session.parked and session.free() > 0 and not session.closed:
+        """Put the session into service.idle, or take it out. One with an outbox is awake: it
+        takes more by itself, as much as fits."""
+        if session.parked and session.free() > 0 and not (session.closed or session.outbox):
             session.service.idle.setdefault(session)
         else:
             session.service.idle.pop(session, None)
@@ -1198,6 +1236,7 @@ class Matcher(Jobs):
                 offers.append((job, job.attempt, len(job.items),
                                text_of(job.items) if job.items else None))
                 lease.move("handed_out", arrival)
+                lease.offers += 1
             else:
                 cancels.append(lease.pair)
                 lease.since = now
@@ -1260,14 +1299,17 @@ class Matcher(Jobs):
         return True
 
     def _release_locked(self, lease, died):
-        """Take a job from its session: back to the queue, or to its end."""
+        """Take a job from its session: back to the queue, or to its end. To be followed by
+        _dispatch_locked."""
         job, session = lease.job, lease.session
-        if not lease.sent:
+        if lease.sent:
+            job.died = died and lease.state == "confirmed"    # it had begun to work on it
+            job.deaths += job.died
+        else:
             job.attempt -= 1               # the provider never received that attempt
-        job.died = died and lease.state == "confirmed"    # it had begun to work on it
         lease.move("ended", self._clock())
         job.lease = None
-        job.deaths += job.died
+        self._idle_locked(session)
         service = session.service
         if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
             self._end_locked(job, "failed", lost_too_often_error(job))
@@ -1279,7 +1321,8 @@ class Matcher(Jobs):
         else:
             job.move("queued")
             self.counts["requeued"] += 1
-            job.avoid, job.returned = session, True
+            job.avoid, job.returned = session, True       # others have time to poll
+            self._timers.call_later(POLL_GAP_SECONDS, self._open_to_all_locked, job.id)
             self._enqueue_locked(job)
 
     # -- sessions that come and go --
@@ -1305,7 +1348,7 @@ class Matcher(Jobs):
             return
         service.last_seen = self._wall()
         self._save_later_locked(service)
-        if service.queue.size and not service.continues():
+        if service.queue.size:
             self._timers.call_later(self.limits.offline_seconds, self._deserted_locked,
                                     service)
         self._dispatch_locked(service)     # what was kept for this one, or from others
@@ -1323,6 +1366,7 @@ class Matcher(Jobs):
         self._disconnect_locked(session)
         for job in session.jobs():
             self._release_locked(job.lease, died)
+        self._dispatch_locked(session.service)
         session.has_response.notify_all()
 
     # -- timers: each looks at the facts again, for they may have changed --
@@ -1378,6 +1422,7 @@ class Matcher(Jobs):
         for job in session.jobs():
             if not job.seen:
                 self._release_locked(job.lease, died=True)
+        self._dispatch_locked(session.service)
 
 
 ##############################################################################
@@ -1540,6 +1585,8 @@ class Outlet:
 
     def _give_way(self):
         """The slot is needed for others."""
+        if len(self.job.readers) > 1:      # the job is not only this client's
+            return self.connection.abort()
         self.broker.cancel(self.job, slot_lost_error())
 
     def deliver(self):
@@ -1832,7 +1879,8 @@ def submit_native(exchange, service, request, by_operator, access):
     prompt = request.get("message", request.get("messages"))
     if key and (prompt is None or at):     # it names a stream that must be there
         identity = stream_identity(exchange, service, key, access, prompt)
-        return open_stream(exchange, identity, at)
+        with charging_guesses(exchange):
+            return exchange.broker.open(identity, at)
     if prompt is None:
         raise RelayError("invalid_request", "message is missing: the prompt, a text.",
                          param="message")
@@ -1892,11 +1940,13 @@ def post_poll(exchange, name):
     lost = functools.partial(broker.poll_lost, session, this_poll)
     # when_gone: while this poll waits. on_close: between two requests.
     exchange.connection.when_gone(lost)
-    exchange.connection.on_close = lost
+    exchange.connection.on_close = lost if exchange.keep_alive else None
     first = not any(other.parked for other in list(service.sessions.values()))
     with exchange.bounds.polls.take(exchange.address, reserved=first, give_way=lost):
         running = iter(running)            # which frees the list during the wait
         offers, cancels = broker.poll(service, session, this_poll, running)
+    if not exchange.keep_alive:            # the provider itself ends this connection
+        exchange.connection.when_gone(None)
     send_work(exchange, offers, cancels)
 
 
@@ -2059,6 +2109,15 @@ class Limits:
 JUST_GONE_SECONDS = 60       # a provider that left this recently may be back soon
 
 
+def service_deleted_error(service):
+    return RelayError("service_unknown", "The service %s was deleted." % service.name)
+
+
+def key_revoked_error():
+    return RelayError("invalid_key", "This access key was revoked. Ask the operator for a new "
+                      "one.")
+
+
 def paused_error(service):
     return RelayError("service_paused", "%s is paused by its operator. Try again later."
                       % service.name, retry_after=60, retry=False)
@@ -2072,6 +2131,8 @@ def offline_error(service, now, waited=False):
     just_gone = left is not None and abs(now - left) < JUST_GONE_SECONDS
     since = "" if left is None else " since %s UTC" % time.strftime(
         "%Y-%m-%d %H:%M", time.gmtime(left))
+    if service.sessions:
+        since = " that can answer this"
     return RelayError("service_offline", "No provider of %s is connected%s. Try again later, "
                       "or send \"wait\": true to queue." % (service.name, since),
                       retry_after=5 if just_gone else 30, retry=just_gone and not waited)
@@ -2604,8 +2665,7 @@ class Broker(Matcher):
             if self._services.get(service.name.lower()) is service:
                 del self._services[service.name.lower()]
             self._end_sessions_locked(service)
-            self._fail_waiting_locked(service, RelayError(
-                "service_unknown", "The service %s was deleted." % service.name))
+            self._fail_waiting_locked(service, service_deleted_error(service))
             self._changed.pop(service.name, None)
             self._version += 1
 
@@ -2687,7 +2747,8 @@ class Broker(Matcher):
             lease.move("ended", now)                  # the provider has stopped
         elif now - lease.since < CROSSING * self.limits.handover_seconds:
             pass                                      # it may have crossed this poll
-        elif not lease.job.items or session.features.continues:
+        elif lease.offers < MAX_OFFERS_PER_LEASE and (
+                not lease.job.items or session.features.continues):
             lease.move("offered", now)                # it was lost there, or on the way
         elif lease.state == "confirmed":
             # It was begun there, and would be begun again behind the items we have.
@@ -2729,23 +2790,21 @@ class Broker(Matcher):
                     self._release_locked(lease, died=False)
                 else:
                     left = min(left, due - now)
+        self._dispatch_locked(session.service)
         if left < math.inf:
             self._check_handover_later_locked(session, left)
 
     # -- prompts that no provider comes back for --
 
     def _deserted_locked(self, service, job_id=None):
-        """Some time after the last provider left, or the last that can go on with a begun
-        answer: has one come back? job_id: of the job that must not wait longer; None: all."""
-        if service.continues():
-            return
-        jobs = list(service.queue) if job_id is None else [self._jobs.get(job_id)]
-        for job in jobs:
-            if job is None or job.state != "queued":
+        """Some time after the last provider left that could answer a job: has one come back?
+        job_id: of the job that must not wait longer; None: all."""
+        for job in list(service.queue) if job_id is None else [self._jobs.get(job_id)]:
+            if job is None or job.state != "queued" or service.can_answer(job):
                 continue
             if job.seen:
                 self._end_locked(job, "failed", lost_midway_error(service))
-            elif not service.sessions and not job.wait:
+            elif not job.wait:
                 self._end_locked(job, "failed", offline_error(service, self._wall(), waited=True))
 
     # -- polled reads --
@@ -2810,8 +2869,9 @@ class Broker(Matcher):
     def keep_encoded(self, job, encoder, data):
         """Keep a whole answer as it is sent, so that other readers of the job share it."""
         with self._lock:
-            if job.id in self._jobs and job.encoded is None and self._make_room_locked(
-                    len(data), job.holder) and job.items:
+            # To make room may take this very job.
+            if self._make_room_locked(len(data), job.holder) and (
+                    job.id in self._jobs and job.items and job.encoded is None):
                 self._memory.hold(job, len(data))
                 job.encoded = encoder, data
 
@@ -2864,13 +2924,13 @@ class Broker(Matcher):
         """Reserve a job for the session that answered its conversation, for a while."""
         seconds = self._affinity.look(job) if job.prefixes else 0
         if seconds:
-            self._timers.call_later(seconds, self._prefer_no_more_locked, job.id)
+            self._timers.call_later(seconds, self._open_to_all_locked, job.id)
 
-    def _prefer_no_more_locked(self, job_id):
-        """A job that was reserved may go to any session."""
+    def _open_to_all_locked(self, job_id):
+        """A job that was kept for some sessions may go to any."""
         job = self._jobs.get(job_id)
         if job is not None:
-            job.prefers = None
+            job.prefers = job.avoid = None
             if job.state == "queued":
                 self._dispatch_locked(job.service)
 
@@ -2914,7 +2974,6 @@ class Broker(Matcher):
 
 LEADING_CHARACTERS = 1024    # of a text: what two prompts of one conversation share
 MAX_PREFIXES = 64            # of a conversation, that are looked up
-POLL_GAP_SECONDS = 0.5       # a provider with a free worker polls again within this
 MAX_RESERVED_SECONDS = 10    # a job waits for one session at most
 
 
@@ -4807,10 +4866,11 @@ def stream_identity(exchange, service, key, access, prompt=None):
     return Identity("stream", service, *name, fingerprint=fingerprint)
 
 
-def open_stream(exchange, identity, at):
-    """Return a Reader of a stream that began before. Guesses are counted."""
+@contextlib.contextmanager
+def charging_guesses(exchange):
+    """Count it for this address if a stream key names nothing."""
     try:
-        return exchange.broker.open(identity, at)
+        yield
     except RelayError as error:
         if error.name != "rate_limited":
             exchange.charge_guess("unknown stream keys")
@@ -4857,9 +4917,12 @@ class SharedOutlet(WholeOutlet):
     def _response(self, error):
         """Return (head, body) of the response; an error of ours becomes a 500."""
         try:
+            if error is None:
+                body = self._body()
+                error = self.job.error     # set if the answer had to make room meanwhile
             if error is not None:
                 return self.exchange.error_response(error)
-            return self.exchange.response(200, self._body(), self.encoder.kind,
+            return self.exchange.response(200, body, self.encoder.kind,
                                           more=self.encoder.headers(self.exchange, self.job))
         except Exception as fault:
             return self.exchange.error_response(self.exchange.explain(fault))
@@ -4907,8 +4970,8 @@ class PollOutlet(Outlet):
     def run(self):
         (texts, ended), job = self._read(), self.job
         answer = {"errorcode": 0, "at": self.reader.cursor}
+        self.cancel_if_too_old()
         if not texts and not ended:
-            self.cancel_if_too_old()
             raise RelayError("still_waiting", "No token yet: ask again with the same key.",
                              retry_after=0)
         if texts:
@@ -4918,6 +4981,8 @@ class PollOutlet(Outlet):
             raise job.error
         else:
             answer.update(done=True, stats=json.loads(stats_of(job)))
+            if job.error is not None:      # the response that told it may have been lost
+                answer["error"] = job.error.name
         with self.exchange.room(json_size(texts)):  # before the texts are joined
             self.exchange.respond(200, dict(answer, reply="".join(texts)))
         self.complete = True
@@ -4950,9 +5015,8 @@ def cancel_native(exchange, service, request, access):
     if not exchange.broker.is_known(identity):
         identity = stream_identity(exchange, service, key, access)
     exchange.drop(request)
-    reader = open_stream(exchange, identity, 0)
-    exchange.broker.cancel(reader.job)
-    exchange.broker.leave(reader, True)
+    with charging_guesses(exchange):
+        exchange.broker.cancel_stream(identity)
     exchange.respond(200, {"reply": "", "errorcode": 0})
 
 
@@ -5160,7 +5224,10 @@ class LateOutlet(SharedOutlet):
         """What follows a head that was sent before the answer was there."""
         try:
             if error is None:
-                return self._body()
+                body = self._body()
+                error = self.job.error     # set if the answer had to make room meanwhile
+            if error is None:
+                return body
         except Exception as fault:
             error = self.exchange.explain(fault)
         return to_json(ERROR_FORMS[self.exchange.api](error))
@@ -7656,12 +7723,12 @@ class ClusterBroker(Broker):
         return self._services.get(name)
 
     def submit(self, job, identity=None, at=None):
-        """The same. If this relay stops, a new prompt is for the next home: raises Elsewhere,
-        too."""
+        """The same. If this relay stops, or the service has left it, a new prompt is for the
+        next home: raises Elsewhere, too."""
         try:
             return super().submit(job, identity, at)
         except RelayError as error:
-            if error.name == "shutting_down":
+            if error.name in ("shutting_down", "service_unknown"):
                 raise Elsewhere(job.service.name.lower(), None) from None
             raise
 

@@ -141,8 +141,11 @@ class Desk:
         return Identity(kind, self.service, name, fingerprint=fingerprint)
 
     def submit(self, text=b'{"message":"hi"}', caller="alice", identity=None, at=None,
-               **facts):
-        return self.broker.submit(Job(self.service, text, caller, **facts), identity, at)
+               access=None, **facts):
+        if access is not None:
+            self.service.keys[access.digest] = access
+        job = Job(self.service, text, caller, access=access, **facts)
+        return self.broker.submit(job, identity, at)
 
     def push(self, session, job, items=(), at=0, attempt=1, **kw):
         entry = dict(kw, job=job, attempt=attempt, at=at, items=list(items))
