@@ -3344,21 +3344,24 @@ class Alike:
         self._take = take          # the general code: an event's line -> its items
         self._last = None          # what was around the text of the last event, but numbers
         self._proven = None        # the same, of events where every text is what comes out
-        self._head = self._between = self._tail = None     # the bytes around texts
+        self.head = self._between = self._tail = None      # the bytes around texts
 
-    def texts(self, lines):
-        """The texts of these lines, or None if they are not all such events."""
-        head, tail = self._head, self._tail
-        if head is None or not (lines.startswith(head) and lines.endswith(tail)):
-            return None
-        texts = lines[len(head):-len(tail)].replace(self._between, b'","')
-        if b"\\u" in texts or b'\\","' in texts:       # half a character; no end of a text
-            return None
+    def take(self, lines):
+        """(texts of the events that these lines begin with, the lines after them); no texts
+        if one of them is not alike. head must be known."""
+        events, tail, rest = lines.rpartition(self._tail)
+        if not (tail and events.startswith(self.head)):
+            return [], lines
+        texts = events[len(self.head):].replace(self._between, b'","')
+        # \u may be half a character, and a quote after a backslash may not end its text.
+        if b"\\u" in texts or b'\\","' in texts:
+            return [], lines
         try:
             found = from_json('["%s"]' % texts.decode())
         except (ValueError, RecursionError):
-            return None
-        return found if all(found) and len(found) == lines.count(tail) else None
+            return [], lines
+        alike = all(found) and len(found) == events.count(tail) + 1
+        return (found, rest) if alike else ([], lines)
 
     def learn(self, line, text):
         """An event of this text alone was taken; if the one before was like it, the next
@@ -3372,8 +3375,8 @@ class Alike:
                 if self._take(before + to_json(other).encode() + after) == [other]:
                     self._proven = around
         if around == self._proven:
-            self._head, self._tail = before + b'"', b'"' + after + b"\n\n"
-            self._between = self._tail + self._head
+            self.head, self._tail = before + b'"', b'"' + after + b"\n\n"
+            self._between = self._tail + self.head
 
 
 class StreamParser:
@@ -3421,13 +3424,19 @@ class Completion(StreamParser):
         self._alike = Alike(self._items_alone)     # None if what came before counts
 
     def feed(self, data):
-        lines = self._lines.feed(data)
-        if self._alike and not (self._data or self._kind):
-            texts = self._alike.texts(lines)
-            if texts:
-                self._texts += texts
-                return texts
-        return self._items_of(lines)
+        items, lines, tried = [], self._lines.feed(data), None
+        while lines:
+            alike = self._alike
+            if alike and alike.head is not tried and not (self._data or self._kind):
+                tried = alike.head
+                texts, lines = alike.take(lines)
+                if texts:
+                    self._texts += texts
+                    items += texts
+                    continue
+            event, end, lines = lines.partition(b"\n\n")
+            items += self._items_of(event + end)
+        return items
 
     def _items_alone(self, line):
         """The items of an event's line, if the stream was that alone."""

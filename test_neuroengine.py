@@ -7259,7 +7259,7 @@ def outcomes(stream):
 def test_repeated_events_are_read_as_if_there_was_no_short_cut(name, monkeypatch):
     stream = b"".join(event * 4 for event in re.split(rb"(?<=\n\n)", STREAMS[name]))
     quick = outcomes(stream)
-    monkeypatch.setattr(neuroengine.Alike, "texts", lambda *_: None)
+    monkeypatch.setattr(neuroengine.Alike, "take", lambda _, lines: ([], lines))
     assert quick == outcomes(stream)
 
 
@@ -7277,7 +7277,7 @@ def test_any_text_between_the_same_bytes_is_read_as_if_there_was_no_short_cut(mo
                       for text, index in chosen] + GOOD[4:])
         with monkeypatch.context() as patched:
             quick = outcomes(stream)
-            patched.setattr(neuroengine.Alike, "texts", lambda *_: None)
+            patched.setattr(neuroengine.Alike, "take", lambda _, lines: ([], lines))
             assert quick == outcomes(stream)
         assert text_of(quick[0]) == "".join(text for text, index in chosen if not index)
 
@@ -7304,6 +7304,12 @@ def test_events_that_differ_in_their_text_alone_are_parsed_three_times_at_most(p
              for item in parser.feed(("data: %s\n\n" % piece).encode())]
     assert text_of(items) == "".join(words * 25)
     assert len(parsed_events) == 3 + len(GOOD[4:]) + 1     # and the events that differ
+
+
+def test_events_that_come_at_once_are_parsed_until_two_were_alike(parsed_events):
+    parser = neuroengine.Completion(neuroengine.Model("m"))
+    assert text_of(parser.feed(sse(GOOD[:1] + GOOD[1:2] * 100 + GOOD[4:]))) == "Hel" * 100
+    assert len(parsed_events) == 4 + len(GOOD[4:])
 
 
 def test_a_number_that_changes_in_all_events_costs_one_to_be_parsed(parsed_events):
