@@ -3358,8 +3358,7 @@ class BodyReader:
                 self._receive()
             part = self._data[self._at:self._at + missing]
             self._at += len(part)
-            if len(part) < length:         # it did not come at once
-                self._uncounted += len(part)
+            self._uncounted += len(part)
             if self._uncounted >= SMALL_PIECE:
                 self._count(self._uncounted)
                 self._uncounted = 0

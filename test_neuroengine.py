@@ -4268,6 +4268,16 @@ def test_a_body_in_tiny_pieces_takes_little_more_than_its_bytes(chunk):
         assert size - 4096 <= exchange.bounds.bytes.taken <= 1.3 * size
 
 
+def test_chunks_that_arrive_whole_count_as_memory():
+    """One address took 284 MB so, of which 0.5 were counted."""
+    class Whole:
+        buffer = (b"8000\r\n" + b"x" * 0x8000 + b"\r\n") * 10 + b"0\r\n\r\n"
+
+    counted = []
+    neuroengine_server.BodyReader(Whole, math.inf, counted.append).take_chunked(2**40)
+    assert sum(counted) == 10 * 0x8000
+
+
 def test_a_body_of_thousands_of_tiny_chunks_is_refused_in_words():
     """Three such bodies of 16 MB made others wait for 140 ms."""
     class Flood:
