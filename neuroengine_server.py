@@ -2289,28 +2289,39 @@ class Rates:
         self._due = OrderedDict()          # caller -> when all that it took is paid off
         self._lock = threading.Lock()
 
-    def take(self, caller, most, seconds, what, name="rate_limited"):
-        """Count one `what` of `most` in `seconds`. Raises RelayError, of that name, if it
-        is one too many."""
+    def take(self, caller, most, seconds, what):
+        """Count one `what` of `most` in `seconds`. Raises RelayError if it is one too many."""
+        self.take_all([(caller, most)], seconds, what)
+
+    def take_by_address(self, address, most, seconds, what, count=1):
+        """The same for an address and the network it belongs to."""
+        self.take_all([(group, most * factor) for group, factor in groups_of(address)],
+                      seconds, what, count=count)
+
+    def take_all(self, bounds, seconds, what, name="rate_limited", count=1):
+        """Take `count` at once for each caller of bounds: pairs (caller, most in `seconds`).
+        If that is too many for one of them, take nothing and raise RelayError, of that name."""
         with self._lock:
-            now, pause = self._clock(), seconds / most
-            # More than `seconds` from now it can only be because the clock was set back; far
-            # more, because it was wrong.
-            due = self._due.pop(caller, now)
-            due = now if due > now + 2 * seconds else min(max(now, due), now + seconds)
-            late = due + pause - now - seconds
-            late = late if late > 0.001 else 0        # rounding may leave 1e-12
-            self._due[caller] = due if late else due + pause
-            if len(self._due) > self.MOST:
+            now, late, dues = self._clock(), 0, {}
+            for caller, most in bounds:
+                # More than `seconds` from now it can only be because the clock was set back;
+                # far more, because it was wrong.
+                due = self._due.pop(caller, now)
+                due = now if due > now + 2 * seconds else min(max(now, due), now + seconds)
+                dues[caller] = due, count * seconds / most
+                too_early = sum(dues[caller]) - now - seconds
+                if too_early > max(late, 0.001):      # rounding may leave 1e-12
+                    late, bound = too_early, most
+            for caller, (due, cost) in dues.items():
+                self._due[caller] = due if late else due + cost
+            while len(self._due) > self.MOST:
                 oldest = itertools.islice(self._due, self.LOOKED_AT)
                 del self._due[min(oldest, key=self._due.get)]
+        if late and count > bound:         # waiting cannot help
+            raise RelayError("invalid_request", "This request counts as %d %s: %d in %s are "
+                             "allowed." % (count, what, bound, in_words(seconds)))
         if late:
-            raise too_many(what, most, seconds, late, name)
-
-    def take_by_address(self, address, most, seconds, what):
-        """The same for an address and the network it belongs to."""
-        for group, factor in groups_of(address):
-            self.take(group, most * factor, seconds, what)
+            raise too_many(what, bound, seconds, late, name)
 
 
 class Quotas(Rates):
@@ -2325,11 +2336,16 @@ class Quotas(Rates):
 
     def take(self, caller, most, what):
         """Count one `what` of `most` a day. Raises RelayError (quota_exceeded)."""
-        caller = hashlib.sha256(repr(caller).encode()).digest()[:16]
-        super().take(caller, most, DAY_SECONDS, what, "quota_exceeded")
+        self.take_all([(caller, most)], DAY_SECONDS, what)
+
+    def take_all(self, bounds, seconds, what, name="quota_exceeded", count=1):
+        bounds = [(hashlib.sha256(repr(caller).encode()).digest()[:16], most)
+                  for caller, most in bounds]
+        super().take_all(bounds, seconds, what, name, count)
         with self._lock:
-            self._changed.pop(caller, None)
-            self._changed[caller] = self._due.get(caller, 0.0)
+            for caller, _ in bounds:
+                self._changed.pop(caller, None)
+                self._changed[caller] = self._due.get(caller, 0.0)
             self._forget_unsaved()
 
     def _forget_unsaved(self):
@@ -2374,19 +2390,19 @@ def gives_way(queue, job):
 
 
 def charge_rates(job, limits, rates, quotas):
-    """Count a prompt for its caller. Raises RelayError if it is one too many."""
+    """Count a prompt, or a request of several, for its caller. Raises RelayError if that is
+    too many."""
     if job.by_operator:
         return
     groups = ((job.caller, 1),) if job.access is not None else groups_of(job.caller)
-    for _ in range(job.cost if job.rated else 0):
-        for group, factor in groups:
-            rates.take(group, limits.max_prompts_per_minute * factor, 60, "prompts")
+    if job.rated:
+        rates.take_all([(group, limits.max_prompts_per_minute * factor)
+                        for group, factor in groups], 60, "prompts", count=job.cost)
     if job.access is None and (job.rated or job.service.anonymous_per_day):
-        most = job.service.anonymous_per_day or limits.max_anonymous_per_day
-        for _ in range(job.cost):
-            for group, factor in groups:
-                quotas.take((job.service.name.lower(), group), most * factor,
-                            "prompts without an access key")
+        most, name = job.service.anonymous_per_day or limits.max_anonymous_per_day, (
+            job.service.name.lower())
+        quotas.take_all([((name, group), most * factor) for group, factor in groups],
+                        DAY_SECONDS, "prompts without an access key", count=job.cost)
 
 
 def too_many(what, most, seconds, late, name="rate_limited"):
@@ -7692,13 +7708,15 @@ class EngineRates(Rates):
         super().__init__()
         self._engine, self._kind = engine, kind
 
-    def take(self, caller, most, seconds, what, name="rate_limited"):
-        super().take(caller, most, seconds, what, name)      # so strangers cannot load it
-        hashed = hashlib.sha256(caller.encode()).hexdigest()[:32]
-        with contextlib.suppress(EngineError):
-            late = self._engine.run(RATE, self._kind + hashed, most, seconds) / 1000
-            if late:
-                raise too_many(what, most, seconds, late, name)
+    def take_all(self, bounds, seconds, what, name="rate_limited", count=1):
+        """As Rates; count: always 1."""
+        super().take_all(bounds, seconds, what)        # so strangers cannot load it
+        for caller, most in bounds:
+            hashed = hashlib.sha256(caller.encode()).hexdigest()[:32]
+            with contextlib.suppress(EngineError):
+                late = self._engine.run(RATE, self._kind + hashed, most, seconds) / 1000
+                if late:
+                    raise too_many(what, most, seconds, late)
 
 
 # The registry: what each relay knows of all services, and what it is home to.

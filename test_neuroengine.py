@@ -615,6 +615,24 @@ def test_a_wall_clock_that_was_wrong_for_a_while_costs_nobody_a_quota():
         quotas.take("alice", 10, "prompts")
 
 
+@pytest.mark.parametrize("caller", ["alice", "2001:db8:1:2::/64"])
+def test_a_refused_request_of_many_prompts_uses_up_nothing(caller):
+    desk = Desk(max_anonymous_per_day=10)
+    desk.login()
+    for cost, refusal in ((6, None), (5, "quota_exceeded"), (4, None), (20, "invalid_request")):
+        with pytest.raises(RelayError) if refusal else contextlib.nullcontext() as refused:
+            desk.submit(caller=caller, cost=cost, rated=True)
+        assert refusal is None or refused.value.name == refusal
+
+
+def test_a_refused_prompt_counts_for_none_of_the_networks_of_its_caller():
+    rates = neuroengine_server.Rates(clock=lambda: 0.0)
+    for _ in range(2):
+        with pytest.raises(RelayError):
+            rates.take_all([("/64", 5), ("/48", 3)], 60, "prompts", count=4)
+    rates.take_all([("/64", 5)], 60, "prompts", count=5)
+
+
 def test_an_operator_may_give_callers_without_a_key_another_quota():
     desk = Desk(max_anonymous_per_day=1)
     desk.service.anonymous_per_day = 2
