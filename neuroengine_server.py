@@ -1630,7 +1630,7 @@ class Outlet:
         """Return encode(*arguments). It may parse objects: large ones one at a time."""
         if size <= LARGE_BODY_BYTES:
             return encode(*arguments)
-        with self.exchange.bounds.large_bodies:
+        with self.exchange.bounds.large_bodies.turn(self.exchange.address):
             return encode(*arguments)
 
     def items_wait(self):
@@ -1921,6 +1921,7 @@ def post_login(exchange, name):
                          % exchange.limits.max_workers, param="workers")
     session = exchange.broker.login(service, **{
         field: request[field] for field in LOGIN_FIELDS if field in request})
+    exchange.drop(request)
     log("login", service=service.name, address=exchange.address, session=session[:8])
     exchange.respond(200, {"session": session, "name": service.name, "errorcode": 0,
                            "lease_s": exchange.limits.lease_seconds,
@@ -1969,6 +1970,7 @@ def post_logout(exchange, name):
     """POST logout: {session}; its unfinished jobs go to others"""
     service, request = read_authorized(exchange, name)
     session = session_of(request)
+    exchange.drop(request)
     exchange.broker.logout(service, session)
     log("logout", service=service.name, address=exchange.address, session=session[:8])
     exchange.respond(200, {"errorcode": 0})
@@ -2544,6 +2546,56 @@ class Room:
                 del self._slots[group], self._by[group]
 
 
+class Turns:
+    """A lock for which networks take turns: one with a hundred requests makes another wait for
+    one of them only. The thread that has it may take it again."""
+
+    def __init__(self):
+        self._lock = threading.Lock()      # guards what follows
+        self._owner, self._depth = None, 0             # the thread that has it; how often
+        self._waiting = OrderedDict()      # network -> deque of (thread, what it waits for)
+
+    def taken(self):
+        """Whether some thread has it."""
+        return self._owner is not None
+
+    def acquire(self, address):
+        """Take the lock. Blocks until it is the turn of this address."""
+        thread = threading.get_ident()
+        with self._lock:
+            if self._owner in (None, thread):
+                self._owner, self._depth = thread, self._depth + 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.setdefault(widest_group(address), deque()).append((thread, turn))
+        turn.acquire()                     # until release passes it on
+
+    def release(self):
+        """Give the lock back, or pass it on to the network that waits longest."""
+        with self._lock:
+            self._depth -= 1
+            if self._depth:
+                return
+            self._owner = None
+            if self._waiting:
+                network, line = self._waiting.popitem(last=False)
+                self._owner, turn = line.popleft()
+                self._depth = 1
+                if line:
+                    self._waiting[network] = line      # behind the others
+                turn.release()
+
+    @contextlib.contextmanager
+    def turn(self, address):
+        """Have the lock for a while."""
+        self.acquire(address)
+        try:
+            yield
+        finally:
+            self.release()
+
+
 class Bounds:
     """What is bounded for all connections together, and by address."""
 
@@ -2556,7 +2608,7 @@ class Bounds:
         self.polls = Room("polls", limits.max_polls)
         self.waiting = Room("slots for prompts", limits.max_waiting)
         self.bytes = Room("memory", limits.max_held_bytes // 4)  # bodies and responses
-        self.large_bodies = threading.Lock()   # held while a large body is parsed
+        self.large_bodies = Turns()            # held while a large body is parsed
 
 
 class Holding:
@@ -4402,7 +4454,7 @@ class BytesUnderWay:
 # Responses: heads, errors and logs, in the words of each API
 ##############################################################################
 
-LARGE_PER_MINUTE = 300           # MiB in bodies of a MiB or more, per address
+LARGE_PER_MINUTE = 300           # MiB in large bodies, per address
 HEADER_VALUE = re.compile(r"[\x20-\x7e]*\Z")
 OPENAI_PATH = re.compile(rb"[A-Z]+ \S*/(?:v1/|chat/completions|completions|embeddings|"
                          rb"models\b|responses|rerank|tokenize|detokenize)")
@@ -4471,7 +4523,7 @@ class HttpExchange(Exchange):
             if len(body) > LARGE_BODY_BYTES:
                 self._charge_large(len(body))
                 # Parsed, it may need thirty times its bytes: so one at a time.
-                self.bounds.large_bodies.acquire()
+                self.bounds.large_bodies.acquire(self.address)
                 self.parsing = True
             return parse_json(body)
 
@@ -4481,9 +4533,9 @@ class HttpExchange(Exchange):
 
     def _charge_large(self, size):
         """Count a large body for this address."""
-        for _ in range(0 if self.local or self.trusted else size // MIB):
+        if not (self.local or self.trusted):
             self.bounds.megabytes.take_by_address(
-                self.address, LARGE_PER_MINUTE, 60, "large requests, in MB")
+                self.address, LARGE_PER_MINUTE, 60, "large requests, in MB", size / MIB)
 
     def drop(self, request):
         """Empty a request before this thread waits: it may be large."""
@@ -4555,6 +4607,7 @@ class HttpExchange(Exchange):
         """Send a whole response, the last of its exchange."""
         # A client that has the whole answer may disconnect, and ask the same again at once.
         self.connection.when_gone(None)
+        self.release_large_body()          # the peer may read slowly
         self.send_parts(head, body)
 
     def send_parts(self, head, body):

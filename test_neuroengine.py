@@ -3995,6 +3995,16 @@ def test_no_prompt_waits_while_an_operators_large_body_is_stored(relay, hand, me
         assert storing()[0] == 413
 
 
+@pytest.mark.parametrize("action", ["login", "logout"])
+def test_a_provider_that_does_not_read_its_answer_holds_up_no_large_body(
+        relay, hand, action, monkeypatch):
+    taken, send = [], neuroengine_server.Connection.send
+    monkeypatch.setattr(neuroengine_server.Connection, "send", lambda wire, data: (
+        taken.append(relay.bounds.large_bodies.taken()), send(wire, data)))
+    hand.call(action, session=hand.session, more="x" * neuroengine_server.LARGE_BODY_BYTES)
+    assert taken and not any(taken)
+
+
 def test_large_pieces_for_slow_readers_count_as_memory():
     with running_relay() as relay:
         hand = Hand(relay)
@@ -4168,6 +4178,35 @@ def test_a_relay_of_this_machine_alone_answers_to_its_own_names_only(host, statu
     with running_relay(names=["relay.example.org"]) as relay:
         answer = raw(relay, b"GET /healthz HTTP/1.1\r\nHost: %s\r\n\r\n" % host.encode())
         assert int(answer.split()[1]) == status
+
+
+def test_addresses_take_turns_at_a_lock_however_many_wait_for_one():
+    turns, order = neuroengine_server.Turns(), []
+
+    def take(address):
+        with turns.turn(address):
+            order.append(address)
+    threads = []
+    with turns.turn("greedy"), turns.turn("greedy"):       # the same thread may take it twice
+        for address in ["greedy"] * 3 + ["modest", "2001:db8:1:2::/64", "2001:db8:1:3::/64"]:
+            threads.append(threading.Thread(target=take, args=(address,)))
+            threads[-1].start()
+            until(lambda: sum(map(len, turns._waiting.values())) == len(threads))
+    for thread in threads:
+        thread.join(SOON)
+    assert order == ["greedy", "modest", "2001:db8:1:2::/64", "greedy", "2001:db8:1:3::/64",
+                     "greedy"] and not turns.taken()
+
+
+def test_large_bodies_count_by_their_size_for_their_address():
+    """One below a MiB cost its sender nothing, and could be parsed for ever."""
+    with running_relay() as own:
+        far, body = {"X_Forwarded_For": "203.0.113.9"}, b" " * (1 << 19)
+        own.bounds.megabytes._clock = lambda: 0.0
+        own.bounds.megabytes.take_by_address(
+            "127.0.0.1", neuroengine_server.LARGE_PER_MINUTE, 60, "MB",
+            neuroengine_server.LARGE_PER_MINUTE - 0.6)
+        assert [ask(own, "/v1/completions", body, **far)[0] for _ in range(2)] == [400, 429]
 
 
 def test_waiting_prompts_and_polls_leave_connections_for_control():
@@ -4362,7 +4401,7 @@ def test_a_request_that_waits_keeps_its_body_neither_in_memory_nor_in_others_way
                 len(job.readers) == 1 + (how == "reader")
                 for job in list(relay.broker._jobs.values()))
         until(waits)
-        while relay.bounds.large_bodies.locked() or len(gc.get_objects()) > before + 2500:
+        while relay.bounds.large_bodies.taken() or len(gc.get_objects()) > before + 2500:
             assert waits()                 # it must not take until then
             gc.collect()
         assert waits()
