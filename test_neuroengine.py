@@ -19,6 +19,7 @@ import http.server
 import importlib.util
 import inspect
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -247,6 +248,144 @@ def test_an_end_that_is_too_large_frees_its_worker_at_once():
     refused, offers, cancels = desk.push(session, job, ["x" * 2000], done=True)
     assert reader.job.error.name == "reply_too_large"
     assert offers == [following.id] and cancels == []
+
+
+def test_a_job_that_its_provider_ignores_goes_to_another(desk):
+    ignoring, reader = desk.login(), desk.submit()
+    desk.poll(ignoring)
+    other, seconds = desk.login(), 0
+    while not desk.poll(other)[0]:
+        desk.later(2.5)                    # sooner than handover_seconds, each time
+        desk.poll(ignoring)
+        seconds += 2.5
+        assert seconds < 30
+    assert reader.job.state == "leased" and reader.job.attempt == 2
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_prompt_that_no_connected_provider_can_answer_fails_unless_it_waits(desk, begun):
+    able, unable = desk.login(embeddings=True), desk.login()
+    facts = {"needs": "embeddings"}
+    readers = [desk.submit(**facts), desk.submit(caller="bob", wait=True, **facts)]
+    if begun:
+        desk.poll(able)
+    desk.broker.logout(desk.service, able)
+    for _ in range(4):
+        desk.later(desk.broker.limits.offline_seconds / 2)
+        desk.poll(unable)
+    error = readers[0].job.error
+    assert error.name == "service_offline" and "that can answer this" in error.words
+    assert readers[1].job.state == "queued"
+
+
+def test_the_prompts_of_one_response_are_bounded_for_a_poll_that_waited(desk):
+    first, payload = desk.login(workers=32), b'"%s"' % (b"x" * (2 << 20))
+    for number in range(8):
+        desk.submit(payload, caller="caller %d" % number)
+    while desk.service.queue.size:
+        desk.poll(first, list(desk.broker._sessions[first].leases))
+    got = parked(desk, desk.login(workers=32))
+    desk.broker.logout(desk.service, first)
+    until(lambda: got)
+    assert sum(len(job.payload) for job, *_ in got) <= (
+        neuroengine_server.MAX_HANDOVER_BYTES + len(payload))
+    desk.broker.close()
+
+
+def test_a_provider_that_lost_a_job_has_it_again_if_the_others_do_not_poll(desk):
+    reader, session = desk.submit(wait=True), desk.login()
+    desk.poll(session)
+    desk.login()                           # of a program that has ended since
+    desk.later(desk.broker.limits.handover_seconds)
+    assert not desk.poll(session)[0]
+    desk.later(neuroengine_server.POLL_GAP_SECONDS)
+    assert desk.poll(session)[0] and reader.job.state == "leased"
+
+
+def test_a_poll_whose_connection_broke_before_it_began_takes_no_job(desk):
+    session, reader, poll = desk.login(), desk.submit(), Poll()
+    desk.broker.poll_lost(session, poll)
+    desk.poll(session, token=poll)
+    assert reader.job.state == "queued"
+
+
+def test_a_lease_that_was_never_confirmed_frees_its_worker_for_a_parked_poll(desk):
+    session, reader = desk.login(), desk.submit()
+    (job, attempt, _, _), = desk.poll(session)[0]
+    desk.push(session, job, ["a"])
+    desk.later(1.5)
+    desk.poll(session)                     # does not name it
+    desk.later(4.9)
+    got = parked(desk, session)
+    desk.later(0.2)
+    reader.job.needs = "chat"              # which this provider has not
+    desk.submit(caller="bob")
+    until(lambda: got)
+    desk.broker.close()
+
+
+def test_a_provider_that_comes_back_is_no_death_even_after_a_lease_that_was_never_sent(desk):
+    reader, session, job = desk.start()
+    other, poll = desk.login(), Poll()
+    parked(desk, other)
+    desk.poll(session, [(job, 1)], token=poll)
+    desk.broker.poll_lost(session, poll)
+    with desk.broker._lock:                # so that the parked poll has not woken yet
+        desk.broker._broken_locked(desk.broker._sessions[session], poll)
+        assert reader.job.deaths == 1 and reader.job.lease.session.id == other
+        desk.broker._end_session_locked(desk.broker._sessions[other])
+    desk.poll(session, [(job, 1)])
+    assert reader.job.state == "leased" and reader.job.deaths == 0
+    desk.broker.close()
+
+
+def test_an_encoded_answer_is_not_kept_for_a_job_that_made_room_for_it():
+    desk = Desk(max_held_bytes=1 << 20)
+    session, identity = desk.login(workers=8), desk.identity("repeat", "x")
+    reader = desk.submit(caller="1.1.1.1", identity=identity)
+    (job, _, _, _), = desk.poll(session)[0]
+    desk.push(session, job, ["x" * 100] * 1500, done=True)
+    desk.broker.leave(reader)
+    for number in range(3):
+        desk.submit(b"y" * 240000, caller="10.0.0.%d" % number)
+    desk.broker.keep_encoded(reader.job, "native", b"z" * 200000)
+    assert reader.job.id not in desk.broker._jobs
+    assert desk.broker._memory.held_by("1.1.1.1") == 0
+
+
+def test_answers_that_nobody_waits_for_give_way_to_running_prompts():
+    desk = Desk(max_held_bytes=1 << 20)
+    session = desk.login(workers=8)
+    for number in range(6):
+        reader = desk.submit(caller="1.1.1.%d" % number, identity=desk.identity("body", number))
+        (job, _, _, _), = desk.poll(session)[0]
+        desk.push(session, job, ["x" * 100] * 1560)
+        if number % 2:
+            desk.broker.leave(reader)      # before the end, or after it
+        desk.push(session, job, at=1560, done=True)
+        desk.broker.leave(reader)
+    assert reader.job.state == "done"
+
+
+def test_a_prompt_for_a_service_or_of_a_key_that_was_deleted_meanwhile_is_refused(desk):
+    desk.login()
+    access = neuroengine_server.AccessKey("i", "d", "", 0, *[None] * 5, 0, 0, 0, None)
+    with pytest.raises(RelayError) as refused:
+        desk.broker.submit(Job(desk.service, b"{}", access=access))
+    assert refused.value.name == "invalid_key"
+    desk.broker.remove(desk.service)
+    with pytest.raises(RelayError) as refused:
+        desk.submit(wait=True)
+    assert refused.value.name == "service_unknown"
+
+
+def test_a_stream_with_as_many_readers_as_it_may_have_can_be_cancelled(desk):
+    identity, job = desk.identity("stream", "k"), desk.submit(
+        identity=desk.identity("stream", "k"), wait=True).job
+    for _ in range(neuroengine_server.MAX_READERS_PER_JOB - 1):
+        desk.broker.open(identity)
+    desk.broker.cancel_stream(identity)
+    assert job.state == "cancelled"
 
 
 def test_a_job_moves_only_as_the_table_says(desk):
@@ -2983,6 +3122,86 @@ def test_an_answered_prompt_frees_its_slot_at_once(relay, hand, monkeypatch):
         hand.reply(hand.next_job(), ["a"], done=True)
         assert sock.recv(65536)            # and it keeps the connection
         until(lambda: relay.bounds.waiting.taken == 0, 1)
+
+
+@pytest.mark.parametrize("api, encoder", [("", "NativeWhole"), ("/v1/chat/completions", "TextWhole")])
+def test_an_answer_that_must_make_room_while_it_is_encoded_is_an_error(
+        relay, hand, monkeypatch, api, encoder):
+    whole = getattr(neuroengine_server, encoder).whole
+
+    def late(self, job):
+        with relay.broker._lock:
+            relay.broker._empty_locked(job)
+        return whole(self, job)
+    monkeypatch.setattr(getattr(neuroengine_server, encoder), "whole", late)
+    answer = in_thread(ask, relay, "/" + hand.name + api, {
+        "messages": [{"role": "user", "content": "x"}]})
+    hand.reply(hand.next_job(), ["x"], done=True)
+    assert answer()[0] == 503 and "memory" in json.dumps(answer()[1])
+
+
+def test_a_client_that_gives_way_takes_no_stream_from_another():
+    with running_relay(limits=Limits(max_waiting=20, drain_seconds=0), proxies=(
+            ipaddress.ip_network("127.0.0.0/8"),)) as relay:
+        hand, streams = Hand(relay), []
+
+        def jobs(key):
+            return [job for job in list(relay.broker._jobs.values())
+                    if job.identity.key[-1] == key]
+
+        def stream(address, key, readers=1):
+            streams.append(sent(relay, "/" + hand.name, {
+                "message": "x", "stream": True, "key": key}, X_Forwarded_For=address))
+            until(lambda: any(len(job.readers) == readers for job in jobs(key)))
+            return streams[-1]
+        for number in range(15):
+            stream("5.5.5.5", "a stream key, the %dth" % number)
+        stream("7.7.7.7", "a key that two know")
+        crowded = stream("5.5.5.5", "a key that two know", readers=2)
+        for number in range(3):
+            stream("6.6.6.%d" % number, "another key, the %dth" % number)
+        while crowded.recv(65536):         # until its connection is aborted
+            pass
+        job, = jobs("a key that two know")
+        until(lambda: len(job.readers) == 1)
+        assert job.error is None
+        for sock in streams:
+            sock.close()
+
+
+def test_a_polled_stream_ends_after_job_seconds_even_if_each_read_finds_a_token():
+    with running_relay(limits=Limits(job_seconds=1)) as relay:
+        hand = Hand(relay)
+        command = {"message": "x", "key": "k" * 20, "gettokens": 1}
+        first = in_thread(ask, relay, "/" + hand.name, command)
+        hand.reply(hand.next_job(), ["x"] * 10000)
+        first()
+        job, = relay.broker._jobs.values()
+        until(lambda: ask(relay, "/" + hand.name, command)[1]["reply"] == "x" and job.error)
+        assert job.error.name == "provider_timeout"
+
+
+def test_a_provider_that_asks_for_its_connection_to_be_closed_is_not_lost_by_that(monkeypatch):
+    with running_relay() as relay:
+        hand, lost = Hand(relay), []
+        monkeypatch.setattr(relay.broker, "poll_lost", lambda *poll: lost.append(poll))
+        prompt = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
+        job, = ask(relay, "/provider/%s/poll" % hand.name, {"session": hand.session},
+                   Authorization="Bearer " + hand.key, Connection="close")[1]["jobs"]
+        until(lambda: relay.bounds.connections.taken == 2)   # the client's and the login's
+        assert not lost
+        hand.running.append([job["job"], job["attempt"]])
+        hand.reply(job, ["y"], done=True)
+        assert prompt()[1]["reply"] == "y"
+
+
+def test_a_polled_stream_names_its_error_even_after_the_response_that_told_it(relay, hand):
+    command = {"message": "x", "key": "k" * 20, "gettokens": 9}
+    first = in_thread(ask, relay, "/" + hand.name, command)
+    hand.reply(hand.next_job(), error="out of memory")
+    assert first()[1]["error"] == "provider_error"
+    answer = ask(relay, "/" + hand.name, command)[1]
+    assert answer["done"] and answer["errorcode"] == 0 and answer["error"] == "provider_error"
 
 
 def test_an_internal_error_in_an_answer_is_a_500(relay, hand, monkeypatch):
