@@ -3210,9 +3210,15 @@ def parse_head(data):
 MODEL_BASES = (("v1", "models"), ("models",))
 
 
-@functools.lru_cache(maxsize=250)
 def find_route(path):
     """Return (Route, arguments) for the segments of a path; (None, ()) if there is none."""
+    if len(path) > 16 or sum(map(len, path)) > 512:        # strangers' paths are remembered
+        return None, ()
+    return cached_route(path)
+
+
+@functools.lru_cache(maxsize=250)
+def cached_route(path):
     for base in MODEL_BASES:
         if path[:len(base)] == base and len(path) > len(base) + 1:
             path = base + ("/".join(path[len(base):]),)
