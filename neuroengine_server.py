@@ -5665,16 +5665,26 @@ def register(exchange):
     if not isinstance(name, str) or not is_name(name):
         raise RelayError("invalid_name", invalid_name_words(str(name)), param="name")
     check_fields(request, SERVICE_FIELDS)
-    key = new_key()
-    if repeat:
-        key = registry.repeatable_key(exchange.caller(), repeat, exchange.fingerprint)
-        if registry.is_registered(name, key):
-            return exchange.respond(201, {"name": name, "key": key, "errorcode": 0})
-        registry.use_repeat(exchange.caller(), repeat)
+    with registry.changing:                # a repeat waits until the first is on the disk
+        if not repeat:
+            key = new_key()
+            register_anew(exchange, name, key, request)
+        else:
+            caller = exchange.caller()
+            key = registry.repeatable_key(caller, repeat, exchange.fingerprint)
+            if not registry.is_registered(name, key):
+                registry.refuse_used(caller, repeat)
+                register_anew(exchange, name, key, request)
+                registry.use_repeat(caller, repeat)
+    exchange.respond(201, {"name": name, "key": key, "errorcode": 0})
+
+
+def register_anew(exchange, name, key, request):
+    """Register a service. Raises RelayError, sqlite3.Error."""
+    registry, invitation = exchange.relay.registry, None
     if registry.registration == "closed":
         raise RelayError("forbidden", "Registration is closed here. Ask the people who run "
                          "this relay.")
-    invitation = None
     if registry.registration == "invited":
         invitation = digest(str(request.get("invitation"))[:200])
     charge_registration(exchange)
@@ -5682,7 +5692,6 @@ def register(exchange):
                               **stored_fields(request, SERVICE_FIELDS)), invitation,
                       exchange.head.key_digest)
     log("registered", service=name, address=exchange.address)
-    exchange.respond(201, {"name": name, "key": key, "errorcode": 0})
 
 
 def stored_fields(request, fields):
@@ -6384,14 +6393,19 @@ class Registry:
             self._secret, b"key" + name, "sha256").digest()).decode().rstrip("=")
 
     def use_repeat(self, caller, repeat):
-        """A registration with this Idempotency-Key is tried: if the service is not there
-        the next time, the key ends with it. Raises RelayError."""
-        name = b"used" + hmac.new(self._secret, repr((caller, repeat)).encode(),
-                                  "sha256").digest()
-        if name in self._repeats:
+        """A service was registered with this Idempotency-Key: if it is not there the next time,
+        the key ends with it."""
+        self._repeats[self._used(caller, repeat)] = b""
+
+    def refuse_used(self, caller, repeat):
+        """Raise RelayError if a service was registered with this Idempotency-Key."""
+        if self._used(caller, repeat) in self._repeats:
             raise RelayError("key_reused", "This Idempotency-Key was used for a service that "
                              "is not there any more, or has a new key.")
-        self._repeats[name] = b""
+
+    def _used(self, caller, repeat):
+        return b"used" + hmac.new(self._secret, repr((caller, repeat)).encode(),
+                                  "sha256").digest()
 
     def is_registered(self, name, key):
         """Whether a service was registered a short time ago with this very key."""

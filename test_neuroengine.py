@@ -1940,6 +1940,8 @@ def test_idempotency_keys_of_registrations_are_a_bounded_number():
     for n in range(3000):
         registry.repeatable_key("203.0.113.1", str(n), b"body")
         registry.use_repeat("203.0.113.1", str(n))
+    with pytest.raises(RelayError):
+        registry.refuse_used("203.0.113.1", str(n))
     assert len(registry._repeats) <= 1002
 
 
@@ -3281,6 +3283,37 @@ def test_registration_is_repeatable_with_an_idempotency_key(relay):
     assert (other[0], other[1]["error"]) == (422, "key_reused")
     relay.broker.find(body["name"]).created -= neuroengine_server.REPEAT_SECONDS
     assert ask(relay, "/api/services", body, Idempotency_Key="r1")[1]["error"] == "key_reused"
+
+
+def test_a_registration_that_failed_is_repeated_with_its_idempotency_key(relay, monkeypatch):
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    name, add = name_of(), relay.registry._store.add
+    monkeypatch.setattr(relay.registry._store, "add", full)
+    assert ask(relay, "/api/services", {"name": name}, Idempotency_Key="k" + name)[0] == 503
+    monkeypatch.setattr(relay.registry._store, "add", add)
+    assert ask(relay, "/api/services", {"name": name}, Idempotency_Key="k" + name)[0] == 201
+
+
+def test_a_repeated_registration_is_not_answered_before_the_first_is_on_the_disk(
+        relay, monkeypatch):
+    name, add, on_disk, answers = name_of(), relay.registry._store.add, threading.Event(), []
+
+    def register():
+        answers.append((ask(relay, "/api/services", {"name": name}, Idempotency_Key="k" + name),
+                        on_disk.is_set()))
+
+    def slow(*args):
+        again = threading.Thread(target=register)
+        again.start()
+        again.join(0.3)                    # in vain: it waits for this
+        add(*args)
+        on_disk.set()
+    monkeypatch.setattr(relay.registry._store, "add", slow)
+    register()
+    until(lambda: len(answers) == 2)
+    assert [(answer[0], saved) for answer, saved in answers] == [(201, True)] * 2
 
 
 @pytest.mark.parametrize("name", ["v1", "API", "models", "robots.txt", "", "-x", "a b",
