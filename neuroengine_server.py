@@ -7008,7 +7008,7 @@ def read_beside(name):
 ##############################################################################
 
 # Without this section the relay speaks plain HTTP only. The connections ask Certificate for
-# the context in use; the command line makes one from --cert and --key; the registry renews it.
+# the context in use; the command line makes one from --cert and --key; the relay renews it.
 
 RENEWAL_SECONDS = 14 * 86400     # certbot renews a month ahead: later than this is too late
 PARTIAL_CHAIN = 0x80000          # X509_V_FLAG_PARTIAL_CHAIN: trust a leaf without its root
@@ -7036,7 +7036,8 @@ class Certificate:
         """cert, key: paths of PEM files. Raises OSError if they cannot be used."""
         self.files = (cert, key)
         self._renewing = threading.Lock()  # one thread loads a new pair, others wait for it
-        self._seen = self._stamp()
+        self._seen = self._stamp()         # of the pair in use
+        self._refused = None               # of a pair that cannot be used, and why, as logged
         # Replaced as a whole, never changed: loading a new pair into a context in use would
         # break handshakes in other threads, and all later ones if the pair does not match.
         self.context = tls_context(cert, key)
@@ -7061,14 +7062,16 @@ class Certificate:
         stamp = self._stamp()
         if stamp == self._seen:
             return False
-        self._seen = stamp
         try:
             until = certificate_of(*self.files)["notAfter"]    # includes a trial handshake
             self.context = tls_context(*self.files)
         except (OSError, ValueError) as error:
-            log("certificate_not_renewed", file=self.files[0], error=str(error),
-                meaning="the old certificate stays in use")
+            if self._refused != (stamp, str(error)):
+                self._refused = stamp, str(error)
+                log("certificate_not_renewed", file=self.files[0], error=str(error),
+                    meaning="the old certificate stays in use")
             return False
+        self._seen = stamp
         log("certificate_renewed", file=self.files[0], until=until)
         return True
 

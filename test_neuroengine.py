@@ -4923,6 +4923,21 @@ def test_a_renewed_certificate_is_used_and_a_bad_pair_is_not(tmp_path, capfd, mo
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
+def test_a_renewed_certificate_that_becomes_readable_later_is_used(tmp_path, monkeypatch, capfd):
+    """certbot writes the key for root; then a hook lets the relay read it."""
+    certificate = neuroengine_server.Certificate(*neuroengine_server.self_signed(str(tmp_path)))
+    os.utime(str(tmp_path / "neuroengine-key.pem"), (1, 1))
+
+    def unreadable(*_):
+        raise PermissionError(13, "Permission denied")
+    with monkeypatch.context() as patch:
+        patch.setattr(neuroengine_server, "certificate_of", unreadable)
+        assert [certificate.renew(), certificate.renew()] == [False, False]
+    assert certificate.renew() and not certificate.renew()
+    assert capfd.readouterr().err.count("certificate_not_renewed") == 1
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
 def test_where_tls_is_spoken_plain_http_is_for_certbot_and_sends_browsers_to_https(tmp_path):
     folder = tmp_path / ".well-known" / "acme-challenge"
     folder.mkdir(parents=True)
