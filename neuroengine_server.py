@@ -5721,22 +5721,24 @@ def change_service(exchange, name):
     with exchange.relay.registry.changing:
         still_authorized(exchange, service)
         if new_name != service.name:
-            rename_service(exchange, service, new_name)
-        exchange.relay.registry.change(service, **changes)
+            rename_service(exchange, service, new_name, changes)
+        else:
+            exchange.relay.registry.change(service, **changes)
     if answer:
         log("new_key", service=service.name, address=exchange.address)
     exchange.respond(200, dict(exchange.relay.directory.entry(service), errorcode=0,
                                **answer))
 
 
-def rename_service(exchange, service, name):
-    """Give a service another name. That counts as a registration: the old name may stay
+def rename_service(exchange, service, name, changes):
+    """Give a service another name, and change its columns. That counts as a registration: the old name may stay
     reserved."""
     if not is_name(name):
         raise RelayError("invalid_name", invalid_name_words(name), param="name")
     charge_registration(exchange)
-    log("renamed", service=service.name, name=name, address=exchange.address)
-    exchange.relay.registry.rename(service, name)
+    old = service.name
+    exchange.relay.registry.rename(service, name, **changes)
+    log("renamed", service=old, name=name, address=exchange.address)
 
 
 def charge_registration(exchange):
@@ -6202,14 +6204,14 @@ class Store:
                              "choose another." % name)
         self._db.execute("DELETE FROM reserved WHERE name=?", (name,))
 
-    def rename(self, service, name, reserve):
-        """Write another name of a service. reserve: keep the old one for the holder of its
-        key. Raises RelayError if the new one is reserved for another."""
+    def rename(self, service, name, reserve, **columns):
+        """Write another name of a service, and new values of other columns. reserve: keep the
+        old name for the holder of its key. Raises RelayError if the new one is reserved for
+        another."""
         with self._transaction():
             self._take_name(name, service.key_digest)
             self._db.execute("PRAGMA defer_foreign_keys=ON")     # until the end of this
-            self._db.execute("UPDATE services SET name=? WHERE name=? AND created=?",
-                             (name, service.name, service.created))
+            self._update(service, name=name, **columns)
             self._db.execute("UPDATE keys SET service=? WHERE service=?", (name, service.name))
             if reserve:
                 self._reserve(service)
@@ -6227,10 +6229,13 @@ class Store:
     def change(self, service, **columns):
         """Write new values of a service's columns."""
         with self._transaction():
-            self._db.execute(
-                "UPDATE services SET %s WHERE name=? AND created=?" % ", ".join(
-                    name + "=?" for name in columns),
-                [*columns.values(), service.name, service.created])
+            self._update(service, **columns)
+
+    def _update(self, service, **columns):
+        self._db.execute(
+            "UPDATE services SET %s WHERE name=? AND created=?" % ", ".join(
+                column + "=?" for column in columns),
+            [*columns.values(), service.name, service.created])
 
     def save(self, services):
         """Write what these services and their keys have counted, in one transaction. Nothing
@@ -6433,23 +6438,28 @@ class Registry:
         with self.changing:
             if changes:
                 self._store.change(service, **changes)
-            for field, value in changes.items():
-                setattr(service, field, value)
-            self._broker.touch()
+            self._put_in_force(service, changes)
+
+    def _put_in_force(self, service, changes):
+        for field, value in changes.items():
+            setattr(service, field, value)
+        self._broker.touch()
         if "key_digest" in changes:
             self._broker.close_sessions(service)
 
-    def rename(self, service, name):
-        """Give a service another name: its providers are logged out, its prompts wait for
-        them. The old name stays reserved for its key if a provider ever had it, so that
-        nobody else receives its clients' prompts. Raises RelayError, sqlite3.Error."""
+    def rename(self, service, name, **changes):
+        """Give a service another name, and change columns: its providers are logged out, its
+        prompts wait for them. The old name stays reserved for its key if a provider ever had
+        it, so that nobody else receives its clients' prompts. Raises RelayError,
+        sqlite3.Error."""
         with self.changing:
             if any(other.name.lower() == name.lower() and other is not service
                    for other in self._broker.services()):
                 raise RelayError("name_taken", "The name %r is taken. Choose another." % name)
             self._store.rename(service, name, reserve=service.last_seen is not None
-                               and name.lower() != service.name.lower())
+                               and name.lower() != service.name.lower(), **changes)
             self._broker.rename(service, name)
+            self._put_in_force(service, changes)
 
     def delete(self, service, reserve=False):
         """Delete a service; reserve: keep its name for its key. Raises sqlite3.Error."""
@@ -7624,10 +7634,10 @@ class EngineStore:
                 self.engine.run(PUT, "", *self._withdrawn[0], "", "")
                 self._withdrawn.pop(0)
 
-    def rename(self, service, name, reserve):
+    def rename(self, service, name, reserve, **columns):
         """Write another name, as Store.rename does; return the record. Raises RelayError."""
         record = json.loads(self.engine.call("HGET", KEY + "services", service.name.lower()))
-        record = json.dumps(dict(record, name=name), sort_keys=True)
+        record = json.dumps(dict(record, name=name, **columns), sort_keys=True)
         answer = self.engine.change(
             RENAME, self.home, service.name.lower(), name.lower(), record,
             service.key_digest if reserve else "", service.key_digest)
@@ -8163,14 +8173,15 @@ class EngineRegistry(Registry):
             record = self.store.add(service, invitation, old_digest)
             self._know(service.name.lower(), record, None)
 
-    def rename(self, service, name):
+    def rename(self, service, name, **changes):
         with self.changing:
             old = service.name.lower()
             record = self.store.rename(service, name, reserve=service.last_seen is not None
-                                       and name.lower() != old)
+                                       and name.lower() != old, **changes)
             self._know(old, None, None)
             self._know(name.lower(), record, self.id)
             self._broker.rename(service, name)
+            self._put_in_force(service, changes)
             for key in service.keys.values():
                 key.service = name.lower()
 

@@ -3543,6 +3543,23 @@ def test_a_change_that_cannot_be_written_is_not_in_force(relay, hand, monkeypatc
     assert manage(relay, hand, "GET")[0] == 200
 
 
+def test_a_new_name_is_in_force_with_what_is_changed_beside_it_or_not_at_all(relay, hand):
+    change, store = {"name": name_of(), "private": True, "new_key": True}, relay.registry._store
+    with store._transaction():
+        store._db.execute("CREATE TEMP TRIGGER full BEFORE UPDATE OF private ON services "
+                          "BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+    try:
+        assert manage(relay, hand, "PATCH", body=change)[0] == 503
+        assert manage(relay, hand, "GET")[1]["name"] == hand.name
+    finally:
+        with store._transaction():
+            store._db.execute("DROP TRIGGER full")
+    status, answer = manage(relay, hand, "PATCH", body=change)
+    hand.name, hand.key = change["name"], answer["key"]
+    assert status == 200 and manage(relay, hand, "GET")[1]["private"] is True
+    assert {service.name: service.private for service in store.load()}[hand.name]
+
+
 class FailingDB:
     """A connection whose n-th statement fails, alone or with all that follow."""
 
