@@ -4831,9 +4831,9 @@ class AccessKey:
     def check_quota(self, now, cost):
         """Raise RelayError if a prompt that counts as `cost` is more than this key may have
         per day, or at once."""
-        if self.day != now // DAY_SECONDS:
+        if not self._counts(now):
             self.day, self.requests, self.tokens = now // DAY_SECONDS, 0, 0
-        left = DAY_SECONDS - now % DAY_SECONDS
+        left = (self.day + 1) * DAY_SECONDS - now
         for used, limit, what in (
                 (self.requests + cost - 1, self.requests_per_day, "requests"),
                 (self.tokens, self.tokens_per_day, "tokens")):
@@ -4847,9 +4847,14 @@ class AccessKey:
                              "Wait for an answer." % self.concurrency, retry_after=2,
                              limit=self.concurrency)
 
+    def _counts(self, now):
+        """Whether what was counted still counts: it is of this day, or of the next, if the
+        clock was set back over midnight. Further ahead it was wrong."""
+        return self.day - now // DAY_SECONDS in (0, 1)
+
     def shown(self, now):
         """What its operator may see. Only the guest knows the key itself."""
-        today = self.day == now // DAY_SECONDS
+        today = self._counts(now)
         return dict({name: getattr(self, name) for name in (
             "id", "label", "created", "last_used") + KEY_LIMITS},
             requests_today=self.requests if today else 0,

@@ -1927,6 +1927,22 @@ def test_a_clock_that_was_wrong_uses_up_no_quota():
         quotas.take("caller", 10, "prompts")
 
 
+def test_a_clock_that_is_set_back_over_midnight_renews_no_access_keys_quota():
+    midnight, passed = 20000 * 86400, []
+    key = neuroengine_server.AccessKey("i", "d", "", 0, 1, *[None] * 4, 0, 0, 0, None)
+    for now in (midnight + 5, midnight - 5, midnight + 1, midnight + 86400,
+                midnight + 9 * 86400, midnight):       # the last but one was wrong
+        with contextlib.suppress(RelayError):
+            key.check_quota(now, 1)
+            key.requests += 1
+            passed.append(now - midnight)
+        assert key.shown(now)["requests_today"] == 1
+    assert passed == [5, 86400, 9 * 86400, 0]
+    with pytest.raises(RelayError) as refused:
+        key.check_quota(midnight - 5, 1)
+    assert refused.value.retry_after == 86405
+
+
 def test_quotas_that_have_ended_do_not_fill_the_disk():
     store = Store(":memory:")
     registry = neuroengine_server.Registry(store, Broker())
