@@ -760,34 +760,38 @@ class Jobs:
                 return self._attach_locked(known, at)
             if at:
                 raise stream_unknown_error(self.limits)
-            if self.draining:
-                raise self._shutting_down()
-            job.number, job.created, service = next(JOB_NUMBERS), self._clock(), job.service
-            self._check_still_there_locked(job)
-            if job.grace is None:
-                job.grace = self.limits.grace_seconds
-            size = JOB_BYTES + len(job.payload)
-            if not self._fits_share_locked(job.holder, size):
-                raise share_taken_error()
-            victim = self._admission.admit(job)
-            if not self._make_room_locked(size, job.holder):
-                raise memory_full_error()
-            if victim is not None:
-                self._cancel_locked(victim, gave_way_error(
-                    service, self._admission.retry_after(service)))
-            self._admission.job_accepted(job)
-            self._jobs[job.id] = job
+            self._accept_locked(job)
             if identity is not None:
                 job.identity = identity
                 self._identified[identity.key] = job
-            self.counts["jobs"] += 1
-            service.numreq += 1
-            self._save_later_locked(service)
             reader = self._attach_locked(job, at)
             self._prefer_locked(job)
             self._enqueue_locked(job)
-            self._dispatch_locked(service)
+            self._dispatch_locked(job.service)
             return reader
+
+    def _accept_locked(self, job):
+        """Count a new job, if it may be queued. Raises RelayError."""
+        if self.draining:
+            raise self._shutting_down()
+        self._check_still_there_locked(job)
+        job.number, job.created = next(JOB_NUMBERS), self._clock()
+        if job.grace is None:
+            job.grace = self.limits.grace_seconds
+        service, size = job.service, JOB_BYTES + len(job.payload)
+        if not self._make_room_in_share_locked(size, job.holder):
+            raise share_taken_error()
+        victim = self._admission.admit(job)
+        if not self._make_room_locked(size, job.holder):
+            raise memory_full_error()
+        if victim is not None:
+            self._cancel_locked(victim, gave_way_error(
+                service, self._admission.retry_after(service)))
+        self._admission.job_accepted(job)
+        self._jobs[job.id] = job
+        self.counts["jobs"] += 1
+        service.numreq += 1
+        self._save_later_locked(service)
 
     def _check_still_there_locked(self, job):
         """Raise RelayError if the service, or the access key, was deleted after it was looked
@@ -1251,7 +1255,7 @@ class Matcher(Jobs):
         """Add one entry's items to its job; return a refusal as a dict, or None."""
         now, pair, at = self._clock(), (entry["job"], entry["attempt"]), entry["at"]
         # Or the provider seemed to be gone.
-        lease = session.leases.get(pair) or self._take_back_locked(session, pair, at)
+        lease = session.leases.get(pair) or self._restore_lease_locked(session, pair, at)
         error = entry.get("error")
         ending = entry.get("done") or error
         if lease is None or lease.state == "cancelled":
@@ -2641,12 +2645,14 @@ class Memory:
         self.held += size
         self._holdings[job.holder].bytes += size
 
-    def keep(self, job, candidate=True):
-        """An ended job stays readable. candidate: it is among the first to be forgotten."""
-        kept = self._holdings[job.holder].kept
-        kept.pop(job, None)
-        if candidate:
-            kept[job] = True
+    def keep(self, job):
+        """An ended job stays readable: it is among the first to be forgotten."""
+        self.keep_no_more(job)
+        self._holdings[job.holder].kept[job] = True
+
+    def keep_no_more(self, job):
+        """To forget an ended job would give nothing."""
+        self._holdings[job.holder].kept.pop(job, None)
 
     def forget(self, job):
         """A job holds nothing any more."""
@@ -2794,7 +2800,7 @@ class Broker(Matcher):
         now, running = self._clock(), set(running)
         unknown = sum(lease.job is None for lease in session.leases.values())
         for pair in running:
-            lease = session.leases.get(pair) or self._take_back_locked(session, pair)
+            lease = session.leases.get(pair) or self._restore_lease_locked(session, pair)
             if lease is not None and lease.state != "cancelled":
                 lease.confirm(now)
             elif lease is not None:
@@ -2823,7 +2829,7 @@ class Broker(Matcher):
             lease.move("handed_out", now)
             self._check_handover_later_locked(session, self.limits.handover_seconds)
 
-    def _take_back_locked(self, session, pair, at=0):
+    def _restore_lease_locked(self, session, pair, at=0):
         """Give a job back to a provider that seemed to be gone, if it waits and the provider
         can go on from item offset `at`. Return the Lease, or None."""
         job = self._jobs.get(pair[0])
@@ -2917,9 +2923,9 @@ class Broker(Matcher):
                 self._empty_locked(job)
         return True
 
-    def _fits_share_locked(self, holder, size):
-        """Return whether this holder's share of the memory has `size` bytes left, if necessary
-        after its ended jobs were forgotten, the oldest first."""
+    def _make_room_in_share_locked(self, size, holder):
+        """Return whether `size` more bytes fit into this holder's share of the memory, if
+        necessary after its ended jobs were forgotten, the oldest first."""
         if self._memory.share_left(holder) >= size:
             return True
         for job in self._memory.kept_by(holder):
@@ -2931,7 +2937,7 @@ class Broker(Matcher):
         """Keep only a job's error, which a client has still to read."""
         job.error = job.error or memory_full_error()
         job.payload, job.items, job.encoded = b"", [], None
-        self._memory.keep(job, False)      # there is nothing left to take
+        self._memory.keep_no_more(job)
         self._memory.hold(job, JOB_BYTES - job.size)
 
     def keep_encoded(self, job, encoder, data):
@@ -3800,6 +3806,7 @@ class HangUps:
     def __init__(self):
         self._connections = {}             # file descriptor -> Connection
         self._lock = threading.Lock()      # while held, a descriptor means one Connection
+        self._looking = threading.Lock()   # until what was seen is reported
         # Linux reports a hang-up even behind unread bytes, and nothing else.
         # Other systems are asked for each connection with an answer on its way.
         self._epoll = select.epoll() if hasattr(select, "EPOLLRDHUP") else None
@@ -3826,13 +3833,14 @@ class HangUps:
         Also called before a prompt is compared with those that a client has left: it may
         have hung up a moment before it asked again.
         """
-        with self._lock:
-            if self._epoll is None:
-                gone = self._ask()
-            else:
-                gone = [self._connections[fd] for fd, _ in self._epoll.poll(0)]
-        for connection in gone:
-            connection.hang_up()
+        with self._looking:
+            with self._lock:
+                if self._epoll is None:
+                    gone = self._ask()
+                else:
+                    gone = [self._connections[fd] for fd, _ in self._epoll.poll(0)]
+            for connection in gone:
+                connection.hang_up()
 
     def _ask(self):
         return [connection for connection in self._connections.values()

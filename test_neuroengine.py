@@ -3234,6 +3234,28 @@ def test_a_polled_stream_names_its_error_even_after_the_response_that_told_it(re
     assert answer["done"] and answer["errorcode"] == 0 and answer["error"] == "provider_error"
 
 
+@pytest.mark.skipif(not hasattr(select, "EPOLLRDHUP"), reason="only Linux reports hang-ups")
+def test_whoever_looks_for_hang_ups_waits_until_those_that_another_saw_are_reported():
+    class Gone(contextlib.ExitStack):
+        def hang_up(self):
+            seen.set()
+            assert go_on.wait(SOON)
+            reported.append(self)
+    seen, go_on, reported, hang_ups = threading.Event(), threading.Event(), [], (
+        neuroengine_server.HangUps())
+    with Gone() as connection:
+        mine, peer = socket.socketpair()
+        connection.fileno = mine.fileno
+        connection.enter_context(mine)
+        with hang_ups.watching(connection):
+            peer.close()
+            first = in_thread(lambda: hang_ups.look() or True)
+            assert seen.wait(SOON)
+            second = in_thread(lambda: hang_ups.look() or list(reported))
+            go_on.set()
+            assert first() and second() == [connection]
+
+
 def test_an_internal_error_in_an_answer_is_a_500(relay, hand, monkeypatch):
     monkeypatch.setattr(neuroengine_server, "text_of", lambda items: 1 / 0)
     answer = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
