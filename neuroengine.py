@@ -391,6 +391,8 @@ def callback_request(request):
 
 def items_of(answer):
     """Yield the items of what a callback returned. Raises NeuroengineError."""
+    if isinstance(answer, Reply) and answer.errorcode:     # it asked another service
+        raise NeuroengineError(1, str(answer))
     if isinstance(answer, str):
         answer = reply_in(answer)
     if isinstance(answer, dict):
@@ -2096,12 +2098,12 @@ class Outbox:
             self._fresh.clear()
 
 
-# What a callback may raise; sys.exit() in one ends neither its thread nor its event loop.
-RAISED = (Exception, SystemExit, KeyboardInterrupt)
-
-
 class Workers:
-    """Answer jobs by a user's callback, in threads; coroutines on an event loop."""
+    """Answer jobs by a user's callback, in threads; coroutines on an event loop.
+
+    Whatever a callback raises (sys.exit(), gevent's Timeout) ends its answer, and neither a
+    thread nor the event loop. Ctrl-C reaches the main thread, which runs no callbacks.
+    """
 
     renders = False            # the callback gets the native fields
 
@@ -2170,15 +2172,15 @@ class Workers:
                     self._outbox.wait_for_room(work)
                     if not self._outbox.put(work, item):
                         break
-        except RAISED as why:
+        except BaseException as why:
             error = self._error_of(work, why)
         finally:
-            close = getattr(answer, "close", None)
-            if close is not None:
-                try:
+            try:
+                close = getattr(answer, "close", None)
+                if close is not None:
                     close()
-                except RAISED:
-                    self._listening.status.failure("Closing it failed:")
+            except BaseException:
+                self._listening.status.failure("Closing it failed:")
         self._end(work, error)
 
     def _end(self, work, error):
@@ -2186,10 +2188,11 @@ class Workers:
 
     def _error_of(self, work, why):
         """The entry's error for what a callback raised."""
+        if work.cancelled:
+            return CANCELLED
         if isinstance(why, NeuroengineError):
             return error_entry(why)
-        if not work.cancelled:
-            self._listening.status.failure("The callback failed:")
+        self._listening.status.failure("The callback failed:")
         return {"error": "provider_error",
                 "message": "its program raised %s" % type(why).__name__}
 
@@ -2215,7 +2218,6 @@ class Workers:
             task.cancel()
 
     async def _await(self, work, answer):
-        import asyncio
         error, stream = None, None
         try:
             if hasattr(answer, "__await__"):
@@ -2223,27 +2225,25 @@ class Workers:
             if hasattr(answer, "__aiter__"):
                 stream = answer
                 async for item in stream:
+                    check_item(item)
                     if not await self._put(work, item):
                         break
             else:
                 for item in items_of(answer):
                     if not await self._put(work, item):
                         break
-        except asyncio.CancelledError:
-            error = CANCELLED
-        except RAISED as why:
+        except BaseException as why:
             error = self._error_of(work, why)
         finally:
-            if hasattr(stream, "aclose"):
-                try:
+            try:
+                if hasattr(stream, "aclose"):
                     await stream.aclose()
-                except RAISED:
-                    self._listening.status.failure("Closing it failed:")
+            except BaseException:
+                self._listening.status.failure("Closing it failed:")
             self._end(work, error)
 
     async def _put(self, work, item):
         import asyncio
-        check_item(item)
         self._check(work, item)
         while self._outbox.is_full(work):
             await asyncio.sleep(0.05)

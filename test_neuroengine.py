@@ -5746,13 +5746,65 @@ async def exit_in_a_coroutine(request):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("callback", [exit_at_once, exit_later, exit_in_a_coroutine])
-def test_a_callback_that_exits_is_an_error_of_its_client_alone(relay, provide, callback):
+class Timeout(BaseException):
+    """As gevent's."""
+
+
+def cancelled_within(request):
+    async def inner():
+        raise asyncio.CancelledError
+    asyncio.run(inner())
+
+
+async def cancelled_in_a_coroutine(request):
+    raise asyncio.CancelledError
+
+
+async def half_an_answer(request):
+    yield "half"
+    raise {"t": Timeout, "g": GeneratorExit, "c": asyncio.CancelledError}[request["message"]]
+
+
+class CannotClose:
+    def __iter__(self):
+        raise Timeout
+
+    @property
+    def close(self):
+        raise Timeout
+    aclose = close
+
+
+class CannotCloseEither(CannotClose):
+    __iter__ = None
+
+    def __aiter__(self):
+        raise Timeout
+
+
+@pytest.mark.parametrize("callback", [
+    exit_at_once, exit_later, exit_in_a_coroutine, cancelled_within, cancelled_in_a_coroutine,
+    lambda request: CannotClose(), lambda request: CannotCloseEither()])
+def test_whatever_a_callback_raises_is_an_error_of_its_client_alone(relay, provide, callback):
     name, _ = provide(lambda request: "ok" if request["message"] == "ok" else callback(request))
     api = client_of(relay, name)
     for _ in range(2):
-        assert api.request("x", tries=1).error == "provider_error"
-    assert api.request("ok") == "ok"
+        assert in_thread(api.request, "x", tries=1)().error == "provider_error"
+    assert in_thread(api.request, "ok")() == "ok"
+
+
+@pytest.mark.parametrize("message", ["t", "g", "c"])
+def test_an_answer_that_was_cut_by_any_exception_is_never_a_whole_one(relay, provide, message):
+    name, _ = provide(half_an_answer)
+    reply = in_thread(client_of(relay, name).request, message, tries=1)()
+    assert reply.error == "provider_error"
+
+
+def test_an_error_of_another_service_that_a_callback_passes_on_stays_an_error(relay, provide):
+    other = client_of(relay, "nosuch")
+    name, _ = provide(lambda request: other.request(request["message"]))
+    reply = client_of(relay, name).request("hi", tries=1)
+    assert reply.error == "provider_error" and "nosuch" in reply
 
 
 def test_the_callback_gets_all_fields_with_their_defaults(relay, provide):
