@@ -4604,7 +4604,7 @@ class HttpExchange(Exchange):
     def head_bytes(self, status, kind, headers, more=b""):
         """Return a response's head without its end. Raises ValueError rather than send what
         would not be one line."""
-        head = common_head(status, kind, self.api, self.keep_alive,
+        head = common_head(status, kind, self.api, self.keep_alive and self.body_read,
                            "cache_control" in headers)
         for name, value in headers.items():
             if not HEADER_VALUE.match(value):

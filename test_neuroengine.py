@@ -3940,6 +3940,14 @@ def test_an_unread_body_is_not_the_next_request(relay):
     assert answer.count(b"HTTP/1.1 ") == 1 and b'"status":"ok"' in answer
 
 
+@pytest.mark.parametrize("method, path", [
+    ("GET", "/healthz"), ("OPTIONS", "/v1/models"), ("DELETE", "/api/services/none"),
+    ("GET", "/api/models")])
+def test_an_answer_to_an_unread_body_says_that_the_connection_closes(relay, method, path):
+    assert ask(relay, path, b"{}", method)[2]["Connection"] == "close"
+    assert ask(relay, path, None, method)[2]["Connection"] is None
+
+
 def test_a_chunked_request_is_read_and_cannot_smuggle_another(relay, hand):
     head = b"POST /%s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" \
         % hand.name.encode()
