@@ -4496,9 +4496,8 @@ UPSTREAM_STATUSES = frozenset((400, 404, 409, 413, 415, 422, 429, 502, 503, 504,
 @functools.lru_cache(maxsize=100)
 def common_head(status, kind, api, keep_alive, cached):
     """What most responses begin with."""
-    line = STATUS_LINES.get(status) or b"HTTP/1.1 %d Error\r\n" % status
-    lines = [line, SECURITY_HEADERS]
-    if status != 204:
+    lines = [STATUS_LINES[status], SECURITY_HEADERS]
+    if status not in (204, 304):
         lines.append(b"Content-Type: %s\r\n" % kind.encode("ascii"))
     if not cached:
         lines.append(b"Cache-Control: no-store\r\n")
@@ -4577,7 +4576,7 @@ class HttpExchange(Exchange):
             body = to_json(body)
         if error is not None:
             headers.update(error_headers(error, self.api))
-        if status != 204:
+        if status not in (204, 304):       # RFC 9110, 8.6
             more += b"Content-Length: %d\r\n" % len(body)
         head = self.head_bytes(status, kind, headers, more) + b"\r\n"
         if self.head is not None and self.head.method == "HEAD":
@@ -5922,13 +5921,16 @@ def gzipped(body, level):
 
 def send_cached(exchange, body, zipped, etag, kind, **headers):
     """Answer with bytes held in memory: 304 if the client has them, gzip if it takes it."""
-    headers.update(etag=etag, cache_control="no-cache", vary="Accept-Encoding")
-    seen = exchange.head.fields.get("if-none-match", "")
-    if exchange.head.method in ("GET", "HEAD") and etag in seen.split(", "):
-        return exchange.respond(304, b"", kind, **headers)
     codings = exchange.head.fields.get("accept-encoding", "").lower()
     if re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?(?:\s|,|$))", codings):
         body, headers["content_encoding"] = zipped, "gzip"
+        etag = etag[:-1] + '-gzip"'        # other bytes, another tag (RFC 9110, 8.8.3.3)
+    headers.update(etag=etag, cache_control="no-cache", vary="Accept-Encoding")
+    # Weak ones, W/"...", count as well (13.1.2).
+    seen = re.findall(r'"[^"]*"|\*', exchange.head.fields.get("if-none-match", ""))
+    if exchange.head.method in ("GET", "HEAD") and not {etag, "*"}.isdisjoint(seen):
+        headers.pop("content_encoding", None)
+        return exchange.respond(304, b"", kind, **headers)
     send_counted(exchange, body, kind, **headers)
 
 
