@@ -5839,7 +5839,8 @@ class Directory:
         self._lock = threading.Lock()      # held while it is built, by one thread
         self._built_at = -math.inf
         self._version, self._took = -1, 0.0
-        self._body, self._zipped, self._etag = b"[]", b"", '""'
+        # Replaced as a whole: other threads send it meanwhile.
+        self._sent = b"[]", b"", '""'      # body, compressed, ETag
         self._models = {}                  # whether all -> body of /v1/models
 
     def entry(self, service):
@@ -5901,16 +5902,16 @@ class Directory:
                 self._models[everything] = b'{"object":"list","data":[%s]}' % b",".join([
                     to_json(openai_model(entry)) for entry in entries
                     if everything or entry["connected"]])
-            self._body = b"[" + b",".join(map(to_json, entries)) + b"]"
-            self._zipped = gzipped(self._body, 1)
-            self._etag = '"%s"' % hashlib.sha256(self._body).hexdigest()[:20]
+            body = b"[" + b",".join(map(to_json, entries)) + b"]"
+            self._sent = (body, gzipped(body, 1),
+                          '"%s"' % hashlib.sha256(body).hexdigest()[:20])
             self._built_at, self._version = self._broker.now(), version
             self._took = self._built_at - now
 
     def send(self, exchange):
         """Answer with all entries."""
         self._refresh()
-        send_cached(exchange, self._body, self._zipped, self._etag, JSON)
+        send_cached(exchange, *self._sent, JSON)
 
 
 def gzipped(body, level):

@@ -3894,6 +3894,17 @@ def test_getmodels_is_answered_on_every_path(relay, hand):
                 "queuelen"} <= set(model)
 
 
+def test_a_visitor_amid_the_building_of_the_directory_gets_the_old_one_as_a_whole(
+        relay, hand, monkeypatch):
+    ask(relay, "/api/models")
+    before, amid, compress = relay.directory._sent, [], neuroengine_server.gzipped
+    monkeypatch.setattr(neuroengine_server, "gzipped", lambda body, level: (
+        amid.append(relay.directory._sent), compress(body, level))[1])
+    manage(relay, hand, "PATCH", body={"comment": "new"})
+    until(lambda: ask(relay, "/api/models")[0] and relay.directory._sent is not before)
+    assert amid[0] is before and not set(before) & set(relay.directory._sent)
+
+
 def test_an_error_reply_arrives_although_the_request_is_too_large(relay):
     body = b"x" * (8 << 20)
     for _ in range(20):
