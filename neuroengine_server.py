@@ -3778,8 +3778,12 @@ class Connection:
             while left > 0:
                 left -= len(self._receive_some(deadline))
 
-    def close(self):
-        """Close the socket, give the slot back, and tell the one who waits for it."""
+    def close(self, idle=False):
+        """Close the socket, give the slot back, and tell the one who waits for it. idle: no
+        response was cut, so tell TLS that this is the end, unless that would block."""
+        with contextlib.suppress(OSError):
+            if idle and self.tls is not None and self.secured:
+                self.sock.send(self.tls.farewell(), MSG_DONTWAIT)
         with contextlib.suppress(OSError):
             self.sock.close()
         if self.on_close is not None:
@@ -3907,7 +3911,7 @@ class Lobby:
             next_look = now + 1
             for connection in [c for c, due in self._parked.items() if due <= now]:
                 self._remove(connection)
-                connection.close()
+                connection.close(idle=True)
 
     def _arrive(self, arrival):
         if arrival is not None:
@@ -3916,7 +3920,7 @@ class Lobby:
         elif self._parked:
             connection = next(iter(self._parked))
             self._remove(connection)
-            connection.close()
+            connection.close(idle=True)
 
     def _remove(self, connection):
         del self._parked[connection]
@@ -3930,7 +3934,7 @@ class Lobby:
             self._serve(connection)
         except PeerGone:
             self._remove(connection)
-            connection.close()
+            connection.close(idle=True)
 
 
 class Threads:
@@ -6879,12 +6883,14 @@ class Relay(ThreadingHTTPServer):
 
     def _serve(self, connection):
         """Answer a connection's requests until it ends, or there is none for a while."""
-        parked = False
+        parked = idle = False
         try:
             with self.hang_ups.watching(connection):
                 connection.shake_hands(self.limits.handshake_seconds)
                 while True:
+                    idle = True
                     parked = not connection.has_request(self._wait_seconds(connection))
+                    idle = parked
                     if parked or not self._exchange(connection):
                         break
         except (PeerGone, OSError):
@@ -6896,7 +6902,7 @@ class Relay(ThreadingHTTPServer):
             connection.last_head, connection.head = b"", None      # they may take 40 KB
             self.lobby.park(connection, connection.park_until())
         else:
-            connection.close()
+            connection.close(idle)
 
     def _wait_seconds(self, connection):
         """How long a thread waits for the next request."""

@@ -4374,6 +4374,41 @@ def test_tls_unsent_bytes_precede_close_notify(
     peer.close()
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
+@pytest.mark.parametrize("how", ["its time is over", "the peer says so", "later"])
+def test_tls_an_idle_connection_ends_with_close_notify(tmp_path, how):
+    cert = neuroengine_server.self_signed(str(tmp_path))
+    with running_relay(tls=neuroengine_server.Certificate(*cert), limits=Limits(
+            idle_seconds=0.5 if how == "its time is over" else 60)) as own:
+        peer = client_context().wrap_socket(socket.create_connection(
+            own.server_address, SOON), suppress_ragged_eofs=False)
+        peer.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        peer.recv(4096)
+        if how == "later":
+            until(lambda: own.lobby._parked)
+        if how == "its time is over":
+            assert peer.recv(1) == b""     # no SSLEOFError
+        else:
+            peer.unwrap()
+        peer.close()
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
+def test_tls_a_response_that_is_cut_does_not_end_with_close_notify(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("a fault amid the answer")
+
+    cert = neuroengine_server.self_signed(str(tmp_path))
+    with running_relay(tls=neuroengine_server.Certificate(*cert)) as own:
+        monkeypatch.setattr(neuroengine_server.HttpExchange, "send_parts", broken)
+        peer = client_context().wrap_socket(socket.create_connection(
+            own.server_address, SOON), suppress_ragged_eofs=False)
+        peer.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        with pytest.raises(ssl.SSLEOFError):
+            peer.recv(1)
+        peer.close()
+
+
 def test_tls_nonsense_ends_reads_and_writes(tmp_path):
     wire, peer = secured(tmp_path)
     socket.socket.send(peer, b"\x17\x03\x03\x00\x20" + b"x" * 32)
