@@ -527,9 +527,10 @@ def keep_alive(sock):
 class Response:
     """One response of a kept connection, which goes back to `keep` when it was read."""
 
-    def __init__(self, connection, raw, keep):
+    def __init__(self, connection, raw, keep, call):
         self.status, self.headers = raw.status, raw.headers
         self._connection, self._raw, self._keep = connection, raw, keep
+        self._call = call
 
     def read(self):
         """The whole body. Raises OSError or HTTPException if it is cut."""
@@ -564,6 +565,7 @@ class Response:
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        self._call.ended()                     # the connection is for others now
         whole = self._raw.isclosed() and not self._raw.will_close
         self._raw.close()
         if whole and not connection.aborted:
@@ -583,15 +585,16 @@ class Transport:
         self._where = self._context = None
         self._free = []
         self._lock = threading.Lock()      # guards _free
+        self._process = os.getpid()        # whose connections they are
 
     def open(self, method, path, body=None, key="", timeout=REQUEST_SECONDS,
-             started=None, **headers):
+             call=None, **headers):
         """Send one request; its Response. Raises OSError, HTTPException, or
         NeuroengineError for what cannot be sent.
 
-        started, if given, is called with the Connection, which has an abort().
+        call: the Call that may cut the connection until the response was read.
         """
-        data = b""
+        data, call = b"", call or Call()
         if body is not None:
             data = encode(body)
             headers["Content-Type"] = "application/json"
@@ -605,8 +608,7 @@ class Transport:
             used = connection is not None
             if not used:
                 connection = self._new()
-            if started is not None:
-                started(connection)
+            call.started(connection)
             try:
                 raw = connection.exchange(data, method, timeout)
             except BaseException as error:
@@ -617,7 +619,7 @@ class Transport:
                         error, (ConnectionError, http.client.BadStatusLine)):
                     continue
                 raise
-            return Response(connection, raw, self._keep)
+            return Response(connection, raw, self._keep, call)
 
     def call(self, method, path, body=None, kind=dict, **more):
         """Send one request and return the JSON answer, of type `kind`.
@@ -689,6 +691,9 @@ class Transport:
 
     def _kept(self):
         """A kept connection that is likely to be open still, or None."""
+        if self._process != os.getpid():       # after a fork they are the parent's: two
+            # processes that read from one get each other's answers
+            self._process, self._free, self._lock = os.getpid(), [], threading.Lock()
         with self._lock:
             while self._free:
                 connection = self._free.pop()
@@ -946,17 +951,25 @@ class Call:
     def __init__(self):
         self.cancelled = False
         self._connection = None
+        self._lock = threading.Lock()          # guards both
 
     def started(self, connection):
         """Note the connection that the prompt uses now."""
-        self._connection = connection
-        if self.cancelled:
-            connection.abort()
+        with self._lock:
+            self._connection = connection
+            if self.cancelled:
+                connection.abort()
+
+    def ended(self):
+        """The prompt uses its connection no more."""
+        with self._lock:
+            self._connection = None
 
     def cancel(self):
-        self.cancelled = True
-        if self._connection is not None:
-            self._connection.abort()
+        with self._lock:
+            self.cancelled = True
+            if self._connection is not None:
+                self._connection.abort()
 
     def pause(self, seconds):
         """Sleep before the next try, but not after cancel()."""
@@ -984,16 +997,54 @@ class Tries:
         retry = error.retry
         if retry is None:
             retry = error.name == "no_connection" or error.name in RETRIED
-        if not retry or not self.left or call.cancelled or self.lost > MAX_LOST \
+        # The relay is there, and so is the prompt: to ask on is no further try.
+        waiting = error.name == "still_waiting"
+        if not retry or not (self.left or waiting) or call.cancelled or self.lost > MAX_LOST \
                 or self.offline > MAX_OFFLINE \
                 or (error.retry_after or 0) > LONGEST_RETRY_AFTER_SECONDS \
                 or time.monotonic() > self._deadline:
             raise error
-        if error.name == "still_waiting":      # the relay is there, and so is the prompt
+        if waiting:
             return 0.01
         self.left -= 1
         self.failures += 1
         return pause_before(self.failures - 1, error.retry_after)
+
+
+class Cursors:
+    """How far request() has read the stream of each key.
+
+    A stream is known until it has ended and REMEMBERED_STREAMS others have since, or until
+    nobody has read it for ANSWER_SECONDS.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()          # guards both, which have the oldest first
+        self._active = collections.OrderedDict()     # key -> (prompt, items, time)
+        self._ended = collections.OrderedDict()      # key -> prompt
+
+    def get(self, key, prompt):
+        """The number of items received; None if the stream of this prompt has ended."""
+        with self._lock:
+            if self._ended.get(key) == prompt:
+                return None
+            known, at, _ = self._active.get(key, (None, 0, 0))
+            return at if known == prompt else 0
+
+    def put(self, key, prompt, at):
+        """Note the number of items received, or None for the end."""
+        now = time.monotonic()
+        with self._lock:
+            for streams in self._active, self._ended:
+                streams.pop(key, None)
+            if at is None:
+                self._ended[key] = prompt
+            else:
+                self._active[key] = prompt, at, now
+            if len(self._ended) > REMEMBERED_STREAMS:
+                self._ended.popitem(last=False)
+            while self._active and next(iter(self._active.values()))[2] < now - ANSWER_SECONDS:
+                self._active.popitem(last=False)
 
 
 class Neuroengine:
@@ -1013,8 +1064,7 @@ class Neuroengine:
         self.key = key
         self.verify_ssl = verify_ssl
         self._transport = RelayTransport(relay_url(server_address, server_port), verify_ssl)
-        # streamkey -> (prompt, items received, or None once it ended)
-        self._cursors: "collections.OrderedDict[str, Any]" = collections.OrderedDict()
+        self._cursors = Cursors()
 
     def request(self, prompt: Prompt, temperature: float = 1.0, top_p: float = 0.9,
                 top_k: int = 40, repetition_penalty: float = 1.2, max_new_len: int = 128,
@@ -1068,7 +1118,7 @@ class Neuroengine:
 
     async def arequest(self, prompt: Prompt, *args: Any, **params: Any) -> Reply:
         """request() for asyncio. Each call has its own thread, so all run at once. If the
-        task is cancelled, so is the prompt."""
+        task is cancelled, so is the prompt; but the stream of a streamkey goes on."""
         call = Call()
         return await in_thread(lambda: self.request(prompt, *args, _call=call, **params),
                                call.cancel)
@@ -1154,7 +1204,7 @@ class Neuroengine:
         """Send until there is an answer with a reply; the answer."""
         while True:
             try:
-                answer = self._send(command, started=call.started, **headers)
+                answer = self._send(command, call=call, **headers)
                 if not isinstance(answer.get("reply"), str):
                     raise bad_answer()
                 return answer
@@ -1165,20 +1215,20 @@ class Neuroengine:
                 call.pause(tries.again(error, call))
 
     def _next_tokens(self, command, prompt, streamkey, gettokens, tries, call):
-        known, at = self._cursors.get(streamkey, (prompt, 0))
-        if known == prompt and at is None:
+        at = self._cursors.get(streamkey, prompt)
+        if at is None:
             return Reply()
-        command.update(key=streamkey, gettokens=gettokens, at=at or 0)
+        command.update(key=streamkey, gettokens=gettokens, at=at)
         try:
             answer = self._ask(command, tries, call)
         except NeuroengineError:
             # Reported once; then the stream has ended, or a loop until "" would not end.
-            self._cursors[streamkey] = prompt, None
+            # But a caller who waits no longer, as asyncio.wait_for(), may ask again.
+            if not call.cancelled:
+                self._cursors.put(streamkey, prompt, None)
             raise
         done = answer.get("done") or answer["reply"] == ""
-        self._cursors[streamkey] = prompt, None if done else answer.get("at", 0)
-        while len(self._cursors) > REMEMBERED_STREAMS:
-            self._cursors.popitem(last=False)
+        self._cursors.put(streamkey, prompt, None if done else answer.get("at", 0))
         return Reply(answer["reply"], stats=answer.get("stats"))
 
     def _events(self, prompt, params):
@@ -1230,7 +1280,7 @@ class Neuroengine:
         try:
             response = self._transport.open(
                 "POST", self._path(), command, key=self.key, timeout=STREAM_SECONDS,
-                started=call.started)
+                call=call)
             try:
                 kind = response.headers.get("Content-Type") or ""
                 if not kind.startswith("application/x-ndjson"):
@@ -4241,6 +4291,19 @@ def save_key(path, key):
         raise
 
 
+def keep_key(path, key):
+    """save_key for a key that the relay has just told, and will not tell again. If that
+    fails, print the key. Raises NeuroengineError."""
+    try:
+        save_key(path, key)
+    except OSError as error:
+        print(key, flush=True)
+        raise NeuroengineError(NO_CONNECTION, "This is the new service key, and it could not be "
+                               "kept in %s (%s). It is not shown again: write it to that file, "
+                               "or to another for --key-file." % (path, error.strerror),
+                               "key_not_kept") from None
+
+
 def check_can_save(path):
     """Raise NeuroengineError if no key could be kept in path: before the relay is asked for
     a key, which it tells once."""
@@ -4352,7 +4415,7 @@ def register(transport, options, name, old=""):
     except NeuroengineError as error:
         raise of_service(error, transport, name, old, "the key file " + path)
     key = checked_key(str(answer.get("key") or ""), "The relay's answer")
-    save_key(path, key)
+    keep_key(path, key)
     return key, path
 
 
@@ -5122,7 +5185,7 @@ def run_new_key(options):
     check_can_save(path)
     key = checked_key(str(service.call("PATCH", body={"new_key": True}).get("key") or ""),
                       "The relay's answer")
-    save_key(path, key)
+    keep_key(path, key)
     print("%s has a new service key; providers with the old one are logged out.%s\nIt is not "
           "shown again, and is in %s:\n%s" % (
               options.name, " Set $NEUROENGINE_KEY to it, or unset it."

@@ -6409,6 +6409,13 @@ def test_a_prompt_that_waits_without_end_is_given_up(answering, monkeypatch):
     assert reply.error == "still_waiting" and len(server.prompts()) == 1
 
 
+def test_a_slow_first_token_is_waited_for_without_further_tries(answering):
+    server = answering(http_answer({"errorcode": 46, "error": "still_waiting",
+                                    "reply": "No token yet."}, 202),
+                       http_answer({"reply": "x", "errorcode": 0, "at": 1}))
+    assert Neuroengine("x", server.url).request("hi", streamkey="k" * 20, tries=1) == "x"
+
+
 def test_pauses_between_tries_grow_up_to_a_bound_and_are_not_all_the_same():
     pauses = [[neuroengine.pause_before(n) for _ in range(50)] for n in range(12)]
     assert all(len(set(some)) > 1 for some in pauses)
@@ -6575,12 +6582,51 @@ def test_closing_map_closes_the_iterators_of_what_is_under_way(relay, provide):
     assert answer.closed.wait(SOON)
 
 
-def test_a_client_remembers_a_bounded_number_of_stream_keys(answering, monkeypatch):
+def test_a_client_forgets_streams_that_ended_or_are_read_no_more_and_no_others(monkeypatch):
     monkeypatch.setattr(neuroengine, "REMEMBERED_STREAMS", 3)
-    api = Neuroengine("x", answering(http_answer({"reply": "x", "errorcode": 0, "at": 1})).url)
-    for n in range(5):
-        assert api.request("hi", streamkey="key %d" % n) == "x"
-    assert list(api._cursors) == ["key 2", "key 3", "key 4"]
+    cursors = neuroengine.Cursors()
+    for n in range(9):
+        cursors.put("read", "hi", n)
+        cursors.put("ended %d" % n, "hi", None)
+        cursors.put("under way %d" % n, "hi", 1)
+    assert cursors.get("read", "hi") == 8 and cursors.get("under way 0", "hi") == 1
+    assert cursors.get("ended 8", "hi") is None and cursors.get("ended 5", "hi") == 0
+    assert cursors.get("ended 8", "another prompt") == 0
+    monkeypatch.setattr(neuroengine, "ANSWER_SECONDS", -1)
+    cursors.put("new", "hi", 1)
+    assert cursors.get("read", "hi") == 0
+
+
+def test_a_stream_goes_on_after_a_cancelled_request_for_its_next_tokens(relay, hand):
+    api, key = client_of(relay, hand.name), os.urandom(16).hex()
+
+    async def cancel():
+        asking = asyncio.ensure_future(api.arequest("hi", streamkey=key))
+        job = await asyncio.get_running_loop().run_in_executor(None, hand.next_job)
+        asking.cancel()                    # as asyncio.wait_for does
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        return job
+    hand.reply(asyncio.run(cancel()), ["x"], done=True)
+    assert in_thread(api.request, "hi", streamkey=key)() == "x"
+
+
+def test_cancelling_a_prompt_that_waits_for_its_next_try_leaves_others_alone(answering):
+    busy = http_answer({"reply": "Busy.", "errorcode": 44, "error": "relay_busy"}, 503)
+    api, call = Neuroengine("x", answering(busy).url), neuroengine.Call()
+    api.request("hi", tries=1, _call=call)
+    [connection] = api._transport._free
+    call.cancel()
+    assert not connection.aborted and api._transport._kept() is connection
+
+
+def test_a_forked_process_shares_no_connection_with_its_parent(answering, monkeypatch):
+    transport = neuroengine.Transport(answering(http_answer({})).url)
+    transport.call("GET", "/")
+    assert transport._free
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with transport._lock:                  # as another thread may hold it at the fork
+        assert in_thread(transport._kept)() is None
 
 
 def test_a_wrong_access_key_and_none_are_told_apart(relay, hand):
@@ -8937,6 +8983,24 @@ def test_a_key_that_cannot_be_kept_is_not_asked_for(start, relay, tmp_path):
     program.says("could not be kept")
     assert "Traceback" not in program.output
     assert ask(relay, "/api/services", {"name": name})[0] == 201
+
+
+@pytest.mark.parametrize("args", [["register"], ["new-key"]])
+def test_a_new_key_that_cannot_be_kept_is_shown(command, relay, monkeypatch, tmp_path, args):
+    """A file that is mounted by itself, as Docker and Kubernetes do, cannot be replaced."""
+    name, replace = name_of(), os.replace
+    if args != ["register"]:
+        assert command(relay, "register", name)[0] == 0
+
+    def busy(old, new):
+        if new.endswith(".key"):
+            raise OSError(errno.EBUSY, "Device or resource busy", new)
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", busy)
+    status, text = command(relay, *args, name)
+    key = re.search("^ne_.*", text, re.M).group()
+    assert status == 1 and "could not be kept in %s" % tmp_path in text
+    assert ask(relay, "/api/services/" + name, Authorization="Bearer " + key)[0] == 200
 
 
 @pytest.fixture
