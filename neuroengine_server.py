@@ -8594,7 +8594,7 @@ class ClusterExchange(HttpExchange):
             except RelayError as error:
                 return self._refuse_forwarded(error)
             self.caller_is_local = caller == "local"
-            self.address = "127.0.0.1" if caller in ("local", "") else caller
+            self.address = address_of_caller(caller)
         if head.path == ("healthz",):
             if self.caller_is_local is not None:
                 return self.respond(200, {"relay": relay.registry.id})
@@ -8813,7 +8813,7 @@ class ClusterRelay(Relay):
 
     def forwarded_for(self, head, peer):
         if "x-relay" in head.fields:
-            return self.caller_of(head.fields) or peer
+            return address_of_caller(self.caller_of(head.fields))
         return super().forwarded_for(head, peer) if super().is_proxy(peer) else peer
 
     def caller_of(self, fields):
@@ -8824,6 +8824,11 @@ class ClusterRelay(Relay):
             raise RelayError("forbidden", "X-Relay and X-Relay-For are for relays of one "
                              "cluster, which share a secret.")
         return fields.get("x-relay-for", "")
+
+
+def address_of_caller(caller):
+    """Whose limits count for what another relay forwards."""
+    return "127.0.0.1" if caller in ("local", "") else caller
 
 
 # Options, checks and commands; the command line, below, calls these.

@@ -10633,6 +10633,13 @@ def test_cluster_limits_and_turns_are_those_of_the_client_behind_the_other_relay
     assert sorted(answer()[0] for answer in answers) == [200] * 6 + [429]
 
 
+def test_cluster_a_client_on_the_machine_of_a_relay_is_answered_by_homes_elsewhere(cluster):
+    home, front = cluster(2)
+    home.proxies = [ipaddress.ip_network("127.0.0.0/8")]       # as if it came from elsewhere
+    hand = FarHand(home, home)
+    assert ask(front, "/v1/models/" + hand.name)[0] == 200
+
+
 def test_cluster_wrong_keys_count_at_all_relays_together(cluster):
     relays = cluster(2, max_wrong_keys_per_minute=4)
     name = name_of()
