@@ -2372,9 +2372,11 @@ class Quotas(Rates):
             self._forget_unsaved()
 
     def restore(self, pairs):
-        """Continue with what was saved: pairs, the latest instants last."""
+        """Continue with what was saved: pairs, the latest instants last. What was counted
+        since is later, and stays."""
         with self._lock:
-            self._due.update(pairs[-self.MOST:])
+            for caller, due in pairs[-self.MOST:]:
+                self._due[caller] = max(due, self._due.get(caller, due))
 
 
 def gives_way(queue, job):

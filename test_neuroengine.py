@@ -10538,6 +10538,16 @@ def test_cluster_keys_quotas_and_revocation_are_exact_at_every_relay(cluster):
                 + key["key"])[0] for relay in relays] == [401] * 3
 
 
+def test_cluster_what_a_home_takes_over_undoes_no_quota_that_is_counted_here():
+    quotas = neuroengine_server.Quotas(lambda: 1000.0)
+    quotas.take("guest", 2, "prompts")
+    saved = list(quotas.take_changed().items())
+    quotas.take("guest", 2, "prompts")
+    quotas.restore(saved)
+    with pytest.raises(RelayError, match="prompts"):
+        quotas.take("guest", 2, "prompts")
+
+
 def test_cluster_an_idempotency_key_at_all_relays_is_one_job(cluster):
     relays = cluster(3)
     hand = FarHand(relays[0], relays[1], workers=8)
