@@ -7186,6 +7186,8 @@ PASSWORD_VARIABLE = "NEUROENGINE_ENGINE_PASSWORD"
 HOP_BY_HOP = frozenset("""connection keep-alive te trailer transfer-encoding upgrade expect
     content-length host origin proxy-authorization proxy-connection""".split())
 NOT_HOME = b"X-Relay-Home: no"
+# Errors of an engine that is not what it was. Redis before 7 wraps those of a script's commands.
+NOT_IN_CHARGE = re.compile("(READONLY|LOADING|MASTERDOWN|NOAUTH|DENIED)|.* -READONLY")
 
 
 class EngineError(sqlite3.OperationalError):
@@ -7320,9 +7322,8 @@ class Engine:
         try:
             sock.sendall(data)
             answers = [self._answer(file) for _ in range(count)]
-            for answer in answers:         # not the engine that it was
-                if str(answer).startswith(("READONLY", "LOADING", "MASTERDOWN", "NOAUTH",
-                                           "DENIED")):
+            for answer in answers:
+                if isinstance(answer, EngineError) and NOT_IN_CHARGE.match(str(answer)):
                     raise Refused(str(answer))
         except BaseException:
             sock.close()

@@ -11370,8 +11370,10 @@ def test_cluster_a_frozen_engine_costs_a_second_and_then_nothing(monkeypatch):
     listener.close()
 
 
-def test_cluster_an_engine_that_became_a_replica_is_left_for_the_other():
-    replica, _ = resp_server(b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n", b"-READONLY no\r\n",
+@pytest.mark.parametrize("refusal", [
+    b"READONLY no", b"ERR Error running script (call to f_1): @user_script:1: -READONLY no"])
+def test_cluster_an_engine_that_became_a_replica_is_left_for_the_other(refusal):
+    replica, _ = resp_server(b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n", b"-%s\r\n" % refusal,
                              b"*1\r\n$5\r\nslave\r\n")
     leader, commands = resp_server(b"*1\r\n$6\r\nmaster\r\n", b"+OK\r\n")
     engine = neuroengine_server.Engine("redis://127.0.0.1:%d,127.0.0.1:%d" % (
