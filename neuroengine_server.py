@@ -7648,7 +7648,7 @@ class EngineStore:
             self.withdraw()
             raise
         if answer != "ok":
-            raise self._refusal(answer, service.name)
+            raise self.refusal(answer, service.name)
         service.stored = True
         return record
 
@@ -7667,10 +7667,10 @@ class EngineStore:
             RENAME, self.home, service.name.lower(), name.lower(), record,
             service.key_digest if reserve else "", service.key_digest)
         if answer != "ok":
-            raise self._refusal(answer, name)
+            raise self.refusal(answer, name)
         return record
 
-    def _refusal(self, answer, name):
+    def refusal(self, answer, name):
         if answer == "taken":
             return RelayError("name_taken", "The name %r is taken. Choose another." % name)
         if answer == "reserved":
@@ -8194,13 +8194,22 @@ class EngineRegistry(Registry):
         with self.changing:
             if not self.id:
                 raise self.silent_error()
+            self._refuse_taken(service.name)
             # Its home will be the relay at which its provider logs in: HAProxy chooses.
             record = self.store.add(service, invitation, old_digest)
             self._know(service.name.lower(), record, None)
 
+    def _refuse_taken(self, name):
+        """Raise RelayError if a name is taken, even if the engine has just lost its data."""
+        self.follow()
+        if name.lower() in self.records:
+            raise self.store.refusal("taken", name)
+
     def rename(self, service, name, **changes):
         with self.changing:
             old = service.name.lower()
+            if name.lower() != old:
+                self._refuse_taken(name)
             record = self.store.rename(service, name, reserve=service.last_seen is not None
                                        and name.lower() != old, **changes)
             self._know(old, None, None)

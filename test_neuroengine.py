@@ -10727,6 +10727,20 @@ def test_cluster_what_others_remember_is_written_back_after_the_homes(cluster, e
     until(lambda: engine.call("HEXISTS", "{neuroengine}:services", name.lower()))
 
 
+def test_cluster_nobody_gets_a_name_that_the_engine_has_lost(cluster, engine, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "RESTORE_SECONDS", 60)
+    relay, name = cluster(), name_of()
+    key = ask(relay, "/api/services", {"name": name})[1]["key"]        # it has no home
+    hand = FarHand(relay, relay)
+    engine.call("FLUSHALL")
+    assert ask(relay, "/api/services", {"name": name})[1]["error"] == "name_taken"
+    assert ask(relay, "/api/services/" + hand.name, {"name": name}, "PATCH",
+               Authorization="Bearer " + hand.key)[1]["error"] == "name_taken"
+    until(lambda: relay.registry._remembered)
+    relay.registry._restore_at = 0
+    until(lambda: ask(relay, "/api/services/" + name, Authorization="Bearer " + key)[0] == 200)
+
+
 def test_cluster_a_change_waits_for_the_engines_replica(cluster, engine, tmp_path):
     relay = cluster()
     port = free_port()
