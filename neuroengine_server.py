@@ -8667,6 +8667,11 @@ class ClusterExchange(HttpExchange):
             self.drop_body()               # this relay is the home
         super().take_slot(reserved)
 
+    def drop(self, request):
+        super().drop(request)
+        if not self.broker.draining:       # else what it asks for may leave this relay
+            self.drop_body()
+
     def drop_body(self):
         """The body is not needed here any more, or too large to be kept."""
         self.body, self.body_dropped = None, True

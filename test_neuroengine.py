@@ -10504,6 +10504,16 @@ def test_cluster_a_provider_that_vanishes_at_one_relay_loses_its_jobs_at_the_hom
         assert answer()[1]["reply"] == "again"
 
 
+def test_cluster_a_poll_keeps_no_memory_for_its_body_while_it_waits(cluster):
+    relay = cluster()
+    hand = FarHand(relay, relay)
+    sock = sent(relay, "/provider/%s/poll" % hand.name, {
+        "session": hand.session, "padding": "x" * 10**5}, Authorization="Bearer " + hand.key)
+    until(lambda: relay.bounds.polls.taken)
+    assert [exchange.body for exchange in relay.active] == [None]
+    sock.close()
+
+
 def test_cluster_a_name_is_registered_once_however_many_relays_are_asked(cluster):
     relays = cluster(3)
     for _ in range(5):
