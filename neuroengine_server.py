@@ -5168,9 +5168,7 @@ def post_api(exchange, api, name=None):
     cap_length(request, access, APIS[api].usual_length)
     exchange.take_slot(reserved=by_operator or access is not None)
     stream = request.get("stream")
-    tells_usage = stream_option(request, "include_usage")
-    tells_queue = stream_option(request, "include_queue") or (
-        exchange.head.fields.get("x-neuroengine-queue") == "1")
+    tells_usage, tells_queue = stream_options(exchange, request) if stream else (False, False)
     reader = submit_api(exchange, api, service, request, by_operator, access, opaque)
     if opaque:
         encoder = OpaqueStream(api, service) if stream else OpaqueWhole(api)
@@ -5183,9 +5181,13 @@ def post_api(exchange, api, name=None):
     (StreamOutlet if stream else LateOutlet)(exchange, reader, encoder).answer()
 
 
-def stream_option(request, name):
-    """Whether a request's stream_options have this flag."""
-    return bool((request.get("stream_options") or {}).get(name))
+def stream_options(exchange, request):
+    """Whether a stream is to tell its usage, and its queue position. Two flags, because the
+    options could be large, and the wait long."""
+    options = request.get("stream_options") or {}
+    return bool(options.get("include_usage")), bool(
+        options.get("include_queue")
+        or exchange.head.fields.get("x-neuroengine-queue") == "1")
 
 
 def find_model(exchange, name):
