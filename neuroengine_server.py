@@ -394,13 +394,13 @@ class Queue:
     """The jobs that wait for one service.
 
     Returned jobs go first, by number; then the operator's, then urgent ones, then all others.
-    Within each of these three kinds callers take turns.
+    Within each of these three kinds callers take turns; those of one IPv6 /48 share theirs.
     """
 
     def __init__(self):
         self._returned = []
         self._operators, self._urgent, self._others = self._kinds = (
-            OrderedDict(), OrderedDict(), OrderedDict())    # caller -> deque, its line of jobs
+            OrderedDict(), OrderedDict(), OrderedDict())    # group of callers -> its line
         self._positions = None        # Job -> queue position, until something changes
         self.size = 0                 # of all together
 
@@ -413,7 +413,9 @@ class Queue:
         """How many prompts of this job's caller wait; or of the operator, if it is one."""
         if job.by_operator:
             return sum(map(len, self._operators.values()))
-        return len(self._urgent.get(job.caller, ())) + len(self._others.get(job.caller, ()))
+        group = widest_group(job.caller)
+        return sum(other.caller == job.caller for lines in (self._urgent, self._others)
+                   for other in lines.get(group, ()))
 
     def add(self, job):
         """Put a job where it belongs."""
@@ -422,7 +424,7 @@ class Queue:
         if job.returned:
             bisect.insort(self._returned, (job.number, job))
         else:
-            self._lines_of(job).setdefault(job.caller, deque()).append(job)
+            self._lines_of(job).setdefault(widest_group(job.caller), deque()).append(job)
 
     def _lines_of(self, job):
         """The lines of a job that no provider has had."""
@@ -437,10 +439,10 @@ class Queue:
         if job.returned:
             del self._returned[bisect.bisect_left(self._returned, (job.number,))]
             return
-        lines = self._lines_of(job)
-        lines[job.caller].remove(job)
-        if not lines[job.caller]:
-            del lines[job.caller]
+        lines, group = self._lines_of(job), widest_group(job.caller)
+        lines[group].remove(job)
+        if not lines[group]:
+            del lines[group]
 
     def take(self, session):
         """Take out this session's next job; None if there is none. A caller whose first job
@@ -448,9 +450,9 @@ class Queue:
         for job in self._first_of_each() if self.size else ():
             if session.may_take(job):
                 self.remove(job)
-                lines = self._lines_of(job)
-                if not job.returned and job.caller in lines:
-                    lines.move_to_end(job.caller)         # the next caller's turn
+                lines, group = self._lines_of(job), widest_group(job.caller)
+                if not job.returned and group in lines:
+                    lines.move_to_end(group)       # the next caller's turn
                 return job
         return None
 

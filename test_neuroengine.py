@@ -451,6 +451,15 @@ def test_callers_take_turns_and_the_operator_goes_first(desk):
         b'"own"', b'"a1"', b'"b1"', b'"c1"', b'"a2"', b'"b2"', b'"a3"']
 
 
+def test_the_callers_of_one_wide_network_take_turns_as_one(desk):
+    crowd = [desk.submit(caller="2001:db8:1:%x::/64" % number, wait=True) for number in range(9)]
+    other = desk.submit(caller="192.0.2.1", wait=True)
+    assert desk.broker.queue_position(other.job)["position"] == 2
+    desk.poll(desk.login())
+    assert crowd[0].job.state == "leased" and desk.broker.queue_position(
+        other.job)["position"] == 1
+
+
 def test_queues_are_bounded_per_service_and_per_caller():
     desk = Desk(max_queue=3, max_queue_per_caller=2)
     desk.login()

@@ -50,6 +50,10 @@ def item_of(job, number):
     return "%d " % number * (60 if number % 7 == 0 else 1)
 
 
+def group(job):
+    return ne.widest_group(job.caller)
+
+
 class Fair(ne.Queue):
     """A Queue that looks at whom it passes over."""
 
@@ -62,8 +66,8 @@ class Fair(ne.Queue):
                 insist(not mine or other.number > job.number or job.returned,
                        "%s overtook %s", job.number, other.number)
                 insist(not other.by_operator or job.by_operator or job.returned
-                       or any(third.by_operator and third.caller == other.caller
-                              and third.number < other.number for third in self),
+                       or any(third.by_operator and third.number < other.number
+                              and group(third) == group(other) for third in self),
                        "%s before the operator's %s", job.number, other.number)
                 insist(not other.returned or job.returned and job.number < other.number,
                        "%s before the returned %s", job.number, other.number)
