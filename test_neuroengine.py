@@ -2353,7 +2353,9 @@ def test_acknowledged_changes_survive_kill_9(tmp_path):
     for run in range(15):
         process.stdin.write(b"%d\n" % run)
         process.stdin.flush()
-        lines = [process.stdout.readline() for _ in range(2)]   # its number, and a service
+        lines = [process.stdout.readline()]
+        while len({line[:3] == b"run" for line in lines}) < 2:  # its number, and a service
+            lines.append(process.stdout.readline())
         time.sleep(choose.uniform(0, 0.1))
         os.kill(int(next(line for line in lines if line[:1].isdigit())), signal.SIGKILL)
         lines += iter(process.stdout.readline, b"killed\n")
