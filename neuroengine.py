@@ -162,6 +162,9 @@ class NeuroengineError(Exception):
         self.row = row or name                 # of ADVICE
         self.names: Dict[str, Any] = {}        # what advise() was given
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.errorcode, self.message), self.__dict__
+
     def __str__(self) -> str:
         return self.message
 
@@ -288,6 +291,11 @@ def relay_url(address, port=443):
     return "https://" + host + slash + path
 
 
+def in_path(name):
+    """A name as a part of a path; what the relay would not take becomes a question mark."""
+    return urllib.parse.quote(str(name), safe="", errors="replace")
+
+
 def parse_answer(status, headers, body, kind=dict):
     """The JSON that the relay answered: a dict, or what `kind` says. Raises
     NeuroengineError for an error, and for what is not the answer of a relay."""
@@ -302,7 +310,9 @@ def parse_answer(status, headers, body, kind=dict):
         raise NeuroengineError(NO_CONNECTION, (
             "The relay redirects to %s: use that address." % where if where else
             "This address answered HTTP %d, but not as a neuroengine relay does."
-            % status), "bad_answer", pause_of(headers), retry=status >= 500)
+            % status), "bad_answer", pause_of(headers), retry=status >= 500 or (
+                # A proxy may end an answer in good order that was cut.
+                answer is None and "json" in (headers.get("Content-Type") or "")))
     return answer
 
 
@@ -537,6 +547,8 @@ class Response:
         raw = self._raw
         try:
             data = raw.read()
+        except ValueError as error:            # of http.client: a chunk of a negative size
+            raise http.client.HTTPException(str(error)) from None
         finally:
             self.close()
         # http.client takes a head that was cut for a whole one, without a length.
@@ -556,9 +568,9 @@ class Response:
             if len(rest) > MAX_LINE_BYTES:
                 raise http.client.HTTPException("a line is too long")
             yield from lines
-        if rest:
-            yield rest
         self.close()
+        if rest:                               # a proxy may end in good order what was cut
+            raise http.client.HTTPException("the answer was cut")
 
     def close(self):
         """Keep the connection if it can be used again, otherwise close it."""
@@ -676,7 +688,12 @@ class Transport:
             raise NeuroengineError(NO_CONNECTION, "%s is not an address of a relay: write "
                                    "http://HOST:PORT or https://HOST, with a PORT from 1 to "
                                    "65535." % self.base, "bad_address") from None
-        proxy, headers = proxy_of(url)
+        try:
+            proxy, headers = proxy_of(url)
+        except ValueError as error:
+            raise NeuroengineError(NO_CONNECTION, "The proxy that the environment names for %s "
+                                   "cannot be used (%s)." % (self.base, error),
+                                   "bad_address") from None
         return secure, host, url.path.rstrip("/"), proxy, headers
 
     def _new(self):
@@ -748,8 +765,9 @@ class RelayTransport(Transport):
 
 def proxy_of(url):
     """(host and port of the proxy for a split URL, the headers it wants); or (None, {}).
-    Loopback is never reached through a proxy."""
-    if is_loopback(url.hostname) or urllib.request.proxy_bypass(url.netloc):
+    Loopback is never reached through a proxy. Raises ValueError."""
+    if is_loopback(url.hostname) or any(map(urllib.request.proxy_bypass,
+                                            (url.netloc, url.hostname))):
         return None, {}
     proxy, headers = urllib.request.getproxies().get(url.scheme), {}
     if not proxy:
@@ -761,7 +779,11 @@ def proxy_of(url):
                            urllib.parse.unquote(proxy.password or ""))
         headers["Proxy-Authorization"] = "Basic " + base64.b64encode(
             login.encode("utf-8")).decode("ascii")
-    return proxy.netloc.rpartition("@")[2], headers
+    host = proxy.netloc.rpartition("@")[2]
+    host.encode("idna")
+    if proxy.scheme.startswith("socks"):
+        raise ValueError("only HTTP proxies can")
+    return host if proxy.port else host + ":80", headers
 
 
 def encode(body):
@@ -1172,15 +1194,16 @@ class Neuroengine:
         Each has at least name, operator, comment, connected, queuelen and numreq. Raises
         NeuroengineError.
         """
-        return self._send({"command": "getmodels"}, kind=list)
+        return self._send({"command": "getmodels"}, kind=list, timeout=REQUEST_SECONDS)
 
     def send(self, command: Dict[str, Any]) -> Any:
         """Send a dict to the service once, and return what the relay answers. Raises
         NeuroengineError."""
-        return self._send(command, kind=(dict, list))
+        return self._send(command, kind=(dict, list), timeout=REQUEST_SECONDS
+                          if "command" in command else ANSWER_SECONDS)
 
     def _path(self):
-        return "/" + urllib.parse.quote(str(self.service_name), safe="")
+        return "/" + in_path(self.service_name)
 
     def _command_of(self, prompt, fields):
         """The body for a prompt. Raises NeuroengineError if it is no prompt, or for nobody."""
@@ -1259,6 +1282,8 @@ class Neuroengine:
                         raise NeuroengineError(NO_CONNECTION, "The stream was cut.",
                                                "no_connection")
                 except NeuroengineError as error:
+                    if finished:               # the answer is whole
+                        break
                     lost = error.name == "provider_lost"     # so this stream has ended
                     try:
                         if lost and at:
@@ -1406,7 +1431,7 @@ class Batch:
         self._calls, self._replies = {}, {}    # by the prompt's number
         self._taken = self._yielded = self._failed = 0
         self._ended = False                    # no prompt is left to take
-        self._error = None                     # that _prompts raised
+        self._error = None                     # that _prompts or request() raised
         self._begun, self._line = time.monotonic(), Line()
 
     def replies(self):
@@ -1449,7 +1474,14 @@ class Batch:
                 number, prompt = self._take()
             if number is None:
                 return
-            reply = self._client.request(prompt, _call=self._calls[number], **self._params)
+            try:
+                reply = self._client.request(prompt, _call=self._calls[number], **self._params)
+            except BaseException as error:     # of a wrong parameter, say: replies() raises it
+                with self._lock:
+                    self._error, self._ended = error, True
+                    self._taken = min(self._taken, number)
+                    self._changed.notify()
+                return
             with self._lock:
                 del self._calls[number]
                 self._replies[number] = reply
@@ -2408,7 +2440,7 @@ class NeuroengineServer:
             self._features, self._stale = features, True
 
     def _path(self, action):
-        return "/provider/%s/%s" % (urllib.parse.quote(self.service_name, safe=""), action)
+        return "/provider/%s/%s" % (in_path(self.service_name), action)
 
     def _call(self, action, timeout=REQUEST_SECONDS, **body):
         return self._transport.call("POST", self._path(action), body, key=self.service_key,
@@ -4271,7 +4303,7 @@ def key_file(url, name):
                                    "set NEUROENGINE_HOME to a folder.", "no_home")
         home = os.path.join(config, "neuroengine")
     where = urllib.parse.quote(urllib.parse.urlsplit(url).netloc, safe="")
-    return os.path.join(home, where, urllib.parse.quote(name.lower(), safe="") + ".key")
+    return os.path.join(home, where, in_path(name.lower()) + ".key")
 
 
 def save_key(path, key):
@@ -4393,7 +4425,7 @@ def of_service(error, transport, name, key="", source=""):
 
 def service_path(name):
     """Where a service is shown and changed."""
-    return "/api/services/%s" % urllib.parse.quote(name, safe="")
+    return "/api/services/%s" % in_path(name)
 
 
 def register(transport, options, name, old=""):
@@ -5012,7 +5044,7 @@ class Operating:
             raise NeuroengineError(NO_CONNECTION, "%s has %s access key %s: `keys %s` lists "
                                    "%s." % (self.name, len(found) or "no", word, self.name,
                                             "their IDs" if found else "them"), "no_such_key")
-        return "/keys/" + urllib.parse.quote(str(found[0].get("id")), safe="")
+        return "/keys/" + in_path(found[0].get("id"))
 
     def change(self, words, **fields):
         """Change the service, and say so."""

@@ -6074,6 +6074,16 @@ def test_getmodels_lists_the_services(relay, provide):
     assert model["connected"] is True and model["queuelen"] == 0
 
 
+def test_only_what_waits_for_an_answer_waits_for_an_hour(monkeypatch):
+    api, waits = Neuroengine("x", "http://127.0.0.1:1"), []
+    monkeypatch.setattr(api._transport, "call", lambda *args, timeout, **more:
+                        waits.append(timeout) or {"reply": "x"})
+    for ask in (api.getModels, lambda: api.send({"command": "getmodels"}),
+                lambda: api.send({"message": "hi"}), lambda: api.request("hi")):
+        ask()
+    assert waits == [neuroengine.REQUEST_SECONDS] * 2 + [neuroengine.ANSWER_SECONDS] * 2
+
+
 def test_stream_yields_as_the_provider_does(relay, provide):
     go = threading.Event()
 
@@ -6216,6 +6226,53 @@ def test_an_answer_cut_within_its_head_is_asked_for_again():
         threading.Thread(target=serve, daemon=True).start()
         url = "http://127.0.0.1:%d" % listener.getsockname()[1]
         assert Neuroengine("x", url).request("hi") == "hi"
+
+
+def test_an_answer_cut_by_a_proxy_that_ends_it_in_good_order_is_asked_for_again(
+        answering, monkeypatch):
+    monkeypatch.setattr(neuroengine, "FIRST_PAUSE_SECONDS", 0.01)
+    cut = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{\"reply\": \"ha"
+    server = answering(cut, http_answer({"reply": "whole"}))
+    assert Neuroengine("x", server.url).request("hi") == "whole"
+    lines = [b'{"at":0,"items":["one "]}\n{"at":1,"ite', b'{"at":1,"items":["two"],"done":true}\n']
+    server = answering(*[http_answer(line, kind="application/x-ndjson") for line in lines])
+    assert list(Neuroengine("x", server.url).stream("hi")) == ["one ", "two"]
+
+
+def test_a_stream_that_is_cut_after_its_last_record_is_whole(answering):
+    record = b'{"at":0,"items":["all"],"done":true}\n'
+    server = answering(http_answer(record, kind="application/x-ndjson").replace(
+        b"Content-Length: %d" % len(record), b"Content-Length: 9999"))
+    assert list(Neuroengine("x", server.url).stream("hi", tries=1)) == ["all"]
+
+
+@pytest.mark.parametrize("proxy", [
+    "http://[::1", "http://a..b:3128", "http://%s:3128" % ("x" * 70), "http://p:port",
+    "socks5://127.0.0.1:9"])
+def test_a_proxy_that_is_no_address_is_an_error_in_words(monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    reply = Neuroengine("x", "http://relay.example").request("hi", tries=1)
+    assert reply.errorcode == -1 and "proxy" in reply
+    assert NeuroengineServer("http://relay.example").login("x", "y") == -1
+
+
+@pytest.mark.parametrize("name", ["a\udcff", None, 5])
+def test_a_name_that_is_none_is_an_error_of_the_relay(relay, name):
+    assert client_of(relay, name).request("hi", tries=1).errorcode > 0
+    assert NeuroengineServer(relay.url).login(name, "y") < 0
+
+
+def test_a_chunk_of_a_negative_size_is_a_connection_error(answering):
+    server = answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nabcde\r\n")
+    assert Neuroengine("x", server.url).request("hi", tries=1).errorcode == -1
+    assert NeuroengineServer(server.url).login("x", "y") == -1
+
+
+def test_a_neuroengine_error_can_be_copied_and_pickled():
+    error = NeuroengineError(44, "Busy.", "relay_busy", 5.0, True)
+    for same in pickle.loads(pickle.dumps(error)), copy.copy(error):
+        assert (str(same), vars(same)) == (str(error), vars(error))
 
 
 def test_request_never_raises_and_stream_and_getmodels_do():
@@ -6583,6 +6640,14 @@ def test_map_takes_no_more_prompts_than_it_needs_and_ends_when_closed(relay, pro
         next(replies)
 
 
+def test_map_raises_what_request_raises(relay):
+    def ask():
+        with pytest.raises(TypeError, match="prompt"):
+            list(client_of(relay, "x").map(["hi"] * 20, prompt="twice"))
+        return True
+    assert in_thread(ask)()
+
+
 def test_closing_map_closes_the_iterators_of_what_is_under_way(relay, provide):
     answer, begun = Endless(), threading.Event()
     name, _ = provide(lambda request: "x" if request["message"] == "short" else
@@ -6686,6 +6751,16 @@ def test_a_proxy_is_used_but_never_for_loopback(answering, monkeypatch, relay):
     assert secure.startswith("CONNECT relay.example:443 ")
     for head in (plain, secure):
         assert "Basic bWU6c2VjcmV0" in head
+
+
+@pytest.mark.parametrize("proxy, no_proxy, used", [
+    ("http://proxy.example", "", "proxy.example:80"), ("[::1]:3128", "", "[::1]:3128"),
+    ("http://me@proxy.example:3128", "2001:db8::1", None)])
+def test_a_proxy_has_a_port_and_is_not_used_for_the_hosts_of_no_proxy(
+        monkeypatch, proxy, no_proxy, used):
+    monkeypatch.setenv("https_proxy", proxy)
+    monkeypatch.setenv("no_proxy", no_proxy)
+    assert neuroengine.Transport("https://[2001:db8::1]:8443").where()[3] == used
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
