@@ -7503,24 +7503,27 @@ announce(name)
 return 'ok'
 """
 
-# id, name, new name, new record, digest to reserve the old name for or '', digest of the
-# service's key -> what became of it
+# id, name, new name, record as it was, new record, digest to reserve the old name for or '',
+# digest of the service's key -> what became of it
 RENAME = """
 local id, old, new = a[1], a[2], a[3]
+local there = field('services', old)
+if there == '' and field('services', new) == a[5] and home(new) == id then return 'ok' end
 if home(old) ~= id then return 'fenced' end
+if there ~= a[4] and there ~= a[5] then return 'changed' end
 if new ~= old then
     if redis.call('hexists', key('services'), new) == 1 then return 'taken' end
     local reserved = redis.call('hget', key('reserved'), new)
-    if reserved and reserved ~= a[6] then return 'reserved' end
+    if reserved and reserved ~= a[7] then return 'reserved' end
     redis.call('hset', key('counters'), new, field('counters', old))
     for _, of in ipairs({'services', 'homes', 'counters'}) do
         redis.call('hdel', key(of), old)
     end
     redis.call('hdel', key('reserved'), new)
-    if a[5] ~= '' then redis.call('hset', key('reserved'), old, a[5]) end
+    if a[6] ~= '' then redis.call('hset', key('reserved'), old, a[6]) end
     announce(old)
 end
-redis.call('hset', key('services'), new, a[4])
+redis.call('hset', key('services'), new, a[5])
 redis.call('hset', key('homes'), new, id)
 announce(new)
 return 'ok'
@@ -7665,11 +7668,13 @@ class EngineStore:
 
     def rename(self, service, name, reserve, **columns):
         """Write another name, as Store.rename does; return the record. Raises RelayError."""
-        record = json.loads(self.engine.call("HGET", KEY + "services", service.name.lower()))
-        record = json.dumps(dict(record, name=name, **columns), sort_keys=True)
-        answer = self.engine.change(
-            RENAME, self.home, service.name.lower(), name.lower(), record,
-            service.key_digest if reserve else "", service.key_digest)
+        answer = "changed"
+        while answer == "changed":         # by somebody else in between
+            old = self.engine.call("HGET", KEY + "services", service.name.lower()) or "{}"
+            record = json.dumps(dict(json.loads(old), name=name, **columns), sort_keys=True)
+            answer = self.engine.change(
+                RENAME, self.home, service.name.lower(), name.lower(), old, record,
+                service.key_digest if reserve else "", service.key_digest)
         if answer != "ok":
             raise self.refusal(answer, name)
         return record

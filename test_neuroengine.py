@@ -10950,8 +10950,19 @@ def test_cluster_what_a_relay_remembers_replaces_nothing_newer(engine_store):
     assert service.comment == "" and not engine_store.table("homes")
 
 
-def test_cluster_two_changes_of_a_service_at_once_are_both_kept(engine_store):
-    store, (service,) = engine_store, engine_store.load()
+@pytest.fixture
+def home_store(engine, engine_store):
+    """The same for a relay that is home to that service."""
+    engine_store.home = "1@a"
+    engine.call("HSET", "{neuroengine}:homes", "one", "1@a")
+    return engine_store
+
+
+@pytest.mark.parametrize("edit", [
+    lambda store, service: store.change(service, operator="Ann"),
+    lambda store, service: store.rename(service, "Two", False, operator="Ann")])
+def test_cluster_two_changes_of_a_service_at_once_are_both_kept(home_store, edit):
+    store, (service,) = home_store, home_store.load()
     change, others = store.engine.change, [{"comment": "by another"}]
 
     def after_another(script, *arguments):
@@ -10959,9 +10970,18 @@ def test_cluster_two_changes_of_a_service_at_once_are_both_kept(engine_store):
             store.change(service, **others.pop())
         return change(script, *arguments)
     store.engine.change = after_another
-    store.change(service, operator="Ann")
+    edit(store, service)
     stored, = store.load()
     assert (stored.operator, stored.comment) == ("Ann", "by another")
+
+
+def test_cluster_a_rename_may_be_sent_twice(home_store):
+    service, = home_store.load()
+    change = home_store.engine.change
+    home_store.engine.change = lambda *a: change(*a) and change(*a)    # the reply was lost
+    home_store.rename(service, "Two", True)
+    assert [service.name for service in home_store.load()] == ["Two"]
+    assert home_store.table("reserved") == {"one": digest("key")}
 
 
 def test_cluster_a_late_relay_asks_before_it_acts_as_home(cluster, engine):
