@@ -7484,6 +7484,18 @@ announce(name)
 return 'ok'
 """
 
+# name, record as it was written, invitation or '', digest that the name was reserved for or '':
+# take a registration back
+WITHDRAW = """
+if field('services', a[1]) ~= a[2] then return end
+for _, of in ipairs({'services', 'homes', 'counters'}) do
+    redis.call('hdel', key(of), a[1])
+end
+if a[3] ~= '' then redis.call('hincrby', key('invites'), a[3], 1) end
+if a[4] ~= '' then redis.call('hset', key('reserved'), a[1], a[4]) end
+announce(a[1])
+"""
+
 # id or '' (a command), name, record as it was, new record or '', digest to reserve the name
 # for or '' -> what became of it
 PUT = """
@@ -7628,7 +7640,7 @@ class EngineStore:
         self.engine, self._most = engine, most
         self.home = ""                     # the relay's id; "" for a command
         self.fenced = 0                    # writes that were refused
-        self._withdrawn = []               # (name, record) of new services, see withdraw
+        self._withdrawn = []               # scripts and their arguments, see _change
 
     def changes(self):
         return 0                           # the registry follows them by itself
@@ -7647,23 +7659,32 @@ class EngineStore:
     def add(self, service, invitation=None, old_digest=""):
         """Write a new service, as Store.add does; return its record. Raises RelayError."""
         name, record = service.name.lower(), record_of(service)
-        try:
-            answer = self.engine.change(ADD, self.home, name, record, invitation or "",
-                                        old_digest, self._most)
-        except EngineError:                # it may have been written all the same
-            self._withdrawn.append((name, record))
-            self.withdraw()
-            raise
+        reserved = self.engine.call("HGET", KEY + "reserved", name) or ""
+        answer = self._change((WITHDRAW, name, record, invitation or "", reserved), ADD,
+                              self.home, name, record, invitation or "", old_digest, self._most)
         if answer != "ok":
             raise self.refusal(answer, service.name)
         service.stored = True
         return record
 
+    def _change(self, undo, script, *arguments):
+        """Run a script, and return its answer. If that fails, it may have run all the same:
+        undo, a script with its arguments, then takes back what it wrote."""
+        self.withdraw()
+        if self._withdrawn:
+            raise EngineError("The engine has not taken back yet what failed before")
+        try:
+            return self.engine.change(script, *arguments)
+        except EngineError:
+            self._withdrawn.append(undo)
+            self.withdraw()
+            raise
+
     def withdraw(self):
-        """Delete what was refused, but may have been written; as soon as that can be done."""
+        """Take back what was refused, but may have been written; as soon as that can be done."""
         with contextlib.suppress(EngineError):
             while self._withdrawn:
-                self.engine.run(PUT, "", *self._withdrawn[0], "", "")
+                self.engine.run(*self._withdrawn[0])
                 self._withdrawn.pop(0)
 
     def rename(self, service, name, reserve, **columns):

@@ -10943,6 +10943,30 @@ def test_cluster_reserved_names_and_used_invitations_register_nothing(engine_sto
     assert [service.name for service in engine_store.load()] == ["One"]
 
 
+def fail_after_changes(store):
+    """Let the engine of a store make each change, and then fail, as if its replica hung."""
+    change = store.engine.change
+
+    def unconfirmed(*arguments):
+        assert change(*arguments) == "ok"
+        raise neuroengine_server.EngineError("no replica has it")
+    store.engine.change = unconfirmed
+
+
+TABLES = ("services", "homes", "invites", "reserved")
+
+
+def test_cluster_a_registration_that_failed_uses_nothing_up(engine_store):
+    service, = engine_store.load()
+    engine_store.remove(service, reserve=True)
+    engine_store.invite("code", 1)
+    before = [engine_store.table(name) for name in TABLES]
+    fail_after_changes(engine_store)
+    with pytest.raises(neuroengine_server.EngineError):
+        engine_store.add(Service("One", ""), "code", digest("key"))
+    assert [engine_store.table(name) for name in TABLES] == before
+
+
 def test_cluster_what_a_relay_remembers_replaces_nothing_newer(engine_store):
     old = neuroengine_server.record_of(Service("One", "", comment="old"))
     engine_store.engine.run(neuroengine_server.RESTORE, "1@a", "one", old, "{}")
