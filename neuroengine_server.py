@@ -7432,11 +7432,12 @@ redis.call('set', key('relay:' .. id), a[1], 'px', a[2])
 return id
 """
 
-# id, milliseconds -> whether it was a member still, the data's name, replicas, ids of members
+# id, milliseconds -> whether it was a member still, the data's name, replicas that have all of
+# it, ids of members
 BEAT = """
+local _, replicas = redis.call('info', 'replication'):gsub('state=online', '')
 local answer = {redis.call('pexpire', key('relay:' .. a[1]), a[2]),
-    redis.call('get', key('born')) or '',
-    tonumber(redis.call('info', 'replication'):match('connected_slaves:(%d+)'))}
+    redis.call('get', key('born')) or '', replicas}
 for _, id in ipairs(redis.call('smembers', key('relays'))) do
     if lives(id) then answer[#answer + 1] = id
     else redis.call('srem', key('relays'), id) end
@@ -7669,15 +7670,16 @@ class EngineStore:
 
     def _change(self, undo, script, *arguments):
         """Run a script, and return its answer. If that fails, it may have run all the same:
-        undo, a script with its arguments, then takes back what it wrote."""
+        undo, a script with its arguments, then takes back what it wrote. undo: or None."""
         self.withdraw()
         if self._withdrawn:
             raise EngineError("The engine has not taken back yet what failed before")
         try:
             return self.engine.change(script, *arguments)
         except EngineError:
-            self._withdrawn.append(undo)
-            self.withdraw()
+            if undo is not None:
+                self._withdrawn.append(undo)
+                self.withdraw()
             raise
 
     def withdraw(self):
@@ -7689,13 +7691,15 @@ class EngineStore:
 
     def rename(self, service, name, reserve, **columns):
         """Write another name, as Store.rename does; return the record. Raises RelayError."""
-        answer = "changed"
-        while answer == "changed":         # by somebody else in between
-            old = self.engine.call("HGET", KEY + "services", service.name.lower()) or "{}"
-            record = json.dumps(dict(json.loads(old), name=name, **columns), sort_keys=True)
-            answer = self.engine.change(
-                RENAME, self.home, service.name.lower(), name.lower(), old, record,
-                service.key_digest if reserve else "", service.key_digest)
+        old, new, hashed, answer = service.name.lower(), name.lower(), service.key_digest, ""
+        while answer in ("", "changed"):   # by somebody else in between
+            before, reserved = self.engine.calls(("HGET", KEY + "services", old),
+                                                 ("HGET", KEY + "reserved", new))
+            before = before or "{}"
+            record = json.dumps(dict(json.loads(before), name=name, **columns), sort_keys=True)
+            answer = self._change(
+                (RENAME, self.home, new, old, record, before, reserved or "", hashed),
+                RENAME, self.home, old, new, before, record, hashed if reserve else "", hashed)
         if answer != "ok":
             raise self.refusal(answer, name)
         return record
@@ -7715,14 +7719,16 @@ class EngineStore:
             return RelayError("relay_busy", "These relays have no room for more services.")
         return Moved()
 
-    def _edit(self, name, edit, reserve=""):
+    def _edit(self, name, edit, reserve="", removes=False):
         """Write the record that edit makes of the present one; "" deletes the service.
-        Raises RelayError if another relay is home to it."""
+        removes: what it takes away stays away, even if that fails. Raises RelayError if
+        another relay is home to it."""
         answer = "changed"
         while answer == "changed":         # by somebody else in between
             old = self.engine.call("HGET", KEY + "services", name) or ""
             new = edit(old) if old else ""
-            answer = self.engine.change(PUT, self.home, name, old, new, reserve)
+            answer = self._change(None if removes else (PUT, "", name, new, old, ""),
+                                  PUT, self.home, name, old, new, reserve)
         if answer != "ok":
             self.fenced += 1
             raise Moved()
@@ -7746,11 +7752,11 @@ class EngineStore:
             record = json.loads(old)
             record["keys"] = [k for k in record["keys"] if k["id"] != key.id] + more
             return json.dumps(record, sort_keys=True)
-        self._edit(key.service, edit)
+        self._edit(key.service, edit, removes=not more)
 
     def remove(self, service, reserve=False):
         self._edit(service.name.lower(), lambda old: "",
-                   service.key_digest if reserve else "")
+                   service.key_digest if reserve else "", removes=True)
 
     def save(self, services):
         """Write the counters of services. Raises RelayError if some have another home."""
@@ -7971,7 +7977,6 @@ class EngineRegistry(Registry):
         renewed = time.monotonic()
         while not self._broker.closed:
             if self.follow():
-                self.store.withdraw()
                 if self._revoked or self._unsaved or self._trouble:
                     self.save()
             if self._broker.draining:
@@ -7990,6 +7995,7 @@ class EngineRegistry(Registry):
             with self.changing:
                 if self._followed_at < now:          # else another thread just did
                     began = time.monotonic()
+                    self.store.withdraw()
                     self._beat()
                     self._read_changes()
                     self._followed_at = began

@@ -10847,14 +10847,28 @@ def test_cluster_a_change_waits_for_the_engines_replica(cluster, engine, tmp_pat
     try:
         until(lambda: relay.registry.engine.replicas, 60)
         until(lambda: ask(relay, "/api/services", {"name": name_of()})[0] == 201, 60)
-        replica.send_signal(signal.SIGSTOP)
         name = name_of()
+        key = ask(relay, "/api/services", {"name": name})[1]["key"]
+        replica.send_signal(signal.SIGSTOP)
+        bearer, name, path = {"Authorization": "Bearer " + key}, name_of(), "/api/services/" + name
+        assert ask(relay, path, {"new_key": True}, "PATCH", **bearer)[1]["error"] == "relay_busy"
+        assert ask(relay, path, **bearer)[0] == 200
         assert ask(relay, "/api/services", {"name": name})[1]["error"] == "relay_busy"
         replica.send_signal(signal.SIGCONT)
         until(lambda: ask(relay, "/api/services", {"name": name})[0] == 201, 60)
     finally:
         replica.kill()
         replica.wait()
+
+
+def test_cluster_a_replica_that_is_still_syncing_holds_up_no_change(engine, engine_store):
+    engine.call("CONFIG", "SET", "repl-diskless-sync", "yes")
+    engine.call("CONFIG", "SET", "repl-diskless-sync-delay", "60")
+    with socket.socket(socket.AF_UNIX) as replica:
+        replica.connect(engine.folder + "/s")
+        replica.sendall(b"PSYNC ? -1\r\n")
+        until(lambda: "state=wait" in engine.call("INFO", "replication"))
+        assert engine_store.engine.run(neuroengine_server.BEAT, "1@a", 1000)[2] == 0
 
 
 def test_cluster_a_relay_that_is_home_no_more_cannot_write(cluster, engine):
@@ -10965,6 +10979,27 @@ def test_cluster_a_registration_that_failed_uses_nothing_up(engine_store):
     with pytest.raises(neuroengine_server.EngineError):
         engine_store.add(Service("One", ""), "code", digest("key"))
     assert [engine_store.table(name) for name in TABLES] == before
+
+
+@pytest.mark.parametrize("edit", [
+    lambda store, service: store.change(service, key_digest="lost"),
+    lambda store, service: store.rename(service, "Two", True),
+    lambda store, service: store.rename(service, "ONE", False),
+    lambda store, service: store.add_key(service, neuroengine_server.AccessKey(
+        "i", "d", "", 0, *[None] * 5))])
+@pytest.mark.parametrize("twice", [False, True])
+def test_cluster_a_change_that_failed_is_not_in_force(home_store, edit, twice):
+    service, = home_store.load()
+    before = [home_store.table(name) for name in TABLES]
+    fail_after_changes(home_store)
+    run = home_store.engine.run
+    if twice:                              # to take it back is not confirmed either
+        home_store.engine.run = home_store.engine.change
+    with pytest.raises(neuroengine_server.EngineError):
+        edit(home_store, service)
+    home_store.engine.run = run
+    home_store.withdraw()
+    assert [home_store.table(name) for name in TABLES] == before
 
 
 def test_cluster_what_a_relay_remembers_replaces_nothing_newer(engine_store):
