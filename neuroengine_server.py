@@ -5013,7 +5013,7 @@ class SharedOutlet(WholeOutlet):
         try:
             if error is None:
                 body = self._body()
-                error = self.job.error     # set if the answer had to make room meanwhile
+                error = self.job.error     # now set if the answer had to make room
             if error is not None:
                 return self.exchange.error_response(error)
             return self.exchange.response(200, body, self.encoder.kind,
@@ -5321,7 +5321,7 @@ class LateOutlet(SharedOutlet):
         try:
             if error is None:
                 body = self._body()
-                error = self.job.error     # set if the answer had to make room meanwhile
+                error = self.job.error     # now set if the answer had to make room
             if error is None:
                 return body
         except Exception as fault:
@@ -5753,8 +5753,8 @@ def change_service(exchange, name):
 
 
 def rename_service(exchange, service, name, changes):
-    """Give a service another name, and change its columns. That counts as a registration: the old name may stay
-    reserved."""
+    """Give a service another name, and change its columns. That counts as a registration: the
+    old name may stay reserved."""
     if not is_name(name):
         raise RelayError("invalid_name", invalid_name_words(name), param="name")
     charge_registration(exchange)
@@ -5849,7 +5849,7 @@ class Directory:
         self._lock = threading.Lock()      # held while it is built, by one thread
         self._built_at = -math.inf
         self._version, self._took = -1, 0.0
-        # Replaced as a whole: other threads send it meanwhile.
+        # Replaced as a whole, since other threads send it.
         self._sent = b"[]", b"", '""'      # body, compressed, ETag
         self._models = {}                  # whether all -> body of /v1/models
 
