@@ -8437,18 +8437,18 @@ class Forward:
         # lasts: the home takes its closing for the provider's end.
         self.is_poll = exchange.head.path[::2] == ("provider", "poll")
         self._lock = threading.Lock()      # abort must not close a socket that is pooled
-        self._sock = None
+        self._sock, self._aborted = None, False
 
     def run(self):
         """Forward the request, and pass the response on as it comes. Raises NotSent, if the
         home did not act on it; PeerGone, RelayError."""
-        self._send(self._head(len(self.exchange.body)) + self.exchange.body)
-        if len(self.exchange.body) > KEEP_BODY_BYTES:
-            self.exchange.drop_body()      # the answer may take long
-        self.exchange.body_room.close()
-        self.peers.started(self)
+        self.peers.started(self)           # a home that is frozen takes no large request
         self.connection.when_gone(self.abort)
         try:
+            self._send(self._head(len(self.exchange.body)) + self.exchange.body)
+            if len(self.exchange.body) > KEEP_BODY_BYTES:
+                self.exchange.drop_body()  # the answer may take long
+            self.exchange.body_room.close()
             self._pass_on(*self._read_head())
         except (OSError, ValueError):      # the home has gone, or the client
             if self.exchange.started or self.connection.gone:
@@ -8464,6 +8464,7 @@ class Forward:
     def abort(self):
         """Break the connection to the home, from any thread."""
         with self._lock:
+            self._aborted = True
             if self._sock is not None:
                 with contextlib.suppress(OSError):     # not SSLSocket's, for one thread only
                     socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
@@ -8490,12 +8491,18 @@ class Forward:
                 self._sock = self._take()
             except OSError as error:
                 raise NotSent(isinstance(error, ConnectionRefusedError)) from None
+            if self._aborted:              # before there was a socket to break
+                break
             try:
                 self._sock.settimeout(self.exchange.limits.write_seconds)
                 self._sock.sendall(data)
                 return self._sock.settimeout(None)
-            except OSError:                # closed before it had all of this: try another
+            except ConnectionError:        # closed before it had all of this: try another
                 self._let_go().close()
+            except OSError:
+                break
+        if self.connection.gone:
+            raise PeerGone()
         raise NotSent(False)
 
     def _take(self):
@@ -8696,6 +8703,8 @@ class ClusterExchange(HttpExchange):
         """Keep the body, in case it has to be forwarded."""
         if self.body is None:
             self.body = super().read_bytes(most, count)
+        else:
+            count(len(self.body))
         return self.body
 
     def take_slot(self, reserved):
@@ -8732,6 +8741,7 @@ class ClusterExchange(HttpExchange):
                         break
                     try:
                         self.relay.registry.settle(name, home, why.refused)
+                        self.body_room.close()       # it is counted as it is read again
                         return super()._dispatch(self.head)      # it is at home here now
                     except Elsewhere as there:
                         home = there.home

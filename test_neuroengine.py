@@ -10600,6 +10600,43 @@ def test_cluster_a_poll_keeps_no_memory_for_its_body_while_it_waits(cluster):
     sock.close()
 
 
+def forward_to_frozen_home(front, name, size=4 << 20):
+    """Send a prompt that is larger than the buffers to a home that reads nothing; return the
+    client's socket and what the home's listens on."""
+    frozen = socket.create_server(("127.0.0.1", 0))
+    home = "1@http://127.0.0.1:%d" % frozen.getsockname()[1]
+    front.registry.homes[name.lower()] = home
+    front.registry.relays |= {home}
+    front.peers.answers = lambda home: False
+    return sent(front, "/" + name, {"message": "x" * size}), home, frozen
+
+
+def test_cluster_a_large_prompt_to_a_frozen_home_ends_with_its_membership(cluster, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "TAKEOVER_SECONDS", 0)
+    front, name = cluster(), name_of()
+    ask(front, "/api/services", {"name": name})
+    with front.registry.changing:          # no beat comes between
+        client, home, frozen = forward_to_frozen_home(front, name)
+        until(lambda: front.peers._busy.get(home))
+        assert front.bounds.bytes.taken > 4 << 20
+        front.peers.look_after({home})
+        until(lambda: not front.peers._busy.get(home))
+    assert client.recv(1000).startswith(b"HTTP/1.1 ")
+    until(lambda: not front.bounds.bytes.taken)
+    client.close(), frozen.close()
+
+
+def test_cluster_a_client_that_hangs_up_while_its_home_is_frozen_is_noticed(cluster):
+    front, name = cluster(), name_of()
+    ask(front, "/api/services", {"name": name})
+    with front.registry.changing:
+        client, home, frozen = forward_to_frozen_home(front, name)
+        until(lambda: front.peers._busy.get(home))
+        client.close()
+        until(lambda: not front.peers._busy.get(home) and not front.bounds.bytes.taken)
+    frozen.close()
+
+
 def test_cluster_a_name_is_registered_once_however_many_relays_are_asked(cluster):
     relays = cluster(3)
     for _ in range(5):
