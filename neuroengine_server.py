@@ -3150,6 +3150,8 @@ class Affinity:
 ##############################################################################
 
 MAX_FIELDS = 64              # headers of one request; browsers send about 20
+# A relay that forwards a request to another adds this header, and up to so much in all.
+RELAY_MARK, RELAY_BYTES, RELAY_HEADERS = "\r\nX-Relay: ", 1024, 5
 SMALL_HEAD_BYTES = 2048      # a larger one counts as memory until it is answered
 MAX_PIPELINED_BYTES = 2048   # of further requests, kept while one is answered
 BODY_BYTES_PER_SECOND = 16384
@@ -3192,7 +3194,7 @@ def parse_head(data):
     if not FIELDS.match(text, match.end()):
         raise RelayError("bad_http", "A header of this request is malformed.")
     lines = text[match.end():-2].split("\r\n")
-    if len(lines) > MAX_FIELDS:
+    if len(lines) > MAX_FIELDS + RELAY_HEADERS * (RELAY_MARK in text):
         raise RelayError("bad_http", "This request has too many headers.")
     head.version, head.fields = int(version), {}
     fields = head.fields
@@ -3325,7 +3327,8 @@ def wait_for_head(connection, limits):
             error = RelayError("bad_http", "That is not an HTTP/1.1 request line.")
         elif buffer[:1] == b"\x16":
             error = RelayError("bad_http", "This port speaks plain HTTP, not TLS.")
-        elif end > most or end < 0 and len(buffer) > most:
+        elif (end if end >= 0 else len(buffer)) > most + RELAY_BYTES * (
+                RELAY_MARK.encode() in buffer):
             error = RelayError("head_too_large", "The headers are larger than %d bytes."
                                % most)
         elif end >= 0:

@@ -10747,6 +10747,16 @@ def test_cluster_a_request_is_forwarded_once_at_most(cluster):
         relays[1].registry.counts["forwarded"] == forwarded)
 
 
+@pytest.mark.parametrize("headers", [
+    {"X_%d" % n: "1" for n in range(62)}, {"X_Long": "x" * 16250}])
+def test_cluster_a_head_that_the_home_accepts_reaches_it_through_any_relay(cluster, headers):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    for relay in relays:
+        assert ask(relay, "/v1/models/" + hand.name, **headers)[0] == 200
+        assert ask(relay, "/v1/models/" + hand.name, X_More="1" * 100, **headers)[0] in (400, 431)
+
+
 def test_cluster_only_after_a_move_a_prompt_waits_for_its_provider(cluster):
     relays, name = cluster(2), name_of()
     ask(relays[0], "/api/services", {"name": name})
