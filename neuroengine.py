@@ -557,7 +557,8 @@ class Response:
         return data
 
     def lines(self):
-        """Yield the body's lines as they come, without their ends."""
+        """Yield the body's lines as they come, without their ends, and whether they had one:
+        a proxy may end in good order what was cut."""
         rest = b""
         while True:
             data = self._raw.read1(65536)
@@ -567,10 +568,11 @@ class Response:
             rest = lines.pop()
             if len(rest) > MAX_LINE_BYTES:
                 raise http.client.HTTPException("a line is too long")
-            yield from lines
+            for line in lines:
+                yield line, True
+        if rest:
+            yield rest, False
         self.close()
-        if rest:                               # a proxy may end in good order what was cut
-            raise http.client.HTTPException("the answer was cut")
 
     def close(self):
         """Keep the connection if it can be used again, otherwise close it."""
@@ -1311,8 +1313,13 @@ class Neuroengine:
                 if not kind.startswith("application/x-ndjson"):
                     parse_answer(response.status, response.headers, response.read(),
                                  kind=())      # none is right: this must raise
-                for line in response.lines():
-                    record = json.loads(line.decode("utf-8"))
+                for line, ended in response.lines():
+                    try:
+                        record = json.loads(line.decode("utf-8"))
+                    except ValueError:
+                        if ended:
+                            raise
+                        raise http.client.HTTPException("the answer was cut") from None
                     if errorcode_of(record):
                         raise error_of(record)
                     yield record
@@ -1350,6 +1357,11 @@ def tries_of(tries):
         return Tries(int(tries))
     except (TypeError, ValueError, OverflowError):
         raise NeuroengineError(10, "tries must be a whole number.", "invalid_request") from None
+
+
+def unknown_answer(error):
+    return NeuroengineError(NO_CONNECTION, "The relay answered in a way that this version does "
+                            "not know (%r)." % error, "bad_answer")
 
 
 def bad_answer():
@@ -1584,7 +1596,7 @@ class ResponseReader:
             self._parse = self._chunks
         elif status in (204, 304):
             self._parse = self._counted
-        elif headers.get("content-length", "").isdigit():
+        elif re.match(r"[0-9]{1,18}\Z", headers.get("content-length", "")):
             self._parse, self._left = self._counted, int(headers["content-length"])
         else:
             self._parse, self.kept = self._until_end, False
@@ -1817,7 +1829,8 @@ class AsyncConnection:
 
     def connection_made(self, transport):
         self.transport = transport
-        transport.max_size = READ_BYTES        # asyncio's own 256 KB are 1,700 tokens, for
+        with contextlib.suppress(AttributeError):      # uvloop's has none
+            transport.max_size = READ_BYTES    # asyncio's own 256 KB are 1,700 tokens, for
                                                # which all others would wait
 
     def data_received(self, data):
@@ -2197,6 +2210,27 @@ class Workers:
         self._threads = self._resting = 0      # workers, and those with nothing to do
         self._called = False                   # one of them is on its way to _todo
         self._loop = None                      # of coroutines
+        self._closed = False
+
+    def close(self):
+        """End the threads, each when what it runs has ended."""
+        with self._lock:
+            self._closed = True
+            self._arrived.notify_all()
+        if self._loop is not None:
+            import asyncio
+            asyncio.run_coroutine_threadsafe(self._end_loop(), self._loop)
+
+    async def _end_loop(self):
+        import asyncio
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others)
+        self._loop.stop()
+
+    def _run_loop(self):
+        self._loop.run_forever()
+        self._loop.close()
 
     async def ready(self):
         """Wait until jobs can be answered."""
@@ -2232,6 +2266,8 @@ class Workers:
             with self._lock:
                 self._resting += 1
                 while not self._todo:
+                    if self._closed:
+                        return
                     self._arrived.wait()
                     self._called = False
                 self._resting -= 1
@@ -2293,7 +2329,7 @@ class Workers:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, daemon=True).start()
+                threading.Thread(target=self._run_loop, daemon=True).start()
         task = asyncio.run_coroutine_threadsafe(self._await(work, answer), self._loop)
         work.stop = task.cancel
         if work.cancelled:
@@ -2489,6 +2525,7 @@ class _Listening:
         self.outbox = Outbox(self._wake)
         self._closing = False                  # the hours are over: no more jobs
         self._fresh = False                    # jobs came since the last poll
+        self._logins = 0                       # since a poll succeeded
         self._loop = self._thread = self._relay = None
         self._stopped = None                   # future that run waits for
         self._woken = self._replied = None     # Alarms: for the sender, for the poll
@@ -2539,6 +2576,7 @@ class _Listening:
         if session:
             await self._log_out(session)       # the poll under way ends by itself
         self.outbox.forget()
+        self.answerer.close()
         if self._relay is not None:
             self._relay.close()
 
@@ -2569,12 +2607,18 @@ class _Listening:
         while True:
             try:
                 answer = await action()
-            except NeuroengineError as error:
+            except Exception as error:
+                if not isinstance(error, NeuroengineError):
+                    error = unknown_answer(error)
                 if self.server._paused or self.server._stopping \
                         or self._closing and not self.outbox.running():
                     return None
                 if error.name == "session_unknown":
                     action = self._log_in
+                    # Relays that know nothing of each other may take turns at an address.
+                    if self._logins:
+                        await asyncio.sleep(pause_before(self._logins - 1))
+                    self._logins += 1
                     continue
                 if error.name in FINAL or first and not failures \
                         and error.name not in PASSING:
@@ -2622,6 +2666,7 @@ class _Listening:
             # Each of these occupies a worker, so the relay hands out no more jobs.
             running += [("closing", n) for n in range(self.server._features["workers"])]
         self._take(await self._call("poll", '"running":' + json.dumps(running)))
+        self._logins = 0
 
     async def _call(self, action, fields):
         server = self.server
@@ -2652,20 +2697,23 @@ class _Listening:
         except NeuroengineError:
             pass                               # the next one will say why
 
-    def _take(self, answer):
-        """Deal with the jobs and cancellations of a response. Raises NeuroengineError."""
+    def _take(self, answer, sent=()):
+        """Deal with the jobs, cancellations and refusals (of what was sent) of a response.
+        Raises NeuroengineError."""
         try:
+            if answer.get("refused"):
+                refused = {refusal.get("job") for refusal in answer["refused"]}
+                self.outbox.cancel([(work.job, work.attempt) for work, *_ in sent
+                                    if work.job in refused])
             if answer.get("cancel"):
                 self.outbox.cancel(answer["cancel"])
             for job in answer.get("jobs", ()):
-                work = Work(job["job"], job["attempt"], job["at"], job["request"])
+                work = Work(job["job"], int(job["attempt"]), int(job["at"]), job["request"])
                 if self.outbox.add(work):
                     self._fresh = True
                     self.answerer.start(work)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise NeuroengineError(NO_CONNECTION, "The relay answered a poll in a way that "
-                                   "this version does not know (%r)." % error,
-                                   "bad_answer") from None
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise unknown_answer(error) from None
         self.status.show()
 
     def pause(self):
@@ -2722,11 +2770,7 @@ class _Listening:
         answer = await self._call("reply", '"replies":[%s]' % ",".join(entries))
         self.outbox.settle(taken, sent=True)
         self._replied.ring()
-        refused = {refusal.get("job") for refusal in answer.get("refused", ())}
-        if refused:
-            self.outbox.cancel([(work.job, work.attempt) for work, *_ in taken
-                                if work.job in refused])
-        self._take(answer)
+        self._take(answer, taken)
 
     async def _send_singly(self, works):
         """The relay refuses a request that holds entries of these: find out whose fault it
@@ -2772,7 +2816,8 @@ def run_listenings(listenings):
             for listening in listenings:
                 listening.server._stopping = True      # seen by one that is only beginning
                 listening.stop()
-    with signals_call(stop), contextlib.closing(listenings[0].status):
+    # In this order: stop takes the lock that closing the status takes.
+    with contextlib.closing(listenings[0].status), signals_call(stop):
         left = 2 * CANCEL_SECONDS / SLICE_SECONDS      # slices to wait after a signal
         try:
             threading.Thread(target=run, daemon=True).start()
@@ -4205,6 +4250,9 @@ class Bridge:
 
     def _declare(self):
         self.listening.server._declare(workers=self.share.workers, **self.model.features())
+
+    def close(self):
+        """Its tasks and connections end with the event loop."""
 
     async def ready(self):
         """Wait until the upstream is there."""

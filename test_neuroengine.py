@@ -6010,6 +6010,39 @@ def test_listen_can_be_called_again_after_stop(relay):
     ended()
 
 
+@pytest.mark.parametrize("kind", ["threads", "coroutines"])
+def test_listen_leaves_no_thread_and_no_descriptor_behind(relay, kind):
+    async def answer(request):
+        return "x"
+    hand = Hand(relay)
+    hand.logout()
+    server = NeuroengineServer(relay.url)
+    assert server.login(hand.name, hand.key) == 0
+    workers = neuroengine.Workers(answer if kind == "coroutines" else lambda request: "x")
+    server._declare(workers=4)
+    run = in_thread(lambda: neuroengine.run_listenings(
+        [neuroengine._Listening(server, workers)]) or True)
+    assert list(client_of(relay, hand.name).map(["hi"] * 8)) == ["x"] * 8
+    server.stop()
+    run()
+    until(lambda: not any(thread._target in (workers._work, workers._run_loop)
+                          for thread in threading.enumerate() if hasattr(thread, "_target")))
+    assert kind == "threads" or until(workers._loop.is_closed)
+
+
+def test_a_signal_at_the_end_of_listen_finds_no_lock_held(relay, monkeypatch):
+    """The handler of listen takes the lock that closing the status takes."""
+    handlers, close = [], neuroengine.Status.close
+    monkeypatch.setattr(neuroengine.Status, "close", lambda self: handlers.append(
+        signal.getsignal(signal.SIGTERM)) or close(self))
+    hand = Hand(relay)
+    server = NeuroengineServer(relay.url)
+    assert server.login(hand.name, hand.key) == 0
+    server.stop()
+    server.listen(lambda request: "x")
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
+
+
 def test_messages_become_a_prompt_for_a_callback_that_takes_text(relay, provide):
     name, _ = provide(lambda request: request["message"])
     api = client_of(relay, name)
@@ -8574,6 +8607,42 @@ def test_a_hostile_retry_after_neither_kills_a_provider_nor_puts_it_to_sleep(
         relay.refusals += [(503, busy, [("Retry-After", pause)]), (200, [1]),
                            (200, {"errorcode": "x"}), (200, {"jobs": [{}]}), (200, {"jobs": 5})]
         assert relay.ask({"message": "x"})[1]["done"]
+
+
+JOB = {"job": "a", "attempt": 1, "at": 0, "request": {}}
+
+
+@pytest.mark.parametrize("refusal", [
+    {"jobs": [dict(JOB, attempt=math.inf)]}, {"jobs": [dict(JOB, attempt="a")]},
+    {"jobs": [dict(JOB, at="x")]}, {"jobs": [dict(JOB, job=5)]}, {"jobs": [dict(JOB, job=[])]},
+    {"jobs": [dict(JOB, request=7)]}, {"cancel": [[[], 1]]}, {"refused": 7}, {"refused": [7]}])
+def test_a_response_that_a_provider_does_not_know_does_not_end_it(refusal, monkeypatch):
+    monkeypatch.setattr(neuroengine, "FIRST_PAUSE_SECONDS", 0.01)
+    with fake_llm() as (llm, url), sharing(url) as (relay, _):
+        relay.refusals += [(200, refusal)]
+        assert relay.ask({"message": "x"})[1]["done"]
+
+
+@pytest.mark.parametrize("length", ["\u00b2", "9" * 5000, "x", "-5"])
+def test_a_response_of_no_known_length_is_no_crash(length):
+    reader = neuroengine.ResponseReader()
+    with contextlib.suppress(http.client.HTTPException):
+        reader.feed(("HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n{}" % length).encode("latin-1"))
+
+
+def test_a_provider_whose_sessions_are_never_known_logs_in_with_growing_pauses(monkeypatch):
+    """Two relays without a common engine take turns at one address."""
+    unknown, pauses = {"errorcode": 60, "error": "session_unknown", "reply": "Log in."}, []
+    monkeypatch.setattr(neuroengine, "pause_before",
+                        lambda failures, *_: pauses.append(failures) or 0.001)
+    with fake_llm() as (llm, url), sharing(url) as (relay, _):
+        relay.refusals += [(404, unknown)] * 5
+        until(lambda: not relay.refusals)
+        assert relay.ask({"message": "x"})[1]["done"]
+        relay.refusals += [(404, unknown)]
+        until(lambda: not relay.refusals)
+        assert relay.ask({"message": "x"}, "k")[1]["done"]
+    assert pauses == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["certificate", "invalid_request", "bad_answer", "not_found"])
