@@ -7890,13 +7890,16 @@ class ClusterBroker(Broker):
         return self._services.get(name)
 
     def submit(self, job, identity=None, at=None):
-        """The same. If this relay stops, or the service has left it, a new prompt is for the
-        next home: raises Elsewhere, too."""
+        """The same. If this relay stops, a new prompt is for the next home: raises Elsewhere,
+        too. Raises Moved if the service has left since it was found."""
         try:
             return super().submit(job, identity, at)
         except RelayError as error:
-            if error.name in ("shutting_down", "service_unknown"):
-                raise Elsewhere(job.service.name.lower(), None) from None
+            name = job.service.name.lower()
+            if error.name == "shutting_down":
+                raise Elsewhere(name, None) from None
+            if error.name == "service_unknown" and name in self.registry.records:
+                raise Moved() from None
             raise
 
     def _shutting_down(self):
@@ -8257,6 +8260,11 @@ class EngineRegistry(Registry):
             self._put_in_force(service, changes)
             for key in service.keys.values():
                 key.service = name.lower()
+
+    def delete(self, service, reserve=False):
+        with self.changing:
+            super().delete(service, reserve)
+            self._know(service.name.lower(), None, None)
 
     def is_registered(self, name, key):
         self.follow()

@@ -11190,6 +11190,25 @@ def test_cluster_a_home_that_is_only_cut_off_from_the_engine_stays_home(cluster,
     relays[0].registry.engine._silent_until = 0
 
 
+@pytest.mark.parametrize("how, error", [("moved", "shutting_down"), ("deleted", "service_unknown")])
+def test_cluster_a_prompt_is_refused_if_its_service_left_while_it_came(cluster, how, error):
+    relay = cluster()
+    hand = FarHand(relay, relay)
+    find, registry = relay.broker.find, relay.registry
+
+    def find_what_leaves(name):
+        service = find(name)
+        if how == "deleted":
+            registry.delete(service)
+        else:                              # and comes back
+            with registry.changing:
+                registry._leave([service])
+                registry.settle(name.lower())
+        return service
+    relay.broker.find = find_what_leaves
+    assert ask(relay, "/" + hand.name, {"message": "hi"})[1]["error"] == error
+
+
 def test_cluster_a_stopping_relay_gives_its_homes_up(cluster):
     relays = cluster(2)
     hand = FarHand(*relays)
