@@ -5200,7 +5200,9 @@ def find_model(exchange, name):
     can be called, as "llama3:8b", is unknown, too."""
     try:
         return exchange.broker.find(name)
-    except RelayError:
+    except RelayError as error:
+        if error.name not in ("service_unknown", "invalid_name"):
+            raise                          # of several relays: its home cannot be found now
         raise RelayError("service_unknown", "There is no model %s here. GET /v1/models "
                          "lists the models." % printable(name), param="model") from None
 

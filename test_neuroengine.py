@@ -10882,6 +10882,7 @@ def test_cluster_without_an_engine_yet_waits_for_it(engine, cluster):
     try:
         assert ask(relay, "/healthz")[0] == 503
         assert ask(relay, "/Any", {"message": "hi"})[1]["error"] == "relay_busy"
+        assert chat(relay, "Any")[0] == 503
         assert ask(relay, "/api/services", {"name": "Any"})[1]["error"] == "relay_busy"
         engine.start()
         until(lambda: ask(relay, "/healthz")[0] == 200)
