@@ -7724,16 +7724,17 @@ class EngineStore:
             return RelayError("relay_busy", "These relays have no room for more services.")
         return Moved()
 
-    def _edit(self, name, edit, reserve="", removes=False):
+    def _edit(self, name, edit, reserve="", removes=False, home=None):
         """Write the record that edit makes of the present one; "" deletes the service.
         removes: what it takes away stays away, even if that fails. Raises RelayError if
-        another relay is home to it."""
+        another relay is home to it, unless home is ""."""
+        home = self.home if home is None else home
         answer = "changed"
         while answer == "changed":         # by somebody else in between
             old = self.engine.call("HGET", KEY + "services", name) or ""
             new = edit(old) if old else ""
             answer = self._change(None if removes else (PUT, "", name, new, old, ""),
-                                  PUT, self.home, name, old, new, reserve)
+                                  PUT, home, name, old, new, reserve)
         if answer != "ok":
             self.fenced += 1
             raise Moved()
@@ -7750,14 +7751,15 @@ class EngineStore:
         self._edit_keys(key, [dict(key_record(key), **columns)])
 
     def remove_key(self, key):
-        self._edit_keys(key, [])
+        """Revoke a key, wherever its service has its home by now."""
+        self._edit_keys(key, [], removes=True, home="")
 
-    def _edit_keys(self, key, more):
+    def _edit_keys(self, key, more, **how):
         def edit(old):
             record = json.loads(old)
             record["keys"] = [k for k in record["keys"] if k["id"] != key.id] + more
             return json.dumps(record, sort_keys=True)
-        self._edit(key.service, edit, removes=not more)
+        self._edit(key.service, edit, **how)
 
     def remove(self, service, reserve=False):
         self._edit(service.name.lower(), lambda old: "",
@@ -8260,8 +8262,9 @@ class EngineRegistry(Registry):
             self._know(name.lower(), record, self.id)
             self._broker.rename(service, name)
             self._put_in_force(service, changes)
-            for key in service.keys.values():
-                key.service = name.lower()
+            for key in list(service.keys.values()) + self._revoked:
+                if key.service == old:
+                    key.service = name.lower()
 
     def delete(self, service, reserve=False):
         with self.changing:
@@ -8278,8 +8281,6 @@ class EngineRegistry(Registry):
         with self.changing:
             self._unsaved = {name: service for name, service in self._unsaved.items()
                              if self._broker.at_home(name.lower()) is service}
-            self._revoked = [key for key in self._revoked
-                             if self._broker.at_home(key.service) is not None]
             try:
                 super().save()
             except RelayError:             # another relay is home to one of them: see which

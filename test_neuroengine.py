@@ -11160,6 +11160,20 @@ def test_cluster_a_rename_may_be_sent_twice(home_store):
     assert home_store.table("reserved") == {"one": digest("key")}
 
 
+def test_cluster_a_revoked_key_stays_revoked_if_its_service_moves_at_that_moment(cluster):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    registry, service = relays[0].registry, relays[0].broker.find(hand.name)
+    bearer = {"Authorization": "Bearer " + hand.key}
+    path = "/api/services/%s/keys" % hand.name
+    key = ask(relays[0], path, {"label": "guest"}, **bearer)[1]
+    with registry.changing:
+        registry.engine.run(neuroengine_server.LEAVE, registry.id, hand.name.lower())
+        until(lambda: relays[1].registry._claim(hand.name.lower(), False))
+        assert registry.revoke_key(service, key["id"])
+    until(lambda: ask(relays[1], path, **bearer)[1]["keys"] == [])
+
+
 def test_cluster_a_late_relay_asks_before_it_acts_as_home(cluster, engine):
     relays = cluster(2)
     hand = FarHand(*relays)
