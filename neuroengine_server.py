@@ -8787,20 +8787,24 @@ class ClusterDirectory(Directory):
     def entries(self):
         """Those of the services at home, those that other relays share, and, of services
         that have no home, what is stored."""
-        entries, registry = super().entries(), self._registry
+        entries, registry, absent = super().entries(), self._registry, {}
         own = {entry["name"].lower() for entry in entries}
         for name, record in list(registry.records.items()):
             if name not in own:
                 home = registry.homes.get(name)
-                shared = self._others.get(home, ("", {}))[1].get(name)
-                entries.append(shared or self._entry_of_absent(
-                    name, record, registry.counters.get(name)))
+                entry = self._others.get(home, ("", {}))[1].get(name)
+                if entry is None:
+                    absent[name] = self._absent_as(name, record, registry.counters.get(name))
+                    entry = absent[name][2]
+                entries.append(entry)
+        self._absent = absent
         return entries
 
-    def _entry_of_absent(self, name, record, counters):
-        if self._absent.get(name, ())[:2] != (record, counters):
-            self._absent[name] = record, counters, self.entry(service_of(record, counters))
-        return self._absent[name][2]
+    def _absent_as(self, name, record, counters):
+        known = self._absent.get(name, ())
+        if known[:2] == (record, counters):
+            return known
+        return record, counters, self.entry(service_of(record, counters))
 
     def keep_sharing(self):
         """Share the entries with the other relays, and read theirs; for a thread."""

@@ -11322,6 +11322,16 @@ def test_cluster_the_directory_shows_all_services_from_every_relay(cluster):
     until(lambda: shown(relays[2])[hand.name][0] is False)
 
 
+def test_cluster_the_directory_forgets_services_that_are_deleted(cluster):
+    relay, name = cluster(), name_of()
+    key = ask(relay, "/api/services", {"name": name})[1]["key"]
+    relay.directory.entries()
+    assert list(relay.directory._absent) == [name.lower()]
+    ask(relay, "/api/services/" + name, method="DELETE", Authorization="Bearer " + key)
+    relay.directory.entries()
+    assert not relay.directory._absent
+
+
 def test_cluster_metrics_tell_of_homes_and_engine(cluster):
     relays = cluster(2)
     hand = FarHand(*relays)
