@@ -84,8 +84,9 @@ YIELD_SECONDS = 0.005        # from new jobs to the next poll, unless items were
 GATHER_SECONDS = 0.005       # between two requests with items, other than first ones and ends
 REST_FACTOR = 4              # having read many streams for a time, rest so many times as long
 LONGEST_REST_SECONDS = 0.04  # but no longer than this
-HEARTBEAT_SECONDS = 5        # a provider with jobs is sends something this often
+HEARTBEAT_SECONDS = 5        # a provider with jobs sends something this often
 CANCEL_SECONDS = 5           # for a cancel or a logout
+LEAVE_SECONDS = 1            # in which a cancelled call tells the relay
 LIST_SECONDS = 1.1           # a relay's list of services may be a second old
 FIRST_PAUSE_SECONDS = 0.25   # before the second try; doubles each time, with jitter
 LONGEST_PAUSE_SECONDS = 8.0
@@ -214,6 +215,10 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
     "service_offline": (
         "", "Try again later, or pass wait=True to wait for a provider.",
         "Try again later, or add --wait to wait for a provider."),
+    "stream_unknown": (
+        "The relay does not know this stream any more: it ended some time ago, or the relay was "
+        "restarted.", "Send the prompt again; to request(), with a new streamkey.",
+        "Ask again."),
     "key_reused": (
         "This stream key already names another prompt.",
         "Use a new random streamkey for each prompt.", "Try again."),
@@ -1424,7 +1429,7 @@ async def in_thread(function, cancel):
         # Nobody needs what it may still raise: asyncio must not complain then.
         done.add_done_callback(lambda done: done.cancelled() or done.exception())
         # Long enough for the relay to get the word, if it is there.
-        await asyncio.wait([done], timeout=1)
+        await asyncio.wait([done], timeout=LEAVE_SECONDS)
         raise
 
 
@@ -1448,9 +1453,11 @@ class Batch:
 
     def replies(self):
         """Yield the replies in order; closing it cancels what is under way."""
+        threads = [threading.Thread(target=self._work, daemon=True)
+                   for _ in range(self._at_once)]
         try:
-            for _ in range(self._at_once):
-                threading.Thread(target=self._work, daemon=True).start()
+            for thread in threads:
+                thread.start()
             while True:
                 self._show()
                 with self._lock:
@@ -1474,6 +1481,10 @@ class Batch:
             for call in calls:
                 call.cancel()
             self._show(clear=True)
+            # The program may end now, and the threads with it: let them tell the relay.
+            deadline = time.monotonic() + LEAVE_SECONDS
+            for thread in threads if calls else ():
+                thread.join(max(0, deadline - time.monotonic()))
 
     def _news_locked(self):
         """Whether the next reply is there, or none will follow."""
@@ -2675,8 +2686,8 @@ class _Listening:
         text = '{"session":%s,%s}' % (to_json(server._session), fields)
         try:
             data = text.encode("utf-8")
-        except UnicodeEncodeError:             # half a surrogate pair, which is no text
-            data = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode(
+        except UnicodeEncodeError:             # surrogate pairs, or halves, which are no text
+            data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(
                 "utf-8")
         return await self._relay.call(server._path(action), data, server.service_key)
 
@@ -4350,25 +4361,46 @@ def key_file(url, name):
             raise NeuroengineError(NO_CONNECTION, "There is no home folder to keep keys in: "
                                    "set NEUROENGINE_HOME to a folder.", "no_home")
         home = os.path.join(config, "neuroengine")
-    where = urllib.parse.quote(urllib.parse.urlsplit(url).netloc, safe="")
-    return os.path.join(home, where, in_path(name.lower()) + ".key")
+    paths = [os.path.join(home, in_path(place), in_path(name.lower()) + ".key")
+             for place in places_of(urllib.parse.urlsplit(url))]
+    return next(filter(os.path.exists, paths), paths[0])
 
 
-def save_key(path, key):
-    """Write a key to a file that only its owner can read, whatever was there before."""
-    os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
+def places_of(url):
+    """The name for a relay's keys, however its split URL is spelled; and those that earlier
+    versions gave it."""
+    host = url.hostname or ""
+    if ":" in host:
+        host = "[%s]" % host
+    usual = {"http": 80, "https": 443}.get(url.scheme)
+    try:
+        port = url.port or usual
+    except ValueError:                         # the relay is not asked at such an address
+        port = usual
+    place = "%s:%s%s" % (host, port, url.path.rstrip("/"))
+    return [place, url.netloc] + [host] * (port == 443 and not url.path)
+
+
+def replace_file(path, text, mode=0o666):
+    """Write a text to a file, or leave the file as it is. Raises OSError or ValueError."""
     new = "%s.%s" % (path, secrets.token_hex(4))
     try:
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),
-                       "w") as file:
-            file.write(key + "\n")
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w",
+                       encoding="utf-8", errors="replace") as file:
+            file.write(text)
             file.flush()
-            os.fsync(file.fileno())            # the relay will not tell the key again
+            os.fsync(file.fileno())            # the relay will not tell a key again
         os.replace(new, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(new)
         raise
+
+
+def save_key(path, key):
+    """Write a key to a file that only its owner can read, whatever was there before."""
+    os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
+    replace_file(path, key + "\n", 0o600)
 
 
 def keep_key(path, key):
@@ -4384,16 +4416,17 @@ def keep_key(path, key):
                                "key_not_kept") from None
 
 
-def check_can_save(path):
+def check_can_save(path, named=False):
     """Raise NeuroengineError if no key could be kept in path: before the relay is asked for
-    a key, which it tells once."""
+    a key, which it tells once. named: the user named it, by --key-file."""
     try:
         save_key(path + ".test", "")
         os.remove(path + ".test")
     except OSError as error:
-        raise NeuroengineError(NO_CONNECTION, "The key could not be kept in %s (%s). Set "
-                               "NEUROENGINE_HOME to a folder that can be written."
-                               % (path, error.strerror), "no_home") from None
+        raise NeuroengineError(NO_CONNECTION, "The key could not be kept in %s (%s). %s a folder "
+                               "that can be written." % (
+                                   path, error.strerror, "Name a file by --key-file in" if named
+                                   else "Set NEUROENGINE_HOME to"), "no_home") from None
 
 
 def read_key(path, needed=True):
@@ -4419,8 +4452,8 @@ def checked_key(key, source):
     try:
         return clean_key(key)
     except NeuroengineError:
-        raise NeuroengineError(NO_CONNECTION, "%s holds no key: a key is one line of letters, "
-                               "digits and signs, without spaces." % source,
+        raise NeuroengineError(NO_CONNECTION, "%s is not a valid key: a key is one line of "
+                               "letters, digits and signs, without spaces." % source,
                                "bad_key_file") from None
 
 
@@ -4595,8 +4628,13 @@ def queue_words(queue):
     if queue.get("connected") is False:
         return "waiting for a provider ..."
     words = "position %s of %s in the queue" % (queue.get("position"), queue.get("waiting"))
-    eta = queue.get("eta_s")
-    return words + (", about %s" % span_words(eta) if isinstance(eta, (int, float)) else "")
+    eta = seconds_of(queue.get("eta_s"))
+    return words + (", about %s" % span_words(eta) if eta is not None else "")
+
+
+def seconds_of(value):
+    """A length or a point of time that the relay says, or None if no clock could show it."""
+    return value if isinstance(value, (int, float)) and 0 <= value < 3e10 else None
 
 
 def span_words(seconds):
@@ -4692,11 +4730,11 @@ def show_models(client):
 
 def state_words(model):
     """Whether a service answers, and whom."""
-    seen = model.get("last_seen")
+    seen = seconds_of(model.get("last_seen"))
     state = ("paused" if model.get("paused") else
              "connected" if model.get("connected") else
              "offline for " + span_words(max(0, time.time() - seen))
-             if isinstance(seen, (int, float)) and seen else "never connected")
+             if seen else "never connected")
     return state + (", private" if model.get("private") else "")
 
 
@@ -4784,7 +4822,7 @@ class Chat:
         name = self._client.service_name
         model = self._model()
         if model is None:
-            time.sleep(LIST_SECONDS)           # perhaps it was registered a moment ago
+            time.sleep(LIST_SECONDS)           # it may have been registered a moment ago
             model = self._model()
         if model is None:
             raise self._client._advise(NeuroengineError(
@@ -4835,8 +4873,8 @@ class Chat:
             return self._note("There is no %s; /help lists the commands." % command)
         try:
             getattr(self, "_do_" + name)(rest.strip())
-        except OSError as error:
-            self._note("%s: %s." % (rest.strip(), error.strerror or error))
+        except (OSError, ValueError) as error:
+            self._note("%s: %s." % (rest.strip(), getattr(error, "strerror", None) or error))
 
     def _ask(self, text):
         if self._messages and self._messages[-1]["role"] == "user":
@@ -4943,8 +4981,8 @@ class Chat:
             return self._note("Name a file: /save FILE")
         if os.path.exists(path) and path != self._saved:
             return self._note("%s exists already: choose another name." % path)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(to_markdown(self._client.service_name, self._system, self._messages))
+        replace_file(path, to_markdown(self._client.service_name, self._system,
+                                       self._messages))
         self._saved = path
         self._note("Saved in %s." % path)
 
@@ -4985,7 +5023,6 @@ def input_waits():
     try:
         import msvcrt
     except ImportError:
-        import select
         return bool(select.select([sys.stdin], [], [], 0.02)[0])
     return bool(msvcrt.kbhit())
 
@@ -5150,10 +5187,11 @@ def run_keys(options):
                        paused=options.paused)
     if options.add is not None:
         answer = service.call("POST", "/keys", dict(limits, label=options.add))
+        key = checked_key(str(answer.get("key") or ""), "The relay's answer")
         print("The access key of %s, which is not shown again:\n%s\nAn invitation to the "
               "page:\n%s/%s#k=%s" % (
-                  printable(options.add or answer.get("id")), answer.get("key"),
-                  service.transport.base, options.name, answer.get("key")))
+                  printable(options.add or answer.get("id")), key, service.transport.base,
+                  options.name, key))
     if options.change is not None:
         key = service.call("PATCH", service.key_path(options.change), limits)
         print("Changed: " + key_words(key))
@@ -5185,10 +5223,10 @@ def show_keys(service):
     """Print the state of a service and its access keys."""
     model = service.call("GET")
     anonymous = model.get("anonymous_per_day")
-    print("%s is %s, %s%s." % (
+    print(printable("%s is %s, %s%s." % (
         service.name, "private" if model.get("private") else "open to everybody",
         state_words(dict(model, private=False)), "" if anonymous is None else
-        "; callers without a key have %s prompts a day" % anonymous))
+        "; callers without a key have %s prompts a day" % anonymous)))
     keys = service.call("GET", "/keys").get("keys")
     if not keys:
         print("It has no access keys; `keys %s --add LABEL` makes one." % service.name)
@@ -5200,9 +5238,9 @@ def key_words(key):
     """A line about an access key: its use, and its limits."""
     limits = ["%s %s" % (name.replace("_", " "), key[name])
               for name in KEY_LIMITS if key.get(name) is not None]
-    if isinstance(key.get("expires"), (int, float)):
-        limits.append("until " + time.strftime("%Y-%m-%d %H:%M",
-                                               time.localtime(key["expires"])))
+    expires = seconds_of(key.get("expires"))
+    if expires is not None:
+        limits.append("until " + time.strftime("%Y-%m-%d %H:%M", time.localtime(expires)))
     return printable("%s  %-20s  today %s requests, %s tokens  %s" % (
         key.get("id"), key.get("label"), key.get("requests_today"),
         key.get("tokens_today"), ", ".join(limits) or "no limits"))
@@ -5218,11 +5256,12 @@ def wait_until_drained(service):
             if not any(left):
                 return
             if left != said:
-                print("%s waiting, %s running" % left, flush=True)
+                print(printable("%s waiting, %s running" % left), flush=True)
                 said = left
             time.sleep(DRAIN_LOOK_SECONDS)
     except KeyboardInterrupt:
-        print("It stays paused; running answers go on.")
+        print("%s stays paused, and running answers go on: `keys %s --resume` ends that."
+              % (service.name, service.name))
         raise
 
 
@@ -5262,7 +5301,7 @@ def run_new_key(options):
     """new-key: replace the service key, and keep the new one."""
     service = Operating(options)
     path = options.key_file or key_file(service.transport.base, options.name)
-    check_can_save(path)
+    check_can_save(path, named=bool(options.key_file))
     key = checked_key(str(service.call("PATCH", body={"new_key": True}).get("key") or ""),
                       "The relay's answer")
     keep_key(path, key)
@@ -5279,8 +5318,13 @@ def run_unregister(options):
     if not options.yes:
         if not is_terminal(sys.stdin):
             raise Usage("add --yes to delete %s without being asked" % options.name)
-        if input("Delete %s, with its access keys and counters? Type its name: "
-                 % options.name).strip().lower() != options.name.lower():
+        try:
+            typed = input("Delete %s, with its access keys and counters? Type its name: "
+                          % options.name)
+        except EOFError:                       # Ctrl-D
+            typed = ""
+            print()
+        if typed.strip().lower() != options.name.lower():
             print("Nothing was deleted.")
             return 1
     service.call("DELETE")
@@ -5710,8 +5754,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     except OSError as error:
         # EPIPE: `| head` has seen enough, which Windows calls EINVAL. EIO: a closed terminal.
         if error.errno not in (errno.EPIPE, errno.EINVAL, errno.EIO):
-            print("The output cannot be written: %s." % (error.strerror or error),
-                  file=sys.stderr)
+            print("%s: %s." % (error.filename or "The output cannot be written",
+                               error.strerror or error), file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):      # for the flush at exit
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

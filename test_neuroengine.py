@@ -5776,7 +5776,7 @@ def test_a_long_response_is_not_copied_for_each_of_its_pieces():
     ('{"reply": "This is the LLM"}', "This is the LLM"), ("plain", "plain"),
     ({"reply": "dict"}, "dict"), (["a", "b"], "ab"), ('{"no": "r"}', '{"no": "r"}'),
     ("{broken", "{broken"), ("snow \u2603 \U0001f600", "snow \u2603 \U0001f600"),
-    ("", "")])
+    ("\ud83d\ude00 \ud83d", "\U0001f600 \ufffd"), ("", "")])
 def test_what_a_callback_returns_is_the_reply(relay, provide, answer, reply):
     name, _ = provide(lambda request: answer)
     assert client_of(relay, name).request("hi") == reply
@@ -6679,6 +6679,20 @@ def test_map_raises_what_request_raises(relay):
             list(client_of(relay, "x").map(["hi"] * 20, prompt="twice"))
         return True
     assert in_thread(ask)()
+
+
+def test_closing_map_waits_until_the_relay_was_told(relay, provide, monkeypatch):
+    """The program may end at once, and its threads with it."""
+    monkeypatch.setattr(neuroengine, "LEAVE_SECONDS", SOON)
+    told, begun = [], []
+    name, _ = provide(lambda request: "x" if request["message"] == "short" else
+                      begun.append(1) or Endless(), workers=3)
+    api = client_of(relay, name)
+    monkeypatch.setattr(api, "_stop", lambda key: time.sleep(0.1) or told.append(key))
+    replies = api.map(["short", "long", "long"])
+    assert next(replies) == "x" and until(lambda: len(begun) == 2)
+    replies.close()
+    assert len(told) == 2
 
 
 def test_closing_map_closes_the_iterators_of_what_is_under_way(relay, provide):
@@ -9231,7 +9245,7 @@ def test_an_option_may_stand_before_its_command(command, relay):
 
 @pytest.mark.parametrize("content, words", [
     (None, "cannot be read: No such file"), (b"", "is empty"), (b" \n", "is empty"),
-    (b"\x00\x01\xff", "holds no key"), (b"ne_a\nne_b\n", "holds no key")])
+    (b"\x00\x01\xff", "is not a valid key"), (b"ne_a\nne_b\n", "is not a valid key")])
 def test_a_key_file_that_is_no_key_file_is_named_with_its_trouble(
         command, relay, tmp_path, content, words):
     path = tmp_path / "my.key"
@@ -9245,13 +9259,13 @@ def test_wrong_and_missing_keys_and_files_are_told_by_their_source(
         command, relay, hand, monkeypatch):
     for args, words in ((["--key", "ne_no"], "It comes from --key."),
                         ([], "give one by --key-file"),
-                        (["--key", "a\nb"], "--key holds no key")):
+                        (["--key", "a\nb"], "--key is not a valid key")):
         assert words in command(relay, "keys", hand.name, *args)[1]
     monkeypatch.setenv("NEUROENGINE_KEY", "ne_no")
     assert "may belong to another service" in command(relay, "keys", hand.name)[1]
     assert command(relay, "keys", hand.name, "--key", hand.key)[0] == 0
     monkeypatch.setenv("NEUROENGINE_ACCESS_KEY", "x\x07y")
-    assert "$NEUROENGINE_ACCESS_KEY holds no key" in command(relay, "models")[1]
+    assert "$NEUROENGINE_ACCESS_KEY is not a valid key" in command(relay, "models")[1]
     assert "nofile cannot be used: No such" in command(relay, "models", "--ca", "nofile")[1]
     assert "holds no certificate" in command(relay, "models", "--ca", __file__)[1]
 
@@ -9331,6 +9345,27 @@ def test_the_live_line_of_a_provider_is_gone_when_it_ends(relay, hand):
     assert status.stream.getvalue().rpartition("\r")[2] == ""
 
 
+def test_ctrl_d_at_the_question_deletes_nothing(command, relay, monkeypatch):
+    name = name_of()
+    command(relay, "register", name)
+    monkeypatch.setattr(neuroengine, "is_terminal", lambda stream: True)
+
+    def ctrl_d(prompt):
+        raise EOFError
+    monkeypatch.setattr("builtins.input", ctrl_d)
+    status, text = command(relay, "unregister", name)
+    assert status == 1 and "Nothing was deleted" in text and relay.broker.find(name)
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_what_named_it(command, relay, tmp_path):
+    name = name_of()
+    command(relay, "register", name)
+    (tmp_path / "file").write_text("in the way")
+    where = str(tmp_path / "file" / "key")
+    text = command(relay, "new-key", name, "--key-file", where)[1]
+    assert where in text and "NEUROENGINE_HOME" not in text
+
+
 def test_registering_twice_gives_the_key_again(command, relay):
     name = name_of()
     first, second = (command(relay, "register", name) for _ in range(2))
@@ -9343,6 +9378,23 @@ def test_registering_twice_gives_the_key_again(command, relay):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
+@pytest.mark.parametrize("address", [
+    "relay.example", "https://relay.example", "https://Relay.example:443/",
+    "https://me:secret@relay.example"])
+def test_a_relay_has_one_folder_of_keys_however_it_is_spelled(address, monkeypatch, tmp_path):
+    monkeypatch.setenv("NEUROENGINE_HOME", str(tmp_path))
+
+    def folder(address):
+        path = neuroengine.key_file(neuroengine.relay_url(address), "X")
+        return os.path.relpath(os.path.dirname(path), str(tmp_path))
+    assert folder(address) == "relay.example%3A443"
+    assert folder("https://relay.example/a") != folder("https://relay.example/b") != folder(address)
+    (tmp_path / "relay.example").mkdir()
+    (tmp_path / "relay.example" / "x.key").write_text("ne_x")
+    assert folder(address) == "relay.example"      # where it was before
+    neuroengine.key_file("https://relay.example:99999", "X")
+
+
 def test_a_saved_key_is_for_its_owner_alone_whatever_was_there(tmp_path):
     path = tmp_path / "new" / "x.key"
     for _ in range(2):
@@ -9375,6 +9427,21 @@ def test_there_is_no_folder_called_tilde_where_there_is_no_home(
     monkeypatch.delenv("NEUROENGINE_HOME", raising=False)
     assert neuroengine.main(["register", name_of()]) == 1
     assert os.listdir(str(tmp_path)) == []
+
+
+def test_what_a_relay_says_of_keys_cannot_harm_the_terminal(command, relay, monkeypatch):
+    evil = "\x1b[2J"
+    answers = {"keys": [{"id": evil, "label": evil, "expires": 1e30}], "key": "ne_" + evil,
+               "name": evil, "anonymous_per_day": evil, "queuelen": evil, "running": 0}
+    looks = []
+
+    def call(self, method, path, *args, **more):
+        looks.append(path)
+        return dict(answers, queuelen=0 if len(looks) > 3 else evil)
+    monkeypatch.setattr(neuroengine.Transport, "call", call)
+    monkeypatch.setattr(neuroengine, "DRAIN_LOOK_SECONDS", 0)
+    texts = [command(relay, "keys", "X", *args)[1] for args in ([], ["--add", "a"], ["--drain"])]
+    assert all(texts) and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "".join(texts))
 
 
 @pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
@@ -9435,6 +9502,8 @@ def test_what_others_wrote_never_commands_the_terminal(command, relay, provide):
     ({"position": 9, "waiting": 9, "eta_s": 200000}, "position 9 of 9 in the queue, about 2 days"),
     ({"position": 1, "waiting": 1, "eta_s": None, "connected": False},
      "waiting for a provider ..."),
+    ({"position": 1, "waiting": 1, "eta_s": math.inf}, "position 1 of 1 in the queue"),
+    ({"position": 1, "waiting": 1, "eta_s": 10 ** 999}, "position 1 of 1 in the queue"),
     (None, "waiting ..."), ([1], "waiting ...")])
 def test_the_position_in_the_queue_is_shown_in_words(queue, words):
     assert neuroengine.queue_words(queue) == words
@@ -9453,7 +9522,8 @@ def test_ask_says_that_it_waits_for_a_provider_that_has_just_left(command, relay
 
 def test_models_tells_the_state_of_each_service(command, relay, provide, monkeypatch):
     models = [dict(name="B", connected=False, last_seen=time.time() - 7200),
-              dict(name="A", connected=False, private=True), dict(name="D", paused=True),
+              dict(name="A", connected=False, private=True, last_seen=-math.inf),
+              dict(name="D", paused=True),
               dict(name="C", connected=True, vision=True, tools=True, context_length=32768,
                    tokens_per_second=45.2, apis=["embeddings"], queuelen=3, comment="c",
                    operator="o"), "no dict"]
@@ -9519,6 +9589,23 @@ def test_chat_keeps_the_conversation_and_obeys_its_commands(chatting, provide, t
     assert said() == ["Be brief", "hello", "answer 1", "changed"]
     assert neuroengine.from_markdown(path.read_text())[2][1] == {
         "role": "assistant", "content": "answer 1"}
+
+
+def test_a_conversation_that_cannot_be_saved_is_kept_and_nothing_is_lost(
+        chatting, provide, tmp_path, monkeypatch):
+    name, _ = provide(lambda request: "answer")
+    path, replace = tmp_path / "talk.md", os.replace
+    half = Neuroengine._events
+
+    def events(self, *args):
+        for kind, value in half(self, *args):
+            yield kind, value + "\ud800" if kind == "text" else value
+    monkeypatch.setattr(Neuroengine, "_events", events)
+    chatting(name, "hello", "/save %s" % path)
+    assert "answer?" in path.read_text()
+    monkeypatch.setattr(os, "replace", lambda *names: replace("no such file", names[1]))
+    text = chatting(name, "/save %s" % (tmp_path / "b.md"), "/save a\0b")
+    assert "No such file" in text and "null" in text and os.listdir(str(tmp_path)) == ["talk.md"]
 
 
 def test_chat_tells_what_it_does_not_know_and_goes_on(chatting, provide, tmp_path):
