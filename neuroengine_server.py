@@ -9755,7 +9755,8 @@ def check_certificate(options):
 
 def check_descriptors(options):
     """Whether the system allows as many open files as connections."""
-    needed, allowed = options.max_connections + OTHER_DESCRIPTORS, math.inf
+    each = 2 if options.engine else 1      # what is forwarded has a second connection
+    needed, allowed = each * options.max_connections + OTHER_DESCRIPTORS, math.inf
     with contextlib.suppress(ImportError):
         import resource                    # not on Windows
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
