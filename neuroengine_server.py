@@ -8856,7 +8856,7 @@ class ClusterRelay(Relay):
         self.directory = ClusterDirectory(broker, registry)
         self.bounds.registrations = EngineRates(engine, "registrations:")
         self.bounds.wrong_keys = EngineRates(engine, "wrong keys:")
-        self._peer_addresses = {}          # url -> addresses
+        self._peer_addresses = {}          # id of a relay -> addresses
 
     def start(self):
         self.registry.follow()             # the first requests find it joined
@@ -8869,10 +8869,13 @@ class ClusterRelay(Relay):
         reached where it advertises, this one included; for a thread."""
         met, troubles = set(), {}
         while not self.broker.closed:
-            for url in set(map(url_of, self.registry.relays)) - set(self._peer_addresses):
+            for home in set(self._peer_addresses) - self.registry.relays:
+                del self._peer_addresses[home]       # it may come back from elsewhere
+            for home in self.registry.relays - set(self._peer_addresses):
+                host = urllib.parse.urlsplit(url_of(home)).hostname
                 with contextlib.suppress(OSError):
-                    self._peer_addresses[url] = {ip_of(found[4][0]) for found in (
-                        socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None))}
+                    self._peer_addresses[home] = {
+                        ip_of(found[4][0]) for found in socket.getaddrinfo(host, None)}
             for home in self.registry.relays - met:
                 trouble = self.peers.trouble_with(home)
                 if not trouble:

@@ -11629,6 +11629,16 @@ def test_cluster_a_relay_with_another_secret_is_told_and_its_clients_may_retry(
         other.stop()
 
 
+def test_cluster_a_peer_that_restarts_is_known_by_its_new_address(cluster, monkeypatch):
+    relay, found = cluster(), ["192.0.2.1"]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", (found[0], 0))])
+    for address in ("192.0.2.1", "192.0.2.2"):
+        found[0], started = address, time.monotonic()
+        relay.registry.relays |= {"%s@http://peer" % started}         # until the next beat
+        until(lambda address=address: relay.is_proxy(address))
+    until(lambda: not relay.is_proxy("192.0.2.1"))
+
+
 def test_cluster_two_relays_that_advertise_one_address_are_told(cluster, engine, monkeypatch):
     events, first = logged(monkeypatch), cluster()
     second = neuroengine_server.ClusterRelay(
