@@ -5820,8 +5820,8 @@ def revoke_key(exchange, name, key_id):
     log("key_revoked", service=service.name, key_id=key_id)
     if not saved:
         raise RelayError("relay_busy", "The access key is revoked, but the relay cannot "
-                         "write that to its disk now. It will try again; until then a crash "
-                         "of the relay would undo it.", retry_after=30)
+                         "store that now. It will try again; until then a crash of the relay "
+                         "would undo it.", retry_after=30)
     exchange.respond(200, {"errorcode": 0})
 
 
@@ -7639,8 +7639,6 @@ class EngineStore:
     """The interface of Store over the engine. A relay writes what it is home to; a command
     writes anything."""
 
-    version = len(MIGRATIONS)
-
     def __init__(self, engine, most=10**9):
         """most: services in all."""
         self.engine, self._most = engine, most
@@ -7830,8 +7828,8 @@ class Moved(RelayError):
     """This relay is not home to a service, and has done nothing."""
 
     def __init__(self):
-        super().__init__("shutting_down", "This service is moving to another relay. Try "
-                         "again.", retry_after=1)
+        super().__init__("shutting_down", "The relay that holds this service does not answer, "
+                         "or the service is moving to another. Try again.", retry_after=1)
 
 
 class HomeStore(EngineStore):
@@ -8314,8 +8312,8 @@ class EngineRegistry(Registry):
         return bool(hashed) and '"%s"' % hashed in self.records.get(name, "")
 
     def silent_error(self):
-        return RelayError("relay_busy", "The relay cannot reach its engine. Try again in a "
-                          "few seconds.", retry_after=2)
+        return RelayError("relay_busy", "The relay's engine, or the engine's replica, does not "
+                          "answer. Try again in a few seconds.", retry_after=2)
 
 
 # Forwarding.
