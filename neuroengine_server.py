@@ -6878,7 +6878,11 @@ class Relay(ThreadingHTTPServer):
             if error.name == "relay_busy":
                 self.lobby.close_oldest()
             return self._refuse(request, error)
-        connection = Connection(request, self.limits, self.tls and self.tls.context)
+        try:
+            connection = Connection(request, self.limits, self.tls and self.tls.context)
+        except BaseException:              # its peer has reset it, or no memory is left
+            slot.release()
+            raise
         connection.address, connection.slot, connection.proxied = address, slot, proxied
         connection.near = not proxied and is_loopback(address)
         self._start(connection)
@@ -6937,15 +6941,15 @@ class Relay(ThreadingHTTPServer):
         return goes_on
 
     def _refuse(self, request, error):
-        """Answer 503 without reading anything; over TLS there is no way to say it."""
+        """Answer without reading anything; over TLS there is no way to say it."""
         self.tally.count("refused_connections", error.name)
         body = dumps(error.native())
         with contextlib.suppress(OSError, ValueError):
             if not self.tls:
                 request.settimeout(0)
-                request.send(STATUS_LINES[503] + b"Content-Type: application/json\r\n"
-                             b"Retry-After: 5\r\nConnection: close\r\nContent-Length: %d"
-                             b"\r\n\r\n" % len(body) + body)
+                request.send(STATUS_LINES[error.status] + b"Content-Type: application/json"
+                             b"\r\nRetry-After: %d\r\nConnection: close\r\nContent-Length: "
+                             b"%d\r\n\r\n" % (math.ceil(error.retry_after), len(body)) + body)
         self.shutdown_request(request)
 
     def handle_error(self, request, client_address):

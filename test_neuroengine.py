@@ -4470,6 +4470,25 @@ def test_connections_are_bounded_and_the_next_gets_a_503():
         assert ask(relay, "/healthz")[0] == 200
 
 
+def test_a_refused_connection_hears_the_status_of_its_error(relay):
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(SOON)
+    relay._refuse(ours, RelayError("rate_limited", "Too many.", retry_after=7))
+    answer = b"".join(iter(lambda: theirs.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 429") and b"Retry-After: 7\r\n" in answer
+    theirs.close()
+
+
+def test_a_connection_that_cannot_be_set_up_gives_its_slot_back(relay, monkeypatch):
+    def broken(*_):
+        raise OSError("no such option")
+
+    monkeypatch.setattr(neuroengine_server, "Connection", broken)
+    with pytest.raises(OSError), socket.socket() as sock:
+        relay.process_request(sock, ("203.0.113.78", 1))
+    assert "203.0.113.78" not in relay.bounds.connections._by
+
+
 def test_wrong_keys_are_limited_and_a_right_one_still_works():
     with running_relay(limits=Limits(max_wrong_keys_per_minute=5)) as relay:
         hand = Hand(relay)
