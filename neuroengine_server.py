@@ -6695,11 +6695,8 @@ ACCEPT_PAUSE_SECONDS = 0.05  # after a failed accept, which may fail again at on
 
 
 def ip_of(address):
-    """A peer's IP address; one without any, as on a Unix socket, is this machine."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        ip = ipaddress.ip_address("127.0.0.1")
+    """A peer's IP address; IPv4 within IPv6 as IPv4."""
+    ip = ipaddress.ip_address(address.partition("%")[0])       # %: the interface
     return getattr(ip, "ipv4_mapped", None) or ip
 
 
@@ -6966,9 +6963,10 @@ class Relay(ThreadingHTTPServer):
         X-Forwarded-For; the proxy adds to its right."""
         addresses = head.fields.get("x-forwarded-for", "").split(",")
         if len(addresses) >= self.hops:
+            address = re.sub(r"\A(?:\[(.*)\]|([0-9.]+))(?::[0-9]+)?\Z", r"\1\2",
+                             addresses[-self.hops].strip())    # without brackets and port
             with contextlib.suppress(ValueError):
-                return canonical_address(str(ipaddress.ip_address(
-                    addresses[-self.hops].strip())))
+                return canonical_address(address)
         return peer
 
     # -- start and stop --

@@ -4505,7 +4505,8 @@ def test_wrong_keys_are_limited_and_a_right_one_still_works():
     (1, "203.0.113.9", "203.0.113.9"), (1, "6.6.6.6, 203.0.113.9", "203.0.113.9"),
     (2, "203.0.113.9, 10.0.0.1", "203.0.113.9"), (2, "203.0.113.9", "127.0.0.1"),
     (1, "", "127.0.0.1"), (1, "6.6.6.6, unknown", "127.0.0.1"),
-    (1, "2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64")])
+    (1, "2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"), (1, "203.0.113.9:5678", "203.0.113.9"),
+    (1, "[2001:db8:1:2::6]:5678", "2001:db8:1:2::/64"), (1, "[::6]", "::/64")])
 def test_a_trusted_proxys_last_forwarded_address_counts(hops, header, address):
     network = neuroengine_server.ipaddress.ip_network("127.0.0.0/8")
     with running_relay(proxies=[network], hops=hops) as relay:
@@ -4517,8 +4518,7 @@ def test_a_trusted_proxys_last_forwarded_address_counts(hops, header, address):
 
 @pytest.mark.parametrize("address, counted", [
     ("203.0.113.9", "203.0.113.9"), ("::ffff:203.0.113.9", "203.0.113.9"), ("::1", "::1"),
-    ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"), ("fe80::1%eth0", "fe80::/64"),
-    ("", "127.0.0.1")])
+    ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"), ("fe80::1%eth0", "fe80::/64")])
 def test_an_address_counts_as_its_household(address, counted):
     assert neuroengine_server.canonical_address(address) == counted
 
