@@ -2047,7 +2047,8 @@ LIMITS = (  # (name, default, group in --help, what it bounds)
     ("max_connections", 2500, "capacity",
      "connections in all (about 20 KB each while idle, with TLS 70 KB)"),
     ("max_held_bytes", 256 * MIB, "capacity", "prompts and answers held in memory"),
-    ("max_request_bytes", 20 * MIB, "capacity", "body of one request"),
+    ("max_request_bytes", 20 * MIB, "capacity",
+     "body of one request; at most 9/40 of --max-held-bytes"),
     ("max_reply_bytes", 8 * MIB, "capacity", "answer to one prompt"),
     ("max_queue", 1000, "capacity", "prompts waiting for one service"),
     ("max_services", 10000, "capacity", "registered services"),
@@ -2066,7 +2067,8 @@ LIMITS = (  # (name, default, group in --help, what it bounds)
      "services registered per address (loopback exempt)"),
     ("max_polls", 1000, "more", "connections that hold providers' polls"),
     ("max_waiting", 1400, "more",
-     "connections that wait for an answer; the rest are reserved for control requests"),
+     "connections that wait for an answer; the rest are reserved for control requests, at "
+     "least a 25th: with fewer --max-connections, these two shrink"),
     ("max_head_bytes", 16384, "more", "request line and headers of one request"),
     ("max_wrong_keys_per_minute", 30, "more",
      "wrong keys per address; a right key still works"),
@@ -2087,7 +2089,8 @@ LIMITS = (  # (name, default, group in --help, what it bounds)
     ("idle_seconds", 60, "more", "a kept-alive connection waits for the next request"),
     ("write_seconds", 30, "more", "one write to a peer that reads slowly"),
     ("poll_seconds", 25, "more", "the relay holds an idle provider's poll"),
-    ("busy_poll_seconds", 5, "more", "the relay holds the poll of a provider with jobs"),
+    ("busy_poll_seconds", 5, "more",
+     "the relay holds the poll of a provider with jobs; at most a third of --lease-seconds"),
     ("handover_seconds", 5, "more", "time for a provider to confirm a job it was given"),
     ("close_seconds", 0.5, "more", "time for a provider whose poll broke to poll again"),
     ("offline_seconds", 15, "more", "prompts wait after the last provider has left"),
@@ -9355,9 +9358,10 @@ def parse(argv):
     options = parser.parse_intermixed_args(argv)
     options.command, options.arguments = (options.words or [None])[0], options.words[1:]
     refuse_wrong_command(parser, options)
+    refuse_idle_options(parser, options)
+    refuse_half_a_cluster(parser, options)
     if options.demo:
         options.data, options.host = ":memory:", options.host or "127.0.0.1"
-    refuse_half_a_cluster(parser, options)
     if options.engine:
         options.data = ":memory:"
     return options
@@ -9400,6 +9404,16 @@ def refuse_wrong_command(parser, options):
         parser.error("--unused-since and --yes belong to the command delete")
     if name == "delete" and not given and options.unused_since is None:
         parser.error("delete needs a name or pattern, or --unused-since DAYS")
+
+
+def refuse_idle_options(parser, options):
+    """Exit if an option would have no effect."""
+    if options.demo and options.data != parser.get_default("data"):
+        parser.error("--demo keeps nothing on disk: leave --data out")
+    if options.trusted_hops != 1 and not options.trusted_proxy:
+        parser.error("--trusted-hops needs the --trusted-proxy whose X-Forwarded-For to believe")
+    if options.acme_port != parser.get_default("acme_port") and not options.acme_webroot:
+        parser.error("--acme-port needs --acme-webroot DIR, certbot's folder")
 
 
 # One relay per data file.
@@ -9606,12 +9620,26 @@ def what_is_in(path):
         if re.search(pattern, data)], ""
 
 
+def limits_of(options):
+    """Return the Limits that the options describe; those that depend on others fit them."""
+    limits = Limits(**{name: getattr(options, name) for name, *_ in LIMITS})
+    # A provider must not seem to be silent while the relay holds its poll.
+    limits.busy_poll_seconds = min(limits.busy_poll_seconds, limits.lease_seconds / 3)
+    # What one stranger may have of the memory for bodies, see Bounds.
+    limits.max_request_bytes = min(limits.max_request_bytes, limits.max_held_bytes * 9 // 40)
+    most, wanted = limits.max_connections * 24 // 25, limits.max_polls + limits.max_waiting
+    if wanted > most:
+        limits.max_polls = max(1, limits.max_polls * most // wanted)
+        limits.max_waiting = max(1, limits.max_waiting * most // wanted)
+    return limits
+
+
 def open_relay(options):
     """Return the Relay that the options describe; it listens but does not serve yet.
 
     The caller has the DataLock. Raises StoreError, or OSError if it cannot listen.
     """
-    limits = Limits(**{name: getattr(options, name) for name, *_ in LIMITS})
+    limits = limits_of(options)
     listeners = inherited_listeners()
     if listeners:
         options.port = listeners[0].getsockname()[1]

@@ -9851,6 +9851,33 @@ def test_help_is_short_and_help_all_names_every_limit(capsys):
     assert ended.value.code == 0 and "--handshake-seconds" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("args, limits", [
+    ([], Limits()), (["--max-polls", "2000", "--max-waiting", "400"],
+                     Limits(max_polls=2000, max_waiting=400)),
+    (["--max-connections", "100"], Limits(max_connections=100, max_polls=40, max_waiting=56)),
+    (["--max-connections", "1"], Limits(max_connections=1, max_polls=1, max_waiting=1)),
+    (["--lease-seconds", "3"], Limits(lease_seconds=3, busy_poll_seconds=1)),
+    (["--max-held-bytes", str(32 << 20)],
+     Limits(max_held_bytes=32 << 20, max_request_bytes=(32 << 20) * 9 // 40))])
+def test_limits_fit_those_that_they_depend_on(args, limits):
+    assert vars(neuroengine_server.limits_of(neuroengine_server.parse(args))) == vars(limits)
+
+
+def test_a_body_that_can_never_fit_into_memory_hears_that_it_is_too_large():
+    """It was told to try again."""
+    limits = neuroengine_server.limits_of(neuroengine_server.parse(
+        ["--max-held-bytes", "4000000"]))
+    with running_relay(limits=limits) as own:
+        hand = Hand(own)
+        for size, status in ((limits.max_request_bytes, 200), (limits.max_request_bytes + 1, 413)):
+            body = b'{"message":"%s"}' % (b"x" * (size - 14))
+            waiting = in_thread(ask, own, "/" + hand.name, body, X_Forwarded_For="203.0.113.9")
+            if status == 200:
+                hand.reply(hand.next_job(), ["y"], done=True)
+            assert waiting()[0] == status
+        hand.logout()
+
+
 def test_a_limit_that_help_does_not_show_is_an_option_all_the_same():
     assert neuroengine_server.parse(["--idle-seconds", "7"]).idle_seconds == 7
 
@@ -9875,7 +9902,10 @@ def test_a_limit_that_help_does_not_show_is_an_option_all_the_same():
     ("backup a b", "backup takes one argument: FILE"),
     ("reset-key", "reset-key needs an argument: reset-key NAME"),
     ("delete", "delete needs a name or pattern, or --unused-since DAYS"),
-    ("list --yes", "--unused-since and --yes belong to the command delete")])
+    ("list --yes", "--unused-since and --yes belong to the command delete"),
+    ("--demo --data x", "--demo keeps nothing on disk: leave --data out"),
+    ("--trusted-hops 2", "--trusted-hops needs the --trusted-proxy"),
+    ("--acme-port 81", "--acme-port needs --acme-webroot")])
 def test_a_command_line_that_makes_no_sense_is_refused_in_one_sentence(
         args, words, capsys):
     with pytest.raises(SystemExit) as ended:
