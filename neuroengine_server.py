@@ -6331,10 +6331,14 @@ class Store:
             self._db.executemany("INSERT OR REPLACE INTO quotas VALUES (?, ?)", pairs)
 
     def load_quotas(self):
-        """Return the quotas that still matter, and delete the others."""
+        """Return the quotas of callers, the latest instants last."""
+        with self._lock:
+            return self._db.execute("SELECT caller, due FROM quotas ORDER BY due").fetchall()
+
+    def forget_quotas(self):
+        """Delete the quotas that have ended."""
         with self._transaction():
             self._db.execute("DELETE FROM quotas WHERE due<?", (time.time(),))
-            return self._db.execute("SELECT caller, due FROM quotas ORDER BY due").fetchall()
 
     def fact(self, name):
         """Return a number of the file's own; None if it has none of that name."""
@@ -6624,7 +6628,7 @@ class Registry:
         once had a provider stays reserved for its key, so that nobody inherits its
         clients' prompts."""
         try:
-            self._store.load_quotas()      # deletes those that have ended
+            self._store.forget_quotas()    # not at the start: the clock may not be set yet
             self.check_clock()
             for service in self._broker.services():
                 at = self.deleted_at(service)

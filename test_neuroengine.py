@@ -1960,6 +1960,18 @@ def test_quotas_that_have_ended_do_not_fill_the_disk():
     assert [caller for caller, _ in store.rows("quotas")] == [b"now"]
 
 
+def test_a_start_while_the_clock_is_ahead_costs_nobodys_quota_its_memory(monkeypatch):
+    store = Store(":memory:")
+    store.save_quotas([(b"caller", time.time() + 1000)])
+    ahead = time.time() + 10**7
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: ahead)
+        neuroengine_server.Registry(store, Broker())
+    broker = Broker()
+    neuroengine_server.Registry(store, broker)
+    assert b"caller" in broker.quotas._due
+
+
 def test_idempotency_keys_of_registrations_are_a_bounded_number():
     registry = neuroengine_server.Registry(Store(":memory:"), Broker())
     for n in range(3000):
