@@ -2002,7 +2002,8 @@ class Route:
 
     def __init__(self, api, *arguments, **handlers):
         self.api, self.arguments, self.handlers = api, arguments, handlers
-        self.allow = ", ".join(handlers)
+        self.allow = ", ".join([*handlers, *("HEAD" for name in handlers if name == "GET"),
+                                "OPTIONS"])
 
 
 CHALLENGE = Route("page", GET="send_challenge")

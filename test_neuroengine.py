@@ -2754,6 +2754,13 @@ def test_unknown_paths_names_and_methods_have_their_own_errors(relay, path, meth
     assert status != 405 or headers["Allow"]
 
 
+def test_allow_lists_all_methods_that_are_answered(relay):
+    for path, method, allow in (("/healthz", "PUT", "GET, HEAD, OPTIONS"),
+                                ("/v1/completions", "PUT", "POST, OPTIONS"),
+                                ("/api/models", "OPTIONS", "GET, HEAD, OPTIONS")):
+        assert ask(relay, path, None, method)[2]["Allow"] == allow
+
+
 def test_a_polled_stream_gives_its_tokens_in_turn_and_then_nothing_more(relay, hand):
     body = {"message": "hi", "key": uuid.uuid4().hex, "gettokens": 2}
     first = in_thread(ask, relay, "/" + hand.name, body)
