@@ -782,7 +782,7 @@ class Jobs:
             job.grace = self.limits.grace_seconds
         service, size = job.service, JOB_BYTES + len(job.payload)
         if not self._make_room_in_share_locked(size, job.holder):
-            raise share_taken_error()
+            raise share_taken_error(size, self.limits)
         victim = self._admission.admit(job)
         if not self._make_room_locked(size, job.holder):
             raise memory_full_error()
@@ -2150,7 +2150,10 @@ def offline_error(service, now, waited=False):
                       retry_after=5 if just_gone else 30, retry=just_gone and not waited)
 
 
-def share_taken_error():
+def share_taken_error(size, limits):
+    if size > limits.max_held_bytes // 4:  # it would wait for ever
+        return RelayError("request_too_large", "This prompt alone would take more than a "
+                          "quarter of the relay's memory.")
     return RelayError("rate_limited", "Your prompts and their answers take a quarter of the "
                       "relay's memory. Wait until some are answered.", retry_after=10)
 

@@ -508,6 +508,12 @@ def test_a_job_without_a_provider_is_looked_at_alone(desk, monkeypatch):
     assert all(reader.job.state == "queued" for reader in readers)
 
 
+def test_a_prompt_larger_than_its_share_of_the_memory_is_not_told_to_wait(desk):
+    with pytest.raises(RelayError) as refused:
+        desk.submit(b"x" * (desk.broker.limits.max_held_bytes // 4 + 1), wait=True)
+    assert refused.value.name == "request_too_large" and not refused.value.retry
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_what_is_not_counted_any_more_is_not_in_memory_either(desk, named):
     """A provider that never lets go of a cancelled job, and a timer, refer to it still."""
