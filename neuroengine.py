@@ -1607,7 +1607,7 @@ class ResponseReader:
             self._parse = self._chunks
         elif status in (204, 304):
             self._parse = self._counted
-        elif re.match(r"[0-9]{1,18}\Z", headers.get("content-length", "")):
+        elif headers.get("content-length", "").isdecimal() and len(headers["content-length"]) < 19:
             self._parse, self._left = self._counted, int(headers["content-length"])
         else:
             self._parse, self.kept = self._until_end, False
@@ -5288,10 +5288,15 @@ def run_rename(options):
                 for name in (options.name, options.new_name))
     check_can_save(new)
     service.call("PATCH", body={"name": options.new_name})
-    if read_key(old, needed=False) == service.key:
-        save_key(new, service.key)
-        if old != new:
-            os.remove(old)
+    if read_key(old, needed=False) == service.key and old != new:
+        try:
+            save_key(new, service.key)
+        except OSError as error:
+            raise NeuroengineError(NO_CONNECTION, "%s is called %s now, but its key could not be "
+                                   "kept in %s (%s): give it by --key-file %s." % (
+                                       options.name, options.new_name, new, error.strerror, old),
+                                   "key_not_kept") from None
+        os.remove(old)
     print("%s is called %s now. Its key, access keys and counters stay. Start its providers "
           "again, and tell its users: programs that use the old name get an error."
           % (options.name, options.new_name))

@@ -6541,6 +6541,14 @@ def test_heartbeats_and_queue_news_do_not_renew_the_tries(answering, monkeypatch
     assert len(server.prompts()) == 3
 
 
+def test_a_stream_that_the_relay_has_forgotten_is_told_of_no_key(answering):
+    server = answering(http_answer({"errorcode": 47, "error": "stream_unknown", "retry": False,
+                                    "reply": "Send the prompt again with a new key."}, 404))
+    with pytest.raises(NeuroengineError, match="Send the prompt again") as failed:
+        list(Neuroengine("x", server.url).stream("hi"))
+    assert "new key" not in str(failed.value)
+
+
 def test_a_polled_stream_that_lost_its_provider_is_not_asked_for_again(answering):
     server = answering(http_answer({"errorcode": 51, "error": "provider_lost", "retry": True,
                                     "reply": "It went away."}, 502))
@@ -9223,6 +9231,32 @@ def test_a_new_key_that_cannot_be_kept_is_shown(command, relay, monkeypatch, tmp
     key = re.search("^ne_.*", text, re.M).group()
     assert status == 1 and "could not be kept in %s" % tmp_path in text
     assert ask(relay, "/api/services/" + name, Authorization="Bearer " + key)[0] == 200
+
+
+def test_a_key_that_cannot_follow_its_renamed_service_is_said_to_have_stayed(
+        command, relay, monkeypatch):
+    name, new = name_of(), name_of()
+    assert command(relay, "register", name)[0] == 0
+    before = neuroengine.save_key
+
+    def full(path, key):
+        if key:
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        before(path, key)
+    monkeypatch.setattr(neuroengine, "save_key", full)
+    status, text = command(relay, "rename", name, new)
+    old = text.strip(".\n").split(" ")[-1]
+    assert status == 1 and "is called %s now" % new in text
+    monkeypatch.undo()
+    assert command(relay, "describe", new, "--key-file", old)[0] == 0
+
+
+def test_a_file_that_fails_is_not_called_the_output(command, relay, monkeypatch):
+    def fail(options):
+        raise PermissionError(errno.EACCES, "Permission denied", "/some/file")
+    monkeypatch.setitem(neuroengine.COMMANDS, "models", fail)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    assert command(relay, "models") == (1, "/some/file: Permission denied.\n")
 
 
 @pytest.fixture
