@@ -535,7 +535,7 @@ def test_held_bytes_are_bounded_and_come_back_to_zero():
     desk = Desk(max_held_bytes=40000)
     reader, session, job = desk.start()
     with pytest.raises(RelayError) as refused:
-        desk.submit(b"x" * 9000)                 # a quarter is one caller's share
+        desk.submit(b"x" * (9000 - neuroengine_server.JOB_BYTES))    # a quarter is its share
     assert refused.value.name == "rate_limited"
     for caller in ("bob", "carol", "dave", "eve"):
         desk.broker.leave(desk.submit(b"x" * 4000, caller=caller, grace=9))
