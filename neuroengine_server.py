@@ -8709,8 +8709,14 @@ class ClusterExchange(HttpExchange):
                         return self._forward(there.name, registry.next_home(there.name))
             elif self.caller_is_local is not None and not self.broker.draining and (
                     registry.has_moved(there)):
-                return super()._dispatch(head)       # the other relay knew first
+                return self._dispatch_again()        # the other relay knew first
             raise
+
+    def _dispatch_again(self):
+        """Answer the request here after all."""
+        if self.head_slot is not None:     # another one is taken
+            self.head_slot.release()
+        super()._dispatch(self.head)
 
     def explain(self, error):
         if isinstance(error, EngineError):
@@ -8767,7 +8773,7 @@ class ClusterExchange(HttpExchange):
                     try:
                         self.relay.registry.settle(name, home, why.refused)
                         self.body_room.close()       # it is counted as it is read again
-                        return super()._dispatch(self.head)      # it is at home here now
+                        return self._dispatch_again()          # it is at home here now
                     except Elsewhere as there:
                         home = there.home
         raise Moved()

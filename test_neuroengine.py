@@ -10910,6 +10910,16 @@ def test_cluster_a_client_that_hangs_up_while_its_home_is_frozen_is_noticed(clus
     frozen.close()
 
 
+def test_cluster_a_request_that_is_answered_here_after_all_leaves_no_memory_taken(cluster):
+    relay, name = cluster(), name_of()
+    ask(relay, "/api/services", {"name": name})
+    relay.peers.answers = lambda home: True            # until something is to be sent there
+    relay.registry.homes[name.lower()] = "1@http://127.0.0.1:%d" % free_port()
+    assert ask(relay, "/v1/models/" + name, X_Long="x" * 4000)[0] == 200
+    assert relay.registry.counts["forwarded"] == 1
+    until(lambda: not relay.bounds.bytes.taken)
+
+
 def test_cluster_a_name_is_registered_once_however_many_relays_are_asked(cluster):
     relays = cluster(3)
     for _ in range(5):
@@ -11411,7 +11421,7 @@ def test_cluster_a_home_that_is_only_cut_off_from_the_engine_stays_home(cluster,
 
 @pytest.mark.parametrize("how, error", [("moved", "shutting_down"), ("deleted", "service_unknown")])
 def test_cluster_a_prompt_is_refused_if_its_service_left_while_it_came(cluster, how, error):
-    relay = cluster()
+    relay, _ = cluster(2)
     hand = FarHand(relay, relay)
     find, registry = relay.broker.find, relay.registry
 
