@@ -1483,8 +1483,9 @@ class Batch:
             self._show(clear=True)
             # The program may end now, and the threads with it: let them tell the relay.
             deadline = time.monotonic() + LEAVE_SECONDS
-            for thread in threads if calls else ():
-                thread.join(max(0, deadline - time.monotonic()))
+            for thread in threads:
+                if calls and thread.is_alive():
+                    thread.join(max(0, deadline - time.monotonic()))
 
     def _news_locked(self):
         """Whether the next reply is there, or none will follow."""
