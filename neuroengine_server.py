@@ -10070,11 +10070,16 @@ def copy_backup(source, new, target):
 
 
 def set_aside(path):
-    """Rename a data file with its logs; return its new name, or "" if there is none."""
+    """Give a data file a second name, and rename its logs; return the name, or "" if there is
+    none. The file itself stays until the new one replaces it: there is always one."""
     if not os.path.exists(path):
         return ""
     kept = path + time.strftime(".before-%Y%m%d-%H%M%S")
-    for suffix in DATA_SUFFIXES:            # a log left behind would be read into the new one
+    try:
+        os.link(path, kept)
+    except OSError:                         # a file system without links
+        shutil.copy2(path, kept)
+    for suffix in DATA_SUFFIXES[1:]:        # a log left behind would be read into the new one
         if os.path.exists(path + suffix):
             os.replace(path + suffix, kept + suffix)
     return kept

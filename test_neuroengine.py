@@ -10311,6 +10311,23 @@ def test_restore_puts_a_backup_in_place_and_keeps_the_old_data(data_file, admin,
     assert not list(tmp_path.glob("*restoring*"))
 
 
+def test_a_restore_that_is_cut_short_leaves_the_old_data_file(
+        data_file, admin, tmp_path, monkeypatch):
+    path, copy, replace = data_file(Old=1), tmp_path / "copy", os.replace
+    admin("backup", str(copy))
+    data_file(New=1)
+
+    def killed(old, new):
+        if old.endswith(".restoring"):
+            raise KeyboardInterrupt()
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        neuroengine_server.run_restore(neuroengine_server.parse(
+            ["restore", str(copy), "--data", str(path)]))
+    assert path.exists() and names_in(path) == {"Old", "New"}
+
+
 def test_restore_also_makes_a_data_file_where_there_is_none(data_file, admin, tmp_path):
     path = data_file(Old=1)
     admin("backup", str(tmp_path / "copy"))
