@@ -11213,6 +11213,8 @@ def test_cluster_a_replica_that_is_still_syncing_holds_up_no_change(engine, engi
     engine.call("CONFIG", "SET", "repl-diskless-sync-delay", "60")
     with socket.socket(socket.AF_UNIX) as replica:
         replica.connect(engine.folder + "/s")
+        replica.sendall(b"REPLCONF capa eof\r\n")      # else the engine forks at once
+        assert replica.recv(100) == b"+OK\r\n"
         replica.sendall(b"PSYNC ? -1\r\n")
         until(lambda: "state=wait" in engine.call("INFO", "replication"))
         assert engine_store.engine.run(neuroengine_server.BEAT, "1@a", 1000)[2] == 0
