@@ -3209,7 +3209,7 @@ class Rendering:
 
     def _bound(self, api, body):
         """Apply the operator's limit, under whatever name; returns the fields added."""
-        most = self.most_tokens
+        most, least = self.most_tokens, int(self.kind == "Ollama")     # to it, 0 is no limit
         for fields in [body] + [value for value in body.values() if isinstance(value, dict)]:
             for name in given(fields, LENGTH_FIELDS) if most else ():
                 try:
@@ -3217,15 +3217,18 @@ class Rendering:
                 except (TypeError, ValueError, OverflowError):
                     raise NeuroengineError(1, "%s must be a number" % name,
                                            "invalid_request") from None
-                if not 0 <= number <= most:                # -1 is without end
+                if not least <= number <= most:            # -1 is without end
                     fields[name] = most
-        if not most and self.kind == "llama.cpp" and self.model.endless:
+        asked = given(body, LENGTH_FIELDS)
+        if most:                               # the server may know none of these names
+            most = min([most] + [int(body[name]) for name in asked if int(body[name]) > 0])
+        elif not asked and self.kind == "llama.cpp" and self.model.endless:
             most = self.model.context_length or DEFAULT_MAX_TOKENS
-        if not most or given(body, LENGTH_FIELDS):
+        usual = "max_output_tokens" if api == "responses" else "max_tokens"
+        if not most or usual in asked:
             return set()
-        name = "max_output_tokens" if api == "responses" else "max_tokens"
-        body[name] = most
-        return {name}
+        body[usual] = most
+        return {usual}
 
     def _check(self, body):
         """Raise NeuroengineError for what the operator did not mean to share."""

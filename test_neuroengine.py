@@ -8274,6 +8274,15 @@ def test_a_limit_holds_under_every_name_and_on_every_path(api, field):
         opaque(api, {field: {"a": 1}}, most_tokens=50)
 
 
+@pytest.mark.parametrize("api", ["chat", "completions", "responses", "messages"])
+def test_a_limit_holds_though_the_server_knows_none_of_the_names_that_the_client_used(api):
+    usual = "max_output_tokens" if api == "responses" else "max_tokens"
+    for field in set(neuroengine.LENGTH_FIELDS) - {usual}:
+        for value, limit in ((1000, 50), (-1, 50), (7, 7), ("9", 9), (0, 50)):
+            assert opaque(api, {field: value}, most_tokens=50).body[usual] == limit
+    assert opaque(api, {usual: 0}, most_tokens=50, kind="Ollama").body[usual] == 50
+
+
 def test_no_limit_is_added_but_to_servers_that_generate_without_end():
     model = neuroengine.Model("m", context_length=512)
     ended = neuroengine.Model("m", context_length=512, endless=False)
