@@ -3007,6 +3007,10 @@ UNSHARED = ("id_slot", "slot_id", "lora", "lora_request", "adapters", "adapter_p
 # A conversation that the server keeps: another provider, or caller, would not have it.
 STATE_FIELDS = ("previous_response_id", "conversation", "background")
 URL_FIELDS = ("image_url", "video_url", "audio_url", "file_url")
+URL_PLACES = ("messages", "input", "documents", "query", "system", "prompt")
+# To servers in Go, such as Ollama, "MODEL" is another spelling of "model": the last one wins.
+CHECKED = frozenset(LENGTH_FIELDS + UNSHARED + STATE_FIELDS + URL_PLACES + (
+    "model", "stream", "n", "store", "tools", "options"))
 # What each calls the penalty of repeated tokens; others get both names.
 PENALTY_NAMES = {"llama.cpp": ("repeat_penalty",), "vLLM": ("repetition_penalty",),
                  "LM Studio": ("repeat_penalty",), "KoboldCpp": ("rep_pen",),
@@ -3103,6 +3107,7 @@ class Rendering:
         api = request.get("api")
         if api == "embeddings":
             body = {name: value for name, value in request.items() if name != "api"}
+            self._check(body)
             return Question(api, dict(body, model=self.model.id), stream=False)
         body, own = (self._from_openai if api else self._from_native)(request)
         self._check(body)
@@ -3232,6 +3237,10 @@ class Rendering:
 
     def _check(self, body):
         """Raise NeuroengineError for what the operator did not mean to share."""
+        for name in body:
+            plain = name.casefold()
+            if plain != name and plain in CHECKED:
+                raise unshared("%s must be written %s" % (name, plain), name)
         for name in given(body, UNSHARED):
             raise unshared("%s reaches into the provider's server, and is not shared" % name,
                            name)
@@ -3247,8 +3256,7 @@ class Rendering:
                 if as_dict(tool).get("server_url"):
                     raise unshared("server_url of a tool would have the provider's server "
                                    "fetch it", "tools")
-            for name in given(body, ("messages", "input", "documents", "query", "system",
-                                     "prompt")):
+            for name in given(body, URL_PLACES):
                 check_urls(body[name])
 
 
@@ -3261,10 +3269,12 @@ def check_urls(root):
             todo += [v for v in value if isinstance(v, (list, dict))]
         elif isinstance(value, dict):
             for name, inner in value.items():
-                url = inner.get("url") if isinstance(inner, dict) else inner
-                if name in URL_FIELDS or name == "source" and isinstance(inner, dict) \
-                        and "url" in inner:
-                    if url is not None and not str(url).lower().startswith("data:"):
+                urls = [inner] if not isinstance(inner, dict) else [
+                    url for key, url in inner.items() if key.casefold() == "url"]
+                if name.casefold() in URL_FIELDS or name.casefold() == "source" \
+                        and isinstance(inner, dict):
+                    if not all(url is None or str(url).lower().startswith("data:")
+                               for url in urls):
                         raise unshared("%s must hold the data itself (data:...): this "
                                        "provider fetches no URLs" % name, name)
                 if isinstance(inner, (list, dict)) and name not in ("arguments", "tools"):

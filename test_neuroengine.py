@@ -8321,6 +8321,27 @@ def test_what_the_operator_did_not_mean_to_share_is_refused_by_name(body, field)
         assert refused.value.name == "unsupported"
 
 
+@pytest.mark.parametrize("field", ["MODEL", "Max_Tokens", "max_to\u212aens", "Messages"])
+def test_a_field_in_other_letters_reaches_no_server_that_does_not_tell_them_apart(field):
+    for request in ({"api": "chat", "messages": []}, {"message": "x"},
+                    {"api": "embeddings", "input": "x"}):
+        with pytest.raises(NeuroengineError, match="must be written") as refused:
+            rendering(most_tokens=5).question(dict(request, **{"max_tokens": 3, field: 900}))
+        assert refused.value.details["param"] == field
+
+
+@pytest.mark.parametrize("content", [
+    {"image_url": {"url": "http://10.0.0.1/"}}, {"Image_URL": {"url": "http://10.0.0.1/"}},
+    {"image_url": {"url": "data:,", "URL": "http://10.0.0.1/"}}])
+def test_no_path_has_the_server_fetch_a_url(content):
+    for api in ("embeddings", "chat"):         # vLLM's embeddings take messages, too
+        with pytest.raises(NeuroengineError, match="fetches no URLs"):
+            rendering().question({"api": api, "messages": [
+                {"role": "user", "content": [content]}]})
+    with pytest.raises(NeuroengineError, match="chat_template"):
+        rendering().question({"api": "embeddings", "input": "x", "chat_template": "{{x}}"})
+
+
 def test_what_common_clients_send_is_not_refused():
     body = {"cache_prompt": True, "chat_template_kwargs": {"enable_thinking": False},
             "messages": [{"role": "user", "content": [
