@@ -2077,11 +2077,12 @@ class Outbox:
                     self._room.wait()
 
     def end(self, work, error=None):
-        """Note that an answer has ended, with an error or without."""
+        """Note that an answer has ended, with an error or without; unless spoil did."""
         with self._lock:
-            work.ended, work.error = True, error
             self.served += 1
-            known = (work.job, work.attempt) in self._works
+            known = not work.ended and (work.job, work.attempt) in self._works
+            if known:
+                work.ended, work.error = True, error
         if known:
             self._make_ready(work, urgent=True)
 
@@ -2170,13 +2171,17 @@ class Outbox:
             resume()
 
     def spoil(self, work, words):
-        """Say, instead of what is left of an answer, that the relay refuses it."""
+        """Say, instead of what is left of an answer, that the relay refuses it, and stop
+        whoever makes more of it."""
         with self._lock:
+            stop = None if work.ended else work.stop
             work.items.clear()
             work.sent, work.cancelled, work.ended = work.size, True, True
             work.error = {"error": "provider_error", "message": words}
             self._make_ready(work, urgent=True)
             self._room.notify_all()
+        if stop is not None:
+            stop()
 
     def cancel(self, pairs):
         """Mark jobs as not wanted and stop those that still run."""

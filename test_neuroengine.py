@@ -7332,6 +7332,22 @@ def test_outbox_says_the_last_word_of_an_answer_cancelled_at_its_end():
     assert outbox.running() == []
 
 
+@pytest.mark.parametrize("error", [None, neuroengine.CANCELLED], ids=["whole", "cancelled"])
+def test_an_answer_that_the_relay_refused_stays_an_error_and_is_stopped(error):
+    outbox, work, stopped = neuroengine.Outbox(), neuroengine.Work("j", 1, 0, {}), []
+    work.stop = lambda: stopped.append(True)
+    outbox.add(work)
+    outbox.put(work, "a")
+    outbox.settle(outbox.take()[1], sent=False)
+    outbox.spoil(work, "too large")
+    assert stopped and not outbox.put(work, "b")
+    outbox.end(work, error)                # its maker may be at the end already
+    entries, taken = taken_from(outbox)
+    assert entries[0]["error"]["message"] == "too large" and "done" not in entries[0]
+    outbox.settle(taken, sent=True)
+    assert outbox.running() == []
+
+
 def test_outbox_holds_a_worker_up_while_the_relay_takes_nothing(monkeypatch):
     monkeypatch.setattr(neuroengine, "MAX_UNSENT_BYTES", 10)
     outbox, work = neuroengine.Outbox(), neuroengine.Work("j", 1, 0, {})
