@@ -2391,7 +2391,8 @@ def request_left(work):
     if not request.get("reply_so_far"):
         return request
     return dict(request, **{name: max(1, request[name] - work.at)
-                            for name in LENGTH_FIELDS if isinstance(request.get(name), int)})
+                            for name in LENGTH_FIELDS if isinstance(request.get(name), int)
+                            and request[name] > 0})        # -1 is without end, and stays it
 
 
 def error_entry(error):
@@ -2724,7 +2725,8 @@ class _Listening:
                                     if work.job in refused])
             if answer.get("cancel"):
                 self.outbox.cancel(answer["cancel"])
-            for job in answer.get("jobs", ()):
+            # Jobs that came while it logged out went back to the relay, as all others did.
+            for job in answer.get("jobs", ()) if not self.server._paused else ():
                 work = Work(job["job"], int(job["attempt"]), int(job["at"]), job["request"])
                 if self.outbox.add(work):
                     self._fresh = True

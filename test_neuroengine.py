@@ -8358,6 +8358,13 @@ def test_no_path_has_the_server_fetch_a_url(content):
         rendering().question({"api": "embeddings", "input": "x", "chat_template": "{{x}}"})
 
 
+def test_an_answer_that_another_provider_began_keeps_what_is_left_of_its_limit():
+    work = neuroengine.Work("j", 1, 5, {"reply_so_far": "x", "max_tokens": 8, "n_predict": -1,
+                                        "max_new_len": 3})
+    left = neuroengine.request_left(work)
+    assert (left["max_tokens"], left["n_predict"], left["max_new_len"]) == (3, -1, 1)
+
+
 def test_what_common_clients_send_is_not_refused():
     body = {"cache_prompt": True, "chat_template_kwargs": {"enable_thinking": False},
             "messages": [{"role": "user", "content": [
@@ -8577,6 +8584,22 @@ def test_an_upstream_that_is_gone_hands_its_prompts_back_and_is_waited_for(
         until(lambda: [call for call in relay.calls if call[1] == "login"][1:])
         assert relay.ask({"message": "x"}, "c")[1]["done"]
         assert re.search("went back to the relay.*\n.*is back", capfd.readouterr().err)
+
+
+def test_a_job_that_comes_while_all_go_back_is_not_begun():
+    with fake_llm() as (llm, url), sharing(url) as (relay, (listening,)):
+        until(lambda: listening.server._session)
+
+        def pause():
+            listening.pause()
+            listening._take({"jobs": [{"job": "late", "attempt": 1, "at": 0,
+                                       "request": {"message": "x"}}]})
+        listening._loop.call_soon_threadsafe(pause)
+        until(lambda: [call for call in relay.calls if call[1] == "login"][1:])
+        until(lambda: not listening.server._paused)
+        assert relay.ask({"message": "x"}, "next")[1]["done"]
+        assert len(llm.got) == 1 and {entry["job"] for entry in relay.entries} == {"next"}
+        until(lambda: not listening.outbox.running())
 
 
 def test_an_upstream_that_ends_while_idle_is_noticed(monkeypatch):
