@@ -1803,9 +1803,11 @@ class AsyncConnection:
             self._intake.forget(self._sock.fileno())
 
     def resume(self):
+        if self.transport.is_closing():
+            return                             # before Python 3.11, TLS raises AttributeError
         if self._intake is None:
             self.transport.resume_reading()
-        elif not self.transport.is_closing():
+        else:
             self._intake.watch(self._sock.fileno(), self._read)
 
     def _read(self):
@@ -1829,12 +1831,15 @@ class AsyncConnection:
         if self.transport is None or self.transport.is_closing():
             raise ConnectionResetError("the connection was closed")
         self.transport.write(data)
+        kept = False                           # only if nothing is raised
         try:
             await exchange.done
+            kept = exchange.reader.whole and exchange.reader.kept
         finally:
             exchange.end()
             self._exchange = None
-            if exchange.reader.whole and exchange.reader.kept:
+            if kept:
+                self.resume()                  # the sink may have had it pause
                 self.read_lazily(False)
             else:
                 self.transport.abort()

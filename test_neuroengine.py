@@ -8625,6 +8625,27 @@ def test_an_upstream_that_breaks_off_but_lives_fails_one_prompt():
         assert relay.ask({"message": "x"}, "b")[1]["done"]
 
 
+def test_a_connection_whose_answer_ended_in_an_error_is_closed():
+    ended, answered = [], []
+
+    def fail(handler):
+        answered.append(handler)
+        body = b'data: {"error": {"message": "busy"}}\n\n'
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                            b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        handler.close_connection = False
+    with fake_llm(script=[fail], finish=lambda handler: ended.append(handler)) as (
+            _, url), sharing(url) as (relay, _):
+        assert "busy" in relay.ask({"message": "x"})[1]["error"]["message"]
+        until(lambda: answered[0] in ended)
+
+
+def test_a_connection_that_was_closed_is_not_resumed():
+    line = neuroengine.AsyncConnection(lambda line: None)
+    line.connection_made(types.SimpleNamespace(is_closing=lambda: True))
+    line.resume()                              # once the relay has room for a cancelled job
+
+
 def test_a_provider_that_works_in_silence_is_heard_of(monkeypatch):
     monkeypatch.setattr(neuroengine, "HEARTBEAT_SECONDS", 0.05)
     fake, done = fake_relay(), threading.Event()
