@@ -3481,6 +3481,26 @@ class Lines:
         return rest + b"\n" if rest else b""
 
 
+HALVES = re.compile("[\\ud800-\\udc7f\\udd00-\\udfff]")   # of pairs, and no bytes
+
+
+def bytes_of(piece):
+    """The bytes of what was decoded with "surrogateescape". Halves of surrogate pairs, which
+    JSON may hold, become U+FFFD."""
+    return HALVES.sub("\ufffd", piece).encode("utf-8", "surrogateescape")
+
+
+def json_of(value):
+    """Compact JSON. Half a surrogate pair stays an escape: the next event may have the
+    other, and the client joins them."""
+    text = compact(value)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"))
+    return text
+
+
 class Text:
     """A stream's text, of which pieces may be cut within a character."""
 
@@ -3491,7 +3511,7 @@ class Text:
     def whole(self, piece, final=False):
         """A piece that was decoded with "surrogateescape": its whole characters. Bytes that
         are no text become U+FFFD."""
-        return self._decoder.decode(piece.encode("utf-8", "surrogateescape"), final)
+        return self._decoder.decode(bytes_of(piece), final)
 
 
 class Alike:
@@ -3572,6 +3592,19 @@ class StreamParser:
         return items
 
 
+def is_half(character):
+    """Whether it is the first half of a surrogate pair."""
+    return "\ud800" <= character <= "\udbff"
+
+
+def joined(text):
+    """(the text with halves of surrogate pairs joined, without the first half of one that it
+    ends with; that half). Servers in JavaScript cut emoji so."""
+    half = text[-1:] if is_half(text[-1:]) else ""
+    return text[:len(text) - len(half)].encode("utf-16", "surrogatepass").decode(
+        "utf-16", "replace"), half
+
+
 class Completion(StreamParser):
     """The answer to a chat or a completion."""
 
@@ -3582,7 +3615,7 @@ class Completion(StreamParser):
         self._whole = None         # lines of JSON, which came instead of events
         self._texts = []
         self._cut = None           # a Text, once bytes came that are no UTF-8
-        self._half = ""            # first half of a character in UTF-16
+        self._half = self._half_thought = ""   # first halves of characters in UTF-16
         self._finish = self._usage = None
         self._done = False
         self._alike = Alike(self._items_alone)     # None if what came before counts
@@ -3613,6 +3646,8 @@ class Completion(StreamParser):
             raise not_json()
         if self._cut:
             items.extend(filter(None, [self._cut.whole("", final=True)]))
+        if self._half_thought:
+            items.append({"reasoning": "\ufffd"})
         if self._half:
             items.append("\ufffd")
         if not self._finish and self._done and (self._texts or items):
@@ -3734,7 +3769,7 @@ class Completion(StreamParser):
                                              for part in text if isinstance(part, dict))
             text = content_text(text)
         if reasoning and isinstance(reasoning, str):
-            items.append({"reasoning": self._clean(reasoning)})
+            self._take_reasoning(self._clean(reasoning), items)
         if text:
             self._take_text(text, items)
         calls = delta.get("tool_calls")
@@ -3757,23 +3792,20 @@ class Completion(StreamParser):
             raise not_json()
         if self._cut:
             text = self._cut.whole(text)
-        if self._half or "\ud800" <= text[-1:] <= "\udbff":
-            text = self._joined(text)
+        if self._half or is_half(text[-1:]):
+            self._alike = None
+            text, self._half = joined(self._half + text)
         self._texts.append(text)
         items.append(text)
 
-    def _joined(self, text):
-        """The text with the first half of a surrogate pair that the one before ended with,
-        and without its own. (Servers in JavaScript cut emoji so.)"""
-        self._alike = None
-        text = self._half + text
-        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        return text[:len(text) - len(self._half)].encode("utf-16", "surrogatepass").decode(
-            "utf-16", "replace")
+    def _take_reasoning(self, text, items):
+        if self._half_thought or is_half(text[-1:]):
+            text, self._half_thought = joined(self._half_thought + text)
+        if text:
+            items.append({"reasoning": text})
 
     def _clean(self, text):
-        return text if not self._cut else text.encode("utf-8", "surrogateescape").decode(
-            "utf-8", "replace")
+        return text if not self._cut else bytes_of(text).decode("utf-8", "replace")
 
     def _fresh(self, content, choice):
         """What is new in a message. Some repeat the whole text at the end, or with an empty
@@ -3812,7 +3844,7 @@ class WholeAnswer:
         value = renamed(value, self._model.service)
         if not self._question.opaque:          # embeddings, as ever
             return [{"result": value}]
-        items = [{"result": compact(value)}]
+        items = [{"result": json_of(value)}]
         return items + ([{"usage": usage}] if usage else [])
 
 
@@ -3890,7 +3922,8 @@ class Events(StreamParser):
 
     def _take_event(self, kind, data, items):
         if data == b"[DONE]":
-            self._done = self.finished = True
+            self._done = True                  # other APIs have ends of their own
+            self.finished = self.finished or self._api not in self.LAST
             self._open(items)
             items.append({"event": "data: [DONE]"})
             return
@@ -3912,7 +3945,7 @@ class Events(StreamParser):
             self._opening.setdefault(str(key or len(self._opening)), self._item(kind, event))
 
     def _item(self, kind, event):
-        text = "data: " + compact(renamed(event, self._model.service))
+        text = "data: " + json_of(renamed(event, self._model.service))
         return {"event": "event: %s\n%s" % (kind, text) if kind else text}
 
     def _open(self, items):

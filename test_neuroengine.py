@@ -8096,6 +8096,39 @@ def test_bytes_that_are_no_text_become_the_sign_for_that():
     assert text_of(items) == "Hello \u2603\ufffd!"
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_thoughts_that_are_cut_within_a_character_are_joined(how):
+    thoughts = sent_as_events([("", {"choices": [{"delta": {"reasoning": piece}}]})
+                               for piece in ("a\ud83d", "\ude00b", "\ud83d")])
+    items = parsed(neuroengine.Completion(neuroengine.Model("m")), thoughts + sse(GOOD), how)
+    assert "".join(item["reasoning"] for item in items
+                   if "reasoning" in item) == "a\U0001f600b\ufffd"
+    assert text_of(items) == "Hello \u2603!"
+
+
+@pytest.mark.parametrize("field", ["content", "reasoning"])
+def test_bytes_that_are_no_text_beside_half_a_character_fail_no_answer(field):
+    data = b'data: {"choices": [{"delta": {"%s": "x\xff\\ud83d"}}]}\n\n' % field.encode()
+    items = parsed(neuroengine.Completion(neuroengine.Model("m")), data + sse(GOOD), "whole")
+    assert items[0] in ("x\ufffd\ufffd", {"reasoning": "x\ufffd\ufffd"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_passed_through_keeps_half_a_character_as_an_escape(stream):
+    event = {"delta": "\ud83d", "choices": [{"finish_reason": "stop"}]}
+    data = sent_as_events([("", event)]) if stream else json.dumps(event).encode()
+    text = "".join(passed(opaque("chat", {}, stream), data)[0].values())
+    assert "\\ud83d" in text and text.isascii()
+
+
+@pytest.mark.parametrize("api", ["messages", "responses"])
+def test_done_is_no_end_of_an_api_that_has_another(api):
+    pairs = {"messages": ANTHROPIC, "responses": RESPONSES}[api]
+    with pytest.raises(NeuroengineError, match="ended in the middle"):
+        passed(opaque(api, {}, stream=True), sent_as_events(pairs[:-1], b"data: [DONE]\n\n"))
+    assert passed(opaque(api, {}, stream=True), sent_as_events(pairs, b"data: [DONE]\n\n"))
+
+
 def test_whatever_else_is_in_a_delta_or_message_is_passed_on():
     more = {"refusal": "no", "annotations": [{"type": "url_citation"}], "audio": {"id": "a"}}
     for data in (sse(changed(4, delta=dict(more, reasoning="hm"))), json.dumps({"choices": [
