@@ -94,7 +94,7 @@ LONGEST_RETRY_AFTER_SECONDS = 60   # a longer wait is left to the caller
 MAX_UNSENT_BYTES = 8 << 20   # of one answer, kept while the relay is out of reach
 MAX_BATCH_BYTES = 1 << 18    # of items in one request to the relay, which bounds their number
 MAX_ITEM_BYTES = 20 << 20    # one item; the relay takes no more
-MAX_LINE_BYTES = 64 << 20    # one line of a stream
+MAX_LINE_BYTES = 64 << 20    # one line of a stream, or an answer that is kept as a whole
 MAX_HEAD_BYTES = 1 << 16     # of a response
 READ_BYTES = 1 << 14         # of a connection, read at once
 CONNECT_SECONDS = 10         # to connect to one address, TLS included
@@ -1646,7 +1646,9 @@ class ResponseReader:
                     left = int(size.partition(b";")[0], 16)
                 except ValueError:
                     raise http.client.HTTPException("a chunk without a size") from None
-                if left <= 0:                  # the last one; what may follow is of no use
+                if left < 0:
+                    raise http.client.HTTPException("a chunk of less than nothing")
+                if not left:                   # the last one; what may follow is of no use
                     self.whole = True
                     self.kept = self.kept and data[at:] == b"\r\n"
                     break
@@ -1685,6 +1687,8 @@ class Exchange:
             body = reader.feed(data)
             if sink is None or reader.status >= 300:
                 self.body += body
+                if len(self.body) > MAX_LINE_BYTES:
+                    raise http.client.HTTPException("an answer without end")
             elif body:
                 sink.feed(body)
         except Exception as error:             # carry() raises it
@@ -3574,6 +3578,7 @@ class StreamParser:
 
     def __init__(self, model):
         self._model, self._lines = model, Lines()
+        self._held = 0             # bytes of lines since the last item: they may be kept
 
     def feed(self, data):
         """The items that are in these bytes."""
@@ -3589,6 +3594,10 @@ class StreamParser:
         items = []
         for line in lines.split(b"\n")[:-1]:
             self._take(line, items)
+        self._held = 0 if items else self._held + len(lines)
+        if self._held > MAX_LINE_BYTES:
+            raise NeuroengineError(1, "the LLM server sends much, and nothing of an answer",
+                                   "provider_error")
         return items
 
 
@@ -3826,10 +3835,14 @@ class WholeAnswer:
 
     def __init__(self, model, question):
         self._model, self._question = model, question
-        self._pieces = []
+        self._pieces, self._size = [], 0
 
     def feed(self, data):
         self._pieces.append(data)
+        self._size += len(data)
+        if self._size > MAX_LINE_BYTES:
+            raise NeuroengineError(1, "the LLM server's answer is over %d MB"
+                                   % (MAX_LINE_BYTES >> 20), "provider_error")
         return []
 
     def finish(self):

@@ -8121,6 +8121,17 @@ def test_what_is_passed_through_keeps_half_a_character_as_an_escape(stream):
     assert "\\ud83d" in text and text.isascii()
 
 
+@pytest.mark.parametrize("piece", [b"data: 1\n", b": ping\n\n", b"[\n"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_without_end_and_without_items_ends_in_an_error(piece, stream, monkeypatch):
+    monkeypatch.setattr(neuroengine, "MAX_LINE_BYTES", 1000)
+    question, model = opaque("messages", {}, stream), neuroengine.Model("m")
+    for parser in (question.parser(model), neuroengine.Completion(model)):
+        with pytest.raises(NeuroengineError):
+            for _ in range(1000):
+                assert not parser.feed(piece)
+
+
 @pytest.mark.parametrize("api", ["messages", "responses"])
 def test_done_is_no_end_of_an_api_that_has_another(api):
     pairs = {"messages": ANTHROPIC, "responses": RESPONSES}[api]
@@ -8671,6 +8682,17 @@ def test_a_connection_whose_answer_ended_in_an_error_is_closed():
             _, url), sharing(url) as (relay, _):
         assert "busy" in relay.ask({"message": "x"})[1]["error"]["message"]
         until(lambda: answered[0] in ended)
+
+
+@pytest.mark.parametrize("chunk", [b"-5\r\n{}", b"ffffffff\r\n" + b"x" * 2000])
+def test_an_error_without_end_is_not_gathered(chunk, monkeypatch):
+    monkeypatch.setattr(neuroengine, "MAX_LINE_BYTES", 1000)
+
+    def fail(handler):
+        handler.wfile.write(b"HTTP/1.1 400 No\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk)
+    with fake_llm(script=[fail]) as (_, url), sharing(url) as (relay, _):
+        assert re.search("without end|less than nothing", relay.ask({"message": "x"})[1][
+            "error"]["message"])
 
 
 def test_a_connection_that_was_closed_is_not_resumed():
