@@ -3022,6 +3022,7 @@ UNSHARED = ("id_slot", "slot_id", "lora", "lora_request", "adapters", "adapter_p
             "kv_transfer_params", "mcp_servers")
 # A conversation that the server keeps: another provider, or caller, would not have it.
 STATE_FIELDS = ("previous_response_id", "conversation", "background")
+OTHER_NAMES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 URL_FIELDS = ("image_url", "video_url", "audio_url", "file_url")
 URL_PLACES = ("messages", "input", "documents", "query", "system", "prompt")
 # To servers in Go, such as Ollama, "MODEL" is another spelling of "model": the last one wins.
@@ -3085,15 +3086,18 @@ class Question:
             return True
         for field in sorted(self.own & set(self.body)):
             # A limit of our own that does not fit into the context (vLLM): what is left of
-            # the context is less, so it holds without.
-            if (is_meant(field) or too_long and field in LENGTH_FIELDS
-                    and "completion" in words) and change(field):
+            # the context is less, so it holds without. Else it is the operator's.
+            needless = is_meant(field) if field not in LENGTH_FIELDS else (
+                too_long and "completion" in words
+                or is_meant(field) and OTHER_NAMES.get(field) in self.body)
+            if needless and change(field):
                 del self.body[field]
                 return True
-        for old, new in (("max_tokens", "max_completion_tokens"),
-                         ("max_completion_tokens", "max_tokens")):
+        for old, new in OTHER_NAMES.items():
             if old in self.body and new not in self.body and is_meant(old) and change(old):
                 self.body[new] = self.body.pop(old)
+                if old in self.own:
+                    self.own.add(new)
                 return True
         wanted = self.body.get("response_format")
         if isinstance(wanted, dict) and wanted.get("type") == "json_object" \

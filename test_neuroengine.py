@@ -8343,6 +8343,20 @@ def test_a_limit_holds_though_the_server_knows_none_of_the_names_that_the_client
     assert opaque(api, {usual: 0}, most_tokens=50, kind="Ollama").body[usual] == 50
 
 
+def test_a_limit_of_the_operator_is_renamed_and_not_left_out_for_a_server_that_refuses_it():
+    words = "'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+    for asked in ({}, {"max_completion_tokens": 7}):
+        question = opaque("chat", asked, most_tokens=50)
+        assert question.relent(words, "max_tokens", False)
+        assert question.body["max_completion_tokens"] == asked.get("max_completion_tokens", 50)
+        assert "max_tokens" not in question.body
+    while question.relent("max_tokens and max_completion_tokens are refused", None, False):
+        pass
+    assert neuroengine.given(question.body, neuroengine.LENGTH_FIELDS)
+    question = opaque("responses", {}, most_tokens=50)
+    assert not question.relent("max_output_tokens is unknown", None, False)
+
+
 def test_no_limit_is_added_but_to_servers_that_generate_without_end():
     model = neuroengine.Model("m", context_length=512)
     ended = neuroengine.Model("m", context_length=512, endless=False)
