@@ -3019,7 +3019,7 @@ LENGTH_FIELDS = ("max_new_len", "max_tokens", "max_completion_tokens", "max_outp
 # llama.cpp, adapters, code and templates of vLLM and MLX, tools that fetch.
 UNSHARED = ("id_slot", "slot_id", "lora", "lora_request", "adapters", "adapter_path",
             "draft_model", "chat_template", "path", "filename", "logits_processors",
-            "kv_transfer_params", "mcp_servers")
+            "kv_transfer_params", "mcp_servers", "n_cmpl")     # llama.cpp has that win over n
 # A conversation that the server keeps: another provider, or caller, would not have it.
 STATE_FIELDS = ("previous_response_id", "conversation", "background")
 OTHER_NAMES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}

@@ -8375,6 +8375,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
     ({"id_slot": 3}, "id_slot"), ({"lora": [{"id": 0}]}, "lora"),
     ({"chat_template": "{{x}}"}, "chat_template"), ({"path": "/etc"}, "path"),
     ({"logits_processors": ["os.system"]}, "logits_processors"),
+    ({"n": 1, "n_cmpl": 8}, "n_cmpl"),
     ({"previous_response_id": "r"}, "previous_response_id"),
     ({"conversation": "c"}, "conversation"), ({"store": True, "input": "x"}, "store"),
     ({"tools": [{"type": "mcp", "server_url": "http://10.0.0.1/"}]}, "server_url"),
