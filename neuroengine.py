@@ -3627,6 +3627,7 @@ class Completion(StreamParser):
         self._kind = b""           # the event's name
         self._whole = None         # lines of JSON, which came instead of events
         self._texts = []
+        self._calls = {}           # id of a tool call that came without an index -> its index
         self._cut = None           # a Text, once bytes came that are no UTF-8
         self._half = self._half_thought = ""   # first halves of characters in UTF-16
         self._finish = self._usage = None
@@ -3789,7 +3790,7 @@ class Completion(StreamParser):
         if calls:
             if not isinstance(calls, list):
                 raise not_json()
-            calls = [dict(call, index=call.get("index", number))
+            calls = [dict(call, index=self._index_of(call, number))
                      for number, call in enumerate(filter(None, calls))
                      if isinstance(call, dict)]
             if calls:
@@ -3799,6 +3800,15 @@ class Completion(StreamParser):
                     if value and name not in SAID_ELSEWHERE}
             if more:
                 items.append({"delta": more})
+
+    def _index_of(self, call, number):
+        """The index of a tool call. Some leave it out, even if each call is an event of its
+        own; clients would make one call of them all."""
+        if type(call.get("index")) is int:
+            return call["index"]
+        if not isinstance(call.get("id"), str):
+            return number
+        return self._calls.setdefault(call["id"], len(self._calls))
 
     def _take_text(self, text, items):
         if not isinstance(text, str):

@@ -8096,6 +8096,14 @@ def test_bytes_that_are_no_text_become_the_sign_for_that():
     assert text_of(items) == "Hello \u2603\ufffd!"
 
 
+def test_tool_calls_without_an_index_stay_apart():
+    calls = [[{"id": "a"}], [{"id": "b", "index": None}, {"id": "c"}], [{"id": "a"}]]
+    events = [{"choices": [{"delta": {"tool_calls": some}}]} for some in calls]
+    items = parsed(neuroengine.Completion(neuroengine.Model("m")), sse(events + GOOD), "whole")
+    assert [(call["id"], call["index"]) for item in items if "tool_calls" in item
+            for call in item["tool_calls"]] == [("a", 0), ("b", 1), ("c", 2), ("a", 0)]
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_thoughts_that_are_cut_within_a_character_are_joined(how):
     thoughts = sent_as_events([("", {"choices": [{"delta": {"reasoning": piece}}]})
