@@ -8096,6 +8096,16 @@ def test_bytes_that_are_no_text_become_the_sign_for_that():
     assert text_of(items) == "Hello \u2603\ufffd!"
 
 
+def test_lines_are_the_same_however_their_bytes_come():
+    chance, data = random.Random(7), b"\xef\xbb\xbfab\r\n\rcd\n\nlong line\rx\n\r\nend"
+    for number in range(500):
+        lines, got, at = neuroengine.Lines(), b"", 0
+        while at < len(data):
+            end = at + chance.randrange(1, 5)
+            got, at = got + lines.feed(data[at:end]), end
+        assert got + lines.end() == b"ab\n\ncd\n\nlong line\nx\n\nend\n"
+
+
 def test_tool_calls_without_an_index_stay_apart():
     calls = [[{"id": "a"}], [{"id": "b", "index": None}, {"id": "c"}], [{"id": "a"}]]
     events = [{"choices": [{"delta": {"tool_calls": some}}]} for some in calls]
