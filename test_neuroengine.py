@@ -12234,6 +12234,9 @@ def page_chromium():
 # bench/browsers.py has of Playwright's methods; pages made without options are enough.
 in_each_browser = pytest.mark.parametrize(
     "page_browser", ["chromium", "Firefox", "WebKit"], indirect=True)
+# WebKit's driver does not answer when it is to press a button twice in one action.
+in_browsers_that_double_click = pytest.mark.parametrize(
+    "page_browser", ["chromium", "Firefox"], indirect=True)
 
 
 @pytest.fixture
@@ -12325,10 +12328,11 @@ class PageProvider:
 
 
 class PageProxy:
-    """A TCP line to the relay that can be cut, and kept cut."""
+    """A TCP line to the relay that can be cut, and kept cut, and that can be silent."""
 
     def __init__(self, port):
-        self.to, self.open, self.pairs = port, True, []
+        self.to, self.open, self.pairs, self.flows = port, True, [], threading.Event()
+        self.flows.set()                                 # cleared: nothing arrives for a while
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = "http://127.0.0.1:%d" % self.port
@@ -12352,6 +12356,7 @@ class PageProxy:
         with contextlib.suppress(OSError):
             while True:
                 data = source.recv(65536)
+                self.flows.wait()
                 if not data:
                     break
                 target.sendall(data)
@@ -12374,6 +12379,7 @@ class PageProxy:
     def close(self):
         self.socket.close()
         self.cut(keep=True)
+        self.flows.set()
 
 
 # Put before the page's own script. It keeps in the tab, whatever is loaded there, what
@@ -12395,8 +12401,8 @@ for (const level of ["error", "warn"]) console[level] = (...words) => complain(w
 class PageRelay:
     """A relay that serves the page, and what operators do with it."""
 
-    def __init__(self, *names):
-        page = read_page().replace(b"<script>", PAGE_WATCH + b"<script>", 1)
+    def __init__(self, *names, page=None):
+        page = (page or read_page()).replace(b"<script>", PAGE_WATCH + b"<script>", 1)
         self.relay = Relay("127.0.0.1", 0, page=page, limits=Limits(close_seconds=0.2))
         self.relay.start()
         self.url, self.keys = self.relay.url, {}
@@ -12701,6 +12707,81 @@ def page_manage(tab, key, name="Demo"):
     tab.tab.fill("#unlock-key", key)
     tab.tab.click("#unlock-form button")
     tab.tab.wait_for_selector("#manage-comment")
+
+
+@in_browsers_that_double_click
+@pytest.mark.parametrize("button, question", [
+    ("New service key", "Replace the key?"), ("Delete Demo", "Delete for good?")])
+def test_page_takes_no_double_click_for_a_second_thought(page_relay, page_tab, button, question):
+    tab = page_tab().open("/")
+    page_manage(tab, page_relay.keys["Demo"])
+    tab.tab.dblclick("#dialog button:text('%s')" % button)
+    tab.shows(question, "#dialog button")
+    assert page_relay.service("Demo")                    # with its key
+
+
+@in_each_browser
+def test_page_shows_a_key_though_its_dialog_was_closed_before_it_came(page_relay, page_tab):
+    proxy = PageProxy(page_relay.server_port)
+    tab = page_tab(proxy.url).open("/")
+    page_manage(tab, page_relay.keys["Demo"])
+    tab.tab.click("text=New service key")
+    page_closes_early(tab, proxy, "text=Replace the key?")
+    tab.tab.wait_for_selector("#new-key code")
+    assert page_relay.service("Demo", tab.tab.text_content("#new-key code"))
+    tab.tab.keyboard.press("Escape")
+    tab.tab.click("#open-share")
+    tab.tab.fill("#share-name", "Mine")
+    page_closes_early(tab, proxy, "text=Register the name")
+    tab.tab.wait_for_selector("#share-done code")
+    assert page_relay.service("Mine", tab.tab.text_content("#share-done code"))
+    proxy.close()
+
+
+def page_closes_early(tab, proxy, button):
+    """Press a button of a dialog and close that before the relay answers."""
+    proxy.flows.clear()
+    tab.tab.click(button)
+    tab.tab.keyboard.press("Escape")
+    tab.eventually("!document.querySelector('#dialog').open")
+    proxy.flows.set()
+
+
+def test_page_unlocks_nothing_in_a_dialog_that_was_opened_since(page_relay, page_tab):
+    page_relay.add("Other")
+    tab, held = page_tab().open("/"), []
+    tab.tab.route("**/api/services/Demo", lambda route: held.append(route))
+    tab.tab.click("#open-manage")
+    tab.tab.fill("#unlock-name", "Demo")
+    tab.tab.fill("#unlock-key", page_relay.keys["Demo"])
+    tab.tab.click("#unlock-form button")
+    tab.tab.keyboard.press("Escape")
+    page_manage(tab, page_relay.keys["Other"], "Other")
+    with tab.tab.expect_response("**/api/services/Demo"):
+        held.pop().continue_()
+    tab.tab.fill("#manage-comment", "Meant for the other")
+    tab.tab.click("#manage-form >> text=Save")
+    tab.shows("Saved.", ".toast")
+    assert page_relay.service("Other")["comment"] == "Meant for the other"
+    assert "Delete Other" in tab.tab.inner_text("#dialog")
+
+
+@in_browsers_that_double_click
+def test_page_makes_one_access_key_by_a_double_click(page_relay, page_tab):
+    proxy = PageProxy(page_relay.server_port)
+    tab = page_tab(proxy.url).open("/")
+    page_manage(tab, page_relay.keys["Demo"])
+    tab.tab.fill("#guest-label", "Bob")
+    proxy.flows.clear()
+    tab.tab.dblclick("text=Make an access key")
+    proxy.flows.set()
+    tab.tab.wait_for_selector("#invite code")
+    tab.tab.fill("#guest-label", "Eve")
+    tab.tab.click("text=Make an access key")
+    tab.shows("Eve", ".keys li")
+    keys = page_relay.ask("GET", "/Demo/keys", page_relay.keys["Demo"])[1]["keys"]
+    assert sorted(key["label"] for key in keys) == ["Bob", "Eve"]
+    proxy.close()
 
 
 def test_page_makes_a_service_private_and_invites_a_guest(
@@ -13103,6 +13184,23 @@ def test_page_settings_have_the_providers_default_as_a_state(page_provider, page
     assert tab.tab.input_value("#knob-temperature") == "1.05"
 
 
+@in_each_browser
+def test_page_stopped_at_once_after_sending_goes_on(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.expects_trouble = True                           # the relay may not know the prompt yet
+    tab.tab.fill("#input", "Hi")
+    tab.tab.evaluate("() => { for (const id of ['#send', '#stop'])"
+                     " document.querySelector(id).click(); }")
+    tab.idle()
+    tab.say("Again")
+    job = tab.prompt(page_provider)
+    if page_contents(job) == ["Hi"]:                     # it was on its way
+        job = tab.prompt(page_provider)
+    job.done("Here I am")
+    tab.answers("Here I am")
+    tab.eventually("!document.querySelector('.pick.busy')")
+
+
 def test_page_tells_the_place_in_the_queue(page_relay, page_provider, page_tab):
     tab = page_tab().open()
     before = in_thread(ask, page_relay, "/Demo", {"message": "x"})
@@ -13122,6 +13220,79 @@ def test_page_tells_the_place_in_the_queue(page_relay, page_provider, page_tab):
 
 
 @in_each_browser
+def test_page_keeps_an_edited_prompt_while_an_answer_comes(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "One", "Un")
+    tab.tab.hover(".message.user")
+    tab.tab.click(".message.user [aria-label='Edit and send again']")
+    tab.tab.fill(".editing textarea", "Uno")
+    tab.say("Two")
+    job = tab.prompt(page_provider)
+    job.push("De")
+    tab.shows("De")
+    tab.tab.click(".editing button:text('Send')")
+    assert tab.tab.input_value(".editing textarea") == "Uno"
+    job.done("ux")
+    tab.idle()
+    tab.tab.click(".editing button:text('Send')")
+    assert page_contents(tab.prompt(page_provider)) == ["Uno"]
+
+
+def page_contents(job):
+    return [message["content"] for message in job.request["messages"]]
+
+
+# Reading the messages of a conversation takes as long as window.held is true.
+PAGE_HELD_STORE = """const getAll = IDBIndex.prototype.getAll;
+IDBIndex.prototype.getAll = function (key) {
+    const wait = () => { if (window.held) this.get("x").onsuccess = wait; };
+    wait();
+    return getAll.call(this, key); };"""
+
+
+def test_page_sends_nothing_while_a_conversation_loads(page_provider, page_tab):
+    tab = page_tab()
+    tab.tab.context.add_init_script(PAGE_HELD_STORE)
+    tab.open()
+    page_talk(tab, page_provider, "Alpha", "Answer A")
+    tab.tab.click("#new")
+    page_talk(tab, page_provider, "Beta", "Answer B")
+    tab.tab.fill("#input", "Only for Beta")
+    tab.tab.evaluate("window.held = true")
+    tab.tab.click(".pick:has-text('Alpha')")
+    tab.eventually("!document.querySelector('#input').value")
+    tab.say("Next")
+    tab.tab.evaluate("window.held = false")
+    tab.answers("Answer A")
+    tab.say("Next")
+    assert page_contents(tab.prompt(page_provider)) == ["Alpha", "Answer A", "Next"]
+    tab.tab.click(".pick:has-text('Beta')")
+    tab.answers("Answer B")
+    assert tab.tab.input_value("#input") == "Only for Beta"
+
+
+def test_page_shows_an_answer_that_ended_in_another_tab_while_it_was_loaded(
+        page_provider, page_tab):
+    tab = page_tab().open()
+    tab.say("Count")
+    job = tab.prompt(page_provider)
+    job.push("1, 2")
+    tab.shows("1, 2")
+    other = page_tab(tab.url, tab.tab.context)
+    other.tab.add_init_script(PAGE_HELD_STORE)
+    other.open()
+    other.tab.wait_for_selector(".pick")
+    other.tab.evaluate("window.held = true")
+    other.tab.click(".pick")
+    job.done(" 3")
+    tab.answers("1, 2 3")
+    tab.idle()
+    other.tab.evaluate("window.held = false")
+    other.answers("1, 2 3")
+    other.idle()
+
+
+@in_each_browser
 def test_page_keeps_the_draft(page_provider, page_tab):
     tab = page_tab().open()
     tab.tab.fill("#input", "Half a thought")
@@ -13135,6 +13306,23 @@ def test_page_keeps_the_draft(page_provider, page_tab):
     assert tab.tab.input_value("#input") == ""
     tab.tab.click(".list .pick")
     tab.eventually("document.querySelector('#input').value === 'In here'")
+
+
+def test_page_dictates_nothing_into_the_next_message(page_provider, page_tab):
+    tab = page_tab()
+    tab.tab.add_init_script("""window.SpeechRecognition = window.webkitSpeechRecognition = class {
+        constructor() { window.listener = this; }
+        start() {}
+        stop() { setTimeout(() => this.onend?.()); } };""")
+    hear = "(words) => listener.onresult?.({results: words.map((transcript) => [{transcript}])})"
+    tab.open()
+    tab.tab.click("#dictate")
+    tab.tab.evaluate(hear, ["Hello there"])
+    tab.tab.press("#input", "Enter")
+    tab.prompt(page_provider).done("Hi")
+    tab.answers("Hi")
+    tab.tab.evaluate(hear, ["Hello there", " you"])
+    assert tab.tab.input_value("#input") == ""
 
 
 def test_page_takes_the_key_of_an_invite_link(page_relay, page_provider, page_tab):
@@ -13336,6 +13524,26 @@ def test_page_outlives_a_relay_that_restarts(page_tab):
     provider.next().done("Back")
     tab.shows("Back")
     tab.eventually("!document.querySelector('#banner .banner')")
+    relay.stop()
+    proxy.close()
+
+
+@in_each_browser
+def test_page_notices_a_relay_that_hangs(page_tab):
+    page = read_page().replace(b"SILENCE_MS = 25000", b"SILENCE_MS = 1000")
+    assert page != read_page()
+    relay = PageRelay("Demo", page=page)
+    proxy = PageProxy(relay.server_port)
+    tab = page_tab(proxy.url)
+    tab.expects_trouble = True
+    tab.open()
+    proxy.flows.clear()
+    tab.news()
+    tab.news()
+    tab.shows("The relay cannot be reached", "#banner")
+    proxy.flows.set()
+    tab.news()
+    tab.eventually("!document.querySelector('#banner').innerText.includes('reached')")
     relay.stop()
     proxy.close()
 
@@ -14318,6 +14526,30 @@ def test_page_edits_an_answer_as_another_version(page_provider, page_tab):
         "Name a colour", "Crimson", "Why?"]
 
 
+def test_page_keeps_the_thoughts_of_an_answer_that_is_edited(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "One", "<think>Let me see</think>Un", "Un")
+    tab.tab.click(".last [aria-label='Edit the answer']")
+    tab.tab.fill(".editing textarea", "Eins")
+    tab.tab.click(".editing >> text=Save")
+    tab.answers("Eins")
+    tab.shows("Thoughts")
+
+
+@in_each_browser
+def test_page_keeps_what_follows_an_empty_answer_that_is_asked_for_again(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "One", {"finish_reason": "length"}, "The answer is empty")
+    page_talk(tab, page_provider, "Two", "Deux")
+    tab.tab.hover(".message:nth-of-type(2)")
+    tab.tab.click(".message:nth-of-type(2) [aria-label='Answer again']")
+    tab.prompt(page_provider).done("Un")
+    tab.answers("Un")
+    tab.idle()
+    tab.tab.click(".last [aria-label='Previous version']")
+    tab.answers("Deux")
+
+
 def test_page_deletes_a_message_and_what_follows_and_undoes_it(page_provider, page_tab):
     tab = page_tab().open()
     page_talk(tab, page_provider, "One", "Un")
@@ -14332,6 +14564,23 @@ def test_page_deletes_a_message_and_what_follows_and_undoes_it(page_provider, pa
     tab.say("Three")
     assert [m["content"] for m in page_provider.next().request["messages"]] == [
         "One", "Un", "Three"]
+
+
+def test_page_undoes_a_deletion_in_the_conversation_where_it_was(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "Alpha", "Answer A")
+    tab.tab.click("#new")
+    page_talk(tab, page_provider, "Beta", "Answer B")
+    page_more(tab, ".message.user", "Delete from here on")
+    undo = tab.tab.query_selector(".toast button")
+    tab.tab.click(".pick:has-text('Alpha')")
+    tab.answers("Answer A")
+    tab.tab.click(".pick:has-text('Beta')")
+    tab.tab.wait_for_selector(".hello")
+    undo.evaluate("(el) => el.click()")                  # even if the notice is gone by now
+    tab.answers("Answer B")
+    tab.say("Gamma")
+    assert page_contents(tab.prompt(page_provider)) == ["Beta", "Answer B", "Gamma"]
 
 
 def test_page_forks_a_conversation(page_provider, page_tab):
@@ -14376,6 +14625,67 @@ def test_page_shares_a_conversation_in_a_links_fragment(page_provider, page_tab)
     assert not any("question" in (r.post_data or "") for r in other.requests
                    if r.method == "POST" and "/Demo" not in r.url)
     assert not any(link[-20:] in r.url for r in other.requests)
+
+
+def test_page_exports_a_shared_conversation(page_provider, page_tab, tmp_path):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "Alpha", "Answer A")
+    link = page_link(tab)
+    other = page_tab().open(link[len(tab.url):])
+    other.shows("Answer A")
+    other.tab.click("#open-export")
+    for button in ("#export-md", "#export-json"):
+        with other.tab.expect_download() as download:
+            other.tab.click(button)
+        download.value.save_as(tmp_path / "file")
+        assert "Answer A" in (tmp_path / "file").read_text("utf-8")
+
+
+def test_page_stores_no_shared_conversation_whose_settings_change(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "Alpha", "Answer A")
+    link = page_link(tab)
+    other = page_tab().open(link[len(tab.url):])
+    other.shows("Answer A")
+    other.tab.click("#open-settings")
+    other.tab.fill("#conversation-system", "Be brief")
+    other.tab.keyboard.press("Escape")
+    other.tab.click("text=Continue here")
+    page_talk(other, page_provider, "And?", "More")
+    assert len(other.tab.query_selector_all(".list .pick")) == 1
+
+
+@pytest.mark.parametrize("how", ["fork", "link", "file", "early file"])
+def test_page_shows_a_cut_answer_as_cut_in_each_copy(page_provider, page_tab, tmp_path, how):
+    tab = page_tab().open()
+    tab.say("List")
+    job = tab.prompt(page_provider)
+    job.push("Half an ans")
+    tab.shows("Half an ans")
+    if how != "early file":
+        job.fail("out of memory")
+        tab.shows("could not answer")
+    if how == "fork":
+        page_more(tab, ".message.last", "Fork from here")
+        tab.shows("This is a copy", ".toast")
+        tab.answers("Half an ans")
+        return tab.shows("could not answer")
+    if how == "link":
+        link = page_link(tab)
+        other = page_tab().open(link[len(tab.url):])
+    else:
+        tab.tab.click("#open-export")
+        with tab.tab.expect_download() as download:
+            tab.tab.click("#export-json")
+        download.value.save_as(tmp_path / "file.json")
+        other = page_tab().open()
+        other.tab.click("#open-export")
+        other.tab.set_input_files("#import", tmp_path / "file.json")
+        other.shows("1 conversation imported", ".toast")
+        other.tab.keyboard.press("Escape")
+        other.tab.click(".list .pick")
+    other.answers("Half an ans")
+    other.shows("Stopped")
 
 
 def test_page_offers_a_file_for_what_is_too_long_for_a_link(page_provider, page_tab):
@@ -14448,6 +14758,26 @@ def test_page_sends_the_next_message_after_the_answer(page_provider, page_tab):
     tab.shows("Fourth", "#up-next")
     job.done("Yes.")
     assert tab.prompt(page_provider).request["messages"][-1]["content"] == "Fourth"
+
+
+@in_each_browser
+def test_page_sends_the_next_message_below_the_answer_that_it_waited_for(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "One", "Un")
+    tab.tab.hover(".message.user")
+    tab.tab.click(".message.user [aria-label='Edit and send again']")
+    tab.tab.fill(".editing textarea", "Uno")
+    tab.tab.click(".editing button:text('Send')")
+    job = tab.prompt(page_provider)
+    job.push("Ei")
+    tab.shows("Ei")
+    tab.say("And now?")
+    tab.shows("And now?", "#up-next")
+    tab.tab.hover(".message.user")
+    tab.tab.click(".message.user [aria-label='Previous version']")
+    tab.answers("Un")
+    job.done("ns")
+    assert page_contents(tab.prompt(page_provider)) == ["Uno", "Eins", "And now?"]
 
 
 def test_page_keeps_the_next_message_when_the_answer_is_stopped(page_provider, page_tab):
@@ -14533,6 +14863,22 @@ def test_page_keeps_no_temporary_conversation(page_provider, page_tab):
 
 
 @in_each_browser
+def test_page_keeps_no_draft_of_a_temporary_conversation(page_provider, page_tab):
+    tab = page_tab().open()
+    drafts = "JSON.stringify(Object.values(localStorage)).includes('Between us')"
+    tab.tab.fill("#input", "Between us")
+    tab.eventually(drafts)
+    tab.tab.check("#temporary")
+    tab.tab.press("#input", "Enter")
+    tab.prompt(page_provider).done("Yes")
+    tab.answers("Yes")
+    tab.idle()
+    tab.tab.click("#new")
+    tab.tab.wait_for_selector(".hello")
+    assert tab.tab.input_value("#input") == "" and not tab.tab.evaluate(drafts)
+
+
+@in_each_browser
 def test_page_two_tabs_show_the_same_conversation(page_provider, page_tab):
     tab = page_tab().open()
     page_talk(tab, page_provider, "One", "Un")
@@ -14566,6 +14912,44 @@ def test_page_stops_an_answer_from_another_tab(page_provider, page_tab):
     assert job.cancelled.wait(patient(5))
     other.shows("Stopped")
     tab.shows("Stopped")
+
+
+@in_each_browser
+def test_page_stops_the_answer_of_a_conversation_that_another_tab_deletes(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "Old", "Older")
+    tab.say("Count")
+    job = tab.prompt(page_provider)
+    job.push("1, 2")
+    tab.shows("1, 2")
+    other = page_tab(tab.url, tab.tab.context).open(tab.tab.url[len(tab.url):])
+    other.shows("1, 2")
+    other.tab.hover(".list li")
+    other.tab.click("[aria-label='Delete Old']")
+    assert job.cancelled.wait(patient(5))
+    for each in (tab, other):
+        each.tab.wait_for_selector(".hello")
+    other.tab.reload()
+    other.tab.wait_for_selector(".hello")
+    assert not other.tab.query_selector(".list .pick")
+
+
+def test_page_waits_on_for_a_provider_though_another_tab_is_opened_late(page_relay, page_tab):
+    tab = page_tab()
+    tab.expects_trouble = True
+    tab.open()
+    tab.say("Hi")
+    tab.tab.click("text=Send when it is back")
+    tab.shows("Waiting until it is back online")
+    other = page_tab(tab.url, tab.tab.context)
+    other.tab.add_init_script("const now = Date.now; Date.now = () => now() + 3600000;")
+    other.open(tab.tab.url[len(tab.url):])
+    other.shows("Answered in another tab")
+    provider = PageProvider(page_relay)
+    tab.prompt(provider).done("Hello")
+    for each in (tab, other):
+        each.answers("Hello")
+    provider.leave()
 
 
 def test_page_imports_the_same_file_once(page_provider, page_tab, tmp_path):
@@ -14732,6 +15116,14 @@ def test_page_asks_before_an_invite_link_replaces_a_key(page_relay, page_tab):
     tab.eventually(stored + " === '\"theirs\"'")
     tab.eventually(gone)
     tab.tab.evaluate("localStorage.clear()")             # it is the next test's, too
+
+
+def test_page_asks_about_an_invite_link_in_other_letters(page_relay, page_tab):
+    tab = page_tab().open("/Demo#k=mine")
+    tab.shows("kept in this browser", ".toast")
+    tab.open("/")
+    tab.open("/demo#k=theirs")
+    tab.shows("brings another key for Demo", ".banner")
 
 
 @in_each_browser

@@ -375,6 +375,10 @@ class Page:
     def click(self, selector):
         self._act(selector, lambda element: self.command("ElementClick", id=element))
 
+    def dblclick(self, selector):
+        self._with(selector, "el.scrollIntoView({block: 'center'}); return true", state="visible")
+        self._act(selector, self.mouse.double_click)
+
     def hover(self, selector):
         self._act(selector, self.mouse.move_to)
 
@@ -422,6 +426,13 @@ class Mouse:
     def move_to(self, element):
         """Move to the middle of an element."""
         self.move(0, 0, {ELEMENT: element})
+
+    def double_click(self, element):
+        """Click twice in the middle of an element."""
+        press = [{"type": kind, "button": 0} for kind in ("pointerDown", "pointerUp")]
+        self.place = {"x": 0, "y": 0, "duration": 0, "origin": {ELEMENT: element}}
+        self.page.actions("pointer", dict(self.place, type="pointerMove"), *press, *press,
+                          parameters={"pointerType": "mouse"})
 
     def wheel(self, across, down):
         """Turn the wheel where the pointer is."""
