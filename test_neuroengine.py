@@ -13146,6 +13146,7 @@ def test_page_exports_and_imports(page_provider, page_tab, tmp_path, kind):
     path = tmp_path / download.value.suggested_filename
     download.value.save_as(path)
     assert path.suffix == "." + kind
+    tab.shows("message:user")                            # its end is laid out, too
     html = tab.tab.inner_html(".last .md")
     other = page_tab().open()                            # another browser
     other.tab.click("#open-export")
@@ -13153,7 +13154,7 @@ def test_page_exports_and_imports(page_provider, page_tab, tmp_path, kind):
     other.shows("1 conversation imported", ".toast")
     other.tab.keyboard.press("Escape")
     other.tab.click(".list .pick")
-    other.shows("That")
+    other.shows("message:user")
     assert other.tab.inner_html(".last .md") == html
     assert other.tab.inner_text(".user .said") == "What is *this*?"
 
