@@ -82,7 +82,7 @@ STREAM_SECONDS = 30          # silence within a stream; heartbeats come every 9 
 POLL_SECONDS = 40            # a held poll; the relay answers within 25 s
 YIELD_SECONDS = 0.005        # from new jobs to the next poll, unless items were sent before
 GATHER_SECONDS = 0.005       # between two requests with items, other than first ones and ends
-REST_FACTOR = 4              # having read many streams for a time, rest so many times as long
+REST_FACTOR = 4              # after reading streams, rest this many times as long
 LONGEST_REST_SECONDS = 0.04  # but no longer than this
 HEARTBEAT_SECONDS = 5        # a provider with jobs sends something this often
 CANCEL_SECONDS = 5           # for a cancel or a logout
@@ -1043,8 +1043,8 @@ class Tries:
 class Cursors:
     """How far request() has read the stream of each key.
 
-    A stream is known until it has ended and REMEMBERED_STREAMS others have since, or until
-    nobody has read it for ANSWER_SECONDS.
+    A stream is forgotten when REMEMBERED_STREAMS others have ended after it, or when it has
+    not been read for ANSWER_SECONDS.
     """
 
     def __init__(self):
@@ -1742,7 +1742,7 @@ class Intake:
     19 instead of 36 us a token with 256 streams of 50/s.
     """
 
-    THERE = hasattr(select, "epoll")
+    AVAILABLE = hasattr(select, "epoll")
 
     def __init__(self, loop, lazy=False):
         self._loop, self._lazy = loop, lazy
@@ -1894,7 +1894,7 @@ class AsyncTransport:
         self._free, self._on_idle_end = [], on_idle_end
         self._near = None                      # the server's address, if it is on this machine
         self._intakes = None
-        if Intake.THERE and not self._where[0]:
+        if Intake.AVAILABLE and not self._where[0]:
             self._intakes = Intake(self._loop), Intake(self._loop, lazy=True)
 
     async def call(self, path, body, key):
@@ -2181,7 +2181,7 @@ class Outbox:
 
     def spoil(self, work, words):
         """Say, instead of what is left of an answer, that the relay refuses it, and stop
-        whoever makes more of it."""
+        what still makes it."""
         with self._lock:
             stop = None if work.ended else work.stop
             work.items.clear()

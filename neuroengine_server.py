@@ -398,7 +398,7 @@ class Queue:
     """
 
     def __init__(self):
-        self._returned = []
+        self._returned = []           # (number, job), sorted
         self._operators, self._urgent, self._others = self._kinds = (
             OrderedDict(), OrderedDict(), OrderedDict())    # group of callers -> its line
         self._positions = None        # Job -> queue position, until something changes
@@ -954,7 +954,7 @@ class Jobs:
         elif job.id in self._jobs:
             job.left_at = self._clock()
             if job.ended_at is not None:
-                self._memory.keep(job)     # nobody waits for it: the first to make room
+                self._memory.keep(job)     # without a reader: the first to make room
             if job.identity is not None:   # a duplicate may have taken its place
                 self._identified[job.identity.key] = job
             self._recheck_locked(job)
@@ -1548,7 +1548,7 @@ class Exchange:
 
 PIECE_BYTES = 1 << 18        # of a streamed answer, or one item
 DIRECT_BYTES = 1 << 16       # more must wait for memory, in the exchange's own thread
-DIRECT_ITEM_BYTES = DIRECT_BYTES // 6    # an escape takes up to six bytes for one
+DIRECT_ITEM_BYTES = DIRECT_BYTES // 6    # JSON escapes need up to six bytes for one
 WHOLE_WAIT_SECONDS = 0.25    # see WholeOutlet.run
 QUEUE_NEWS_SECONDS = 2       # how often a queued stream hears of its queue position
 
@@ -1691,7 +1691,7 @@ class WholeOutlet(Outlet):
         parts = self._parts(own)
         if parts is None:
             return
-        self.connection.when_gone(None)    # whoever has the whole answer may disconnect
+        self.connection.when_gone(None)    # a client that has it all may disconnect
         for part in parts:
             self.send(part, own)
         self.reader.cursor = len(self.job.items)
@@ -2151,7 +2151,7 @@ def offline_error(service, now, waited=False):
 
 
 def share_taken_error(size, limits):
-    if size > limits.max_held_bytes // 4:  # it would wait for ever
+    if size > limits.max_held_bytes // 4:  # waiting cannot help
         return RelayError("request_too_large", "This prompt alone would take more than a "
                           "quarter of the relay's memory.")
     return RelayError("rate_limited", "Your prompts and their answers take a quarter of the "
@@ -2641,7 +2641,7 @@ class Memory:
     """The bytes that jobs hold, in all and by holder. Its user holds the lock."""
 
     def __init__(self, most):
-        self.most, self.held, self._share = most, 0, most // 4
+        self.most, self.held = most, 0
         self._holdings = defaultdict(Holding)          # holder -> Holding
         self._largest, self._looks = None, 0           # see _largest_holder
 
@@ -2680,8 +2680,7 @@ class Memory:
 
     def share_left(self, holder):
         """How many bytes more one holder may have: it may have a quarter of all."""
-        holding = self._holdings.get(holder)
-        return self._share - (0 if holding is None else holding.bytes)
+        return self.most // 4 - self.held_by(holder)
 
     def kept_by(self, holder):
         """The ended jobs of one holder that are kept, oldest first."""
@@ -5021,12 +5020,9 @@ class SharedOutlet(WholeOutlet):
     def _response(self, error):
         """Return (head, body) of the response; an error of ours becomes a 500."""
         try:
-            if error is None:
-                body = self._body()
-                error = self.job.error     # now set if the answer had to make room
             if error is not None:
                 return self.exchange.error_response(error)
-            return self.exchange.response(200, body, self.encoder.kind,
+            return self.exchange.response(200, self._body(), self.encoder.kind,
                                           more=self.encoder.headers(self.exchange, self.job))
         except Exception as fault:
             return self.exchange.error_response(self.exchange.explain(fault))
@@ -5045,14 +5041,18 @@ class SharedOutlet(WholeOutlet):
             yield part
 
     def _body(self):
-        """The whole answer as bytes, made once for all readers of the job."""
+        """The whole answer as bytes, made once for all readers of the job. Raises RelayError:
+        the answer had to make room for others while it was encoded."""
         encoder, job = self.encoder, self.job
         encoded = job.encoded
         if encoded is not None and encoded[0] == encoder.name:
-            return encoded[1]
-        body = self.encoded(self.size(), encoder.whole, job)
-        if len(body) > MAX_SMALL_BODY_BYTES:
-            self.broker.keep_encoded(job, encoder.name, body)
+            body = encoded[1]
+        else:
+            body = self.encoded(self.size(), encoder.whole, job)
+            if len(body) > MAX_SMALL_BODY_BYTES:
+                self.broker.keep_encoded(job, encoder.name, body)
+        if job.error is not None:
+            raise job.error
         return body
 
 
@@ -5332,10 +5332,7 @@ class LateOutlet(SharedOutlet):
         """What follows a head that was sent before the answer was there."""
         try:
             if error is None:
-                body = self._body()
-                error = self.job.error     # now set if the answer had to make room
-            if error is None:
-                return body
+                return self._body()
         except Exception as fault:
             error = self.exchange.explain(fault)
         return to_json(ERROR_FORMS[self.exchange.api](error))

@@ -2504,7 +2504,7 @@ def test_paths_are_decoded_and_empty_segments_do_not_count(target, path):
 
 
 def test_long_paths_lead_nowhere_and_are_not_remembered():
-    """250 of them stayed in memory for ever, 45 MB."""
+    """250 of them stayed in memory, 45 MB of them."""
     find, cached = neuroengine_server.find_route, neuroengine_server.cached_route
     cached.cache_clear()
     for path in (("a",) * 17, ("x" * 513,), ("x" * 200,) * 3):
@@ -3381,7 +3381,7 @@ def test_a_repeated_registration_is_not_answered_before_the_first_is_on_the_disk
     def slow(*args):
         again = threading.Thread(target=register)
         again.start()
-        again.join(0.3)                    # in vain: it waits for this
+        again.join(0.3)                    # it does not end: it waits for this
         add(*args)
         on_disk.set()
     monkeypatch.setattr(relay.registry._store, "add", slow)
@@ -4626,7 +4626,7 @@ def test_addresses_take_turns_at_a_lock_however_many_wait_for_one():
 
 
 def test_large_bodies_count_by_their_size_for_their_address():
-    """One below a MiB cost its sender nothing, and could be parsed for ever."""
+    """One below a MiB cost its sender nothing, and kept the parser busy."""
     with running_relay() as own:
         far, body = {"X_Forwarded_For": "203.0.113.9"}, b" " * (1 << 19)
         own.bounds.megabytes._clock = lambda: 0.0
@@ -8782,12 +8782,12 @@ def test_a_server_on_this_machine_is_connected_to_again_without_a_thread(monkeyp
 @pytest.fixture(params=[True, False], ids=["epoll", "asyncio"])
 def reading(request, monkeypatch):
     """Both ways in which connections to an upstream are read."""
-    if request.param and not neuroengine.Intake.THERE:
+    if request.param and not neuroengine.Intake.AVAILABLE:
         pytest.skip("this system has no epoll")
     monkeypatch.setattr(neuroengine.Intake, "THERE", request.param)
 
 
-@pytest.mark.skipif(not neuroengine.Intake.THERE, reason="this system has no epoll")
+@pytest.mark.skipif(not neuroengine.Intake.AVAILABLE, reason="this system has no epoll")
 @pytest.mark.parametrize("seconds, rest", [(0.002, 0.008), (0.5, 0.04)])
 def test_a_lazy_reader_rests_longer_the_longer_it_read(seconds, rest):
     class Loop:
@@ -11265,7 +11265,7 @@ def test_cluster_limits_and_turns_are_those_of_the_client_behind_the_other_relay
 
 def test_cluster_a_client_on_the_machine_of_a_relay_is_answered_by_homes_elsewhere(cluster):
     home, front = cluster(2)
-    home.proxies = [ipaddress.ip_network("127.0.0.0/8")]       # as if it came from elsewhere
+    home.proxies = [ipaddress.ip_network("127.0.0.0/8")]       # so that the client counts as remote
     hand = FarHand(home, home)
     assert ask(front, "/v1/models/" + hand.name)[0] == 200
 
@@ -12500,6 +12500,12 @@ class PageTab:
             assert time.monotonic() < deadline, (script, arg)
             self.tab.wait_for_timeout(20)
 
+    def edit(self, text):
+        """Open the editor of the prompt, and write another there."""
+        self.tab.hover(".message.user")
+        self.tab.click(".message.user [aria-label='Edit and send again']")
+        self.tab.fill(".editing textarea", text)
+
     def at_rest(self, script):
         """The value of `script` once it has stayed the same for half a second and 30 frames:
         what moves smoothly has arrived then, however slow the machine is."""
@@ -12896,9 +12902,7 @@ def test_page_regenerates_edits_and_keeps_versions(page_provider, page_tab):
     tab.shows("2/2")
     tab.tab.click(".last [aria-label='Previous version']")
     tab.shows("Red")
-    tab.tab.hover(".message.user")
-    tab.tab.click(".message.user [aria-label='Edit and send again']")
-    tab.tab.fill(".editing textarea", "Name a fruit")
+    tab.edit("Name a fruit")
     tab.tab.click(".editing >> text=Send")
     job = page_provider.next()
     assert job.request["messages"] == [{"role": "user", "content": "Name a fruit"}]
@@ -13224,9 +13228,7 @@ def test_page_tells_the_place_in_the_queue(page_relay, page_provider, page_tab):
 def test_page_keeps_an_edited_prompt_while_an_answer_comes(page_provider, page_tab):
     tab = page_tab().open()
     page_talk(tab, page_provider, "One", "Un")
-    tab.tab.hover(".message.user")
-    tab.tab.click(".message.user [aria-label='Edit and send again']")
-    tab.tab.fill(".editing textarea", "Uno")
+    tab.edit("Uno")
     tab.say("Two")
     job = tab.prompt(page_provider)
     job.push("De")
@@ -14767,9 +14769,7 @@ def test_page_sends_the_next_message_after_the_answer(page_provider, page_tab):
 def test_page_sends_the_next_message_below_the_answer_that_it_waited_for(page_provider, page_tab):
     tab = page_tab().open()
     page_talk(tab, page_provider, "One", "Un")
-    tab.tab.hover(".message.user")
-    tab.tab.click(".message.user [aria-label='Edit and send again']")
-    tab.tab.fill(".editing textarea", "Uno")
+    tab.edit("Uno")
     tab.tab.click(".editing button:text('Send')")
     job = tab.prompt(page_provider)
     job.push("Ei")
