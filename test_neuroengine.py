@@ -8784,7 +8784,7 @@ def reading(request, monkeypatch):
     """Both ways in which connections to an upstream are read."""
     if request.param and not neuroengine.Intake.AVAILABLE:
         pytest.skip("this system has no epoll")
-    monkeypatch.setattr(neuroengine.Intake, "THERE", request.param)
+    monkeypatch.setattr(neuroengine.Intake, "AVAILABLE", request.param)
 
 
 @pytest.mark.skipif(not neuroengine.Intake.AVAILABLE, reason="this system has no epoll")
