@@ -447,24 +447,24 @@ class Queue:
     def take(self, session):
         """Take out this session's next job; None if there is none. A caller whose first job
         it may not take is passed over."""
-        for job in self._first_of_each() if self.size else ():
+        for _, job in self._returned:
             if session.may_take(job):
                 self.remove(job)
-                lines, group = self._lines_of(job), widest_group(job.caller)
-                if not job.returned and group in lines:
-                    lines.move_to_end(group)       # the next caller's turn
                 return job
+        for lines in self._kinds:
+            for group, line in lines.items():
+                if session.may_take(line[0]):
+                    self.size -= 1
+                    self._positions = None
+                    del lines[group]
+                    job = line.popleft()
+                    if line:
+                        lines[group] = line        # behind the other callers
+                    return job
         return None
 
     def _returned_jobs(self):
         return (job for _, job in self._returned)
-
-    def _first_of_each(self):
-        """The returned jobs, and the first of each line."""
-        yield from self._returned_jobs()
-        for lines in self._kinds:
-            for line in lines.values():
-                yield line[0]
 
     def position(self, job):
         """The job's rank among those that wait; 1 is next."""
@@ -1437,7 +1437,6 @@ class Matcher(Jobs):
 
 REQUEST_IDS = unique_ids()
 JSON = "application/json"
-FORWARDED = frozenset(("x-forwarded-for", "forwarded", "x-real-ip"))
 MAX_SMALL_BODY_BYTES = 1 << 18   # of requests that are neither a prompt nor a push
 LARGE_BODY_BYTES = 1 << 16       # only one of these is parsed at a time
 
@@ -1497,8 +1496,8 @@ class Exchange:
             self.head_slot = self.bounds.bytes.take(self.address, head.size, reserved=True)
         if self.relay.names.known:
             self.relay.names.check(head.fields)
-        self.local = self.connection.near and FORWARDED.isdisjoint(head.fields)
-        route, arguments = find_route(head.path)
+        self.local = self.connection.near and not head.forwarded
+        route, arguments = head.route
         if self.relay.tls and self.connection.tls is None and route is not CHALLENGE:
             return redirect_to_https(self)
         if route is None:
@@ -1603,7 +1602,7 @@ class Outlet:
             if self.complete or self.fault or not self.reader.attached:
                 return
             if not self.connection.unsent:
-                self.send_next(own=False)
+                self.send_next(may_block=False)
             if self.connection.unsent or not self.complete and self.items_wait():
                 self.broker.wake_owner(self.reader)
             elif self.complete:
@@ -1626,11 +1625,12 @@ class Outlet:
                 return
             small = self.size() <= DIRECT_ITEM_BYTES
             with self.exchange.room(0 if small else json_size(self.next_items())):
-                self.send_next(own=True)
+                self.send_next(may_block=True)
 
-    def send(self, data, own):
-        """Send bytes. own: in the exchange's own thread, which may block."""
-        (self.connection.send if own else self.connection.send_now)(data)
+    def send(self, data, may_block):
+        """Send bytes. may_block: this is the exchange's own thread; else what the kernel does
+        not take now is left to it."""
+        (self.connection.send if may_block else self.connection.send_now)(data)
 
     def encoded(self, size, encode, *arguments):
         """Return encode(*arguments). It may parse objects: large ones one at a time."""
@@ -1685,15 +1685,15 @@ class WholeOutlet(Outlet):
     def next_items(self):
         return () if self.size() == 0 else self.job.items
 
-    def send_next(self, own):
-        if self.job.ended_at is None or not own and self.size() > DIRECT_BYTES:
+    def send_next(self, may_block):
+        if self.job.ended_at is None or not may_block and self.size() > DIRECT_BYTES:
             return
-        parts = self._parts(own)
+        parts = self._parts(may_block)
         if parts is None:
             return
         self.connection.when_gone(None)    # a client that has it all may disconnect
         for part in parts:
-            self.send(part, own)
+            self.send(part, may_block)
         self.reader.cursor = len(self.job.items)
         self.complete = True
 
@@ -1742,21 +1742,21 @@ class StreamOutlet(Outlet):
             silence = min(silence, QUEUE_NEWS_SECONDS)
         return max(0.01, silence)
 
-    def send_next(self, own):
+    def send_next(self, may_block):
         count = len(self.job.items) - self.reader.cursor     # before their size: more may come
-        if not own and self.size() > DIRECT_ITEM_BYTES:
+        if not may_block and self.size() > DIRECT_ITEM_BYTES:
             return
-        most = max(1, len(self.next_items()) if own else count)
+        most = max(1, len(self.next_items()) if may_block else count)
         items, ended = self.broker.read(self.reader, most)
         if ended:
             self.connection.when_gone(None)
         if ended and not items and not self.exchange.started and self.job.error is not None:
             data = b"".join(self.exchange.error_response(self.job.error))
         else:
-            data = self._piece(items, ended, news=own)
+            data = self._piece(items, ended, news=may_block)
         if data:
             self.wrote_at = self.broker.now()
-            self.send(data, own)
+            self.send(data, may_block)
         self.complete = ended
 
     def _piece(self, items, ended, news):
@@ -3173,12 +3173,15 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]{0,
 HOST = re.compile(r"[A-Za-z0-9.:_\[\]-]*\Z")
 SINGLE = frozenset(("host", "content-length", "transfer-encoding", "authorization",
                     "content-type", "content-encoding", "expect", "idempotency-key"))
+FORWARDED = frozenset(("x-forwarded-for", "forwarded", "x-real-ip"))    # by a proxy
 
 
 class Head:
     """The request line and headers of one request."""
 
     __slots__ = ("method", "target", "path", "version", "fields", "length", "keep_alive",
+                 "forwarded",              # whether a proxy passed it on
+                 "route",                  # (Route, arguments), see find_route
                  "size",                   # in bytes
                  "key_digest")             # of the key in the headers; "" without one
 
@@ -3216,11 +3219,13 @@ def parse_head(data):
     if head.version and "host" not in fields or not HOST.match(fields.get("host", "")):
         raise RelayError("bad_http", "A request must have one valid Host header.")
     head.path = path_of(head.method, head.target)
+    head.route = find_route(head.path)
     key = key_of(fields)
     head.key_digest = digest(key) if key else ""
     head.length = length_of(head)
     options = fields.get("connection", "").lower().split(",")
     head.keep_alive = bool(head.version) and "close" not in map(str.strip, options)
+    head.forwarded = not FORWARDED.isdisjoint(fields)
     return head
 
 
@@ -5005,12 +5010,12 @@ class SharedOutlet(WholeOutlet):
             return 0                       # shared with another reader, and counted there
         return job.answer_bytes() - ITEM_BYTES * len(job.items)
 
-    def _parts(self, own):
+    def _parts(self, may_block):
         """The response in parts; None: it is large, and the own thread's work."""
         head, body = self._response(self.job.error)
-        if len(body) <= (MAX_SMALL_BODY_BYTES if own else DIRECT_BYTES):
+        if len(body) <= (MAX_SMALL_BODY_BYTES if may_block else DIRECT_BYTES):
             return (head + body,)
-        if not own:
+        if not may_block:
             return None
         encoded = self.job.encoded
         if encoded is not None and encoded[1] is body:
@@ -5323,9 +5328,9 @@ class LateOutlet(SharedOutlet):
                 self.late = True
                 self.connection.send(head + self.exchange.framed(b" "))
 
-    def _parts(self, own):
+    def _parts(self, may_block):
         if not self.late:
-            return super()._parts(own)
+            return super()._parts(may_block)
         return (self.exchange.framed(self._late_body(self.job.error), last=True),)
 
     def _late_body(self, error):

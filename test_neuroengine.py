@@ -2908,11 +2908,11 @@ def test_a_prompt_that_left_the_queue_is_soon_said_to(desk):
     session, exchange = desk.login(), FakeExchange(desk.broker, FakeConnection())
     outlet = neuroengine_server.StreamOutlet(exchange, desk.submit(), Upper())
     outlet.wrote_at = desk.time
-    outlet.send_next(own=True)
+    outlet.send_next(may_block=True)
     assert outlet.queue_position["position"] == 1
     desk.poll(session)
     assert outlet._patience() == neuroengine_server.QUEUE_NEWS_SECONDS
-    outlet.send_next(own=True)
+    outlet.send_next(may_block=True)
     assert outlet.queue_position is None and outlet._patience() > 8
 
 
