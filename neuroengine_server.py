@@ -714,7 +714,7 @@ class Jobs:
     Methods named _locked need the lock; the others take it, except find and is_known.
 
     The Broker is one class in three parts: Jobs, Matcher (next), and Broker (in the machinery:
-    services, lost responses, memory, metrics).
+    services, lost responses, ended jobs, memory, metrics).
     """
 
     def __init__(self, limits=None, *, clock=time.monotonic, wall=time.time):
@@ -994,12 +994,6 @@ class Jobs:
         elif not job.readers:              # it waits for an equal body
             self._memory.keep(job)
 
-    def _disown_locked(self, job):
-        """The job is not found by its identity any more."""
-        if job.identity is not None and self._identified.get(job.identity.key) is job:
-            del self._identified[job.identity.key]
-        job.identity = None
-
     def _cancel_locked(self, job, error=None):
         """Do what cancel does, and tell the provider to stop."""
         if job.ended_at is not None:
@@ -1014,21 +1008,6 @@ class Jobs:
         if lease is not None:
             self._idle_locked(lease.session)
         self._dispatch_locked(job.service)     # to a free worker, or what stood behind this one
-
-    def _forget_locked(self, job):
-        """Let go of an ended job without readers."""
-        if self._jobs.pop(job.id, None) is not None:
-            self._memory.forget(job)
-            self._disown_locked(job)
-            if job.has_timer:
-                self._timer_left_locked()
-
-    def _save_later_locked(self, service):
-        """Have the service's counters saved."""
-        if not self._changed:
-            self.counters_changed.set()
-        self._changed[service.name] = service
-        self._version += 1
 
 
 class Matcher(Jobs):
@@ -1376,35 +1355,6 @@ class Matcher(Jobs):
         session.has_response.notify_all()
 
     # -- timers: each looks at the facts again, for they may have changed --
-
-    def _recheck_locked(self, job):
-        """Look at a job without a reader, now and when it is due."""
-        if not job.has_timer:
-            self._check_job_locked(job.id)
-
-    def _check_job_locked(self, job_id):
-        """Cancel a job that nobody came back for; forget one kept long enough."""
-        job = self._jobs.get(job_id)
-        if job is None:                    # forgotten, to make room
-            self._stale = max(0, self._stale - 1)
-            return
-        job.has_timer = False
-        now = self._clock()
-        if job.ended_at is not None:
-            named = job.identity is not None and job.identity.named
-            due = max(job.ended_at, job.left_at or 0) + (
-                self.limits.keep_seconds if named else job.grace)
-        elif job.left_at is not None:
-            due = job.left_at + job.grace
-        else:
-            return
-        if due > now or job.readers:
-            job.has_timer = True
-            self._timers.call_later(max(due - now, 1), self._check_job_locked, job_id)
-        elif job.ended_at is not None:
-            self._forget_locked(job)
-        else:
-            self._cancel_locked(job)
 
     def _silent_locked(self, session):
         """Every lease_seconds, per session: has its provider spoken?"""
@@ -1881,33 +1831,21 @@ def post_native(exchange, name=None):
 
 def submit_native(exchange, service, request, by_operator, access):
     """Submit a native prompt, or find the job it already is; return a Reader."""
-    key, at, caller = request.get("key"), request.get("at"), exchange.caller(access)
-    prompt = request.get("message", request.get("messages"))
-    if key and (prompt is None or at):     # it names a stream that must be there
-        identity = stream_identity(exchange, service, key, access, prompt)
-        with charging_guesses(exchange):
-            return exchange.broker.open(identity, at)
-    if prompt is None:
+    prompt, at = request.get("message", request.get("messages")), request.get("at")
+    if prompt is None and not request.get("key"):
         raise RelayError("invalid_request", "message is missing: the prompt, a text.",
                          param="message")
-    repeat = exchange.head.fields.get("idempotency-key")
-    if key:
-        identity = stream_identity(exchange, service, key, access, prompt)
-    elif repeat:
-        identity, at = repeat_identity(exchange, service, caller, repeat), 0
-    else:
-        identity = Identity("body", service, caller, exchange.fingerprint)
-        if exchange.broker.is_known(identity):
-            exchange.relay.hang_ups.look()
+    identity = native_identity(exchange, service, request, access, prompt)
+    if identity.kind == "stream" and (prompt is None or at):       # it must be there
+        with charging_guesses(exchange):
+            return exchange.broker.open(identity, at)
     cap_length(request, access, "max_new_len")
-    wait = request.get("wait", False)
-    prefixes = prefixes_of(service, prompt)
     payload = to_json({field: value for field, value in request.items()
                        if field not in NOT_FOR_PROVIDERS})
-    job = Job(service, payload, caller, holder=exchange.address, access=access,
-              rated=not exchange.local, by_operator=by_operator, wait=wait,
-              prefixes=prefixes)
-    return exchange.broker.submit(job, identity, at)
+    job = Job(service, payload, exchange.caller(access), holder=exchange.address,
+              access=access, rated=not exchange.local, by_operator=by_operator,
+              wait=request.get("wait", False), prefixes=prefixes_of(service, prompt))
+    return exchange.broker.submit(job, identity, 0 if identity.kind == "repeat" else at)
 
 
 ##############################################################################
@@ -2712,7 +2650,7 @@ class Memory:
 
 
 ##############################################################################
-# The Broker's other duties: services, lost responses, memory, metrics, affinity
+# The Broker's other duties: services, lost responses, ended jobs, memory, metrics, affinity
 #
 # The spine has the Broker's halves for clients and providers.
 ##############################################################################
@@ -2792,6 +2730,13 @@ class Broker(Matcher):
             changed, self._changed = self._changed, {}
             self.counters_changed.clear()
             return list(changed.values())
+
+    def _save_later_locked(self, service):
+        """Have the service's counters saved."""
+        if not self._changed:
+            self.counters_changed.set()
+        self._changed[service.name] = service
+        self._version += 1
 
     def _fail_waiting_locked(self, service, error):
         """End all jobs that wait for a service."""
@@ -2909,6 +2854,51 @@ class Broker(Matcher):
         at once; leave takes it back if the write failed."""
         with self._lock:
             reader.job.resume_at = max(reader.job.resume_at, reader.cursor)
+
+    # -- ended jobs, and jobs without a reader: kept for a while, then forgotten --
+
+    def _recheck_locked(self, job):
+        """Look at a job without a reader, now and when it is due."""
+        if not job.has_timer:
+            self._check_job_locked(job.id)
+
+    def _check_job_locked(self, job_id):
+        """Cancel a job that nobody came back for; forget one kept long enough."""
+        job = self._jobs.get(job_id)
+        if job is None:                    # forgotten, to make room
+            self._stale = max(0, self._stale - 1)
+            return
+        job.has_timer = False
+        now = self._clock()
+        if job.ended_at is not None:
+            named = job.identity is not None and job.identity.named
+            due = max(job.ended_at, job.left_at or 0) + (
+                self.limits.keep_seconds if named else job.grace)
+        elif job.left_at is not None:
+            due = job.left_at + job.grace
+        else:
+            return
+        if due > now or job.readers:
+            job.has_timer = True
+            self._timers.call_later(max(due - now, 1), self._check_job_locked, job_id)
+        elif job.ended_at is not None:
+            self._forget_locked(job)
+        else:
+            self._cancel_locked(job)
+
+    def _forget_locked(self, job):
+        """Let go of an ended job without readers."""
+        if self._jobs.pop(job.id, None) is not None:
+            self._memory.forget(job)
+            self._disown_locked(job)
+            if job.has_timer:
+                self._timer_left_locked()
+
+    def _disown_locked(self, job):
+        """The job is not found by its identity any more."""
+        if job.identity is not None and self._identified.get(job.identity.key) is job:
+            del self._identified[job.identity.key]
+        job.identity = None
 
     # -- memory --
 
@@ -4983,6 +4973,20 @@ def charging_guesses(exchange):
         if error.name != "rate_limited":
             exchange.charge_guess("unknown stream keys")
         raise
+
+
+def native_identity(exchange, service, request, access, prompt):
+    """The identity of a native prompt: its stream key, its Idempotency-Key, or its body."""
+    key, repeat = request.get("key"), exchange.head.fields.get("idempotency-key")
+    caller = exchange.caller(access)
+    if key:
+        return stream_identity(exchange, service, key, access, prompt)
+    if repeat:
+        return repeat_identity(exchange, service, caller, repeat)
+    identity = Identity("body", service, caller, exchange.fingerprint)
+    if exchange.broker.is_known(identity):
+        exchange.relay.hang_ups.look()     # its client may have gone a moment ago
+    return identity
 
 
 def repeat_identity(exchange, service, caller, repeat, api="native"):
