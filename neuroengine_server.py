@@ -304,7 +304,7 @@ class Job:
     identity = None               # how other requests find it
     returned = False              # a provider had it: it goes before all others
     seen = 0                      # items that a client has taken
-    resume_at = 0                 # where a polled client that sends no `at` reads on
+    resume_at = 0                 # where a read by key that names no `at` goes on
     attempt = deaths = 0          # leases so far; of them, those whose provider died
     died = False                  # whether the last lease is one of these
     lease = avoid = None          # its Lease; the Session that gave it back
@@ -1824,7 +1824,7 @@ def post_native(exchange, name=None):
     if stream:
         StreamOutlet(exchange, reader, NativeStream()).answer()
     elif key:
-        PollOutlet(exchange, reader, wanted, counts=at is not None).answer()
+        ReadOutlet(exchange, reader, wanted, counts=at is not None).answer()
     else:
         SharedOutlet(exchange, reader, NativeWhole()).answer()
 
@@ -2033,7 +2033,7 @@ LIMITS = (  # (name, default, group in --help, what it bounds)
     ("handover_seconds", 5, "more", "time for a provider to confirm a job it was given"),
     ("close_seconds", 0.5, "more", "time for a provider whose poll broke to poll again"),
     ("offline_seconds", 15, "more", "prompts wait after the last provider has left"),
-    ("wait_seconds", 18, "more", "a polled read without a token (old clients give up at 20)"),
+    ("wait_seconds", 18, "more", "a read by key without a token (old clients give up at 20)"),
     ("heartbeat_seconds", 9, "more", "silence within a streamed answer"),
 )
 
@@ -2836,7 +2836,7 @@ class Broker(Matcher):
             elif not job.wait:
                 self._end_locked(job, "failed", offline_error(service, self._wall(), waited=True))
 
-    # -- polled reads --
+    # -- reads by key --
 
     def wait_for_items(self, reader, want, timeout):
         """Block up to timeout seconds until there are `want` items that this reader has not had
@@ -5066,14 +5066,14 @@ class SharedOutlet(WholeOutlet):
 
 
 ##############################################################################
-# Polled reads of the native API, for clients that cannot read a stream
+# Reads by key: the native API for clients that cannot read a stream
 #
 # The oldest clients ask again and again with one stream key.
 ##############################################################################
 
 
-class PollOutlet(Outlet):
-    """Answers a polled read: the next `wanted` tokens, as far as they are there a second
+class ReadOutlet(Outlet):
+    """Answers one read by key: the next `wanted` tokens, as far as they are there a second
     after the first. All in the exchange's own thread."""
 
     def __init__(self, exchange, reader, wanted, counts):
