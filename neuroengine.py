@@ -3387,7 +3387,7 @@ def parts_of_error(value):
     found = {"type": None, "code": None, "param": None}
     for _ in range(4):
         if isinstance(value, list) and value:              # FastAPI: where, and what
-            value = "; ".join("%s: %s" % (".".join(map(str, part.get("loc", ()))),
+            value = "; ".join("%s: %s" % (".".join(map(str, part.get("loc") or ())),
                                           part.get("msg")) if isinstance(part, dict)
                               else str(part) for part in value)
         if not isinstance(value, dict):
@@ -3512,8 +3512,12 @@ def bytes_of(piece):
 
 def json_of(value):
     """Compact JSON. Half a surrogate pair stays an escape: the next event may have the
-    other, and the client joins them."""
-    text = compact(value)
+    other, and the client joins them. Raises NeuroengineError."""
+    try:
+        text = compact(value)
+    except ValueError:                         # such as 1e400, which Python reads as inf
+        raise NeuroengineError(1, "the LLM server sent a number that is too large",
+                               "provider_error") from None
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -3570,7 +3574,7 @@ class Alike:
     def learn(self, line, text):
         """An event of this text alone was taken; if the one before was like it, the next
         ones will be, too."""
-        before, found, after = line.partition(to_json(text).encode())
+        before, found, after = line.partition(to_json(text).encode("utf-8", "surrogatepass"))
         around = (before + b"\n" + after).translate(None, b"0123456789")
         last, self._last = self._last, around
         if found and around == last != self._proven:
@@ -3807,7 +3811,7 @@ class Completion(StreamParser):
                      if isinstance(call, dict)]
             if calls:
                 items.append({"tool_calls": calls})
-        if len(delta) > 1:
+        if len(delta) > 1 or "content" not in delta:
             more = {name: value for name, value in delta.items()
                     if value and name not in SAID_ELSEWHERE}
             if more:
@@ -3815,11 +3819,12 @@ class Completion(StreamParser):
 
     def _index_of(self, call, number):
         """The index of a tool call. Some leave it out, even if each call is an event of its
-        own; clients would make one call of them all."""
+        own; clients would make one call of them all. What has no id either goes on with the
+        last call."""
         if type(call.get("index")) is int:
             return call["index"]
         if not isinstance(call.get("id"), str):
-            return number
+            return len(self._calls) - 1 if self._calls else number
         return self._calls.setdefault(call["id"], len(self._calls))
 
     def _take_text(self, text, items):
@@ -3830,8 +3835,9 @@ class Completion(StreamParser):
         if self._half or is_half(text[-1:]):
             self._alike = None
             text, self._half = joined(self._half + text)
-        self._texts.append(text)
-        items.append(text)
+        if text:
+            self._texts.append(text)
+            items.append(text)
 
     def _take_reasoning(self, text, items):
         if self._half_thought or is_half(text[-1:]):

@@ -8114,6 +8114,15 @@ def test_tool_calls_without_an_index_stay_apart():
             for call in item["tool_calls"]] == [("a", 0), ("b", 1), ("c", 2), ("a", 0)]
 
 
+def test_a_piece_of_a_tool_call_without_index_and_id_goes_on_with_the_last_call():
+    calls = [{"id": "a"}, {"function": {"arguments": "1"}}, {"id": "b"},
+             {"function": {"arguments": "2"}}]
+    events = [{"choices": [{"delta": {"tool_calls": [call]}}]} for call in calls]
+    items = parsed(neuroengine.Completion(neuroengine.Model("m")), sse(events + GOOD), "whole")
+    assert [item["tool_calls"][0]["index"] for item in items
+            if "tool_calls" in item] == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_thoughts_that_are_cut_within_a_character_are_joined(how):
     thoughts = sent_as_events([("", {"choices": [{"delta": {"reasoning": piece}}]})
@@ -8122,6 +8131,17 @@ def test_thoughts_that_are_cut_within_a_character_are_joined(how):
     assert "".join(item["reasoning"] for item in items
                    if "reasoning" in item) == "a\U0001f600b\ufffd"
     assert text_of(items) == "Hello \u2603!"
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "\ude00"])
+@pytest.mark.parametrize("text", ["%s", "a%sb", "a%s", "%sb", "%s%s"])
+def test_half_a_character_anywhere_in_a_text_fails_no_answer(text, half):
+    text = text.replace("%s", half)
+    events = sent_as_events([("", {"choices": [{"delta": {"content": text}}]})] * 3)
+    items = parsed(neuroengine.Completion(neuroengine.Model("m")), events + sse(GOOD), "whole")
+    shown = text_of(items).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert shown == (text * 3).replace(half, "\ufffd") + "Hello \u2603!"
+    assert "" not in items
 
 
 @pytest.mark.parametrize("field", ["content", "reasoning"])
@@ -8137,6 +8157,13 @@ def test_what_is_passed_through_keeps_half_a_character_as_an_escape(stream):
     data = sent_as_events([("", event)]) if stream else json.dumps(event).encode()
     text = "".join(passed(opaque("chat", {}, stream), data)[0].values())
     assert "\\ud83d" in text and text.isascii()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_number_that_json_cannot_hold_is_an_error_that_says_so(stream):
+    data = b'{"choices": [{"index": 0, "logprob": -1e400, "finish_reason": "stop"}]}'
+    with pytest.raises(NeuroengineError, match="a number that is too large"):
+        passed(opaque("chat", {}, stream), b"data: %s\n\n" % data if stream else data)
 
 
 @pytest.mark.parametrize("piece", [b"data: 1\n", b": ping\n\n", b"[\n"])
@@ -8165,6 +8192,12 @@ def test_whatever_else_is_in_a_delta_or_message_is_passed_on():
              "finish_reason": "stop"}]}).encode()):
         items = parsed(neuroengine.Completion(neuroengine.Model("m")), data, "whole")
         assert {"reasoning": "hm"} in items and {"delta": more} in items
+
+
+def test_what_is_alone_in_a_delta_is_passed_on():
+    items = parsed(neuroengine.Completion(neuroengine.Model("m")),
+                   sse(changed(1, delta={"refusal": "no"})), "whole")
+    assert {"delta": {"refusal": "no"}} in items
 
 
 # What goes through as it is.
