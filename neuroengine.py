@@ -1560,7 +1560,9 @@ class ResponseReader:
     """
 
     STATUS = re.compile(r"HTTP/1\.([01]) (\d\d\d)\b")
-    FIELD = re.compile(r"\r\n([^:\s]+)[ \t]*:([^\r]*)")
+    FIELD = re.compile(r"\n([^:\s]+)[ \t]*:([^\r\n]*)")
+    HEAD_END = re.compile(rb"\r?\n\r?\n")
+    SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;|\r?\Z)")     # of a chunk
 
     def __init__(self):
         self.status, self.headers = 0, {}
@@ -1585,20 +1587,20 @@ class ResponseReader:
                                                  else "the answer was cut")
 
     def _head(self, data):
-        head, end, body = data.partition(b"\r\n\r\n")
-        if not end:
-            if len(data) > MAX_HEAD_BYTES or data[:5] != b"HTTP/"[:len(data)]:
-                raise http.client.BadStatusLine(repr(data[:40]))
-            self._rest = data
-            return b""
-        head = head.decode("latin-1")
-        match = self.STATUS.match(head)
-        if not match:
-            raise http.client.BadStatusLine(head[:80])
+        body, status = data, 0
+        while status < 200:                    # 100 Continue, and then the response itself
+            data, end = body, self.HEAD_END.search(body)
+            if end is None:
+                if len(data) > MAX_HEAD_BYTES or data[:5] != b"HTTP/"[:len(data)]:
+                    raise http.client.BadStatusLine(repr(data[:40]))
+                self._rest = data
+                return b""
+            head, body = data[:end.start()].decode("latin-1"), data[end.end():]
+            match = self.STATUS.match(head)
+            if not match:
+                raise http.client.BadStatusLine(head[:80])
+            status = int(match.group(2))
         headers = {name.lower(): value.strip() for name, value in self.FIELD.findall(head)}
-        status = int(match.group(2))
-        if status < 200:                       # 100 Continue, and then the response itself
-            return self._head(body)
         self.status, self.headers = status, headers
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise http.client.HTTPException("the answer is compressed, unasked")
@@ -1642,12 +1644,10 @@ class ResponseReader:
                 size, at = data[at:end], end + 1
                 if size in (b"\r", b""):       # the line that ends a chunk
                     continue
-                try:
-                    left = int(size.partition(b";")[0], 16)
-                except ValueError:
-                    raise http.client.HTTPException("a chunk without a size") from None
-                if left < 0:
-                    raise http.client.HTTPException("a chunk of less than nothing")
+                number = self.SIZE.match(size)     # int() would take 1_0, and -5
+                if number is None:
+                    raise http.client.HTTPException("a chunk without a size")
+                left = int(number.group(1), 16)
                 if not left:                   # the last one; what may follow is of no use
                     self.whole = True
                     self.kept = self.kept and data[at:] == b"\r\n"

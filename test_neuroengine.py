@@ -8915,6 +8915,25 @@ def test_a_response_of_no_known_length_is_no_crash(length):
         reader.feed(("HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n{}" % length).encode("latin-1"))
 
 
+def test_a_head_with_bare_newlines_after_many_early_responses_is_read():
+    reader = neuroengine.ResponseReader()
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 2000
+    assert reader.feed(early + b"HTTP/1.1 200 OK\nContent-Length: 2\nX: y\n\nhi") == b"hi"
+    assert reader.whole and reader.headers == {"content-length": "2", "x": "y"}
+
+
+@pytest.mark.parametrize("size, right", [
+    ("5", True), ("005", True), ("5 ", True), ("5;a=b", True), ("5 ; a", True), ("1_0", False),
+    ("+5", False), ("-5", False), (" 5", False), ("0x5", False), ("5 5", False), ("", False)])
+def test_the_size_of_a_chunk_is_a_hexadecimal_number_and_nothing_else(size, right):
+    data = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" \
+        b"%s\r\nhello\r\n0\r\n\r\n" % size.encode()
+    for pieces in ([data], [data[at:at + 1] for at in range(len(data))]):
+        reader = neuroengine.ResponseReader()
+        with contextlib.nullcontext() if right else pytest.raises(http.client.HTTPException):
+            assert b"".join(map(reader.feed, pieces)) == b"hello" and reader.whole
+
+
 def test_a_provider_whose_sessions_are_never_known_logs_in_with_growing_pauses(monkeypatch):
     """Two relays without a common engine take turns at one address."""
     unknown, pauses = {"errorcode": 60, "error": "session_unknown", "reply": "Log in."}, []
