@@ -602,8 +602,9 @@ class Transport:
     def __init__(self, base, verify_ssl=True):
         self.base, self._verify_ssl = base, verify_ssl
         self._where = self._context = None
+        # Idle connections. Without a lock: its operations are atomic, and a destructor that
+        # closes a stream comes amid anything, also in a thread that holds a lock.
         self._free = []
-        self._lock = threading.Lock()      # guards _free
         self._process = os.getpid()        # whose connections they are
 
     def open(self, method, path, body=None, key="", timeout=REQUEST_SECONDS,
@@ -717,9 +718,9 @@ class Transport:
         """A kept connection that is likely to be open still, or None."""
         if self._process != os.getpid():       # after a fork they are the parent's: two
             # processes that read from one get each other's answers
-            self._process, self._free, self._lock = os.getpid(), [], threading.Lock()
-        with self._lock:
-            while self._free:
+            self._free, self._process = [], os.getpid()    # in this order, for other threads
+        with contextlib.suppress(IndexError):  # there is none
+            while True:
                 connection = self._free.pop()
                 if time.monotonic() - connection.used_at < KEPT_SECONDS:
                     return connection
@@ -728,10 +729,10 @@ class Transport:
 
     def _keep(self, connection):
         connection.used_at = time.monotonic()
-        with self._lock:
-            if len(self._free) < MAX_KEPT:
-                return self._free.append(connection)
-        connection.close()
+        if len(self._free) < MAX_KEPT:
+            self._free.append(connection)
+        else:
+            connection.close()
 
 
 class RelayTransport(Transport):
@@ -980,7 +981,7 @@ class Call:
     def __init__(self):
         self.cancelled = False
         self._connection = None
-        self._lock = threading.Lock()          # guards both
+        self._lock = threading.RLock()         # guards both; a destructor may cancel
 
     def started(self, connection):
         """Note the connection that the prompt uses now."""
@@ -1442,7 +1443,9 @@ class Batch:
         self._total = len(prompts) if hasattr(prompts, "__len__") else None
         self._prompts = iter(prompts)
         self._taking = threading.Lock()        # guards _prompts, which is the caller's code
-        self._lock = threading.Lock()          # guards all below
+        # Guards all below. Reentrant: where replies() is part of a cycle, its end comes as a
+        # destructor, perhaps in a thread of ours that holds the lock.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)    # threads notify, replies() waits
         self._room = threading.Condition(self._lock)       # the other way round
         self._calls, self._replies = {}, {}    # by the prompt's number
@@ -1484,7 +1487,7 @@ class Batch:
             # The program may end now, and the threads with it: let them tell the relay.
             deadline = time.monotonic() + LEAVE_SECONDS
             for thread in threads:
-                if calls and thread.is_alive():
+                if calls and thread.is_alive() and thread is not threading.current_thread():
                     thread.join(max(0, deadline - time.monotonic()))
 
     def _news_locked(self):
