@@ -406,8 +406,6 @@ def callback_request(request):
 
 def items_of(answer):
     """Yield the items of what a callback returned. Raises NeuroengineError."""
-    if isinstance(answer, Reply) and answer.errorcode:     # it asked another service
-        raise NeuroengineError(1, str(answer))
     if isinstance(answer, str):
         answer = reply_in(answer)
     if isinstance(answer, dict):
@@ -428,7 +426,9 @@ def items_of(answer):
 
 
 def check_item(item):
-    """Raise NeuroengineError if a callback cannot yield this."""
+    """Raise NeuroengineError if a callback cannot yield this, or it is another's error."""
+    if isinstance(item, Reply) and item.errorcode:         # it asked another service
+        raise NeuroengineError(1, str(item))
     if not isinstance(item, (str, dict)):
         raise NeuroengineError(1, "its callback yielded %s, not a text"
                                % type(item).__name__)

@@ -5916,9 +5916,12 @@ def test_an_answer_that_was_cut_by_any_exception_is_never_a_whole_one(relay, pro
     assert reply.error == "provider_error"
 
 
-def test_an_error_of_another_service_that_a_callback_passes_on_stays_an_error(relay, provide):
+@pytest.mark.parametrize("callback", [
+    lambda reply: reply, lambda reply: iter([reply]), lambda reply: {"reply": reply}])
+def test_an_error_of_another_service_that_a_callback_passes_on_stays_an_error(
+        relay, provide, callback):
     other = client_of(relay, "nosuch")
-    name, _ = provide(lambda request: other.request(request["message"]))
+    name, _ = provide(lambda request: callback(other.request(request["message"])))
     reply = client_of(relay, name).request("hi", tries=1)
     assert reply.error == "provider_error" and "nosuch" in reply
 
