@@ -454,12 +454,12 @@ BROKEN = (OSError, http.client.HTTPException)    # how a connection fails
 
 
 class Incoming(io.RawIOBase):
-    """What comes from a socket, for http.client. It waits in short slices: on Windows
-    Ctrl-C is noticed only between two of them."""
+    """What comes from a socket until a deadline, for http.client. It waits in short slices:
+    on Windows Ctrl-C is noticed only between two of them. timeout: of silence."""
 
-    def __init__(self, sock, timeout):
+    def __init__(self, sock, timeout, deadline=math.inf):
         super().__init__()
-        self._sock, self._timeout = sock, timeout
+        self._sock, self._timeout, self._deadline = sock, timeout, deadline
 
     def makefile(self, mode):
         return io.BufferedReader(self, 65536)
@@ -468,14 +468,12 @@ class Incoming(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        deadline = time.monotonic() + self._timeout
+        silent = time.monotonic() + self._timeout
         self._sock.settimeout(min(SLICE_SECONDS, self._timeout))
-        while True:
-            try:
+        while time.monotonic() < min(silent, self._deadline):
+            with contextlib.suppress(socket.timeout):
                 return self._sock.recv_into(buffer)
-            except socket.timeout:
-                if time.monotonic() >= deadline:
-                    raise
+        raise socket.timeout("timed out")
 
 
 class Connection:
@@ -487,9 +485,9 @@ class Connection:
         self.aborted = False
         self.used_at = 0.0
 
-    def exchange(self, data, method, timeout):
-        """Send a request and return the http.client response. Raises OSError or
-        HTTPException."""
+    def exchange(self, data, method, timeout, deadline):
+        """Send a request and return the http.client response, which must end by the deadline.
+        Raises OSError or HTTPException."""
         if self._sock is None:
             self._opener.timeout = min(timeout, CONNECT_SECONDS)
             self._opener.connect()
@@ -504,7 +502,8 @@ class Connection:
                 self._sock.sendall(data[start:start + PIECE_BYTES])
         except ConnectionError:
             refused = True         # its answer, if there is one, says why
-        response = http.client.HTTPResponse(Incoming(self._sock, timeout), method=method)
+        response = http.client.HTTPResponse(Incoming(self._sock, timeout, deadline),
+                                            method=method)
         try:
             response.begin()
         except BaseException:
@@ -608,13 +607,14 @@ class Transport:
         self._process = os.getpid()        # whose connections they are
 
     def open(self, method, path, body=None, key="", timeout=REQUEST_SECONDS,
-             call=None, **headers):
+             call=None, within=math.inf, **headers):
         """Send one request; its Response. Raises OSError, HTTPException, or
         NeuroengineError for what cannot be sent.
 
+        timeout: seconds of silence. within: seconds in which the whole response must come.
         call: the Call that may cut the connection until the response was read.
         """
-        data, call = b"", call or Call()
+        data, call, deadline = b"", call or Call(), time.monotonic() + within
         if body is not None:
             data = encode(body)
             headers["Content-Type"] = "application/json"
@@ -630,7 +630,7 @@ class Transport:
                 connection = self._new()
             call.started(connection)
             try:
-                raw = connection.exchange(data, method, timeout)
+                raw = connection.exchange(data, method, timeout, deadline)
             except BaseException as error:
                 connection.close()
                 # The server may have closed a kept connection in this moment. Everything
@@ -4097,9 +4097,13 @@ class Upstream:
                           "name it with --upstream URL." % ", ".join(
                               "%s %d" % pair for pair in USUAL))
 
-    def check(self):
-        """Raise Unavailable if it is not there any more."""
-        self._entries(self.transport)
+    def check(self, ids=()):
+        """Raise Unavailable if it is not there any more, or lacks a model that it had."""
+        entries = self._entries(self.transport)
+        for id in ids:
+            if id in self.entries and id not in entries:
+                raise Unavailable("The LLM server at %s does not have %s any more." % (
+                    self.transport.base, id))
 
     def wait(self, say=None, pause=2.0):
         """Wait until the server is there."""
@@ -4141,7 +4145,8 @@ class Upstream:
         """(status, JSON value or None, headers) of one question; (0, None, {}) if there is
         no answer."""
         try:
-            response = transport.open(method, path, body, key=self.key, timeout=timeout)
+            response = transport.open(method, path, body, key=self.key, timeout=timeout,
+                                      within=timeout)
             data = response.read()
         except BROKEN:
             return 0, None, {}
@@ -4157,8 +4162,9 @@ class Upstream:
     def _entries(self, transport):
         """{model id: what is said of it}. Raises Unavailable if that is no LLM server."""
         try:
-            response = transport.open("GET", "/v1/models", key=self.key,
-                                      timeout=LOOK_UPSTREAM_SECONDS)
+            response = transport.open(
+                "GET", "/v1/models", key=self.key, timeout=LOOK_UPSTREAM_SECONDS,
+                within=LOOK_UPSTREAM_SECONDS)      # what is there may stream without end
             data = response.read()
         except BROKEN as error:
             raise Unavailable(self._no_answer(transport.base, error)) from None
@@ -4310,10 +4316,13 @@ class Share:
         return self._gate
 
     async def check(self):
-        """Raise Unavailable if the upstream is gone. Many may ask at once."""
+        """Raise Unavailable if the upstream is gone, or a model that we share. Many may ask at
+        once."""
         import asyncio
         if self._checking is None:
-            self._checking = asyncio.ensure_future(in_thread(self.upstream.check, lambda: None))
+            ids = [bridge.model.id for bridge in self.bridges]
+            self._checking = asyncio.ensure_future(in_thread(
+                lambda: self.upstream.check(ids), lambda: None))
             self._checking.add_done_callback(self._checked)
         await asyncio.shield(self._checking)
 
@@ -4440,7 +4449,9 @@ class Bridge:
             if status == 503 and "oading" in message and time.monotonic() < deadline:
                 await asyncio.sleep(1)         # it says that it is loading the model
                 continue
-            if status in (502, 503, 504):      # a proxy may say so of a server that is gone
+            # 404: it may have another model now. Others: a proxy may say so of a server that
+            # is gone.
+            if status in (404, 502, 503, 504):
                 await self.share.check()
             error = self.model.failure(status, said, pause_of({
                 "Retry-After": headers.get("retry-after")}))

@@ -7508,11 +7508,11 @@ class FakeLLM(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     got, script, gone = [], [], threading.Event()
     owner, template, paths = "llamacpp", "<user>a<assistant>%s", ()
+    model = "/secret/model.gguf"
 
     def do_GET(self):
         if self.path == "/v1/models":
-            self.json(200, {"data": [{"id": "/secret/model.gguf",
-                                      "owned_by": type(self).owner}]})
+            self.json(200, {"data": [{"id": type(self).model, "owned_by": type(self).owner}]})
         else:
             self.json(404, {"error": "no"})
 
@@ -8647,6 +8647,33 @@ def fake_llm(**attributes):
 def opaque_job(api="messages", stream=False, **body):
     return {"api": api, "opaque": True, "stream": stream, "headers": {
         "anthropic-version": "2023-06-01"}, "body": dict(body, model="S")}
+
+
+def test_share_learns_which_model_the_llm_server_has_now():
+    with fake_llm() as (llm, url), sharing(url) as (relay, listenings):
+        assert relay.ask({"message": "x"}, "a")[1]["done"]
+        llm.model = "another"
+        llm.script += [(404, {"error": {"message": "There is no such model."}})]
+        with relay.lock:
+            relay.jobs["S"] = [dict(JOB, job="b", request={"message": "x"})]
+        until(lambda: [action for _, action, _ in relay.calls].count("login") == 2)
+        assert relay.ask({"message": "x"}, "c")[1]["done"]
+        assert llm.got[-1][1]["model"] == "another"
+        assert "b" not in [entry["job"] for entry in relay.entries]    # it was handed back
+
+
+def test_an_upstream_whose_list_of_models_never_ends_is_none(monkeypatch):
+    monkeypatch.setattr(neuroengine, "LOOK_UPSTREAM_SECONDS", 0.2)
+
+    def stream(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(b" ")
+                time.sleep(0.01)
+    with fake_llm(do_GET=stream) as (_, url), pytest.raises(neuroengine.Unavailable):
+        neuroengine.Upstream(url).find()
 
 
 def test_an_opaque_job_is_passed_up_and_its_answer_down():
