@@ -1789,24 +1789,33 @@ def send_models(exchange):
     exchange.relay.directory.send(exchange)
 
 
-def post_native(exchange, name=None):
+def asks_for_models(exchange):
+    """Whether the body is the command getmodels. Raises RelayError."""
+    return exchange.read_object(MAX_SMALL_BODY_BYTES).get("command") == "getmodels"
+
+
+def post_root(exchange):
+    """POST /: the command getmodels"""
+    if not asks_for_models(exchange):
+        raise RelayError("invalid_request", "Send prompts to /{service}.")
+    send_models(exchange)
+
+
+def post_native(exchange, name):
     """POST /{service}: a prompt, or a command"""
-    refusal = None
     try:                                   # before the body, which may be large
-        service = exchange.broker.find(name) if name is not None else None
-        by_operator, access = access_of(exchange, service) if service else (False, None)
-    except RelayError as error:            # any path answers getmodels
-        service, refusal = None, error
-    try:
-        request = exchange.read_object(None if service else MAX_SMALL_BODY_BYTES)
-    except RelayError as error:
-        raise refusal or error
+        service = exchange.broker.find(name)
+        by_operator, access = access_of(exchange, service)
+    except RelayError:
+        with contextlib.suppress(RelayError):
+            if asks_for_models(exchange):
+                return send_models(exchange)           # as on any path
+        raise
+    request = exchange.read_object()
     command = request.get("command")
     if command == "getmodels":
         exchange.drop(request)
         return send_models(exchange)
-    if service is None:
-        raise refusal or RelayError("invalid_request", "Send prompts to /{service}.")
     if isinstance(request.get("message"), list):
         request["messages"] = request.pop("message")
     check_fields(request, NATIVE_FIELDS)
@@ -1947,7 +1956,7 @@ class Route:
 CHALLENGE = Route("page", GET="send_challenge")
 
 ROUTES = {  # "*" stands for one segment: a service's name, a key's id
-    "/": Route("native", GET="send_page", POST="post_native"),
+    "/": Route("native", GET="send_page", POST="post_root"),
     "/*": Route("native", GET="send_page", POST="post_native"),
     "/neuroengine.py": Route("page", GET="send_client"),
     "/.well-known/acme-challenge/*": CHALLENGE,

@@ -3948,6 +3948,19 @@ def test_an_error_reply_arrives_although_the_request_is_too_large(relay):
         assert status == 413 and answer["error"] == "request_too_large"
 
 
+def test_a_request_that_fails_does_not_wait_for_the_garbage_collector(relay):
+    def left():
+        return [each for each in gc.get_objects() if type(each) is
+                neuroengine_server.HttpExchange and each.head and "nobody" in each.head.target]
+    gc.disable()
+    try:
+        for path in ("/nobody", "/provider/nobody/login", "/api/services/nobody/keys"):
+            assert ask(relay, path, {"message": "Hi"})[0] == 404
+        until(lambda: not left())
+    finally:
+        gc.enable()
+
+
 def test_one_empty_line_before_a_request_is_forgiven_however_it_comes(relay):
     for parts in ((b"\r\n",), (b"\r", b"\n")):
         with socket.create_connection(relay.server_address, SOON) as sock:
