@@ -13890,6 +13890,7 @@ def test_page_composer_turns_the_pages_of_the_conversation(page_provider, page_t
     tab.eventually("!" + at_end)
     tab.tab.press("#input", "PageDown")
     tab.eventually(at_end)
+    tab.at_rest("document.querySelector('#log').scrollTop")         # the page knows it, too
     tab.tab.fill("#input", "\n" * 80)                    # a long text has pages itself
     tab.eventually(at_end)
     tab.tab.press("#input", "PageUp")
