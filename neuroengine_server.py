@@ -6263,11 +6263,11 @@ class Store:
         another."""
         with self._transaction():
             self._take_name(name, service.key_digest)
+            if reserve:
+                self._reserve(service)
             self._db.execute("PRAGMA defer_foreign_keys=ON")     # until the end of this
             self._update(service, name=name, **columns)
             self._db.execute("UPDATE keys SET service=? WHERE service=?", (name, service.name))
-            if reserve:
-                self._reserve(service)
 
     def _reserve(self, service):
         self._db.execute("INSERT OR REPLACE INTO reserved VALUES (?, ?)",
@@ -6289,6 +6289,9 @@ class Store:
             "UPDATE services SET %s WHERE name=? AND created=?" % ", ".join(
                 column + "=?" for column in columns),
             [*columns.values(), service.name, service.created])
+        if "key_digest" in columns:        # the old key opens nothing any more
+            self._db.execute("UPDATE reserved SET key_digest=? WHERE key_digest=?",
+                             (columns["key_digest"], service.key_digest))
 
     def save(self, services):
         """Write what these services and their keys have counted, in one transaction. Nothing
@@ -7444,6 +7447,14 @@ local function announce(name)
     redis.call('xadd', key('changes'), 'maxlen', '~', 10000, '*', 'name', name)
 end
 local function field(name, of) return redis.call('hget', key(name), of) or '' end
+local function reserve_for_new_key(old, new)
+    local was, is = cjson.decode(old).key_digest, cjson.decode(new).key_digest
+    if was == is then return end
+    local reserved = redis.call('hgetall', key('reserved'))
+    for i = 1, #reserved, 2 do
+        if reserved[i + 1] == was then redis.call('hset', key('reserved'), reserved[i], is) end
+    end
+end
 local a = ARGV
 """
 
@@ -7544,6 +7555,7 @@ if a[4] == '' then
     if a[5] ~= '' then redis.call('hset', key('reserved'), name, a[5]) end
 else
     redis.call('hset', key('services'), name, a[4])
+    reserve_for_new_key(a[3], a[4])
 end
 announce(name)
 return 'ok'
@@ -7571,6 +7583,7 @@ if new ~= old then
 end
 redis.call('hset', key('services'), new, a[5])
 redis.call('hset', key('homes'), new, id)
+reserve_for_new_key(a[4], a[5])
 announce(new)
 return 'ok'
 """
@@ -7729,7 +7742,8 @@ class EngineStore:
             before = before or "{}"
             record = json.dumps(dict(json.loads(before), name=name, **columns), sort_keys=True)
             answer = self._change(
-                (RENAME, self.home, new, old, record, before, reserved or "", hashed),
+                (RENAME, self.home, new, old, record, before, reserved or "",
+                 columns.get("key_digest", hashed)),
                 RENAME, self.home, old, new, before, record, hashed if reserve else "", hashed)
         if answer != "ok":
             raise self.refusal(answer, name)

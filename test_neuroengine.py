@@ -3498,6 +3498,20 @@ def test_a_renamed_service_keeps_all_and_its_old_name_is_reserved(relay):
     assert ask(relay, "/api/services", {"name": old}, Authorization="Bearer " + hand.key)[0] == 201
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_old_name_is_reserved_for_the_newest_key_of_its_service(relay, at_once):
+    hand = Hand(relay)
+    old, old_key, new = hand.name, hand.key, name_of()
+    if not at_once:
+        assert manage(relay, hand, "PATCH", body={"name": new})[0] == 200
+        hand.name = new
+    hand.key = manage(relay, hand, "PATCH", body={"name": new, "new_key": True})[1]["key"]
+    hand.name = new
+    assert ask(relay, "/api/services", {"name": old},
+               Authorization="Bearer " + old_key)[1]["error"] == "name_taken"
+    assert manage(relay, hand, "PATCH", body={"name": old})[0] == 200
+
+
 def test_a_service_is_only_renamed_to_a_free_and_possible_name(relay, hand):
     other = Hand(relay)
     for name, error in ((other.name.upper(), "name_taken"), ("x/y", "invalid_name"),
@@ -11626,11 +11640,13 @@ def test_cluster_a_registration_that_failed_uses_nothing_up(engine_store):
 @pytest.mark.parametrize("edit", [
     lambda store, service: store.change(service, key_digest="lost"),
     lambda store, service: store.rename(service, "Two", True),
+    lambda store, service: store.rename(service, "Two", True, key_digest="lost"),
     lambda store, service: store.rename(service, "ONE", False),
     lambda store, service: store.add_key(service, neuroengine_server.AccessKey(
         "i", "d", "", 0, *[None] * 5))])
 @pytest.mark.parametrize("twice", [False, True])
 def test_cluster_a_change_that_failed_is_not_in_force(home_store, edit, twice):
+    home_store.engine.call("HSET", "{neuroengine}:reserved", "zero", digest("key"))
     service, = home_store.load()
     before = [home_store.table(name) for name in TABLES]
     fail_after_changes(home_store)
@@ -11683,6 +11699,18 @@ def test_cluster_a_rename_may_be_sent_twice(home_store):
     home_store.rename(service, "Two", True)
     assert [service.name for service in home_store.load()] == ["Two"]
     assert home_store.table("reserved") == {"one": digest("key")}
+
+
+@pytest.mark.parametrize("edit", [
+    lambda store, service: store.change(service, key_digest="new"),
+    lambda store, service: store.rename(service, "Two", True, key_digest="new")])
+def test_cluster_old_names_are_reserved_for_the_newest_key_of_their_service(home_store, edit):
+    for name, key in (("zero", "key"), ("other", "another")):
+        home_store.engine.call("HSET", "{neuroengine}:reserved", name, digest(key))
+    edit(home_store, *home_store.load())
+    reserved = home_store.table("reserved")
+    assert reserved.pop("one", "new") == reserved.pop("zero") == "new"
+    assert reserved == {"other": digest("another")}
 
 
 def test_cluster_a_revoked_key_stays_revoked_if_its_service_moves_at_that_moment(cluster):
