@@ -6375,19 +6375,33 @@ class Store:
 
     def backup(self, path):
         """Copy everything to a new file, while others write. Raises OSError, sqlite3.Error."""
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        try:
-            with contextlib.closing(sqlite3.connect(path)) as copy, self._lock:
-                self._db.backup(copy)
-                copy.execute("PRAGMA journal_mode=DELETE")   # one file, with all in it
-        except BaseException:
-            os.remove(path)
-            raise
+        with new_file(path), contextlib.closing(sqlite3.connect(path)) as copy, self._lock:
+            self._db.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")       # one file, with all in it
 
     def close(self):
         """Close the file."""
         with self._lock:
             self._db.close()
+
+
+@contextlib.contextmanager
+def new_file(path):
+    """Make a data file, for its owner alone; half of one does not stay. Raises OSError if there
+    is a file of that name."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        yield
+    except BaseException:
+        remove_data(path)
+        raise
+
+
+def remove_data(path):
+    """Delete a data file and its logs, as far as they are there."""
+    for suffix in DATA_SUFFIXES:
+        with contextlib.suppress(OSError):
+            os.remove(path + suffix)
 
 
 def new_key():
@@ -7832,9 +7846,8 @@ class EngineStore:
         self.engine.change("redis.call('hset', key('invites'), a[1], a[2])", invitation, uses)
 
     def backup(self, path):
-        """Write everything to a new SQLite file. Raises OSError."""
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        with contextlib.closing(Store(path)) as copy:
+        """Write everything to a new SQLite file. Raises OSError, EngineError."""
+        with new_file(path), contextlib.closing(Store(path)) as copy:
             for service in self.load():
                 copy.add(service)
                 for key in service.keys.values():
@@ -9213,6 +9226,7 @@ OTHER_DESCRIPTORS = 64           # open files that are not connections
 MIN_FREE_MIB = 50                # on the disk with the data file
 STACK_BYTES = 256 * 1024         # of a thread; the system's usual 8 MiB add up
 REGISTRATION = ("open", "invited", "closed")
+MAX_USES = 10**9                 # of an invitation
 SQLITE_HEAD = b"SQLite format 3\0"
 DATA_SUFFIXES = ("", "-wal", "-shm")    # of a data file and what SQLite keeps next to it
 # Commands of neuroengine.py, which people look for here.
@@ -10027,8 +10041,9 @@ def confirm(options, question):
 def run_invite(options):
     """Make an invitation, and print it."""
     uses = number_of((options.arguments or ["1"])[0], int)
-    if uses is None or uses < 1:
-        raise StoreError("USES is a number: how many services may be registered with it.")
+    if uses is None or not 1 <= uses <= MAX_USES:
+        raise StoreError("USES is a number from 1 to %d: how many services may be registered "
+                         "with it." % MAX_USES)
     code = new_key()
     with open_data(options) as store:
         store.invite(digest(code), uses)
@@ -10064,6 +10079,7 @@ def run_restore(options):
     with DataLock(target):
         path = os.path.realpath(target)
         new = path + ".restoring"
+        remove_data(new)                   # a log that another restore left belongs to its copy
         try:
             copy_backup(source, new, target)
             kept = set_aside(path)
@@ -10071,9 +10087,7 @@ def run_restore(options):
         except OSError as error:
             raise StoreError("Cannot restore %s: %s." % (source, error.strerror or error))
         finally:
-            for suffix in DATA_SUFFIXES:
-                with contextlib.suppress(OSError):
-                    os.remove(new + suffix)
+            remove_data(new)
     print("Restored %s from %s. Keys that were made or revoked after the backup are as they "
           "were then.%s" % (target, source, kept and " The old data is in %s." % kept))
 
@@ -10104,6 +10118,8 @@ def set_aside(path):
     if not os.path.exists(path):
         return ""
     kept = path + time.strftime(".before-%Y%m%d-%H%M%S")
+    while os.path.exists(kept):             # another restore in this second
+        kept += "-"
     try:
         os.link(path, kept)
     except OSError:                         # a file system without links

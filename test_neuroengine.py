@@ -10473,6 +10473,7 @@ def test_admin_commands_work_on_the_file_while_the_relay_runs(start, tmp_path, a
     assert ask(relay, "/api/services/One", Authorization="Bearer " + new)[0] == 200
     assert ask(relay, "/api/services", {"name": "Two", "invitation": code})[0] == 403
     for args, words in ((["delete", "Two"], "no service Two"), (["invite", "0"], "USES"),
+                        (["invite", "9" * 30], "USES"),
                         (["reset-key", "On"], "no service On; did you mean One?"),
                         (["backup", "/nosuch/x"], "Cannot write /nosuch/x")):
         status, text = admin(*args)
@@ -10633,6 +10634,28 @@ def test_a_restore_that_is_cut_short_leaves_the_old_data_file(
         neuroengine_server.run_restore(neuroengine_server.parse(
             ["restore", str(copy), "--data", str(path)]))
     assert path.exists() and names_in(path) == {"Old", "New"}
+
+
+def test_a_log_that_a_killed_restore_left_does_not_get_into_the_next(data_file, admin, tmp_path):
+    path = data_file(Old=1)
+    admin("backup", str(tmp_path / "copy"))
+    with contextlib.closing(Store(str(path))) as store:
+        store.add(Service("Late", "digest"))       # so far in the log only
+        for suffix in ("", "-wal"):
+            shutil.copy(str(path) + suffix, str(path) + ".restoring" + suffix)
+    assert admin("restore", str(tmp_path / "copy"))[0] == 0
+    assert names_in(path) == {"Old"}
+
+
+def test_each_restore_keeps_the_data_before_it(data_file, admin, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda *a: ".before")    # in one second
+    path = data_file(Old=1)
+    admin("backup", str(tmp_path / "copy"))
+    data_file(New=1)
+    for _ in range(3):
+        assert admin("restore", str(tmp_path / "copy"))[0] == 0
+    kept = [names_in(file) for file in list(tmp_path.glob(path.name + ".before*"))]
+    assert len(kept) == 3 and {"Old", "New"} in kept
 
 
 def test_restore_also_makes_a_data_file_where_there_is_none(data_file, admin, tmp_path):
@@ -11957,6 +11980,15 @@ def test_cluster_commands_work_on_the_engine(cluster, engine, tmp_path, capsys):
         assert store.rows("invitations") == [(digest("invitation"), 2)]
     assert command("delete", "Old", "--yes")[0] == 0
     until(lambda: ask(relay, "/api/services/Old", Authorization="Bearer k")[0] == 404)
+
+
+def test_cluster_half_a_backup_does_not_stay(engine_store, tmp_path, monkeypatch):
+    def silent(pairs):
+        raise neuroengine_server.EngineError("gone")
+    monkeypatch.setattr(Store, "reserve", lambda store, pairs: silent(pairs))
+    with pytest.raises(neuroengine_server.EngineError):
+        engine_store.backup(str(tmp_path / "copy"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_cluster_invitations_are_used_up_at_all_relays_together(cluster, engine, capsys):
