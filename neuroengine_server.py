@@ -8382,6 +8382,8 @@ class Peers:
         self._tls = ssl.create_default_context()
         self._idle = defaultdict(deque)    # url -> (socket, since), newest last
         self._busy = defaultdict(dict)     # home -> {Forward: True}
+        self._watched = set()              # homes with a thread of look_after
+        self._lock = threading.Lock()      # guards both
         self._held = set()                 # exchanges that wait for a next home
         self._asked = {}                   # home -> (when, whether it answered)
         self._asking = defaultdict(threading.Lock)     # home -> held while it is asked
@@ -8457,10 +8459,12 @@ class Peers:
             self._held.discard(exchange)
 
     def started(self, forward):
-        self._busy[forward.home][forward] = True
+        with self._lock:
+            self._busy[forward.home][forward] = True
 
     def ended(self, forward):
-        self._busy[forward.home].pop(forward, None)
+        with self._lock:
+            self._busy[forward.home].pop(forward, None)
 
     def is_answering(self):
         """Whether a response is passed on, other than to a provider's poll, or a request
@@ -8479,13 +8483,22 @@ class Peers:
         """These relays missed their beats: abandon what was forwarded to those that do not
         answer. Returns at once."""
         for home in homes:
-            if self._busy.get(home):
-                threading.Thread(target=self._abandon, args=(home,), daemon=True).start()
+            with self._lock:
+                if home in self._watched or not self._busy.get(home):
+                    continue
+                self._watched.add(home)
+            threading.Thread(target=self._abandon, args=(home,), daemon=True).start()
 
     def _abandon(self, home):
-        while self._busy.get(home) and self.answers(home):
-            time.sleep(BEAT_SECONDS)       # it is only cut off from the engine
-        for forward in list(self._busy.pop(home, ())):
+        while self.answers(home):          # it is only cut off from the engine
+            time.sleep(BEAT_SECONDS)
+            with self._lock:
+                if not self._busy.get(home):
+                    return self._watched.discard(home)
+        with self._lock:
+            self._watched.discard(home)
+            forwards = self._busy.pop(home, ())
+        for forward in forwards:
             forward.abort()
 
 
@@ -8510,6 +8523,8 @@ class Forward:
         """Forward the request, and pass the response on as it comes. Raises NotSent, if the
         home did not act on it; PeerGone, RelayError."""
         self.peers.started(self)           # a home that is frozen takes no large request
+        if self.home not in self.exchange.relay.registry.relays:
+            self.peers.look_after({self.home})         # it missed its beats before this
         self.connection.when_gone(self.abort)
         try:
             self._send(self._head(len(self.exchange.body)) + self.exchange.body)

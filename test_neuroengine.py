@@ -11219,15 +11219,21 @@ def test_cluster_a_poll_keeps_no_memory_for_its_body_while_it_waits(cluster):
     sock.close()
 
 
-def forward_to_frozen_home(front, name, size=4 << 20):
-    """Send a prompt that is larger than the buffers to a home that reads nothing; return the
-    client's socket and what the home's listens on."""
+def frozen_home(front, name):
+    """Let a service have its home at a relay that reads nothing; return its id, and the socket
+    that it listens on."""
     frozen = socket.create_server(("127.0.0.1", 0))
     home = "1@http://127.0.0.1:%d" % frozen.getsockname()[1]
     front.registry.homes[name.lower()] = home
     front.registry.relays |= {home}
     front.peers.answers = lambda home: False
-    return sent(front, "/" + name, {"message": "x" * size}), home, frozen
+    return home, frozen
+
+
+def forward_to_frozen_home(front, name):
+    """Send a prompt there that is larger than the buffers; return the client's socket, too."""
+    where = frozen_home(front, name)
+    return (sent(front, "/" + name, {"message": "x" * (4 << 20)}), *where)
 
 
 def test_cluster_a_large_prompt_to_a_frozen_home_ends_with_its_membership(cluster, monkeypatch):
@@ -11253,6 +11259,22 @@ def test_cluster_a_client_that_hangs_up_while_its_home_is_frozen_is_noticed(clus
         until(lambda: front.peers._busy.get(home))
         client.close()
         until(lambda: not front.peers._busy.get(home) and not front.bounds.bytes.taken)
+    frozen.close()
+
+
+def test_cluster_a_request_to_a_home_that_froze_while_it_came_ends(cluster, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "TAKEOVER_SECONDS", 0)
+    front, name = cluster(), name_of()
+    ask(front, "/api/services", {"name": name})
+    with socket.create_connection(front.server_address[:2], SOON) as client:
+        with front.registry.changing:
+            home, frozen = frozen_home(front, name)
+            client.sendall(b"POST /%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{"
+                           % name.encode())
+            until(lambda: front.bounds.waiting.taken)  # it will be forwarded
+        until(lambda: home not in front.registry.relays)
+        client.sendall(b"}")
+        assert client.recv(1000).startswith(b"HTTP/1.1 ")
     frozen.close()
 
 
