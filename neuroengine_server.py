@@ -8083,6 +8083,28 @@ class EngineRegistry(Registry):
                 if time.monotonic() > max(self.sure_until, self._failed_at + 1):
                     self.follow()
 
+    def keep_asking(self):
+        """While the engine is silent, others may have taken homes from this relay, which they
+        could not reach, either: lose those, until the broker closes; for a thread."""
+        while not self._broker.closed:
+            time.sleep(BEAT_SECONDS)
+            for other in self.relays - {self.id} if self._is_late() else ():
+                for name in self.peers.homes_of(other):
+                    with self.changing:
+                        if self._is_late() and self._broker.at_home(name) is not None:
+                            self._apply(name, self.records[name], other)
+
+    def _is_late(self):
+        """Whether this relay's membership may have ended."""
+        return time.monotonic() > self.sure_until
+
+    def introduction(self, homes):
+        """What this relay says of itself to another. homes: also what it is surely home to."""
+        words = {"relay": self.id}
+        if homes and not self._is_late():
+            words["homes"] = [service.name.lower() for service in self._broker.services()]
+        return words
+
     def _beat(self):
         sent, milliseconds = time.monotonic(), int(MEMBER_SECONDS * 1000)
         if self.id and sent - self._beat_at < BEAT_SECONDS and not self.engine.broken:
@@ -8431,23 +8453,33 @@ class Peers:
     def trouble_with(self, home):
         """Ask a home's url who it is; return what is wrong with it, in words; "" if it is
         that relay. Blocks up to a few seconds."""
+        return self._ask(home, b"")[0]
+
+    def homes_of(self, home):
+        """The services that another relay is surely home to, as it says: names in lower case.
+        Blocks up to a few seconds."""
+        trouble, answer = self._ask(home, b"?homes")
+        return () if trouble else answer.get("homes", ())
+
+    def _ask(self, home, query):
+        """Return (what is wrong, the relay's answer)."""
         try:
             with contextlib.closing(self._connect(home)) as sock:
                 sock.settimeout(ENGINE_SECONDS)
-                sock.sendall(b"GET /healthz HTTP/1.0\r\nHost: localhost\r\nX-Relay: %s\r\n\r\n"
-                             % self.secret.encode())
+                sock.sendall(b"GET /healthz%s HTTP/1.0\r\nHost: localhost\r\nX-Relay: %s\r\n\r\n"
+                             % (query, self.secret.encode()))
                 data = b"".join(iter(lambda: sock.recv(4096), b""))
             answer = json.loads(data.partition(b"\r\n\r\n")[2])
             there = answer.get("relay", "") if data[9:12] != b"403" else None
         except ssl.SSLCertVerificationError as error:
-            return "its certificate is not trusted here: %s" % error.verify_message
+            return "its certificate is not trusted here: %s" % error.verify_message, None
         except OSError as error:
-            return "no answer: %s" % (getattr(error, "strerror", None) or error)
+            return "no answer: %s" % (getattr(error, "strerror", None) or error), None
         except (ValueError, AttributeError):
-            return "something answers there, but not a relay"
+            return "something answers there, but not a relay", None
         if there is None:
-            return "it has another secret"
-        return "" if there == home else "another relay answers there"
+            return "it has another secret", None
+        return "" if there == home else "another relay answers there", answer
 
     @contextlib.contextmanager
     def holding(self, exchange):
@@ -8734,7 +8766,8 @@ class ClusterExchange(HttpExchange):
             self.address = address_of_caller(caller)
         if head.path == ("healthz",):
             if self.caller_is_local is not None:
-                return self.respond(200, {"relay": relay.registry.id})
+                return self.respond(200, relay.registry.introduction(
+                    head.target.endswith("?homes")))
             if not relay.registry.born:
                 raise relay.registry.silent_error()
             if self.broker.draining and head.target.endswith("?drain=404"):
@@ -8935,7 +8968,8 @@ class ClusterRelay(Relay):
     def start(self):
         self.registry.follow()             # the first requests find it joined
         super().start()
-        for target in (self.directory.keep_sharing, self._keep_meeting):
+        for target in (self.directory.keep_sharing, self._keep_meeting,
+                       self.registry.keep_asking):
             threading.Thread(target=self._keep_running, args=(target,), daemon=True).start()
 
     def _keep_meeting(self):

@@ -11803,6 +11803,22 @@ def test_cluster_a_home_that_is_only_cut_off_from_the_engine_stays_home(cluster,
     relays[0].registry.engine._silent_until = 0
 
 
+def test_cluster_a_home_that_is_cut_off_hears_from_the_others_that_one_took_over(cluster, engine):
+    relays = cluster(2)
+    hand = FarHand(relays[0], relays[0])
+    cut, name = relays[0].registry, hand.name.lower()
+    cut.engine._silent_until = math.inf
+    engine.call("DEL", "{neuroengine}:relay:" + cut.id)
+    assert until(lambda: relays[1].registry._claim(name, False))   # it did not answer, either
+    until(lambda: cut.homes[name] == relays[1].registry.id)
+    assert not relays[0].broker.services() and "homes" not in cut.introduction(True)
+    hand.session = hand.call("login")["session"]       # at the new home
+    answer = in_thread(ask, relays[1], "/" + hand.name, {"message": "hi"})
+    hand.reply(hand.next_job(), ["yes"], done=True)
+    assert answer()[0] == 200
+    cut.engine._silent_until = 0
+
+
 @pytest.mark.parametrize("how, error", [("moved", "shutting_down"), ("deleted", "service_unknown")])
 def test_cluster_a_prompt_is_refused_if_its_service_left_while_it_came(cluster, how, error):
     relay, _ = cluster(2)
