@@ -7935,6 +7935,10 @@ class ClusterBroker(Broker):
     registry = None                        # the EngineRegistry, which sets it
     passes_on_until = math.inf             # new prompts to other relays
 
+    def __init__(self, limits=None):
+        super().__init__(limits)
+        self._given_up = threading.Condition(self._lock.lock)  # lose and close notify
+
     def find(self, name):
         """The same; a service without a home gets one here. Raises Elsewhere, too."""
         if time.monotonic() > self.registry.sure_until:
@@ -7975,6 +7979,13 @@ class ClusterBroker(Broker):
             self._end_sessions_locked(service)
             self._changed.pop(service.name, None)
             self._version += 1
+            self._given_up.notify_all()
+
+    def wait_to_lose(self, name, seconds):
+        """Block until this relay is not home to a service any more, or closes; or for so many
+        seconds."""
+        with self._lock:
+            self._given_up.wait_for(lambda: self.closed or name not in self._services, seconds)
 
     def drain(self):
         """The same. Balancers need a moment to notice; but new prompts without end, each
@@ -7989,6 +8000,8 @@ class ClusterBroker(Broker):
 
     def close(self):
         super().close()
+        with self._lock:
+            self._given_up.notify_all()
         self.registry.peers.abort_all()
 
     def is_idle(self, service):
@@ -8120,9 +8133,11 @@ class EngineRegistry(Registry):
         if not member or born != self.born or self.engine.broken:
             self.engine.broken = False
             self._read_all()
-        if self.relays - set(relays):      # what a lost home counted is of use now
+        gone = self.relays - set(relays)
+        if gone:                           # what a lost home counted is of use now
             self.counters = self.store.table("counters")
-            self.peers.look_after(self.relays - set(relays))
+            self.peers.look_after(gone)
+            self.peers.close_idle(gone)
         self.relays = frozenset(relays) | {self.id}
         self._beat_at, self.sure_until = sent, sent + MEMBER_SECONDS
 
@@ -8240,7 +8255,7 @@ class EngineRegistry(Registry):
         while self._broker.at_home(name) is not None:
             if self._broker.closed or len(self.relays) < 2:
                 raise Moved()
-            time.sleep(0.05)               # once in a relay's life
+            self._broker.wait_to_lose(name, BEAT_SECONDS)      # or the last other relay ends
 
     def next_home(self, name):
         """The relay to which this one, which stops, sends what comes for a service that it
@@ -8430,6 +8445,14 @@ class Peers:
         else:
             sock.close()
 
+    def close_idle(self, homes):
+        """Close the connections that nothing uses to relays that may not come back."""
+        for home in homes:
+            idle = self._idle.pop(url_of(home), ())
+            with contextlib.suppress(IndexError):      # another thread took the last one
+                while idle:
+                    idle.pop()[0].close()
+
     def _connect(self, home):
         parts = urllib.parse.urlsplit(url_of(home))
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -8496,7 +8519,10 @@ class Peers:
 
     def ended(self, forward):
         with self._lock:
-            self._busy[forward.home].pop(forward, None)
+            busy = self._busy[forward.home]
+            busy.pop(forward, None)
+            if not busy:                   # that relay may never be home again
+                del self._busy[forward.home]
 
     def is_answering(self):
         """Whether a response is passed on, other than to a provider's poll, or a request

@@ -11219,6 +11219,17 @@ def test_cluster_a_poll_keeps_no_memory_for_its_body_while_it_waits(cluster):
     sock.close()
 
 
+def test_cluster_connections_to_a_relay_that_is_gone_are_closed(cluster):
+    relays = cluster(2)
+    hand = FarHand(*relays)                # which leaves a connection to the home
+    home, peers = relays[0].registry.id, relays[1].peers
+    (sock, _), = peers._idle[neuroengine_server.url_of(home)]
+    hand.connection.close()
+    relays[0].stop()
+    until(lambda: sock.fileno() < 0)
+    until(lambda: not peers._idle and not peers._busy)
+
+
 def frozen_home(front, name):
     """Let a service have its home at a relay that reads nothing; return its id, and the socket
     that it listens on."""
