@@ -82,6 +82,8 @@ STREAM_SECONDS = 30          # silence within a stream; heartbeats come every 9 
 POLL_SECONDS = 40            # a held poll; the relay answers within 25 s
 YIELD_SECONDS = 0.005        # from new jobs to the next poll, unless items were sent before
 GATHER_SECONDS = 0.005       # between two requests with items, other than first ones and ends
+HURRY_SECONDS = 0.01         # a request under way holds these up no longer
+MAX_PUSHES = 4               # such requests under way at once
 REST_FACTOR = 4              # after reading streams, rest this many times as long
 LONGEST_REST_SECONDS = 0.04  # but no longer than this
 HEARTBEAT_SECONDS = 5        # a provider with jobs sends something this often
@@ -1881,9 +1883,11 @@ class AsyncConnection:
 
 class AsyncTransport:
     """As Transport, for asyncio. For one event loop. on_idle_end: called when the server
-    closes a connection that was idle, as it does when it ends."""
+    closes a connection that was idle, as it does when it ends. wants_spare: whether to have
+    a further connection ready while one is used."""
 
-    def __init__(self, transport, keep=16, on_idle_end=lambda: None):
+    def __init__(self, transport, keep=16, on_idle_end=lambda: None,
+                 wants_spare=lambda: False):
         import asyncio
         self._loop, self._transport, self._most_kept = (
             asyncio.get_running_loop(), transport, keep)
@@ -1895,6 +1899,7 @@ class AsyncTransport:
             ("Host", host), ("Content-Type", "application/json"),
             ("User-Agent", "neuroengine/" + __version__), *(fields.items() if through else ())])
         self._free, self._on_idle_end = [], on_idle_end
+        self._wants_spare, self._opening = wants_spare, None
         self._near = None                      # the server's address, if it is on this machine
         self._intakes = None
         if Intake.AVAILABLE and not self._where[0]:
@@ -1914,15 +1919,21 @@ class AsyncTransport:
                        headers=()):
         """(status, headers, body) of one request. With a sink, the body of a success goes
         there. Raises OSError or HTTPException. Cancelling it closes the connection."""
+        import asyncio
         head = "%s %s%s HTTP/1.1\r\n%s" % (method, self._prefix, path, self._fields)
         if key:
             head += "Authorization: Bearer %s\r\n" % clean_key(key)
         for pair in headers:
             head += "%s: %s\r\n" % pair
         data = ("%sContent-Length: %d\r\n\r\n" % (head, len(body))).encode("latin-1") + body
+        if self._opening is not None and not self._free:
+            await asyncio.wait([self._opening])
         fresh = not self._free
         while True:
             line = await self._connect() if fresh else self._free.pop()
+            if not self._free and self._opening is None and self._wants_spare():
+                self._opening = asyncio.ensure_future(self._connect())
+                self._opening.add_done_callback(self._opened)
             exchange = Exchange(self._loop, timeout, sink)
             try:
                 await line.carry(exchange, data)
@@ -1971,6 +1982,11 @@ class AsyncTransport:
         except OSError:
             return None
 
+    def _opened(self, opening):
+        self._opening = None
+        if not opening.cancelled() and opening.exception() is None:
+            self._free.append(opening.result())
+
     def _forget(self, line):
         if line in self._free:
             self._free.remove(line)
@@ -2003,6 +2019,7 @@ class Work:
         self.at, self.items = at, []           # at: offset of items[0]; items: JSON texts
         self.size = self.sent = 0              # characters of all items, of those taken
         self.due = False                       # the sender will look at it by itself
+        self.under_way = False                 # a request with its items is: settle is to come
         self.ended = False
         self.error = None
         self.cancelled = False                 # the client has gone or stopped it
@@ -2034,9 +2051,10 @@ compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 class Outbox:
     """The answers being made: items gather here until the relay has taken them.
 
-    While one request to the relay is under way, further items gather, and go together in the
-    next. put and end may be called from any thread. wake: called, from any thread, when the
-    sender has to look. Does no I/O.
+    While a request to the relay is under way, further items gather, and go together in the
+    next. Several may be under way, but never with items of the same work, for these must
+    arrive in order. put and end may be called from any thread. wake: called, from any thread,
+    when the sender has to look. Does no I/O.
     """
 
     def __init__(self, wake=lambda: None):
@@ -2123,13 +2141,19 @@ class Outbox:
             self._sender = BUSY
         return may
 
+    def hold(self):
+        """The sender looks by itself: wake it for nothing."""
+        self._sender = BUSY
+
     def take(self, only=None):
         """(entries as JSON texts, what settle wants to know) of all there is to send, or of
         one work."""
         with self._lock:
             self._sender, self._urgent = BUSY, False
             while self._fresh:
-                self._ready[self._fresh.popleft()] = True
+                work = self._fresh.popleft()
+                if not work.under_way:         # else settle makes it ready again
+                    self._ready[work] = True
             entries, taken, size = [], [], 0
             for work in list(self._ready):
                 if only is not None and work is not only:
@@ -2146,6 +2170,7 @@ class Outbox:
                 taken.append((work, count, len(items) - max(0, count - 1), last))
                 size += len(items)
                 del self._ready[work]          # and it is due still, until settle
+                work.under_way = True
             return entries, taken
 
     def _fitting(self, work, room):
@@ -2174,7 +2199,7 @@ class Outbox:
                         resumed.append(work.on_room)
                 if sent and last:
                     self._works.pop((work.job, work.attempt), None)
-                work.due = False
+                work.due = work.under_way = False
                 if (work.items or work.ended and not (sent and last)) \
                         and (work.job, work.attempt) in self._works:
                     self._make_ready(work, urgent=work.ended)
@@ -2559,6 +2584,8 @@ class _Listening:
         self._loop = self._thread = self._relay = None
         self._stopped = None                   # future that run waits for
         self._woken = self._replied = None     # Alarms: for the sender, for the poll
+        self._pushes, self._failed = {}, []    # the sender's requests, with what they took:
+        self._failures, self._sent_at = 0, 0.0     # those under way; those that failed
         answerer.attach(self)
         self.status.watch(self.outbox)
 
@@ -2586,7 +2613,9 @@ class _Listening:
     async def _serve(self):
         import asyncio
         server = self.server
-        self._relay = AsyncTransport(server._transport)
+        # While it has jobs: over the internet, a new connection takes two or three times the
+        # way there and back, and the first token would wait for it.
+        self._relay = AsyncTransport(server._transport, wants_spare=self.outbox.running)
         if server._stale and not server._paused:
             await self._keep_trying(self._log_in, first=True)
         self.status.show()
@@ -2595,7 +2624,7 @@ class _Listening:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
+            for task in [*tasks, *self._pushes]:
                 task.cancel()
 
     async def _end(self):
@@ -2771,37 +2800,66 @@ class _Listening:
                 pass                           # the loop has ended
 
     async def _send_always(self):
-        """Send items as long as there are any, and something every few seconds."""
-        failures, sent_at = 0, 0.0
+        """Send items as long as there are any, and something every few seconds.
+
+        While a request is under way, further items gather. Over the internet it takes as long
+        as the way to the relay and back: first items and ends do not wait for that.
+        """
+        import asyncio
         while True:
-            if self.outbox.rest():
+            while len(self._pushes) >= MAX_PUSHES:
                 await self._woken.wait(HEARTBEAT_SECONDS)
+            if not self._failed and self.outbox.rest(gather=bool(self._pushes)):
+                await self._woken.wait(HEARTBEAT_SECONDS)
+            if self._failed:
+                await self._begin_again()
+                continue
             entries, taken = self.outbox.take()
-            if not taken and (self._loop.time() - sent_at < HEARTBEAT_SECONDS * 0.9
+            if not taken and (self._loop.time() - self._sent_at < HEARTBEAT_SECONDS * 0.9
                               or self.server._session is None
                               or not self.outbox.running()):
                 continue
-            try:
-                await self._send(entries, taken)
-            except NeuroengineError as error:
-                self.outbox.settle(taken, sent=False)
-                if error.name in REFUSED and taken:
-                    await self._send_singly([work for work, *_ in taken])
-                else:
-                    await self._woken.wait(pause_before(failures, error.retry_after))
-                    failures = min(failures + 1, 4)
-                continue
-            failures, sent_at = 0, self._loop.time()
-            if self._closing and not self.outbox.running():
-                await self._end_poll()
-            if self.outbox.rest(gather=True):
+            push = asyncio.ensure_future(self._send(entries, taken))
+            self._pushes[push] = taken
+            push.add_done_callback(self._sent)
+            await self._woken.wait(HURRY_SECONDS)        # most end sooner
+            if not self._failed and self.outbox.rest(gather=True):
                 await self._woken.wait(GATHER_SECONDS)
+
+    def _sent(self, push):
+        """A request has ended."""
+        taken, error = self._pushes.pop(push), None
+        if not push.cancelled():
+            error = push.exception()
+        if error is None:
+            self._failures, self._sent_at = 0, self._loop.time()
+        else:
+            self._failed.append((error, taken))
+        self._woken.ring()
+
+    async def _begin_again(self):
+        """Have what failed sent again, after a pause if the relay is away."""
+        self.outbox.hold()
+        failed, self._failed, away = self._failed, [], None
+        for error, taken in failed:
+            if not isinstance(error, NeuroengineError):
+                raise error
+            self.outbox.settle(taken, sent=False)
+            if error.name in REFUSED and taken:
+                await self._send_singly([work for work, *_ in taken])
+            else:
+                away = error
+        if away is not None:
+            await self._woken.wait(pause_before(self._failures, away.retry_after))
+            self._failures = min(self._failures + 1, 4)
 
     async def _send(self, entries, taken):
         answer = await self._call("reply", '"replies":[%s]' % ",".join(entries))
         self.outbox.settle(taken, sent=True)
         self._replied.ring()
         self._take(answer, taken)
+        if self._closing and not self.outbox.running():
+            await self._end_poll()
 
     async def _send_singly(self, works):
         """The relay refuses a request that holds entries of these: find out whose fault it

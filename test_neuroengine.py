@@ -7369,6 +7369,22 @@ def test_outbox_wakes_its_sender_for_first_items_and_ends_and_else_lets_it_gathe
     assert len(wakes) == 3
 
 
+@pytest.mark.parametrize("sent", [True, False])
+def test_outbox_takes_no_item_twice_while_several_requests_are_under_way(sent):
+    outbox, work = neuroengine.Outbox(), neuroengine.Work("j", 1, 0, {})
+    outbox.add(work)
+    outbox.put(work, "a")
+    taken = taken_from(outbox)[1]
+    outbox.end(work)                       # which is urgent
+    assert taken_from(outbox) == ([], [])
+    outbox.settle(taken, sent)
+    entries, taken = taken_from(outbox)
+    assert entries == [{"job": "j", "attempt": 1, "at": int(sent), "done": True,
+                        "items": [] if sent else ["a"]}]
+    outbox.settle(taken, sent=True)
+    assert outbox.running() == [] and outbox.tokens == 1
+
+
 def test_outbox_says_the_last_word_of_an_answer_cancelled_at_its_end():
     outbox = neuroengine.Outbox()
     work = neuroengine.Work("j", 1, 0, {})
@@ -8856,6 +8872,60 @@ def test_a_provider_that_works_in_silence_is_heard_of(monkeypatch):
                           for _, action, body in fake.calls) > 2)
         done.set()
         until(lambda: any(entry.get("done") for entry in fake.entries))
+        provider.stop()
+        ended()
+
+
+def test_a_first_item_does_not_wait_for_another_request_under_way():
+    """Over the internet that would take as long as the way to the relay and back."""
+    class Far(fake_relay()):
+        def send(self, *answer):
+            if self.path.endswith("/reply"):
+                until(lambda: {"a", "b"} <= {entry["job"] for entry in self.entries})
+            super().send(*answer)
+
+    def answer(request):
+        if request["message"] == "b":
+            until(lambda: Far.entries)
+        yield request["message"]
+    with serving(Far) as url:
+        provider = NeuroengineServer(url)
+        assert provider.login("S", "k") == 0
+        ended = in_thread(provider.listen, answer, 2)
+        Far.jobs["S"] = [{"job": job, "attempt": 1, "at": 0, "request": {"message": job}}
+                         for job in "ab"]
+        until(lambda: sum(entry.get("done", False) for entry in Far.entries) == 2)
+        assert sorted(sum((entry["items"] for entry in Far.entries), [])) == ["a", "b"]
+        provider.stop()
+        ended()
+
+
+def test_a_provider_with_a_job_has_a_connection_ready_for_its_first_item():
+    accepted, used, before, replied = [], set(), [], []
+
+    class Counting(fake_relay()):
+        def handle(self):
+            accepted.append(self.client_address)
+            super().handle()
+
+        def do_POST(self):
+            used.add(self.client_address)
+            if self.path.endswith("/reply"):
+                replied.append(self.client_address)
+            super().do_POST()
+
+    def answer(request):
+        until(lambda: set(accepted) - used)
+        before.extend(accepted)
+        return "x"
+    with serving(Counting) as url:
+        provider = NeuroengineServer(url)
+        assert provider.login("S", "k") == 0
+        ended = in_thread(provider.listen, answer)
+        Counting.jobs["S"] = [{"job": "j", "attempt": 1, "at": 0,
+                               "request": {"message": "x"}}]
+        until(lambda: any(entry.get("done") for entry in Counting.entries))
+        assert replied[0] in before
         provider.stop()
         ended()
 
