@@ -1910,7 +1910,9 @@ class AsyncTransport:
         try:
             status, headers, data = await self.exchange("POST", path, body, key,
                                                         timeout=POLL_SECONDS)
-        except BROKEN as error:
+        except NeuroengineError:
+            raise
+        except Exception as error:             # also a RuntimeError: no thread can start
             raise no_connection(self._transport.base, error) from error
         return parse_answer(status, {"Retry-After": headers.get("retry-after"),
                                      "Location": headers.get("location")}, data)
@@ -2935,16 +2937,18 @@ async def run_all(listenings, errors):
 
 @contextlib.contextmanager
 def signals_call(stop):
-    """Let Ctrl-C, and SIGTERM of a service manager, call stop(), unless the program has its
-    own way with them. (Python's way, an exception, may come amid any code, and twice.)"""
+    """Let Ctrl-C, SIGTERM of a service manager, and on Windows SIGBREAK of a closed console
+    call stop(), unless the program has its own way with them. (Python's way, an exception,
+    may come amid any code, and twice.)"""
     import signal
     before = {}
     try:
         for number in (getattr(signal, name, signal.SIGTERM)
-                       for name in ("SIGINT", "SIGTERM", "SIGHUP")):
+                       for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")):
             handler = signal.getsignal(number)
             if handler in (signal.default_int_handler, end_by_signal) or (
-                    number == signal.SIGTERM and handler == signal.SIG_DFL):
+                    handler == signal.SIG_DFL and number in (
+                        signal.SIGTERM, getattr(signal, "SIGBREAK", None))):
                 before[number] = signal.signal(number, lambda *_: stop())
     except ValueError:
         pass                                   # this is not the main thread
@@ -5909,10 +5913,12 @@ def end_by_signal(number, frame):
 
 @contextlib.contextmanager
 def signals_that_end():
-    """Let SIGTERM, and SIGHUP of a closed terminal, end the program by an exception, which
-    stops the answer under way. A signal that is ignored or handled stays so."""
+    """Let SIGTERM, and SIGHUP (on Windows SIGBREAK) of a closed terminal, end the program by
+    an exception, which stops the answer under way. A signal that is ignored or handled stays
+    so."""
     import signal
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK")
+               if hasattr(signal, name)]
     numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL
                and threading.current_thread() is threading.main_thread()]
     for number in numbers:

@@ -9111,6 +9111,21 @@ def test_what_may_pass_does_not_end_a_provider(name, monkeypatch):
         assert relay.ask({"message": "x"})[1]["done"] and not failures
 
 
+@pytest.mark.parametrize("action", ["/poll", "/reply"])
+def test_no_exception_on_the_way_to_the_relay_ends_a_provider(action, monkeypatch):
+    monkeypatch.setattr(neuroengine, "FIRST_PAUSE_SECONDS", 0.01)
+    exchange, failures = neuroengine.AsyncTransport.exchange, [1, 2]
+
+    async def fail(self, method, path, *args, **more):
+        if path.endswith(action) and failures:
+            failures.pop()
+            raise RuntimeError("can't start new thread")
+        return await exchange(self, method, path, *args, **more)
+    monkeypatch.setattr(neuroengine.AsyncTransport, "exchange", fail)
+    with fake_llm() as (llm, url), sharing(url) as (relay, _):
+        assert relay.ask({"message": "x"})[1]["done"] and not failures
+
+
 @pytest.mark.parametrize("name, waits", [("certificate", True), ("no_connection", True),
                                          ("relay_busy", True), ("bad_address", False),
                                          ("no_tls", False), ("invalid_key", False)])
@@ -10886,6 +10901,17 @@ def test_a_relay_warns_at_its_start_in_single_lines(start, tmp_path, certificate
     assert program.says(r"(?m)^warning: The certificate .* renew it.*\.$")
     assert program.says(r"(?m)^warning: Only \d+ files may be open.*\.$")
     assert program.end() == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs a Unix")
+def test_a_console_that_windows_closes_ends_a_program_as_a_signal_does(monkeypatch):
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    stops = []
+    with neuroengine.signals_call(lambda: stops.append("stop")):
+        signal.getsignal(signal.SIGBREAK)(signal.SIGBREAK, None)
+    with pytest.raises(SystemExit), neuroengine.signals_that_end():
+        signal.getsignal(signal.SIGBREAK)(signal.SIGBREAK, None)
+    assert stops == ["stop"] and signal.getsignal(signal.SIGBREAK) == signal.SIG_DFL
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs a Unix")
