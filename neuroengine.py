@@ -3707,7 +3707,7 @@ class Completion(StreamParser):
         self._data = b""           # of an event, as long as it is not JSON
         self._kind = b""           # the event's name
         self._whole = None         # lines of JSON, which came instead of events
-        self._texts = []
+        self._said = bytearray()   # the text so far, which as a list took eight times as much
         self._calls = {}           # id of a tool call that came without an index -> its index
         self._cut = None           # a Text, once bytes came that are no UTF-8
         self._half = self._half_thought = ""   # first halves of characters in UTF-16
@@ -3723,7 +3723,7 @@ class Completion(StreamParser):
                 tried = alike.head
                 texts, lines = alike.take(lines)
                 if texts:
-                    self._texts += texts
+                    self._said += "".join(texts).encode()
                     items += texts
                     continue
             event, end, lines = lines.partition(b"\n\n")
@@ -3745,7 +3745,7 @@ class Completion(StreamParser):
             items.append({"reasoning": "\ufffd"})
         if self._half:
             items.append("\ufffd")
-        if not self._finish and self._done and (self._texts or items):
+        if not self._finish and self._done and (self._said or items):
             self._finish = "stop"              # some leave it out, but say [DONE]
         if not self._finish:
             raise NeuroengineError(1, "the LLM server's answer ended in the middle",
@@ -3789,7 +3789,7 @@ class Completion(StreamParser):
             self._kind = line[6:].strip()
         elif line[:6] == b"error:":            # older llama.cpp
             raise self._failure(line[6:])
-        elif line[:1] in b"{[" and not (self._texts or self._finish):
+        elif line[:1] in b"{[" and not (self._said or self._finish):
             self._whole = [line]               # no stream, but one JSON text
         elif line[:1] == b"<":
             raise not_json()                   # HTML
@@ -3901,7 +3901,7 @@ class Completion(StreamParser):
             self._alike = None
             text, self._half = joined(self._half + text)
         if text:
-            self._texts.append(text)
+            self._said += text.encode("utf-8", "surrogatepass")
             items.append(text)
 
     def _take_reasoning(self, text, items):
@@ -3916,7 +3916,7 @@ class Completion(StreamParser):
     def _fresh(self, content, choice):
         """What is new in a message. Some repeat the whole text at the end, or with an empty
         delta all that was said so far."""
-        so_far, self._alike = "".join(self._texts), None
+        so_far, self._alike = self._said.decode("utf-8", "surrogatepass"), None
         if isinstance(content, str) and so_far:
             if content == so_far and choice.get("finish_reason"):
                 return None
