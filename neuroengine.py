@@ -212,7 +212,7 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
         "`models` lists the services."),
     "nothing_registered": (
         "There is no service {service} at {relay}.",
-        "`python3 neuroengine.py register {service}` registers it.",
+        "`python3 neuroengine.py register {service} --relay {relay}` registers it.",
         "`register {service}` makes one, `models` lists those that are there."),
     "service_offline": (
         "", "Try again later, or pass wait=True to wait for a provider.",
@@ -414,13 +414,12 @@ def items_of(answer):
         if answer.get("errorcode"):
             raise NeuroengineError(1, str(answer.get("reply") or "no reason given"))
         if not isinstance(answer.get("reply"), str):
-            raise NeuroengineError(1, "its answer has no reply that is a text")
+            raise bad_callback("its answer has no reply that is a text")
         answer = answer["reply"]
     if isinstance(answer, str):
         answer = (answer,)
     elif answer is None or isinstance(answer, (bytes, int, float)):
-        raise NeuroengineError(1, "its callback returned %s, not a text"
-                               % type(answer).__name__)
+        raise bad_callback("its callback returned %s, not a text" % type(answer).__name__)
     for item in answer:
         check_item(item)
         if item:
@@ -432,8 +431,12 @@ def check_item(item):
     if isinstance(item, Reply) and item.errorcode:         # it asked another service
         raise NeuroengineError(1, str(item))
     if not isinstance(item, (str, dict)):
-        raise NeuroengineError(1, "its callback yielded %s, not a text"
-                               % type(item).__name__)
+        raise bad_callback("its callback yielded %s, not a text" % type(item).__name__)
+
+
+def bad_callback(words):
+    """The NeuroengineError for a mistake of a callback, which goes to the provider's log, too."""
+    return NeuroengineError(1, words, row="bad_callback")
 
 
 def reply_in(text):
@@ -2037,8 +2040,8 @@ def item_text(item):
         try:
             text = compact(item)
         except (TypeError, ValueError, RecursionError) as error:
-            raise NeuroengineError(1, "its callback yielded what JSON cannot hold (%s)"
-                                   % error) from None
+            raise bad_callback("its callback yielded what JSON cannot hold (%s)"
+                               % error) from None
     if len(text) > MAX_ITEM_BYTES:
         raise NeuroengineError(1, "one item of its answer is over %d MB"
                                % (MAX_ITEM_BYTES >> 20))
@@ -2365,6 +2368,8 @@ class Workers:
         if work.cancelled:
             return CANCELLED
         if isinstance(why, NeuroengineError):
+            if why.row == "bad_callback":
+                self._listening.status.event("A prompt was not answered: %s." % why)
             return error_entry(why)
         self._listening.status.failure("The callback failed:")
         return {"error": "provider_error",
@@ -2471,6 +2476,9 @@ class NeuroengineServer:
         self.service_name, self.service_key, self.error = service_name, service_key, ""
         self._stopping = False
         try:
+            if not service_name:
+                raise NeuroengineError(10, "To which service? Pass its name to login().",
+                                       "invalid_request")
             self._log_in()
         except NeuroengineError as error:
             self.error = self._advise(error).message

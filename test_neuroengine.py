@@ -5943,6 +5943,16 @@ def test_an_answer_that_was_cut_by_any_exception_is_never_a_whole_one(relay, pro
     assert reply.error == "provider_error"
 
 
+@pytest.mark.parametrize("answer, words", [
+    (None, "returned NoneType"), ([b"x"], "yielded bytes"), ({"reply": 5}, "has no reply"),
+    ([{"a": {1}}], "JSON cannot hold")])
+def test_what_is_no_answer_is_told_to_the_client_and_in_the_log(
+        relay, provide, capfd, answer, words):
+    name, _ = provide(lambda request: answer)
+    assert words in in_thread(client_of(relay, name).request, "x", tries=1)()
+    assert "A prompt was not answered: its" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("callback", [
     lambda reply: reply, lambda reply: iter([reply]), lambda reply: {"reply": reply}])
 def test_an_error_of_another_service_that_a_callback_passes_on_stays_an_error(
@@ -6979,6 +6989,8 @@ def test_login_tells_a_wrong_key_by_a_negative_number(relay, hand):
         assert server.login(hand.name, key) == -30
     assert server.login(hand.name, hand.key + "\n") == 0
     assert server.login("nosuch", "wrong") == -40
+    assert "register nosuch --relay " + relay.url in server.error
+    assert server.login("", hand.key) == -10 and "Pass its name" in server.error
     assert server.login(hand.name, hand.key) == 0
 
 
