@@ -8267,10 +8267,10 @@ class EngineRegistry(Registry):
         home = self.homes.get(name)
         return home if home in others else others[zlib.crc32(name.encode()) % len(others)]
 
-    def has_moved(self, there):
-        """Whether the engine knows of another home by now than an Elsewhere tells."""
+    def has_moved(self, name, home):
+        """Whether the engine knows of another home by now."""
         self.follow()
-        return self.homes.get(there.name) != there.home
+        return self.homes.get(name) != home
 
     def _claim(self, name, refused):
         """Try to become home; return the Service, or None, with what was learnt in homes."""
@@ -8802,37 +8802,44 @@ class ClusterExchange(HttpExchange):
         self.comes_late = self.broker.draining and self.caller_is_local is None and (
             self._is_prompt() and time.monotonic() > self.broker.passes_on_until)
         try:
-            self._dispatch_here(head)
-        except (Elsewhere, Moved) as there:
-            if self.caller_is_local is not None and not self.started:
-                self._refuse_forwarded(Moved())      # forwarded once at most
-            elif isinstance(there, Moved) or self.comes_late:
-                raise Moved() from None
-            else:
-                self._forward(there.name, there.home)
+            self._answer_or_forward()
+        except Moved:
+            if self.caller_is_local is None or self.started:
+                raise
+            self._refuse_forwarded(Moved())          # forwarded once at most
 
-    def _dispatch_here(self, head):
-        """Answer a request, if this relay is the home. Raises Elsewhere, Moved."""
-        registry = self.relay.registry
+    def _answer_or_forward(self):
+        """Answer the request, here or by the home of its service. Raises Moved, RelayError."""
+        registry, there = self.relay.registry, self._answer_here()
+        forwarded = self.caller_is_local is not None
+        if there is not None and there[1] is None and not self.comes_late:
+            with self.relay.peers.holding(self):     # until the answers before it have ended
+                registry.wait_to_give_up(there[0])
+                if not forwarded:
+                    return self._forward(there[0], registry.next_home(there[0]))
+        elif there is not None and forwarded and not self.broker.draining and (
+                registry.has_moved(*there)):
+            there = self._answer_again()             # the other relay knew first
+        if there is None:
+            return
+        if forwarded or self.comes_late:
+            raise Moved()
+        self._forward(*there)
+
+    def _answer_here(self):
+        """Answer the request if this relay is the home of its service, or becomes it. Else return
+        the service's name, in lower case, and its home: the exception that says so would keep
+        the parsed request in memory, thirty times its bytes, for as long as the answer takes."""
         try:
-            super()._dispatch(head)
+            return super()._dispatch(self.head)
         except Elsewhere as there:
-            if there.home is None and not self.comes_late:
-                # Wait until the answers before it have ended.
-                with self.relay.peers.holding(self):
-                    registry.wait_to_give_up(there.name)
-                    if self.caller_is_local is None:
-                        return self._forward(there.name, registry.next_home(there.name))
-            elif self.caller_is_local is not None and not self.broker.draining and (
-                    registry.has_moved(there)):
-                return self._dispatch_again()        # the other relay knew first
-            raise
+            return there.name, there.home
 
-    def _dispatch_again(self):
-        """Answer the request here after all."""
+    def _answer_again(self):
+        """The same for a request that was not answered at the first attempt."""
         if self.head_slot is not None:     # another one is taken
             self.head_slot.release()
-        super()._dispatch(self.head)
+        return self._answer_here()
 
     def explain(self, error):
         if isinstance(error, EngineError):
@@ -8878,21 +8885,31 @@ class ClusterExchange(HttpExchange):
                 self.read_bytes(None, self.body_room.enter_context(BytesUnderWay(self)))
                 self.body_read = True
             for _ in range(3):
-                if self.body_dropped:
+                if self.body_dropped or home is None:
                     break
                 self.relay.registry.counts["forwarded"] += 1
                 try:
                     return Forward(self, self.relay.peers, home).run()
                 except NotSent as why:
-                    if self.body_dropped:
-                        break
-                    try:
-                        self.relay.registry.settle(name, home, why.refused)
-                        self.body_room.close()       # it is counted as it is read again
-                        return self._dispatch_again()          # it is at home here now
-                    except Elsewhere as there:
-                        home = there.home
+                    refused = why.refused  # and no more of it: its frames have the body
+                if self.body_dropped:
+                    break
+                home = self._next_after(name, home, refused)
+                if home is None:
+                    self.body_room.close()           # it is counted as it is read again
+                    there = self._answer_again()     # it is at home here now
+                    if there is None:
+                        return
+                    home = there[1]
         raise Moved()
+
+    def _next_after(self, name, home, refused):
+        """Return the home of a service after one that did not act; None: this relay."""
+        try:
+            self.relay.registry.settle(name, home, refused)
+        except Elsewhere as there:
+            return there.home
+        return None
 
     def _is_prompt(self):
         return self.head.method == "POST" and (

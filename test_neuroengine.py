@@ -11329,6 +11329,22 @@ def test_cluster_a_poll_keeps_no_memory_for_its_body_while_it_waits(cluster):
     sock.close()
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/"])
+def test_cluster_a_forwarded_prompt_is_not_kept_as_objects(cluster, path):
+    relays = cluster(2)
+    hand = FarHand(*relays)
+    answer = in_thread(ask, relays[1], path + hand.name * (path == "/"), json.dumps({
+        "model": hand.name, "messages": [{"role": "user", "content": "hi"}],
+        "extra": {}}).encode())
+    job, = hand.poll()["jobs"]
+    job.pop("request")
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is dict and thing.get(
+        "model") == hand.name and "extra" in thing]
+    hand.reply(job, ["yes"], done=True)
+    assert answer()[0] == 200
+
+
 def test_cluster_connections_to_a_relay_that_is_gone_are_closed(cluster):
     relays = cluster(2)
     hand = FarHand(*relays)                # which leaves a connection to the home
