@@ -2521,6 +2521,10 @@ class Turns:
         """Whether some thread has it."""
         return self._owner is not None
 
+    def is_mine(self):
+        """Whether this thread has it."""
+        return self._owner == threading.get_ident()
+
     def acquire(self, address):
         """Take the lock. Blocks until it is the turn of this address."""
         thread = threading.get_ident()
@@ -4584,6 +4588,7 @@ class HttpExchange(Exchange):
 
     def charge_guess(self, what):
         """Count a wrong key, or a stream key that names nothing, for this address."""
+        self.release_large_body()          # it is refused; and an engine may have to be asked
         self.bounds.wrong_keys.take_by_address(
             self.address, self.limits.max_wrong_keys_per_minute, 60, what)
 
@@ -7262,6 +7267,10 @@ class Elsewhere(Exception):
         self.home = home                   # "epoch@url"; None: the relay that follows this one
 
 
+class Homeless(Elsewhere):
+    """A home would have to be found for a service, while others wait for this thread."""
+
+
 class NotSent(Exception):
     """A home did not act on a forwarded request: another may. refused: nobody listens."""
 
@@ -8027,6 +8036,8 @@ class EngineRegistry(Registry):
     its service has no home, or this relay missed its beats.
     """
 
+    large_bodies = Turns()                 # the relay's, which sets it
+
     def __init__(self, engine, broker, registration, peers, secret):
         self.engine, self.peers = engine, peers
         self.store = HomeStore(engine, broker.limits.max_services)
@@ -8223,7 +8234,11 @@ class EngineRegistry(Registry):
         name = name.lower()
         if name not in self.records and not self.follow():
             raise self.silent_error()
-        return self.settle(name) if name in self.records else None
+        if name not in self.records:
+            return None
+        if self.large_bodies.is_mine() and self.homes.get(name) not in self.relays - {self.id}:
+            raise Homeless(name, None)
+        return self.settle(name)
 
     def settle(self, name, suspect=None, refused=False):
         """Find or become the home of a service. suspect: a relay that is not, or, if
@@ -8832,8 +8847,15 @@ class ClusterExchange(HttpExchange):
         the parsed request in memory, thirty times its bytes, for as long as the answer takes."""
         try:
             return super()._dispatch(self.head)
+        except Homeless as there:
+            name = there.name
         except Elsewhere as there:
             return there.name, there.home
+        self.release_large_body()          # to find a home may take seconds
+        with BytesUnderWay(self) as count:
+            count(len(self.body))
+            home = self._home_after(name)
+        return (name, home) if home is not None else self._answer_again()
 
     def _answer_again(self):
         """The same for a request that was not answered at the first attempt."""
@@ -8894,7 +8916,7 @@ class ClusterExchange(HttpExchange):
                     refused = why.refused  # and no more of it: its frames have the body
                 if self.body_dropped:
                     break
-                home = self._next_after(name, home, refused)
+                home = self._home_after(name, home, refused)
                 if home is None:
                     self.body_room.close()           # it is counted as it is read again
                     there = self._answer_again()     # it is at home here now
@@ -8903,8 +8925,9 @@ class ClusterExchange(HttpExchange):
                     home = there[1]
         raise Moved()
 
-    def _next_after(self, name, home, refused):
-        """Return the home of a service after one that did not act; None: this relay."""
+    def _home_after(self, name, home=None, refused=False):
+        """Return the home of a service, after one that did not act, if any; None: this relay.
+        Blocks as settle does."""
         try:
             self.relay.registry.settle(name, home, refused)
         except Elsewhere as there:
@@ -9002,7 +9025,7 @@ class ClusterRelay(Relay):
         registry = EngineRegistry(engine, broker, registration, self.peers, secret)
         super().__init__(host, port, limits=broker.limits, broker=broker, registry=registry,
                          **more)
-        registry.url = advertise or self.url
+        registry.url, registry.large_bodies = advertise or self.url, self.bounds.large_bodies
         self.directory = ClusterDirectory(broker, registry)
         self.bounds.registrations = EngineRates(engine, "registrations:")
         self.bounds.wrong_keys = EngineRates(engine, "wrong keys:")

@@ -11345,6 +11345,24 @@ def test_cluster_a_forwarded_prompt_is_not_kept_as_objects(cluster, path):
     assert answer()[0] == 200
 
 
+def test_cluster_large_bodies_do_not_wait_for_one_whose_home_has_to_be_found(cluster):
+    relay, name = cluster(), name_of()
+    ask(relay, "/api/services", {"name": name})
+    settle, sought, found = relay.registry.settle, threading.Event(), threading.Event()
+
+    def slowly(*args):
+        sought.set()
+        found.wait(SOON)
+        return settle(*args)
+    relay.registry.settle = slowly
+    answer = in_thread(chat, relay, name, extra="x" * 70000)
+    assert sought.wait(SOON) and not relay.bounds.large_bodies.taken()
+    assert relay.bounds.bytes.taken > 70000            # what waits is counted
+    found.set()
+    assert answer()[1]["error"]["code"] == "provider_offline"
+    until(lambda: not relay.bounds.bytes.taken)
+
+
 def test_cluster_connections_to_a_relay_that_is_gone_are_closed(cluster):
     relays = cluster(2)
     hand = FarHand(*relays)                # which leaves a connection to the home
