@@ -6165,6 +6165,9 @@ class Store:
             if self.version > len(MIGRATIONS):
                 raise StoreError("The data file %s belongs to a newer neuroengine. Use that "
                                  "version, or name another file with --data." % path)
+            if not self._value("SELECT count(*)=0 OR sum(name='services') FROM sqlite_master"):
+                raise StoreError("%s is not a neuroengine data file, but another program's: "
+                                 "name another with --data." % path)
             damage = self._value("PRAGMA quick_check")
             if damage != "ok":
                 raise sqlite3.DatabaseError(damage.replace("\n", " "))

@@ -11024,6 +11024,18 @@ def test_what_is_no_data_file_gets_no_file_beside_it(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
+@pytest.mark.parametrize("version", [0, 4])
+@pytest.mark.parametrize("words", [["--port", "0"], ["list"], ["doctor"], ["backup", "copy"]])
+def test_the_database_of_another_program_is_left_as_it_is(tmp_path, capsys, words, version):
+    path = tmp_path / "songs.sqlite3"
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        db.execute("CREATE TABLE songs (name TEXT)")
+        db.execute("PRAGMA user_version=%d" % version)
+    before = path.read_bytes()
+    assert neuroengine_server.main([*words, "--data", str(path)]) == 1
+    assert "another program's" in "".join(capsys.readouterr()) and path.read_bytes() == before
+
+
 def test_a_host_that_is_not_here_is_told_apart_from_a_port_that_is_taken(tmp_path, capsys):
     for host in ("192.0.2.1", "nosuch.invalid"):
         assert neuroengine_server.main(["--port", "0", "--data", str(tmp_path / "data.sqlite3"),
