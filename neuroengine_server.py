@@ -785,6 +785,7 @@ class Jobs:
             raise share_taken_error(size, self.limits)
         victim = self._admission.admit(job)
         if not self._make_room_locked(size, job.holder):
+            charge_quota(job, self.limits, self._admission.quotas, -job.cost)  # it waits a day
             raise memory_full_error()
         if victim is not None:
             self._cancel_locked(victim, gave_way_error(
@@ -2362,11 +2363,18 @@ def charge_rates(job, limits, rates, quotas):
     if job.rated:
         rates.take_all([(group, limits.max_prompts_per_minute * factor)
                         for group, factor in groups], 60, "prompts", count=job.cost)
-    if job.access is None and (job.rated or job.service.anonymous_per_day):
+    charge_quota(job, limits, quotas, job.cost)
+
+
+def charge_quota(job, limits, quotas, count):
+    """Count `count` prompts of this day for a caller without an access key; below zero: not any
+    longer. Raises RelayError if that is too many."""
+    if not job.by_operator and job.access is None and (
+            job.rated or job.service.anonymous_per_day):
         most, name = job.service.anonymous_per_day or limits.max_anonymous_per_day, (
             job.service.name.lower())
-        quotas.take_all([((name, group), most * factor) for group, factor in groups],
-                        DAY_SECONDS, "prompts without an access key", count=job.cost)
+        quotas.take_all([((name, group), most * factor) for group, factor in groups_of(job.caller)],
+                        DAY_SECONDS, "prompts without an access key", count=count)
 
 
 def too_many(what, most, seconds, late, name="rate_limited"):

@@ -549,6 +549,23 @@ def test_held_bytes_are_bounded_and_come_back_to_zero():
     assert desk.broker.totals()[1]["held_bytes"] == 0 and not desk.broker._memory._holdings
 
 
+@pytest.mark.parametrize("caller", ["alice", "2001:db8:1:2::/64"])
+def test_a_prompt_for_which_there_is_no_memory_uses_up_no_quota(caller):
+    desk = Desk(max_held_bytes=40000, max_anonymous_per_day=1)
+    desk.login()
+    waiting = [desk.submit(b"x" * 5000, caller="caller %d" % n) for n in range(4)]
+    with pytest.raises(RelayError) as refused:
+        desk.submit(b"x" * 5000, caller=caller, rated=True)
+    assert refused.value.name == "relay_busy"
+    for reader in waiting:
+        desk.broker.cancel(reader.job)
+        desk.broker.leave(reader, True)
+    desk.submit(caller=caller, rated=True)
+    with pytest.raises(RelayError) as refused:
+        desk.submit(caller=caller, rated=True)
+    assert refused.value.name == "quota_exceeded"
+
+
 def test_empty_items_count_too_and_cannot_fill_the_memory():
     desk = Desk(max_held_bytes=50000)
     reader, session, job = desk.start()
