@@ -1570,7 +1570,8 @@ class ResponseReader:
     STATUS = re.compile(r"HTTP/1\.([01]) (\d\d\d)\b")
     FIELD = re.compile(r"\n([^:\s]+)[ \t]*:([^\r\n]*)")
     HEAD_END = re.compile(rb"\r?\n\r?\n")
-    SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;|\r?\Z)")     # of a chunk
+    # A chunk's first line, which may say more than its size; before it the end of the last one.
+    SIZE = re.compile(rb"(?:\r?\n)?([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
 
     def __init__(self):
         self.status, self.headers = 0, {}
@@ -1643,19 +1644,13 @@ class ResponseReader:
         body, at, left = [], 0, self._left
         while at < len(data):
             if not left:
-                end = data.find(b"\n", at)
-                if end < 0:
+                size = self.SIZE.match(data, at)
+                if size is None:
                     self._rest = data[at:]
-                    if len(self._rest) > MAX_HEAD_BYTES:
+                    if b"\n" in self._rest[2:] or len(self._rest) > MAX_HEAD_BYTES:
                         raise http.client.HTTPException("a chunk without a size")
                     break
-                size, at = data[at:end], end + 1
-                if size in (b"\r", b""):       # the line that ends a chunk
-                    continue
-                number = self.SIZE.match(size)     # int() would take 1_0, and -5
-                if number is None:
-                    raise http.client.HTTPException("a chunk without a size")
-                left = int(number.group(1), 16)
+                at, left = size.end(), int(size.group(1), 16)
                 if not left:                   # the last one; what may follow is of no use
                     self.whole = True
                     self.kept = self.kept and data[at:] == b"\r\n"
