@@ -70,16 +70,16 @@ class Bench(Workspace):
         values += [None] * (self.round - len(values)) + [value]
         print("  %-40s %-12s %s" % (row, column, shown(row, value)), flush=True)
 
-    def ask(self, target, request, clients, warm=0.3, most=5.0, rate=0, seconds=None):
-        """Let clients ask; what they saw, and the target's cost in that time. Raises Broken
-        if no token came."""
+    def ask(self, target, request, clients, warm=0.3, most=5.0, rate=0, seconds=None, pause=0):
+        """Let clients ask; what they saw, and the target's cost in that time. pause: of each
+        between its requests, in seconds on average. Raises Broken if no token came."""
         seconds = seconds or self.options.seconds
         file = self.path("request")
         with open(file, "wb") as out:
             out.write(request)
         with open(file, "rb") as body, subprocess.Popen(
                 [self.load, "ask", str(target.port), str(clients), str(warm), str(most),
-                 str(seconds), str(rate)], stdin=body, stdout=subprocess.PIPE) as load:
+                 str(seconds), str(rate), str(pause)], stdin=body, stdout=subprocess.PIPE) as load:
             late = threading.Timer(most + seconds + 30, load.kill)
             late.start()
             try:
@@ -216,16 +216,21 @@ def part_shapes(bench):
 
 
 def part_first(bench):
-    """What is added to the time to the first token: streams of 8 tokens, 1,000 a second,
-    compared with the LLM asked directly."""
+    """What is added to the time to the first token, compared with the LLM asked directly: one
+    client; 16 that all ask at once, again and again, for 8 tokens, 1,000 a second; and 16
+    that ask at any time, for 8 tokens, 50 a second."""
+    def first(target):
+        return bench.ask(target, target.request(8, rate, True), clients,
+                         pause=pause)["first"]["p50"]
+
     def work(target):
-        got = bench.ask(target, target.request(8, 1000, True), clients)
-        bench.note("first token, added, " + counted(clients, "client"), target.name,
-                   got["first"]["p50"] - base)
+        bench.note("first token, added, " + title, target.name, first(target) - base)
 
     direct = Direct(bench)
-    for clients in 1, 16:
-        base = bench.ask(direct, direct.request(8, 1000, True), clients)["first"]["p50"]
+    for title, clients, rate, pause in (
+            ("1 client", 1, 1000, 0), ("16 clients at once", 16, 1000, 0),
+            ("16 clients at any time", 16, 50, 0.1)):
+        base = first(direct)
         bench.each(work, streams=True)
 
 

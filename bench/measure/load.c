@@ -1,6 +1,6 @@
 /* The two ends of compare.py: clients that ask, and an LLM that takes no time.
 
-     load ask PORT CLIENTS WARM MOST SECONDS RATE < REQUEST
+     load ask PORT CLIENTS WARM MOST SECONDS RATE PAUSE < REQUEST
      load llm
 
    ask   keeps CLIENTS connections busy with REQUEST, a whole HTTP request in which each
@@ -8,6 +8,8 @@
          alive, unless REQUEST says "Connection: close". The measurement begins when every
          client has received something, but not before WARM and not after MOST seconds,
          and lasts SECONDS. Prints "begun" when it begins, "over" when it ends, then JSON.
+         With a PAUSE each waits between its requests, so many seconds on average: else all
+         that began together ask together again.
    llm   serves what an OpenAI-compatible server does, and what a FastChat worker does;
          prints its port. The prompt says what to answer: "tokens=8 rate=50" is 8 tokens,
          the first at once, 50 a second; rate=0 is all at once.
@@ -70,6 +72,7 @@ struct client {
     int last;                 /* in the last chunk's size line, or beyond it */
     int over;                 /* the answer is complete; the server is to close */
     double sent, token_at;    /* when it asked; when it last got tokens */
+    double due;               /* when it will ask again, while it pauses */
     int got, closing;         /* tokens of this answer; it will be closed after it */
     int started;              /* it has had something at all */
     long in_window;           /* tokens */
@@ -108,6 +111,7 @@ static size_t request_bytes;
 static int one_each;          /* a connection for each request */
 static unsigned long asked, answered, errors;
 static char error_text[256];
+static double pause_seconds;
 static double window = 1e300, window_end = 1e300, counted_from;
 static struct list latencies, firsts, worsts;
 
@@ -156,6 +160,8 @@ static void end_answer(struct client *c, int closed)
         connect_client(c);
     } else if (c->closing)
         c->over = 1;          /* the server closes first, which keeps our port free */
+    else if (pause_seconds)
+        c->due = now() + 2 * pause_seconds * drand48();
     else
         ask(c);
 }
@@ -283,6 +289,7 @@ static int run_clients(char **argv)
     int n = atoi(argv[1]), i;
     double warm = atof(argv[2]), most = atof(argv[3]), seconds = atof(argv[4]);
     double rate = atof(argv[5]), begun = now(), all_started = -1;
+    pause_seconds = atof(argv[6]);
     struct epoll_event events[512];
     struct client *clients = calloc(n, sizeof *clients);
     port = atoi(argv[0]);
@@ -307,7 +314,10 @@ static int run_clients(char **argv)
             fflush(stdout);
             break;
         }
-        int ready = epoll_wait(poller, events, 512, 5);
+        for (i = 0; i < n && pause_seconds; i++)
+            if (clients[i].due && clients[i].due <= t)
+                clients[i].due = 0, ask(&clients[i]);
+        int ready = epoll_wait(poller, events, 512, pause_seconds ? 1 : 5);
         for (i = 0; i < ready; i++)
             hear(events[i].data.ptr);
     }
@@ -581,11 +591,11 @@ int main(int argc, char **argv)
     setrlimit(RLIMIT_NOFILE, &files);
     signal(SIGPIPE, SIG_IGN);
     poller = epoll_create1(0);
-    if (argc == 8 && !strcmp(argv[1], "ask"))
+    if (argc == 9 && !strcmp(argv[1], "ask"))
         return run_clients(argv + 2);
     if (argc == 2 && !strcmp(argv[1], "llm"))
         run_llm();
-    fprintf(stderr, "usage: load ask PORT CLIENTS WARM MOST SECONDS RATE < REQUEST\n"
+    fprintf(stderr, "usage: load ask PORT CLIENTS WARM MOST SECONDS RATE PAUSE < REQUEST\n"
             "       load llm\n");
     return 2;
 }
