@@ -985,8 +985,9 @@ class Call:
 
     def __init__(self):
         self.cancelled = False
+        self.undo = None                       # called if its reply comes to nobody
         self._connection = None
-        self._lock = threading.RLock()         # guards both; a destructor may cancel
+        self._lock = threading.RLock()         # guards all; a destructor may cancel
 
     def started(self, connection):
         """Note the connection that the prompt uses now."""
@@ -1000,11 +1001,20 @@ class Call:
         with self._lock:
             self._connection = None
 
+    def replied(self, undo):
+        """The prompt has its reply. undo: called if nobody waits for it any more."""
+        with self._lock:
+            self.undo = undo
+            if self.cancelled:
+                undo()
+
     def cancel(self):
         with self._lock:
             self.cancelled = True
             if self._connection is not None:
                 self._connection.abort()
+            if self.undo is not None:
+                self.undo()
 
     def pause(self, seconds):
         """Sleep before the next try, but not after cancel()."""
@@ -1265,6 +1275,8 @@ class Neuroengine:
             raise
         done = answer.get("done") or answer["reply"] == ""
         self._cursors.put(streamkey, prompt, None if done else answer.get("at", 0))
+        # A task that was cancelled in this moment does not get these tokens.
+        call.replied(lambda: self._cursors.put(streamkey, prompt, at))
         return Reply(answer["reply"], stats=answer.get("stats"))
 
     def _events(self, prompt, params):

@@ -6872,6 +6872,19 @@ def test_a_stream_goes_on_after_a_cancelled_request_for_its_next_tokens(relay, h
     assert in_thread(api.request, "hi", streamkey=key)() == "x"
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_tokens_that_came_as_their_call_was_cancelled_come_again(relay, hand, early):
+    api, key, call = client_of(relay, hand.name), os.urandom(16).hex(), neuroengine.Call()
+    reply = in_thread(api.request, "hi", streamkey=key, _call=call)
+    job = hand.next_job()
+    call.cancelled = early                 # too late to stop it
+    hand.reply(job, ["x"], done=True)
+    assert reply() == "x"
+    if not early:
+        call.cancel()
+    assert in_thread(api.request, "hi", streamkey=key)() == "x"
+
+
 def test_cancelling_a_prompt_that_waits_for_its_next_try_leaves_others_alone(answering):
     busy = http_answer({"reply": "Busy.", "errorcode": 44, "error": "relay_busy"}, 503)
     api, call = Neuroengine("x", answering(busy).url), neuroengine.Call()
