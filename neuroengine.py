@@ -197,12 +197,12 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
         "Check --key and $NEUROENGINE_ACCESS_KEY, or ask the operator for a new one."),
     "service_key_missing": (
         "This needs the service key of {service}.",
-        "Pass login() the key that `neuroengine.py register` printed.",
+        "Pass login() the key that `{program} register` printed.",
         "This machine has no key for it at this relay: give one by --key-file or "
         "$NEUROENGINE_KEY."),
     "service_key_wrong": (
         "This is not the service key of {service}.",
-        "Pass login() the key that `neuroengine.py register` printed.",
+        "Pass login() the key that `{program} register` printed.",
         "It comes from {source}."),
     "key_of_another": (
         "This access key is for another service than {service}.",
@@ -212,7 +212,7 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
         "`models` lists the services."),
     "nothing_registered": (
         "There is no service {service} at {relay}.",
-        "`python3 neuroengine.py register {service} --relay {relay}` registers it.",
+        "`{program} register {service} --relay {relay}` registers it.",
         "`register {service}` makes one, `models` lists those that are there."),
     "service_offline": (
         "", "Try again later, or pass wait=True to wait for a provider.",
@@ -249,9 +249,9 @@ def advise(error, interface, **names):
     elif row == "forbidden" and names.get("key") and "access key" in error.said:
         row = "key_of_another"
     fact, *steps = ADVICE.get(row, ("", "", ""))
-    step = steps[interface - 1]
+    step, program = steps[interface - 1], how_to_run("neuroengine.py")
     try:
-        fact, step = fact.format(**names), step.format(**names)
+        fact, step = (words.format(program=program, **names) for words in (fact, step))
     except KeyError:
         fact = step = ""
     if step and not fact:
@@ -265,6 +265,13 @@ def advise(error, interface, **names):
     error.message = KEY.sub("ne_...", " ".join(filter(None, (fact or error.said, step, where))))
     error.names = names
     return error
+
+
+def how_to_run(file):
+    """How to run one of our two programs here: pip installs them as commands."""
+    if re.search(r"[\\/](site|dist)-packages[\\/]", globals().get("__file__") or ""):
+        return file[:-3].replace("_", "-")
+    return "%s %s" % ("py" if os.name == "nt" else "python3", file)
 
 
 def first_sentence(text):
@@ -768,9 +775,9 @@ class RelayTransport(Transport):
                 if isinstance(models, list) and models and "neuroengine" not in [
                         model.get("owned_by") for model in models if isinstance(model, dict)]:
                     return NeuroengineError(NO_CONNECTION, (
-                        "%s is an LLM server, not a relay. Share it with: "
-                        "neuroengine.py share NAME --relay URL --upstream %s"
-                        % (self.base, self.base)), "llm_server")
+                        "%s is an LLM server, not a relay. Share it with `%s share NAME --relay URL "
+                        "--upstream %s`." % (self.base, how_to_run("neuroengine.py"),
+                                             self.base)), "llm_server")
             except NeuroengineError:
                 pass
         return error
@@ -866,8 +873,9 @@ def no_connection(base, error):
     if isinstance(error, ConnectionRefusedError):
         here = is_loopback(url.hostname)
         return NeuroengineError(NO_CONNECTION, "No relay runs at %s (%s). %s" % (
-            base, why.lower(), "Start one there with: python3 neuroengine_server.py --port %d"
-            % (url.port or (443 if url.scheme == "https" else 80)) if here else
+            base, why.lower(), "Start one there with `%s --port %d`." % (
+                how_to_run("neuroengine_server.py"),
+                url.port or (443 if url.scheme == "https" else 80)) if here else
             "Are the address and the port right?"), "no_connection", row="no_relay")
     return NeuroengineError(NO_CONNECTION, "Connection error with %s (%s)." % (base, why),
                             "no_connection")
@@ -4606,8 +4614,8 @@ def keep_key(path, key):
     except OSError as error:
         print(key, flush=True)
         raise NeuroengineError(NO_CONNECTION, "This is the new service key, and it could not be "
-                               "kept in %s (%s). It is not shown again: write it to that file, "
-                               "or to another for --key-file." % (path, error.strerror),
+                               "kept in %s (%s). The relay cannot tell it again: write it to "
+                               "that file, or to another for --key-file." % (path, error.strerror),
                                "key_not_kept") from None
 
 
@@ -5321,9 +5329,10 @@ class Operating:
         found = [key for key in keys if key.get("id") == word] or [
             key for key in keys if str(key.get("label")).lower() == word.lower()]
         if len(found) != 1:
-            raise NeuroengineError(NO_CONNECTION, "%s has %s access key %s: `keys %s` lists "
-                                   "%s." % (self.name, len(found) or "no", word, self.name,
-                                            "their IDs" if found else "them"), "no_such_key")
+            words = "%d access keys %s: name one by its ID, which `keys %s` lists." \
+                if found else "no access key %s: `keys %s` lists them."
+            raise NeuroengineError(NO_CONNECTION, "%s has " % self.name + words % (
+                ((len(found),) if found else ()) + (word, self.name)), "no_such_key")
         return "/keys/" + in_path(found[0].get("id"))
 
     def change(self, words, **fields):
@@ -5356,8 +5365,7 @@ def run_register(options):
                 print("There is no service %s yet, and a new one gets a key of its own."
                       % options.name, file=sys.stderr)
     key, path = register(transport, options, options.name, key)
-    print("Registered %s. Its service key, which is not shown again, is in %s:\n%s" % (
-        options.name, path, key))
+    print("Registered %s. Its service key is kept in %s:\n%s" % (options.name, path, key))
 
 
 def run_keys(options):
@@ -5381,12 +5389,7 @@ def run_keys(options):
         service.change("is paused now" if options.paused else "goes on now",
                        paused=options.paused)
     if options.add is not None:
-        answer = service.call("POST", "/keys", dict(limits, label=options.add))
-        key = checked_key(str(answer.get("key") or ""), "The relay's answer")
-        print("The access key of %s, which is not shown again:\n%s\nAn invitation to the "
-              "page:\n%s/%s#k=%s" % (
-                  printable(options.add or answer.get("id")), key, service.transport.base,
-                  options.name, key))
+        add_key(service, options.add, limits)
     if options.change is not None:
         key = service.call("PATCH", service.key_path(options.change), limits)
         print("Changed: " + key_words(key))
@@ -5400,6 +5403,24 @@ def run_keys(options):
     if not options.revoke and not options.drain and all(value is None for value in (
             options.add, options.change, options.private, options.anonymous, options.paused)):
         show_keys(service)
+
+
+def add_key(service, label, limits):
+    """Make an access key, and print it with what its guest needs."""
+    answer = service.call("POST", "/keys", dict(limits, label=label))
+    key = checked_key(str(answer.get("key") or ""), "The relay's answer")
+    base = service.transport.base
+    print("The access key of %s, which is not shown again:\n%s\nAn invitation to the page:\n"
+          "%s/%s#k=%s" % (printable(label or answer.get("id")), key, base, service.name, key))
+    host = urllib.parse.urlsplit(base).hostname
+    if is_loopback(host):
+        print("Others cannot open that link: %s is this machine. Replace %s by the address at "
+              "which they reach the relay." % (host, base), file=sys.stderr)
+    same = [key for key in service.call("GET", "/keys").get("keys") or ()
+            if label and str(key.get("label")).lower() == label.lower()]
+    if len(same) > 1:
+        print("%d keys are called %s: --change and --revoke take their IDs, which `keys %s` "
+              "lists." % (len(same), printable(label), service.name), file=sys.stderr)
 
 
 def limits_of(options):
@@ -5421,7 +5442,8 @@ def show_keys(service):
     print(printable("%s is %s, %s%s." % (
         service.name, "private" if model.get("private") else "open to everybody",
         state_words(dict(model, private=False)), "" if anonymous is None else
-        "; callers without a key have %s prompts a day" % anonymous)))
+        "; %scallers without a key have %s prompts a day" % (
+            "when it is open, " if model.get("private") else "", anonymous))))
     keys = service.call("GET", "/keys").get("keys")
     if not keys:
         print("It has no access keys; `keys %s --add LABEL` makes one." % service.name)
@@ -5505,8 +5527,8 @@ def run_new_key(options):
     key = checked_key(str(service.call("PATCH", body={"new_key": True}).get("key") or ""),
                       "The relay's answer")
     keep_key(path, key)
-    print("%s has a new service key; providers with the old one are logged out.%s\nIt is not "
-          "shown again, and is in %s:\n%s" % (
+    print("%s has a new service key; providers with the old one are logged out.%s\nIt is kept "
+          "in %s:\n%s" % (
               options.name, " Set $NEUROENGINE_KEY to it, or unset it."
               if service.source == "$NEUROENGINE_KEY" else "", path, key))
 
@@ -5704,7 +5726,7 @@ def add_share_options(share):
                        "is looked for on the usual ports of Ollama, llama.cpp, vLLM, "
                        "LM Studio and KoboldCpp")
     share.add_argument("--model", metavar="ID", help="which of its models; otherwise the "
-                       "one that it has")
+                       "first in its list that can chat")
     share.add_argument("--workers", type=whole(1), metavar="N", help="prompts at once, of all "
                        "models; otherwise as many as the server has slots, or 1")
     share.add_argument("--max-tokens", type=whole(1), metavar="N", help="longest answer, "
@@ -5736,8 +5758,8 @@ def add_keys_options(keys):
     pausing.add_argument("--drain", action="store_true", help="pause, and wait until "
                          "nothing waits or runs, so that providers can be stopped")
     for limit, text in KEY_LIMITS.items():
-        keys.add_argument("--" + limit.replace("_", "-"), type=or_word("none", whole(1)),
-                          metavar="N", help="with --add or --change: %s; `none`: no limit"
+        keys.add_argument("--" + limit.replace("_", "-"), type=or_word("none", whole(
+            0 if limit.endswith("_per_day") else 1)), metavar="N", help="with --add or --change: %s; `none`: no limit"
                           % text)
     keys.add_argument("--days", type=or_word("none", decimal), metavar="N",
                       help="with --add or --change: it expires in N days; `none`: never")
@@ -5800,8 +5822,8 @@ TRIED = {"list": "`models` lists the services", "ls": "`models` lists the servic
          "status": "`models` shows the services, `keys NAME` your own",
          "login": "`register NAME` makes a service, `share NAME` logs in",
          "delete": "`unregister NAME` deletes a service",
-         "serve": "`share NAME` shares an LLM; neuroengine_server.py is the relay",
-         "start": "`share NAME` shares an LLM; neuroengine_server.py is the relay",
+         "serve": "`share NAME` shares an LLM; `{relay}` is the relay",
+         "start": "`share NAME` shares an LLM; `{relay}` is the relay",
          "version": "--version shows it"}
 # What other programs call our options.
 ELSEWHERE = {"--server": "--relay", "--url": "--relay", "--base-url": "--relay",
@@ -5832,10 +5854,12 @@ def with_command(argv):
     if word == "help":
         return argv[at + 1:][:1] + ["--help"]
     if word in SERVERS and len(argv) <= at + 2:
-        raise Usage("%s belongs to the relay: neuroengine_server.py %s" % (word, word))
+        raise Usage("%s belongs to the relay: %s %s" % (
+            word, how_to_run("neuroengine_server.py"), word))
     to_send = ' (To send it as a prompt: ask "%s")' % word
     if word in TRIED:
-        raise Usage("there is no command %s: %s.%s" % (word, TRIED[word], to_send))
+        raise Usage("there is no command %s: %s.%s" % (word, TRIED[word].format(
+            relay=how_to_run("neuroengine_server.py")), to_send))
     close = [name for name in COMMANDS if is_slip(word, name)]
     if close:
         raise Usage("there is no command %s; did you mean %s?%s" % (word, close[0], to_send))
@@ -5844,7 +5868,8 @@ def with_command(argv):
 
 def is_slip(word, name):
     """Whether a word is a name with one letter wrong, missing, added or out of order."""
-    if abs(len(word) - len(name)) > 1 or word == name or len(name) < 4:
+    if abs(len(word) - len(name)) > 1 or word == name \
+            or len(name) < 4 and sorted(word) != sorted(name):     # "as" is no slip of "ask"
         return False
     at = next((at for at, pair in enumerate(zip(word, name)) if len(set(pair)) > 1),
               min(len(word), len(name)))

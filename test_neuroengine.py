@@ -7147,8 +7147,8 @@ def test_the_services_name_in_the_address_is_told_from_a_proxys_path(relay, hand
 
 @pytest.mark.parametrize("url, error, words", [
     ("http://localhost:8000", ConnectionRefusedError(111, "Connection refused"),
-     "No relay runs at http://localhost:8000 (connection refused). Start one there with: "
-     "python3 neuroengine_server.py --port 8000"),
+     "No relay runs at http://localhost:8000 (connection refused). Start one there with "
+     "`python3 neuroengine_server.py --port 8000`."),
     ("https://relay.example", ConnectionRefusedError(111, "Connection refused"),
      "No relay runs at https://relay.example (connection refused). Are the address and the "
      "port right?"),
@@ -7162,6 +7162,15 @@ def test_a_relay_that_is_not_there_is_told_by_what_is_known_of_it(url, error, wo
     for interface in (neuroengine.PYTHON, neuroengine.COMMAND_LINE):
         assert neuroengine.advise(error, interface).message == words
     assert error.name == "no_connection"
+
+
+def test_advice_names_the_commands_that_pip_installs(monkeypatch):
+    assert neuroengine.how_to_run("neuroengine_server.py") == "python3 neuroengine_server.py"
+    monkeypatch.setattr(neuroengine, "__file__", "/x/lib/site-packages/neuroengine.py")
+    assert neuroengine.how_to_run("neuroengine_server.py") == "neuroengine-server"
+    error = NeuroengineError(30, "Invalid key.", "invalid_key")
+    assert "that `neuroengine register` printed" in neuroengine.advise(
+        error, neuroengine.PYTHON, service="x", kind="service_key").message
 
 
 def test_an_error_of_the_default_relay_says_that_it_is_the_default(monkeypatch):
@@ -9565,14 +9574,23 @@ def test_keys_are_made_listed_and_revoked_from_the_command_line(command, relay):
     text = run("keys", name, "--add", "Ann", "--requests-per-day", "5", "--days", "2")
     key = re.search(r"^(ne_\S+)$", text, re.M).group(1)
     assert "%s/%s#k=%s" % (relay.url, name, key) in text
+    assert "Others cannot open that link: 127.0.0.1 is this machine. Replace " + relay.url in text
     assert "is private" in Neuroengine(name, relay.url).request("x")
     assert "No provider" in Neuroengine(name, relay.url, key=key).request("x")
+    run("keys", name, "--anonymous", "3")
     listed = run("keys", name)
+    assert "; when it is open, callers without a key have 3 prompts a day." in listed
     assert "Ann" in listed and "requests per day 5" in listed and key not in listed
+    assert "requests per day 0" in run("keys", name, "--change", "ann", "--requests-per-day", "0")
     text = run("keys", name, "--change", "ann", "--requests-per-day", "none", "--concurrency",
                "3", "--days", "none")
     assert "concurrency 3" in text and "requests per day" not in text and "until" not in text
     assert "no access key Bob" in command(relay, "keys", name, "--revoke", "Bob")[1]
+    assert "are called Bob" not in run("keys", name, "--add", "Bob")
+    assert "2 keys are called bob: --change and --revoke take their IDs" in run(
+        "keys", name, "--add", "bob")
+    assert "has 2 access keys Bob: name one by its ID" in command(
+        relay, "keys", name, "--revoke", "Bob")[1]
     run("keys", name, "--revoke", listed.splitlines()[1].split()[0])
     assert "key is not valid" in Neuroengine(name, relay.url, key=key).request("x")
     assert "is open now" in run("keys", name, "--open")
@@ -9736,7 +9754,8 @@ def test_ask_as_json_and_an_answer_that_was_cut(command, relay, provide):
     (["models", "--relai", "x"], "unknown option --relai; did you mean --relay?"),
     (["ask", "x", "--prot", "8000"], "unknown option --prot"),
     (["list"], "`models` lists the services. (To send it as a prompt: ask"),
-    (["doctor"], "belongs to the relay: neuroengine_server.py doctor"),
+    (["doctor"], "belongs to the relay: python3 neuroengine_server.py doctor"),
+    (["aks", "hello"], 'did you mean ask? (To send it as a prompt: ask "aks")'),
     (["rename", "X"], "the new name is missing"), (["ask", "--model", "x"], "mean --service?"),
     (["keys", "X", "--concurrency", "2"], "whose limits? Add --add LABEL"),
     (["keys", "X", "--change", "Bob"], "--change needs limits"),
@@ -16679,7 +16698,7 @@ def test_documented_commands_and_options_are_the_command_lines(capsys):
         return capsys.readouterr().out
     commands = {row[0] for row in table("docs/command-line.md", "# The command line")}
     assert commands == set(re.findall(r"^    ([a-z-]+)", help_of(), re.M))
-    common = options_in(str(table("docs/command-line.md", "## Options of all commands")))
+    common = options_in(str(table("docs/command-line.md", "## Common options")))
     sections = re.split("^## (.*)$", document("docs/command-line.md"), flags=re.M)
     documented = {heading: options_in(text) for heading, text
                   in zip(sections[1::2], sections[2::2])}
