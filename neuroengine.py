@@ -4754,14 +4754,33 @@ def choose_service(options):
     if name:
         return name
     client = client_of(options, "")
-    names = [str(model.get("name")) for model in models_of(client)
-             if model.get("connected") and not model.get("paused")
-             and (client.key or not model.get("private"))]
-    if not names:
+    connected = {str(model.get("name")): model for model in models_of(client)
+                 if model.get("connected")}
+    if not connected:
         raise NeuroengineError(NO_CONNECTION, "No service is connected at %s: `models` lists "
                                "those that were, and --service NAME takes one of them."
                                % client._transport.base, "no_service")
+    closed = {name: "paused" if model.get("paused") else "private"
+              for name, model in connected.items()
+              if model.get("paused") or model.get("private") and not client.key}
+    names = [name for name in connected if name not in closed] or [
+        name for name in closed if not client.key and operators_key(client, name)]
+    if not names:
+        raise NeuroengineError(NO_CONNECTION, "Of the services that are connected at %s, none "
+                               "takes a prompt of yours: %s.%s" % (
+                                   client._transport.base, ", ".join(
+                                       "%s is %s" % pair for pair in closed.items()),
+                                   " Give an access key by --key or $NEUROENGINE_ACCESS_KEY."
+                                   if "private" in closed.values() else " Try again later."),
+                               "no_service")
     return "Neuroengine-Large" if "Neuroengine-Large" in names else names[0]
+
+
+def operators_key(client, name):
+    """The service key that `register` kept here for a service of this client's relay, or ""."""
+    with contextlib.suppress(NeuroengineError):
+        return read_key(key_file(client._transport.base, name), needed=False)
+    return ""
 
 
 def models_of(client):
@@ -4785,6 +4804,21 @@ class Answer:
 
     def show(self, client, messages, fields):
         """Ask, and print the answer as it comes. Raises NeuroengineError."""
+        try:
+            return self._show(client, messages, fields)
+        except NeuroengineError as error:
+            # The user operates the service: what is closed to others is not to them.
+            if client.key or error.name not in ("invalid_key", "service_paused"):
+                raise
+            client.key = operators_key(client, client.service_name)
+            if not client.key:
+                raise
+            print("%s is %s: asking as its operator, whose key is here." % (
+                printable(client.service_name),
+                "private" if error.name == "invalid_key" else "paused"), file=sys.stderr)
+        self._show(client, messages, fields)
+
+    def _show(self, client, messages, fields):
         self._line.show("waiting ...")
         try:
             with contextlib.closing(client._events(messages, fields)) as events:
@@ -5570,12 +5604,23 @@ def patiently(status, action):
             failures += 1
 
 
-def try_it_lines(url):
-    """Commands that try a service at its URL, for the shells of this system."""
+def try_it_lines(base, name, options, ask=False, key=""):
+    """Commands that try a service, for the shells of this system: curl, or if it is wanted or
+    curl cannot, ask. key: what ask needs and does not find by itself."""
+    import shlex
+    import subprocess
+    url, body = "%s/%s" % (base, name), '{"message": "Hello!", "max_new_len": 100}'
+    trust = ["--ca", options.ca] if options.ca else ["--insecure"] * options.insecure
+    if ask or trust and os.name == "nt":
+        return ["%s %s" % (how_to_run("neuroengine.py"), (
+            subprocess.list2cmdline if os.name == "nt" else shlex.join)(
+                ["ask", "--relay", base, "--service", name, *trust] + ["--key", key] * bool(key)
+                + ["Hello!"]))]
     if os.name != "nt":
-        return ["curl %s -d '{\"message\": \"Hello!\"}'" % url]
-    return ["curl.exe %s -d \"{\\\"message\\\": \\\"Hello!\\\"}\"    (cmd.exe)" % url,
-            "irm %s -Method Post -Body '{\"message\": \"Hello!\"}'    (PowerShell)" % url]
+        trust = ["--cacert", options.ca] if options.ca else trust
+        return [shlex.join(["curl", *trust, url, "-d", body])]
+    return ["curl.exe %s -d %s    (cmd.exe)" % (url, subprocess.list2cmdline([body])),
+            "irm %s -Method Post -Body '%s'    (PowerShell)" % (url, body)]
 
 
 def run_share(options):
@@ -5624,13 +5669,21 @@ def share_one(options, share, name, model, hours, status):
     server.service_name, server.service_key = name, key
     server._paused = not opening(hours, local_minute())[0]
     listening = _Listening(server, bridge, status)
-    # When it is closed the key is tried all the same, rather than in the night.
-    patiently(status, server._log_in if not server._paused else
-              lambda: server._transport.call("GET", service_path(name), key=key))
+    if not server._paused:                     # by the hours
+        patiently(status, server._log_in)
+    model = patiently(status, lambda: server._transport.call(
+        "GET", service_path(name), key=key))
     print("Sharing %s (%s, %d at once) at %s/%s" % (
         name, share.upstream.kind or "an OpenAI-compatible server", share.workers, base, name))
-    for line in try_it_lines("%s/%s" % (base, name)):
-        print("Try it: " + line, flush=True)
+    if model.get("private"):
+        print("It is private: guests need an access key, which `keys %s --add LABEL` makes." % name)
+    if model.get("paused"):
+        print("It is paused, and only answers its operator: `keys %s --resume` ends that." % name)
+    for line in () if server._paused else try_it_lines(
+            base, name, options, bool(model.get("private") or model.get("paused")),
+            "" if read_key(key_file(base, name), needed=False) == key else "SERVICE-KEY"):
+        print("Try it: " + line)
+    sys.stdout.flush()
     return listening
 
 

@@ -9523,6 +9523,33 @@ def test_share_serves_a_local_llm_and_keeps_its_key_private(start, tmp_path):
     assert os.name == "nt" or key.stat().st_mode & 0o777 == 0o600
 
 
+def test_share_of_a_private_service_prints_a_line_that_tries_it(start, command, provide, relay):
+    fake = type("Fake", (FakeLLM,), {"got": [], "script": []})
+    name = name_of()
+    command(relay, "register", name), command(relay, "keys", name, "--private")
+    with serving(fake) as url:
+        share = start("neuroengine.py", "share", name, "--upstream", url,
+                      NEUROENGINE_SERVER=relay.url)
+        share.says("It is private: guests need an access key")
+        line = "ask --relay %s --service %s 'Hello!'" % (relay.url, name)
+        share.says("Try it: %s %s" % (neuroengine.how_to_run("neuroengine.py"), line if os.name
+                                      != "nt" else line.replace("'", "")))
+        status, text = command(relay, *line.replace("'", "").split())
+        assert (status, text) == (0, "Hello\n%s is private: asking as its operator, whose key is "
+                                     "here.\n" % name)
+        assert share.end() == 0
+
+
+def test_the_line_that_tries_a_service_trusts_the_certificate_that_share_does(monkeypatch):
+    def line(**options):
+        options = dict({"ca": None, "insecure": False}, **options)
+        return neuroengine.try_it_lines("https://r", "X", types.SimpleNamespace(**options))[0]
+    monkeypatch.setattr(neuroengine.os, "name", "posix")
+    body = """ https://r/X -d '{"message": "Hello!", "max_new_len": 100}'"""
+    assert line(ca="my cert.pem") == "curl --cacert 'my cert.pem'" + body
+    assert line(insecure=True) == "curl --insecure" + body and line() == "curl" + body
+
+
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
     """Run neuroengine.py's command line in this process: (exit status, what it printed)."""
@@ -9549,6 +9576,39 @@ def test_ask_models_and_register_do_what_they_say(start, command):
         assert re.search(pattern, command(relay, *args)[1])
     program.says("And why do you ask?")
     assert program.ended() == 0 and "Traceback" not in program.output
+
+
+@pytest.mark.parametrize("closed, words", [
+    ({"A": "private"}, "A is private. Give an access key by --key or $NEUROENGINE_ACCESS_KEY."),
+    ({"A": "private", "B": "paused"}, "A is private, B is paused. Give an access key"),
+    ({"B": "paused"}, "B is paused. Try again later."), ({}, "No service is connected")])
+def test_ask_says_why_no_service_that_is_connected_takes_its_prompt(
+        command, relay, monkeypatch, closed, words):
+    monkeypatch.setattr(Neuroengine, "getModels", lambda self: [
+        {"name": name, "connected": True, kind: True} for name, kind in closed.items()] + [
+            {"name": "C", "connected": False}])
+    for verb in (["hi"], ["chat"]):
+        status, text = command(relay, *verb)
+        assert status == 1 and words in text
+
+
+def test_the_operator_may_ask_a_service_that_is_closed_to_others(
+        command, relay, provide, monkeypatch, tmp_path):
+    monkeypatch.setenv("NEUROENGINE_HOME", str(tmp_path / "home"))
+    name, server = provide(lambda request: "yes")
+    path = neuroengine.key_file(relay.url, name)
+    neuroengine.save_key(path, server.service_key)
+    monkeypatch.setattr(Neuroengine, "getModels", lambda self: [
+        {"name": name, "connected": True, "private": True}])
+    for options, state in ((["--private"], "private"), (["--open", "--pause"], "paused")):
+        assert command(relay, "keys", name, *options)[0] == 0
+        for args in (["hi"], ["ask", "--service", name, "hi"]):
+            assert command(relay, *args) == (0, "yes\n%s is %s: asking as its operator, whose "
+                                                "key is here.\n" % (name, state))
+    status, text = command(relay, "ask", "--service", name, "--key", "ne_wrong", "hi")
+    assert status == 1 and "paused" in text
+    os.remove(path)
+    assert command(relay, "ask", "--service", name, "hi")[0] == 1
 
 
 def test_a_busy_port_or_a_missing_certificate_is_one_sentence(relay, tmp_path, capfd):
@@ -10251,7 +10311,8 @@ def test_old_consoles_get_no_escape_codes(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(neuroengine.os, "name", "nt")        # without a Windows behind it
     assert not neuroengine.understands_escapes(Terminal())
-    lines = neuroengine.try_it_lines("http://r/X")
+    lines = neuroengine.try_it_lines("http://r", "X", types.SimpleNamespace(
+        ca=None, insecure=False))
     assert "curl.exe http://r/X -d \"{\\\"message\\\"" in lines[0] and "irm" in lines[1]
     terminal = Terminal()
     line = neuroengine.Line(terminal)
