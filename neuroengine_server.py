@@ -5446,7 +5446,7 @@ class TextStream:
             else:
                 for item in group:         # one at a time: parsed, they are large
                     parts += self._events(json.loads(item))
-        return b"".join(parts) or b": \n\n"
+        return b"".join(parts)
 
     def _events(self, item):
         """The events for an item that is an object."""

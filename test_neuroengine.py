@@ -5366,6 +5366,18 @@ def test_a_streamed_chat_has_role_text_end_and_usage_if_asked(relay, hand):
     assert events[-1]["choices"] == [] and events[-1]["usage"]["total_tokens"] == 3
 
 
+def test_items_without_text_add_nothing_to_a_stream(relay, hand):
+    answer = in_thread(chat, relay, hand.name, stream=True)
+    job = hand.next_job()
+    hand.reply(job, ["Hello"])
+    hand.reply(job, [{"finish_reason": "stop", "usage": {"total_tokens": 3}}], at=1)
+    hand.reply(job, at=2, done=True)
+    lines = answer()[1].decode().split("\n\n")
+    assert lines.pop() == "" and lines.pop() == "data: [DONE]"
+    assert [json.loads(line[6:])["choices"][0]["finish_reason"] for line in lines] == [
+        None, None, "stop"]
+
+
 def test_tool_calls_and_reasoning_pass_untouched(relay, hand):
     items = [{"reasoning": "hm"},
              {"tool_calls": [{"index": 0, "id": "c1", "type": "function",
