@@ -5436,7 +5436,9 @@ class TextStream:
         """The events for some items; texts that came together go as one."""
         parts = []
         if not self.begun and self.chat:
-            parts.append(self._chunk({"role": "assistant", "content": ""}))
+            # As OpenAI's: some clients begin an empty text for "", even before tool calls.
+            said = "" if not items or type(items[0]) is str else None
+            parts.append(self._chunk({"role": "assistant", "content": said}))
         self.begun = True
         for kind, group in itertools.groupby(items, type):
             if kind is str:
