@@ -5193,7 +5193,9 @@ TEXT_FIELDS = {              # of the APIs whose prompts the relay understands: 
 }
 
 
-OPAQUE_FIELDS = frozenset(("logprobs", "echo", "n", "best_of"))    # may ask for more than text
+# These may ask for more than text. n_probs is llama.cpp's, the next two are vLLM's.
+OPAQUE_FIELDS = frozenset(("logprobs", "n_probs", "prompt_logprobs", "return_token_ids", "echo",
+                           "n", "best_of"))
 
 
 def post_api(exchange, api, name=None):
@@ -5256,9 +5258,10 @@ def is_opaque(api, request):
         request["prompt"] = prompt[0]
     if OPAQUE_FIELDS.isdisjoint(request):
         return False
-    logprobs = request.get("logprobs")     # 0 is a number of alternatives
-    return bool(logprobs is not None and logprobs is not False or request.get("echo")
-                or request.get("n", 1) > 1 or request.get("best_of", 1) > 1)
+    numbers = request.get("logprobs"), request.get("prompt_logprobs")
+    return (any(number is not None and number is not False for number in numbers)   # 0 counts
+            or any(map(request.get, ("echo", "n_probs", "return_token_ids")))
+            or request.get("n", 1) > 1 or request.get("best_of", 1) > 1)
 
 
 def check_api(api, service, request, opaque):
@@ -5276,7 +5279,7 @@ def check_api(api, service, request, opaque):
     if sessions and not any(session.features.has(api) for session in sessions):
         what = APIS[api].path
         if opaque and api in ("chat", "completions"):
-            what += " with n, best_of, logprobs, echo, or a prompt that is a list"
+            what += " with n, best_of, logprobs or the like, echo, or a prompt that is a list"
         raise RelayError("not_found", "The provider of %s has no %s." % (service.name, what))
 
 

@@ -5731,8 +5731,9 @@ def test_a_failed_opaque_stream_ends_with_an_error_of_its_api(
 
 
 @pytest.mark.parametrize("body", [
-    {"n": 2}, {"logprobs": True}, {"prompt": ["a", "b"]}, {"prompt": [1, 2]}, {"echo": True},
-    {"best_of": 3}])
+    {"n": 2}, {"logprobs": True}, {"logprobs": 0}, {"prompt": ["a", "b"]}, {"prompt": [1, 2]},
+    {"echo": True}, {"best_of": 3}, {"n_probs": 1}, {"prompt_logprobs": 0},
+    {"return_token_ids": True}])
 def test_requests_beyond_text_are_opaque_or_refused(relay, hand, able, body):
     path = "/v1/completions"
     body = dict({"prompt": "x"}, **body)
@@ -5745,7 +5746,8 @@ def test_requests_beyond_text_are_opaque_or_refused(relay, hand, able, body):
     assert answer()[0] == 200
 
 
-@pytest.mark.parametrize("body", [{"n": 1}, {"logprobs": False}, {"logprobs": None}])
+@pytest.mark.parametrize("body", [
+    {"n": 1}, {"logprobs": False}, {"logprobs": None}, {"n_probs": 0}, {"prompt_logprobs": None}])
 def test_requests_for_plain_text_are_not_opaque(relay, hand, body):
     answer = in_thread(ask, relay, "/v1/chat/completions", dict(
         body, model=hand.name, messages=[{"role": "user", "content": "x"}]))
