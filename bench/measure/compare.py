@@ -234,6 +234,27 @@ def part_first(bench):
         bench.each(work, streams=True)
 
 
+def part_far(bench):
+    """The same with a relay 20 ms away from `share`, 40 there and back, by what other streams
+    there are: 50 tokens, 50 a second."""
+    def work(target):
+        if not isinstance(target, Share):
+            return
+        far = target.another()
+        far.is_far = True
+        try:
+            far.start()
+            for clients in 1, 16:
+                request = far.request(50, 50, True)
+                got = bench.ask(far, request, clients, 1, pause=0.1, seconds=5)
+                bench.note("first token, added, relay 20 ms away, " + counted(
+                    clients, "client"), target.name, got["first"]["p50"])
+        finally:
+            far.end()
+
+    bench.each(work)
+
+
 def part_tokens(bench):
     """Tokens a second over 256 streams, 2,000 a second offered to each."""
     def work(target):
@@ -451,7 +472,7 @@ def part_soak(bench):
 
 # Those of each round, those of once a run, those that must be named, those of --quick.
 ROUND = {"start": part_start, "requests": part_requests, "shapes": part_shapes,
-         "first": part_first, "tokens": part_tokens, "pace": part_pace}
+         "first": part_first, "far": part_far, "tokens": part_tokens, "pace": part_pace}
 ONCE = {"script": part_script, "waiting": part_waiting, "tls": part_tls,
         "check": part_check, "import": part_import, "pythons": part_pythons,
         "curves": part_curves}

@@ -399,15 +399,26 @@ async def answer(request):
 """
 
 
+class Far(harness.Proxy):
+    """A relay at a distance: what passes takes `seconds` each way."""
+
+    seconds = 0.02
+
+    def passing(self, data, pair, to_client):
+        time.sleep(self.seconds)
+        return data
+
+
 class Share(OpenAI):
     """The relay with `neuroengine.py share` before the fake LLM, asked through /v1."""
 
-    name = "share"
+    name, is_far = "share", False
 
     def start(self):
         self.start_relay()
+        relay = Far(self.port) if self.is_far else self.relay
         self.provider = harness.share(
-            self.bench, self.relay.url, SERVICE, "http://127.0.0.1:%d" % self.bench.llm,
+            self.bench, relay.url, SERVICE, "http://127.0.0.1:%d" % self.bench.llm,
             "--workers", "1024", "--max-tokens", "1000000", root=self.root)
         self.children.append(self.provider)
         self.far.append(self.provider)
