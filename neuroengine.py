@@ -2013,6 +2013,8 @@ class AsyncTransport:
             self._on_idle_end()
 
     def close(self):
+        if self._opening is not None:
+            self._opening.cancel()
         lines, self._free = self._free, []
         for line in lines:
             line.transport.abort()
