@@ -14,6 +14,10 @@ import sys
 from neuroengine import NeuroengineError
 from neuroengine import NeuroengineServer
 
+if "--help" in sys.argv:
+    print(__doc__.strip())
+    sys.exit()
+
 service = "MYGPT"                      # your service's name
 service_key = "SERVICE-KEY"            # your service's key
 

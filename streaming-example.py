@@ -11,7 +11,11 @@ import sys
 
 from neuroengine import Neuroengine
 
-service_name = sys.argv[1] if len(sys.argv) > 1 else "Neuroengine-Large"
+if "--help" in sys.argv:
+    print(__doc__.strip())
+    sys.exit()
+
+service_name = sys.argv[1] if len(sys.argv) > 1 else "MYGPT"
 api = Neuroengine(service_name=service_name)
 
 streamkey = secrets.token_hex(16)      # a new random one for each prompt
