@@ -188,6 +188,10 @@ ADVICE = {  # error name: (what happened, next step in Python, next step on the 
     "certificate": (
         "", "If it is your own relay's, pass the path of its certificate as verify_ssl.",
         "If it is your own relay's, add --ca FILE with its certificate."),
+    "other_name": (
+        "", "Call the relay by one of them: its operator sees them with `neuroengine_server.py "
+        "doctor`.", "Call it by one of them: `neuroengine_server.py doctor` lists them where "
+        "the relay runs."),
     "key_missing": (
         "{service} is private.", "Pass an access key of its operator as key.",
         "Give an access key of its operator by --key or $NEUROENGINE_ACCESS_KEY."),
@@ -845,8 +849,14 @@ def tls_context(verify_ssl):
     return context
 
 
+OTHER_NAME = (62, 64)    # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+
+
 def no_connection(base, error):
     """The NeuroengineError for a connection that could not be made, or broke."""
+    if getattr(error, "verify_code", 0) in OTHER_NAME:
+        return NeuroengineError(NO_CONNECTION, "The certificate of %s is for other names than "
+                                "this." % base, "certificate", row="other_name")
     if isinstance(error, ssl.SSLCertVerificationError):
         return NeuroengineError(NO_CONNECTION, "The certificate of %s cannot be verified "
                                 "(%s)." % (base, error.verify_message), "certificate")
@@ -4281,7 +4291,7 @@ class Upstream:
             return "The LLM server at %s does not answer (%s)." % (
                 base, str(error) or type(error).__name__)
         advice = " If it is your own, name a file with it in $SSL_CERT_FILE." \
-            if known.name == "certificate" else ""
+            if known.row == "certificate" else ""
         return known.message + advice
 
     def _learn(self):

@@ -7205,23 +7205,47 @@ def certificate_of(cert, key):
     return client.getpeercert()
 
 
-def self_signed(directory, make=True):
+def names_in(certificate):
+    """The names and addresses that a certificate of certificate_of() is for, in words."""
+    return ", ".join(name for _, name in certificate.get("subjectAltName", ())) or "no name"
+
+
+def own_names(more=()):
+    """What clients may call this machine: its host name, `more`, and its addresses as far as
+    the system knows them without asking DNS. The router's address at home is not among them."""
+    names = [socket.gethostname()[:60], *more, "localhost", "127.0.0.1", "::1"]
+    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((far, 9))         # sends nothing: the system chooses the interface
+            names.append(sock.getsockname()[0])
+    return list(dict.fromkeys(name for name in names if re.match(r"[\w.:-]+\Z", name)))
+
+
+def alternative_name(name):
+    """A name or an address as openssl wants it in subjectAltName."""
+    with contextlib.suppress(ValueError):
+        return "IP:%s" % ipaddress.ip_address(name)
+    return "DNS:" + name
+
+
+def self_signed(directory, make=True, names=()):
     """Return the paths (cert, key) of a self-signed certificate in a directory.
 
-    make: create the files with openssl if they do not exist. Raises StoreError.
+    make: create the files with openssl if they do not exist; names: for these names, besides
+    own_names(). Raises StoreError.
     """
     cert = os.path.join(directory, "neuroengine-cert.pem")
     key = os.path.join(directory, "neuroengine-key.pem")
     if not make or os.path.exists(cert) and os.path.exists(key):
         return cert, key
-    name = socket.gethostname()[:60] or "localhost"
+    names = own_names(names)
     old = os.umask(0o077)
     try:
         subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
              "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650", "-subj",
-             "/CN=" + name, "-addext", "subjectAltName=DNS:%s,DNS:localhost,"
-             "IP:127.0.0.1" % name, "-keyout", key, "-out", cert],
+             "/CN=" + names[0][:60], "-addext", "subjectAltName=" + ",".join(
+                 map(alternative_name, names)), "-keyout", key, "-out", cert],
             check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -9759,7 +9783,13 @@ def certificate_files(options, make=True):
         return options.cert, options.key or options.cert
     if options.tls == "off" or options.port not in (443, 8443) or options.demo:
         return None
-    return self_signed(data_directory(options), make)
+    return self_signed(data_directory(options), make, names_to_cover(options))
+
+
+def names_to_cover(options):
+    """The names that a self-signed certificate is to have besides own_names()."""
+    return [name for name in (*options.allow_host, options.host)
+            if name not in ("", "0.0.0.0", "::")]
 
 
 def choose_tls(options):
@@ -9949,13 +9979,9 @@ def check_certificate(options):
     try:
         files = certificate_files(options, make=False)
         if files is None:
-            return "ok", "The relay speaks plain HTTP: for this machine, or behind a proxy."
+            return check_plain(options)
         if not options.cert:
-            return "warning", (
-                "The certificate %s is self-signed: clients need a copy, to trust it. For "
-                "one that all trust, start the relay with --acme-webroot DIR, run certbot "
-                "certonly --webroot -w DIR -d YOUR.NAME, and add --cert and --key; behind a "
-                "proxy that does TLS, use --tls off." % files[0])
+            return "warning", self_signed_words(options, files)
         seen = certificate_of(*files)
     except StoreError as error:
         return "error", str(error)
@@ -9966,10 +9992,39 @@ def check_certificate(options):
         return "error", cannot_use(files, error)
     names = ", ".join(name for _, name in seen.get("subjectAltName", ())) or "no name"
     words = "The certificate %s, for %s, is valid until %s" % (
-        files[0], names, seen["notAfter"])
+        files[0], names_in(seen), seen["notAfter"])
     if ssl.cert_time_to_seconds(seen["notAfter"]) - time.time() < RENEWAL_SECONDS:
         return "warning", words + ": renew it, and see why that did not happen in time."
     return "ok", words + "."
+
+
+def self_signed_words(options, files):
+    """What to know of a self-signed certificate. Raises OSError if it cannot be used."""
+    made = all(map(os.path.exists, files))
+    names = names_in(certificate_of(*files)) if made else ", ".join(
+        own_names(names_to_cover(options)))
+    return (
+        "The certificate %s is self-signed%s, for %s: clients need a copy, to trust it, and must "
+        "use one of these names. For another, remove the file and start the relay with "
+        "--allow-host NAME. For a certificate that all trust, start the relay with "
+        "--acme-webroot DIR, run certbot certonly --webroot -w DIR -d YOUR.NAME, and add --cert "
+        "and --key; behind a proxy that does TLS, use --tls off."
+        % (files[0], "" if made else " (it will be made at the start)", names))
+
+
+def check_plain(options):
+    """Whether plain HTTP is for this machine alone, or for a proxy."""
+    local = options.host == "localhost"
+    with contextlib.suppress(ValueError):
+        local = local or is_loopback(canonical_address(options.host))
+    if local or options.demo or options.trusted_proxy:
+        return "ok", "The relay speaks plain HTTP: for this machine, or behind a proxy."
+    return "warning", (
+        "The relay speaks plain HTTP on %s: all who reach it can use it%s, and their network can "
+        "read what passes. For this machine alone, add --host 127.0.0.1; for others, --cert, or "
+        "a proxy that does TLS." % (
+            options.host or "all addresses of this machine",
+            ", register services" if options.registration == "open" else ""))
 
 
 def check_descriptors(options):

@@ -6986,6 +6986,17 @@ def test_a_certificate_and_its_name_are_verified_unless_that_is_switched_off(tmp
     assert errors == ["certificate", "service_unknown", "service_unknown"]
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
+def test_a_certificate_for_another_name_is_not_told_as_one_that_is_not_trusted(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "own_names", lambda more: ["box"])
+    cert, key = neuroengine_server.self_signed(str(tmp_path))
+    with running_relay(tls=neuroengine_server.Certificate(cert, key)) as own:
+        reply = Neuroengine("x", own.url, verify_ssl=cert).request("hi", tries=1)
+    assert reply.error == "certificate" and "doctor" in reply
+    assert "The certificate of %s is for other names" % own.url in reply
+
+
 def test_plain_http_at_a_relay_with_tls_is_told_in_words(answering):
     server = answering(http_answer({"errorcode": 31, "error": "forbidden", "reply":
                                     "This is not https: use https, at port 8443."}, 403))
@@ -10959,7 +10970,8 @@ def certificates(tmp_path_factory):
 def doctor(tmp_path, capsys):
     """Run the doctor: its exit status, and the words of each line that is not ok."""
     def doctor(*args):
-        args = ["--port", "0", "--data", str(tmp_path / "data.sqlite3"), *map(str, args)]
+        args = ["--host", "127.0.0.1", "--port", "0", "--data", str(tmp_path / "data.sqlite3"),
+                *map(str, args)]
         status = neuroengine_server.main(["doctor"] + args)
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 8 and all(
@@ -10979,7 +10991,10 @@ def test_the_doctor_says_what_is_wrong(tmp_path, doctor, monkeypatch, certificat
             (pair("good.pem", "soon.key"), 1, "error .*belongs to another cert"),
             (pair("good.pem", "nosuch"), 1, "error .*nosuch cannot be read .No such file"),
             (["--key", "x"], 1, "error .*--cert and --key together"),
-            (["--port", 8443], 0, "warning .*is self-signed.*--webroot"),
+            (["--port", 8443], 0, "warning .*is self-signed.*localhost.*--webroot"),
+            (["--host", ""], 0, "warning .*plain HTTP on all addr.* register .*--host 127"),
+            (["--host", "10.9.9.9", "--registration", "closed"], 1,
+             r"plain HTTP on 10.9.9.9: all who reach it can use it, and"),
             (["--max-connections", 10**8], 0, "warning .*LimitNOFILE"),
             (["--data", "/nosuch/x"], 1, "error .*folder /nosuch,")):
         found = doctor(*args)
@@ -11012,6 +11027,21 @@ def test_the_doctor_tells_our_relay_from_other_programs_on_the_port(
     with serving(type("Other", (FakeLLM,), {"got": [], "script": []})) as url:
         found = doctor("--host", "127.0.0.1", "--port", url.rsplit(":", 1)[1])
     assert found[0] == 1 and re.search("error .*BaseHTTP.* uses it", found[1]), found
+
+
+def test_the_self_made_certificate_is_for_the_names_that_clients_may_use(
+        tmp_path, doctor, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "box")
+    files = neuroengine_server.self_signed(
+        str(tmp_path), names=["relay.example.org", "10.9.9.9", "::2", "no name, at all"])
+    names = {name for _, name in neuroengine_server.certificate_of(*files)["subjectAltName"]}
+    assert names > {"box", "localhost", "127.0.0.1", "relay.example.org", "10.9.9.9"}
+    assert "no name, at all" not in names
+    assert "10.9.9.9" in doctor("--port", 8443)[1]         # the names of the file that is there
+    os.remove(files[0])
+    os.mkdir(files[0])                                     # and what the start would say of it
+    status, words = doctor("--port", 8443)
+    assert status == 1 and "cannot be read" in words
 
 
 def test_windows_says_that_a_port_is_taken_by_refusing_access(monkeypatch):
