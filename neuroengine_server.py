@@ -4921,7 +4921,8 @@ def authorized(exchange, name):
     service = exchange.broker.find(name)
     if not is_operator(exchange, service):
         raise wrong_key(exchange, "This needs the service key of %s, as \"Authorization: "
-                              "Bearer KEY\"." % service.name)
+                        "Bearer KEY\"." % service.name, "The key that was sent is not the "
+                        "service key of %s." % service.name)
     exchange.trusted = True
     return service
 
@@ -4943,11 +4944,13 @@ def still_authorized(exchange, service):
                          "changed, while the request was on its way.")
 
 
-def wrong_key(exchange, words):
-    """The error for a wrong key, or the one for too many of them."""
-    if exchange.head.key_digest:
-        exchange.charge_guess("wrong keys")
-    return RelayError("invalid_key", words)
+def wrong_key(exchange, missing, wrong):
+    """The error for a missing or a wrong key, in the words for it, or the one for too many
+    wrong ones."""
+    if not exchange.head.key_digest:
+        return RelayError("invalid_key", missing)
+    exchange.charge_guess("wrong keys")
+    return RelayError("invalid_key", wrong)
 
 
 def access_of(exchange, service):
@@ -4967,8 +4970,10 @@ def access_of(exchange, service):
                          % service.name)
     elif service.private:
         raise wrong_key(exchange, "%s is private: ask its operator for an access key, and "
-                              "send it as \"Authorization: Bearer KEY\"."
-                              % service.name)
+                        "send it as \"Authorization: Bearer KEY\"." % service.name,
+                        "%s is private, and the key that was sent is none of its access keys: "
+                        "it is mistyped, or was revoked. Ask its operator for another."
+                        % service.name)
     return False, access
 
 

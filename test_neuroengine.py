@@ -3442,7 +3442,7 @@ def test_a_private_service_is_for_its_guests_and_its_operator(relay, hand):
     assert manage(relay, hand, "PATCH", body={"private": True})[1]["private"] is True
     guest = manage(relay, hand, "POST", "/keys", {"label": "Ann"})[1]
     for body in ({"message": "x"}, {"key": "k", "at": 0}, {"command": "cancel", "key": "k"}):
-        for key in ("", "wrong"):
+        for key, words in (("", "ask its operator for an access key"), ("wrong", "revoked")):
             status, answer, _ = ask(relay, "/" + hand.name, body,
                                     Authorization="Bearer " + key)
             assert status == 401 and answer["error"] == "invalid_key"
@@ -3460,8 +3460,9 @@ def test_a_private_service_is_for_its_guests_and_its_operator(relay, hand):
     assert listed["label"] == "Ann" and listed["requests_today"] == 1
     assert listed["tokens_today"] == 1 and "key" not in listed and "digest" not in listed
     assert manage(relay, hand, "DELETE", "/keys/" + guest["id"])[0] == 200
-    assert ask(relay, "/" + hand.name, {"message": "x"},
-               Authorization="Bearer " + guest["key"])[0] == 401
+    revoked = ask(relay, "/" + hand.name, {"message": "x"},
+                  Authorization="Bearer " + guest["key"])[1]
+    assert revoked["error"] == "invalid_key" and "was revoked" in revoked["reply"]
     assert manage(relay, hand, "DELETE", "/keys/" + guest["id"])[0] == 404
 
 
