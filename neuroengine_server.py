@@ -2193,7 +2193,14 @@ def lost_too_often_error(job):
 
 
 def no_path_error(head):
-    return RelayError("not_found", "There is no %s here." % printable("/" + "/".join(head.path)))
+    hint, rest = "", list(head.path[1:])
+    while rest[:1] == ["v1"]:              # a base URL with too few or too many /v1
+        rest.pop(0)
+    meant = (*head.path[:1], "v1", *rest)
+    if rest and find_route(meant)[0]:
+        hint = " Did you mean %s?" % printable("/" + "/".join(meant))
+    return RelayError("not_found", "There is no %s here.%s" % (
+        printable("/" + "/".join(head.path)), hint))
 
 
 def no_method_error(head, route):
@@ -5248,6 +5255,9 @@ def find_model(exchange, name):
     except RelayError as error:
         if error.name not in ("service_unknown", "invalid_name"):
             raise                          # of several relays: its home cannot be found now
+        if exchange.head.path[:2] == ("v1", "v1"):
+            raise RelayError("not_found", "The path has /v1 twice. The base URL of OpenAI's "
+                             "clients ends with /v1, that of Anthropic's without.") from None
         raise RelayError("service_unknown", "There is no model %s here. GET /v1/models "
                          "lists the models." % printable(name), param="model") from None
 

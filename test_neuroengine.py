@@ -5667,6 +5667,16 @@ def test_unsupported_openai_paths_are_unknown_urls(relay, path):
     assert status == 404 and answer["error"]["code"] == "unknown_url"
 
 
+@pytest.mark.parametrize("path, words", [
+    ("/v1/v1/messages", "The path has /v1 twice"), ("/v1/v1/models", "The path has /v1 twice"),
+    ("/MYGPT/chat/completions", "Did you mean /MYGPT/v1/chat/completions?"),
+    ("/MYGPT/v1/v1/messages", "Did you mean /MYGPT/v1/messages?"),
+    ("/MYGPT/nosuch", "There is no /MYGPT/nosuch here.")])
+def test_a_base_url_with_v1_too_often_or_not_at_all_is_told(relay, path, words):
+    status, answer, _ = ask(relay, path, *[{"model": "MYGPT"}] * (not path.endswith("models")))
+    assert status == 404 and words in str(answer), answer
+
+
 @pytest.fixture
 def able(relay):
     """A provider that passes APIs through."""
