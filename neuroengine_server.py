@@ -5806,10 +5806,21 @@ def change_service(exchange, name):
             rename_service(exchange, service, new_name, changes)
         else:
             exchange.relay.registry.change(service, **changes)
-    if answer:
-        log("new_key", service=service.name, address=exchange.address)
+    log_change(exchange, service, request)
     exchange.respond(200, dict(exchange.relay.directory.entry(service), errorcode=0,
                                **answer))
+
+
+def log_change(exchange, service, request):
+    """Log what a request has changed of a service: its new key; switches and numbers; of texts
+    that they changed."""
+    if request.get("new_key"):
+        log("new_key", service=service.name, address=exchange.address)
+    changed = {field: "changed" if field in SERVICE_FIELDS else value
+               for field, value in request.items() if field in CHANGE_FIELDS
+               and field not in ("name", "new_key")}
+    if changed:
+        log("changed", service=service.name, address=exchange.address, **changed)
 
 
 def rename_service(exchange, service, name, changes):

@@ -5058,6 +5058,15 @@ def test_the_relay_logs_neither_prompt_nor_reply_nor_key(relay, hand, capfd):
     assert "registered" in err and "key_added" in err and "new_key" in err
 
 
+def test_the_relay_logs_what_an_operator_changes_but_no_texts(relay, hand, capfd):
+    manage(relay, hand, "PATCH", body={"private": True, "paused": False, "comment": "canary"})
+    manage(relay, hand, "PATCH", body={"anonymous_per_day": 3, "surprise": "canary"})
+    manage(relay, hand, "PATCH", body={"private": "wrong"})
+    lines = [line for line in capfd.readouterr().err.splitlines() if " changed " in line]
+    assert [line.split(" ", 4)[4] for line in lines] == [
+        'private=true paused=false comment="changed"', 'anonymous_per_day=3'], lines
+
+
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
 def test_tls_a_silent_peer_delays_nobody_and_a_hang_up_is_noticed(tmp_path):
     cert, key = neuroengine_server.self_signed(str(tmp_path))
