@@ -9593,6 +9593,8 @@ def parse(argv):
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     refuse_unknown_options(parser, argv)
+    if not {"-h", "--help"}.isdisjoint(argv):
+        show_help_of_command(parser, argv)
     options = parser.parse_intermixed_args(argv)
     options.command, options.arguments = (options.words or [None])[0], options.words[1:]
     refuse_wrong_command(parser, options)
@@ -9603,6 +9605,17 @@ def parse(argv):
     if options.engine:
         options.data = ":memory:"
     return options
+
+
+def show_help_of_command(parser, argv):
+    """Print what a command does, and exit; return if the command line names none."""
+    for name in COMMANDS.keys() & set(argv):
+        _, argument, text = COMMANDS[name]
+        own = "--unused-since DAYS, --yes, " if name == "delete" else ""
+        print("usage: %s [options]\n\n%s.\n\nOptions: %s--data FILE, or --engine URL for several "
+              "relays; see %s --help" % (" ".join(filter(None, (parser.prog, name, argument))),
+                                         text[0].upper() + text[1:], own, parser.prog))
+        parser.exit()
 
 
 def refuse_unknown_options(parser, argv):
@@ -10504,6 +10517,9 @@ def serve_until_signal(relay, options):
         reload_files(relay)
     log("stopping", drain_seconds=options.drain_seconds)
     signals.end_at_once()
+    more = {} if relay.broker.nothing_runs() else {
+        "meaning": "running answers may finish; a second signal ends the relay at once"}
+    log("stopping", drain_seconds=options.drain_seconds, **more)
     relay.stop(options.drain_seconds)
     log("stopped")
 

@@ -10542,6 +10542,14 @@ def test_a_command_line_that_makes_no_sense_is_refused_in_one_sentence(
     assert ended.value.code == 2 and words in text and text.count("\n") == 1
 
 
+def test_help_of_a_command_is_about_that_command(capsys):
+    for words in (["reset-key", "--help"], ["--data", "x", "-h", "reset-key"]):
+        with pytest.raises(SystemExit) as ended:
+            neuroengine_server.main(words)
+        text = capsys.readouterr().out
+        assert ended.value.code == 0 and "reset-key NAME" in text and text.count("\n") < 9
+
+
 @pytest.mark.parametrize("version", ["2.7", "3.6", "3.7"])
 def test_an_old_python_is_refused_in_words(version):
     python = shutil.which("python" + version)
@@ -10693,6 +10701,7 @@ def test_sigterm_lets_running_answers_finish_and_exits_cleanly(start, tmp_path):
         "session": hand.session, "running": [[job["job"], 1]]},
         Authorization="Bearer " + hand.key)
     program.process.send_signal(signal.SIGTERM)
+    program.says("stopping .*a second signal ends the relay at once")
     until(lambda: ask(relay, "/" + hand.name, {"message": "y"})[0] == 503)
     hand.reply(job, ["finished"], done=True)
     assert answer()[1]["reply"] == "finished"
