@@ -112,7 +112,7 @@ ERRORS = {name: ErrorKind(*row) for name, row in {
     "shutting_down": (45, 503, "server_error", "shutting_down", True),
     "still_waiting": (46, 202, "server_error", "still_waiting", True),
     "stream_unknown": (47, 404, "invalid_request_error", "stream_unknown", False),
-    "service_paused": (48, 503, "server_error", "provider_paused", True),
+    "service_paused": (48, 503, "server_error", "provider_paused", False),
     "provider_error": (50, 502, "server_error", "provider_error", False),
     "provider_lost": (51, 502, "server_error", "provider_disconnected", True),
     "provider_timeout": (52, 504, "server_error", "provider_timeout", False),
@@ -2080,7 +2080,7 @@ def key_revoked_error():
 
 def paused_error(service):
     return RelayError("service_paused", "%s is paused by its operator. Try again later."
-                      % service.name, retry_after=60, retry=False)
+                      % service.name, retry_after=60)
 
 
 def offline_error(service, now, waited=False):
@@ -2149,9 +2149,9 @@ def key_reused_error():
 
 
 def stream_unknown_error(limits):
-    return RelayError("stream_unknown", "There is no stream of that key: it ended more than %d "
-                      "s ago, or the relay was restarted. Send the prompt again with a new key."
-                      % limits.keep_seconds)
+    return RelayError("stream_unknown", "There is no stream of that key: it never began, ended "
+                      "more than %d s ago, or the relay was restarted. Send the prompt again "
+                      "with a new key." % limits.keep_seconds)
 
 
 def session_unknown_error():
@@ -4887,9 +4887,8 @@ class AccessKey:
                 (self.tokens, self.tokens_per_day, "tokens")):
             if limit is not None and used >= limit:
                 raise RelayError("quota_exceeded", "The %d %s per day of this access key "
-                                 "are used up. They are renewed at midnight UTC, in %d "
-                                 "minutes." % (limit, what, left // 60 + 1),
-                                 retry_after=left)
+                                 "are used up. They are renewed at midnight UTC, in %s."
+                                 % (limit, what, in_words(left)), retry_after=left)
         if self.concurrency is not None and self.running >= self.concurrency:
             raise RelayError("rate_limited", "This access key allows %d prompts at once. "
                              "Wait for an answer." % self.concurrency, retry_after=2,
@@ -4914,7 +4913,7 @@ def check_expiry(access, now):
     if access.expires is not None and now >= access.expires:
         raise RelayError("invalid_key", "This access key expired on %s. Ask the operator "
                          "for a new one." % time.strftime(
-                             "%Y-%m-%d", time.gmtime(access.expires)))
+                             "%Y-%m-%d at %H:%M UTC", time.gmtime(access.expires)))
 
 
 def is_operator(exchange, service):
@@ -10029,7 +10028,6 @@ def check_certificate(options):
             files[0], error.verify_message)
     except (OSError, ValueError) as error:
         return "error", cannot_use(files, error)
-    names = ", ".join(name for _, name in seen.get("subjectAltName", ())) or "no name"
     words = "The certificate %s, for %s, is valid until %s" % (
         files[0], names_in(seen), seen["notAfter"])
     if ssl.cert_time_to_seconds(seen["notAfter"]) - time.time() < RENEWAL_SECONDS:
@@ -10515,7 +10513,6 @@ def serve_until_signal(relay, options):
     log("started", version=__version__, url=relay.url)
     while signals.wait() == signals.hangup:
         reload_files(relay)
-    log("stopping", drain_seconds=options.drain_seconds)
     signals.end_at_once()
     more = {} if relay.broker.nothing_runs() else {
         "meaning": "running answers may finish; a second signal ends the relay at once"}

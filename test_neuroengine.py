@@ -3446,6 +3446,7 @@ def test_a_private_service_is_for_its_guests_and_its_operator(relay, hand):
             status, answer, _ = ask(relay, "/" + hand.name, body,
                                     Authorization="Bearer " + key)
             assert status == 401 and answer["error"] == "invalid_key"
+            assert words in answer["reply"]
     assert chat(relay, hand.name)[0] == 401
     for key in (guest["key"], hand.key):
         answer = in_thread(Neuroengine(hand.name, relay.url, key=key).request, "hi")
