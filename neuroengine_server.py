@@ -2503,7 +2503,7 @@ class Room:
         for group in sorted(self._by, key=self._by.get, reverse=True)[:SHARE]:
             factor = WIDE_SHARE if group.endswith("/48") else 1
             if self._by[group] > self.share * factor:
-                for slot in reversed(list(self._slots[group])):
+                for slot in reversed(self._slots[group]):
                     if slot.give_way is not None:
                         return slot
         return None
@@ -4882,6 +4882,9 @@ class AccessKey:
         if not self._counts(now):
             self.day, self.requests, self.tokens = now // DAY_SECONDS, 0, 0
         left = (self.day + 1) * DAY_SECONDS - now
+        if self.requests_per_day is not None and cost > max(1, self.requests_per_day):
+            raise RelayError("invalid_request", "This request counts as %d: this access key "
+                             "allows %d per day." % (cost, self.requests_per_day))
         for used, limit, what in (
                 (self.requests + cost - 1, self.requests_per_day, "requests"),
                 (self.tokens, self.tokens_per_day, "tokens")):
@@ -8093,17 +8096,16 @@ class ClusterBroker(Broker):
         return counters, gauges, dict(histograms, engine_seconds=registry.engine.seconds)
 
 
-class EngineRegistry(Registry):
-    """A Registry over the engine, for one of several relays.
+class EngineFollower(Registry):
+    """A Registry over the engine, for one of several relays: what this relay knows of all of
+    them, and of all services. EngineRegistry, next, adds what it does as a home.
 
     `changing` is also held for each conversation with the engine in which something may
     come into force, so that they happen in order. No prompt waits for it, unless
     its service has no home, or this relay missed its beats.
     """
 
-    large_bodies = Turns()                 # the relay's, which sets it
-
-    def __init__(self, engine, broker, registration, peers, secret):
+    def __init__(self, engine, broker, registration, peers):
         self.engine, self.peers = engine, peers
         self.store = HomeStore(engine, broker.limits.max_services)
         self.url = self.id = ""            # the id is given by the engine
@@ -8113,31 +8115,14 @@ class EngineRegistry(Registry):
         self.records, self.homes = {}, {}  # lower-case name -> record; -> id of its home
         self.counters = {}                 # name -> counters, when they were last read
         self.counts = {"forwarded": 0, "claims": 0, "lost_homes": 0}
-        self._beat_at = self._failed_at = self._followed_at = self._quotas_at = -math.inf
+        self._beat_at = self._failed_at = self._followed_at = -math.inf
         self._cursor = "0"                 # in the stream of changes
         self._silence = None               # why the engine is silent, as logged
         self._remembered, self._restore_at = {}, math.inf      # see _write_back
-        self._waiting = defaultdict(threading.Lock)    # name -> held by who settles its home
         broker.registry = self
         super().__init__(self.store, broker, registration)
-        self._secret = hmac.new(secret.encode(), b"registrations", "sha256").digest()
 
-    # -- membership, and what changed --
-
-    def keep_reloading(self):
-        """Beat and follow the changes, until the broker closes; for a thread."""
-        renewed = time.monotonic()
-        while not self._broker.closed:
-            if self.follow():
-                if self._revoked or self._unsaved or self._trouble:
-                    self.save()
-            if self._broker.draining:
-                self._give_up_idle()
-            if time.monotonic() - renewed > RENEW_SECONDS:
-                renewed = time.monotonic()
-                self._broker.renew_last_seen()
-                self.delete_unused()
-            time.sleep(0.05 if self._broker.draining else FOLLOW_SECONDS)
+    # -- membership --
 
     def follow(self):
         """Beat if it is time, and read what changed until now. Return whether the engine
@@ -8217,6 +8202,8 @@ class EngineRegistry(Registry):
         self.relays = frozenset(relays) | {self.id}
         self._beat_at, self.sure_until = sent, sent + MEMBER_SECONDS
 
+    # -- what the engine says --
+
     def _read_all(self):
         """Read everything again: what this relay knew may be wrong."""
         born = self.engine.call("GET", KEY + "born") or ""
@@ -8290,6 +8277,39 @@ class EngineRegistry(Registry):
             self._digests.update(key["digest"] for key in json.loads(record)["keys"])
             if home:
                 self.homes[name] = home
+
+    def _adopt(self, name, record, counters, returning):
+        service = service_of(record, counters)
+        self._broker.add(service, returning=returning)
+        return service
+
+
+class EngineRegistry(EngineFollower):
+    """The same, with what this relay does as a home: it finds or becomes the homes of services,
+    changes them in the engine, and gives them up."""
+
+    large_bodies = Turns()                 # the relay's, which sets it
+
+    def __init__(self, engine, broker, registration, peers, secret):
+        super().__init__(engine, broker, registration, peers)
+        self._secret = hmac.new(secret.encode(), b"registrations", "sha256").digest()
+        self._quotas_at = -math.inf        # when they were last read
+        self._waiting = defaultdict(threading.Lock)    # name -> held by who settles its home
+
+    def keep_reloading(self):
+        """Beat and follow the changes, until the broker closes; for a thread."""
+        renewed = time.monotonic()
+        while not self._broker.closed:
+            if self.follow():
+                if self._revoked or self._unsaved or self._trouble:
+                    self.save()
+            if self._broker.draining:
+                self._give_up_idle()
+            if time.monotonic() - renewed > RENEW_SECONDS:
+                renewed = time.monotonic()
+                self._broker.renew_last_seen()
+                self.delete_unused()
+            time.sleep(0.05 if self._broker.draining else FOLLOW_SECONDS)
 
     # -- homes --
 
@@ -8384,11 +8404,6 @@ class EngineRegistry(Registry):
             self._broker.quotas.restore(EngineStore.load_quotas(self.store))
         log("home", service=name, before=old or "given up")
         return self._adopt(name, record, counters, returning=old != "nobody")
-
-    def _adopt(self, name, record, counters, returning):
-        service = service_of(record, counters)
-        self._broker.add(service, returning=returning)
-        return service
 
     def _give_up_idle(self):
         """This relay stops: give up the services without a running job."""

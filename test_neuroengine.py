@@ -796,6 +796,16 @@ def test_a_refused_request_of_many_prompts_uses_up_nothing(caller):
         assert refusal is None or refused.value.name == refusal
 
 
+def test_a_request_that_an_access_key_never_allows_is_not_told_to_wait():
+    desk = Desk()
+    desk.login()
+    key = neuroengine_server.AccessKey("i", "d", "", 0, 4, *[None] * 4, 0, 0, 0, None)
+    for cost, refusal in ((5, "invalid_request"), (3, None), (2, "quota_exceeded"), (1, None)):
+        with pytest.raises(RelayError) if refusal else contextlib.nullcontext() as refused:
+            desk.submit(access=key, cost=cost)
+        assert refusal is None or refused.value.name == refusal
+
+
 def test_a_refused_prompt_counts_for_none_of_the_networks_of_its_caller():
     rates = neuroengine_server.Rates(clock=lambda: 0.0)
     for _ in range(2):
