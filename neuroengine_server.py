@@ -8199,7 +8199,7 @@ class EngineFollower(Registry):
             self.counters = self.store.table("counters")
             self.peers.look_after(gone)
             self.peers.close_idle(gone)
-        self.relays = frozenset(relays) | {self.id}
+        self.relays = self.peers.members = frozenset(relays) | {self.id}
         self._beat_at, self.sure_until = sent, sent + MEMBER_SECONDS
 
     # -- what the engine says --
@@ -8511,6 +8511,7 @@ class Peers:
 
     def __init__(self, secret):
         self.secret = secret
+        self.members = frozenset()         # ids of the relays alive at the last beat
         self._tls = ssl.create_default_context()
         self._idle = defaultdict(deque)    # url -> (socket, since), newest last
         self._busy = defaultdict(dict)     # home -> {Forward: True}
@@ -8646,7 +8647,7 @@ class Peers:
         while self.answers(home):          # it is only cut off from the engine
             time.sleep(BEAT_SECONDS)
             with self._lock:
-                if not self._busy.get(home):
+                if home in self.members or not self._busy.get(home):
                     return self._watched.discard(home)
         with self._lock:
             self._watched.discard(home)

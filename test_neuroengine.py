@@ -11623,6 +11623,16 @@ def test_cluster_a_client_that_hangs_up_while_its_home_is_frozen_is_noticed(clus
     frozen.close()
 
 
+def test_a_relay_that_beats_again_is_not_watched_any_more(monkeypatch):
+    monkeypatch.setattr(neuroengine_server, "BEAT_SECONDS", 0.01)
+    peers = neuroengine_server.Peers(CLUSTER_SECRET)
+    peers.answers, peers._busy["1@a"] = lambda home: True, {"a forwarded poll": True}
+    peers.look_after({"1@a"})
+    peers.members = frozenset({"1@a"})
+    until(lambda: not peers._watched)
+    assert peers._busy["1@a"]
+
+
 def test_cluster_a_request_to_a_home_that_froze_while_it_came_ends(cluster, monkeypatch):
     monkeypatch.setattr(neuroengine_server, "TAKEOVER_SECONDS", 0)
     front, name = cluster(), name_of()
