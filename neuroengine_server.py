@@ -6491,7 +6491,7 @@ class Registry:
         self._digests = set()              # of all access keys
         self._revoked = []                 # access keys that are still on the disk
         self._unsaved = {}                 # name -> Service whose counters are not
-        self._trouble = None               # why they could not be written, as logged
+        self._trouble = None               # why they could not be written the last time
         self._changes = store.changes()    # before it is loaded
         self._secret = secrets.token_bytes(32)         # of repeatable_key
         self._repeats = OrderedDict()      # hash of caller and key -> body's fingerprint
@@ -6650,9 +6650,9 @@ class Registry:
                 self._save_quotas()
                 self._trouble = None
             except sqlite3.Error as error:
-                if str(error) != self._trouble:        # once, not at each attempt
-                    self._trouble = str(error)
+                if self._trouble is None:  # once, not at each attempt: an engine's words differ
                     log("cannot_save", error=str(error))
+                self._trouble = str(error)
 
     def _save_quotas(self):
         changed = self._broker.quotas.take_changed()
@@ -9061,12 +9061,17 @@ class ClusterDirectory(Directory):
         return record, counters, self.entry(service_of(record, counters))
 
     def keep_sharing(self):
-        """Share the entries with the other relays, and read theirs; for a thread."""
+        """Share the entries with the other relays, and read theirs, in a twentieth of the
+        processor's time; for a thread."""
+        pause = DIRECTORY_SECONDS
         while not self._broker.closed:
-            time.sleep(DIRECTORY_SECONDS)
+            time.sleep(pause)
+            began = time.thread_time()
             with contextlib.suppress(EngineError):
                 self._share()
                 self._read_others()
+            took = time.thread_time() - began
+            pause = min(max(DIRECTORY_SECONDS, DIRECTORY_SHARE * took), MEMBER_SECONDS)
 
     def _share(self):
         registry = self._registry

@@ -1957,6 +1957,22 @@ def test_quotas_that_cannot_be_saved_do_not_fill_the_memory(monkeypatch):
     assert len(saved) == 100
 
 
+def test_that_nothing_can_be_saved_is_logged_once_until_it_can(monkeypatch):
+    desk, logged, troubles = Desk(), [], ["full", "broken", "", "full"]
+    registry = neuroengine_server.Registry(Store(":memory:"), desk.broker)
+
+    def cannot(services):
+        trouble = troubles.pop(0)
+        if trouble:
+            raise sqlite3.OperationalError(trouble)
+    registry._store.save = cannot
+    monkeypatch.setattr(neuroengine_server, "log", lambda event, **more: logged.append(more))
+    while troubles:
+        registry._unsaved[""] = desk.service
+        registry.save()
+    assert logged == [{"error": "full"}] * 2
+
+
 def test_a_clock_that_was_wrong_uses_up_no_quota():
     now = [2500000000.0]                   # in 2049
     quotas = neuroengine_server.Quotas(lambda: now[0])
