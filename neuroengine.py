@@ -865,7 +865,7 @@ def no_connection(base, error):
         return NeuroengineError(NO_CONNECTION, "%s does not speak TLS: if it is plain HTTP, "
                                 "write %s." % (base, base.replace("https:", "http:", 1)),
                                 "no_tls")
-    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    why = why_words(error)
     if base == DEFAULT_RELAY and not os.environ.get("NEUROENGINE_SERVER"):
         return NeuroengineError(NO_CONNECTION, "The environment variable NEUROENGINE_SERVER, "
                                 "which names the relay, is not set, and the default relay %s "
@@ -883,12 +883,18 @@ def no_connection(base, error):
     if isinstance(error, ConnectionRefusedError):
         here = is_loopback(url.hostname)
         return NeuroengineError(NO_CONNECTION, "No relay runs at %s (%s). %s" % (
-            base, why.lower(), "Start one there with `%s --port %d`." % (
+            base, why, "Start one there with `%s --port %d`." % (
                 how_to_run("neuroengine_server.py"),
                 url.port or (443 if url.scheme == "https" else 80)) if here else
             "Are the address and the port right?"), "no_connection", row="no_relay")
     return NeuroengineError(NO_CONNECTION, "Connection error with %s (%s)." % (base, why),
                             "no_connection")
+
+
+def why_words(error):
+    """What an OSError or HTTPException says, as a part of a sentence."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return words[:1].lower() + words[1:] if re.match("[A-Z][a-z]", words) else words
 
 
 def is_loopback(host):
@@ -2733,7 +2739,7 @@ class _Listening:
         server = self.server
         while not server._stopping:
             if self._closing and not self.outbox.running():
-                self.status.event(hours_words(server._hours).capitalize() + ".")
+                self.status.event_of_hours()
                 self.pause()
             if server._paused:
                 await self._wait_until_ready()
@@ -2749,9 +2755,10 @@ class _Listening:
             await self.answerer.ready()
             if opening(server._hours, local_minute())[0]:
                 break
-            self.status.event(hours_words(server._hours).capitalize() + ".")
+            self.status.event_of_hours()
             while not opening(server._hours, local_minute())[0]:
                 await asyncio.sleep(seconds_until_look())
+            self.status.event_of_hours()
         server._paused = self._closing = False
         await self._keep_trying(self._log_in)
 
@@ -3054,7 +3061,7 @@ class Status:
         self._lock = threading.Lock()
         self._shown, self._shows = 0.0, line and self.live
         self._before = (time.monotonic(), 0)
-        self._outboxes = []
+        self._outboxes, self._hours_said = [], ""
 
     def watch(self, outbox):
         """Show what this outbox does, too."""
@@ -3069,6 +3076,13 @@ class Status:
                 self.stream.write("%s%s\n" % ("" if self.live else time.strftime("%H:%M:%S "),
                                               printable(text, lines=True)))
                 self.stream.flush()
+
+    def event_of_hours(self):
+        """Say until when it is open or closed, once for all its services."""
+        words = hours_words(self.hours)
+        if words != self._hours_said:
+            self._hours_said = words
+            self.event(words.capitalize() + ".")
 
     def close(self):
         """Clear the live line."""
@@ -4176,20 +4190,20 @@ class Upstream:
 
     def find(self):
         """Look once whether it is there, and what it has. Raises Unavailable."""
-        why = None
+        reasons = {}
         for url in self._urls:
             transport = Transport(url)
             try:
                 self.entries = self._entries(transport)
             except Unavailable as error:
-                why = error
+                reasons[url] = error
                 continue
             if self.transport is None or self.transport.base != url:
                 self.transport = transport
             self._learn()
             return
-        if len(self._urls) == 1:
-            raise why
+        if self.transport or len(self._urls) == 1:     # where it was, or is said to be
+            raise reasons[self.transport.base if self.transport else self._urls[0]]
         raise Unavailable("No LLM server runs on its usual port here (%s). Start one, or "
                           "name it with --upstream URL." % ", ".join(
                               "%s %d" % pair for pair in USUAL))
@@ -4288,8 +4302,7 @@ class Upstream:
         """What to say of a server that cannot be asked."""
         known = no_connection(base, error)
         if known.name == "no_connection":
-            return "The LLM server at %s does not answer (%s)." % (
-                base, str(error) or type(error).__name__)
+            return "The LLM server at %s does not answer (%s)." % (base, why_words(error))
         advice = " If it is your own, name a file with it in $SSL_CERT_FILE." \
             if known.row == "certificate" else ""
         return known.message + advice
@@ -4534,8 +4547,8 @@ class Bridge:
                 status, headers, body = await self.share.exchange(question, sink)
             except BROKEN as error:
                 await self.share.check()
-                raise NeuroengineError(1, "the LLM server broke off (%s)" % (
-                    str(error) or type(error).__name__), "provider_error") from None
+                raise NeuroengineError(1, "the LLM server broke off (%s)" % why_words(error),
+                                       "provider_error") from None
             if status < 300:
                 return sink.end()
             try:
@@ -5643,15 +5656,19 @@ def run_share(options):
                     "share --all PREFIX")
     status = Status(hours)
     upstream = Upstream(options.upstream, os.environ.get("NEUROENGINE_UPSTREAM_KEY", ""))
-    upstream.wait(status.event)
+
+    def say(words):                            # the server is not there
+        status.event(words)
+        for word in options.names:             # what is wrong with a name is told now
+            server_of_share(options, word.partition("=")[0], status)
+    upstream.wait(say)
     share = Share(upstream, options.workers)
     try:
         listenings = [share_one(options, share, name, model, hours, status)
                       for name, model in shared_names(options, upstream)]
     except Unavailable as error:
         raise NeuroengineError(NO_CONNECTION, str(error), "no_model") from None
-    if hours:
-        status.event(hours_words(hours).capitalize() + ".")
+    status.event_of_hours()
     with contextlib.suppress(SystemExit):      # SIGTERM: it has done what it should
         run_listenings(listenings)
 
@@ -5669,24 +5686,31 @@ def shared_names(options, upstream):
     return [(name, model or options.model) for name, model in pairs]
 
 
-def share_one(options, share, name, model, hours, status):
-    """The _Listening that shares a model as a service of that name, logged in."""
-    options.name = name
+def server_of_share(options, name, status):
+    """The NeuroengineServer of a service, which is registered if it has no key here."""
     server = NeuroengineServer(options.relay or DEFAULT_SERVER,
                                verify_ssl=options.ca or not options.insecure)
-    server._hours = hours
-    base = server._transport.base
+    server.service_name = name
+    server.service_key = patiently(status, lambda: own_key(server._transport, options, name,
+                                                           status.event))
+    return server
+
+
+def share_one(options, share, name, model, hours, status):
+    """The _Listening that shares a model as a service of that name, logged in."""
     bridge = Bridge(share, name, model, options.max_tokens, options.fetch_images)
-    key = patiently(status, lambda: own_key(server._transport, options, name, status.event))
-    server.service_name, server.service_key = name, key
+    server = server_of_share(options, name, status)
+    base, key, server._hours = server._transport.base, server.service_key, hours
     server._paused = not opening(hours, local_minute())[0]
     listening = _Listening(server, bridge, status)
     if not server._paused:                     # by the hours
         patiently(status, server._log_in)
     model = patiently(status, lambda: server._transport.call(
         "GET", service_path(name), key=key))
-    print("Sharing %s (%s, %d at once) at %s/%s" % (
-        name, share.upstream.kind or "an OpenAI-compatible server", share.workers, base, name))
+    print("Sharing %s (%s, %d at once) at %s/%s%s" % (
+        name, share.upstream.kind or "an OpenAI-compatible server", share.workers, base, name,
+        " from %02d:%02d on" % divmod(opening(hours, local_minute())[1], 60)
+        if server._paused else ""))
     if model.get("private"):
         print("It is private: guests need an access key, which `keys %s --add LABEL` makes." % name)
     if model.get("paused"):

@@ -7225,7 +7225,7 @@ def test_the_services_name_in_the_address_is_told_from_a_proxys_path(relay, hand
      "No relay runs at https://relay.example (connection refused). Are the address and the "
      "port right?"),
     ("https://relay.example", socket.gaierror(-2, "Name or service not known"),
-     "The host relay.example was not found (Name or service not known). Is the relay's address "
+     "The host relay.example was not found (name or service not known). Is the relay's address "
      "right?")])
 def test_a_relay_that_is_not_there_is_told_by_what_is_known_of_it(url, error, words, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -8914,6 +8914,22 @@ def test_an_upstream_that_is_gone_hands_its_prompts_back_and_is_waited_for(
         assert re.search("went back to the relay.*\n.*is back", capfd.readouterr().err)
 
 
+def test_an_llm_server_that_was_found_on_its_usual_port_is_said_to_be_gone_once(monkeypatch):
+    with fake_llm() as (_, url):
+        monkeypatch.setattr(neuroengine, "USUAL", (("Fake", int(url.rpartition(":")[2])),
+                                                   ("Other", 1)))
+        upstream, said = neuroengine.Upstream(), set()
+        upstream.find()
+    upstream.transport = neuroengine.Transport(url)    # the fake keeps its connections
+    for look in (upstream.check, upstream.find):
+        with pytest.raises(neuroengine.Unavailable) as gone:
+            look()
+        said.add(str(gone.value))
+    words, = said
+    assert words.startswith("The LLM server at %s does not answer (" % url)
+    assert "rrno" not in words
+
+
 def test_a_job_that_comes_while_all_go_back_is_not_begun():
     with fake_llm() as (llm, url), sharing(url) as (relay, (listening,)):
         until(lambda: listening.server._session)
@@ -9610,6 +9626,26 @@ def test_share_of_a_private_service_prints_a_line_that_tries_it(start, command, 
         assert (status, text) == (0, "Hello\n%s is private: asking as its operator, whose key is "
                                      "here.\n" % name)
         assert share.end() == 0
+
+
+def test_share_tells_a_taken_name_before_the_llm_server_is_there(command, relay):
+    name = ask(relay, "/api/services", {"name": name_of()})[1]["name"]
+    with serving(FakeLLM) as url:
+        pass
+    status, text = command(relay, "share", name, "--upstream", url)
+    assert status == 1 and "Waiting for it." in text and "is taken" in text
+
+
+def test_share_outside_its_hours_says_when_they_begin(start, relay):
+    fake, hour = type("Fake", (FakeLLM,), {"got": [], "script": []}), time.localtime().tm_hour
+    begin = (hour + 2) % 24
+    with serving(fake) as url:
+        share = start("neuroengine.py", "share", name_of(), "--upstream", url, "--hours",
+                      "%d-%d" % (begin, (hour + 3) % 24), NEUROENGINE_SERVER=relay.url)
+        share.says("Closed until %02d:00." % begin)
+        assert share.end() == 0
+    assert re.search(r"Sharing .* from %02d:00 on\n" % begin, share.output)
+    assert "Try it" not in share.output and share.output.count("Closed until") == 1
 
 
 def test_the_line_that_tries_a_service_trusts_the_certificate_that_share_does(monkeypatch):
