@@ -6983,6 +6983,39 @@ def test_an_llm_server_is_named_as_people_do(text, url):
     assert neuroengine.upstream_url(text) == url
 
 
+class Pieces(list):
+    """An http.client response whose body comes in these pieces."""
+
+    status, headers, will_close = 200, {}, True
+
+    def read1(self, size):
+        return self.pop(0) if self else b""
+
+    def isclosed(self):
+        return True
+
+    def close(self):
+        pass
+
+
+def lines_of(pieces):
+    return list(neuroengine.Response(neuroengine.Connection(Pieces()), Pieces(pieces), None,
+                                     neuroengine.Call()).lines())
+
+
+def test_a_clients_lines_are_the_same_however_they_come():
+    data, chance = b"a\n\nbcd\nef", random.Random(1)
+    for _ in range(100):
+        assert lines_of(filter(None, pieces_of(data, chance.random()))) == [
+            (b"a", True), (b"", True), (b"bcd", True), (b"ef", False)]
+
+
+def test_a_long_line_takes_a_client_no_longer_than_several_short_ones():
+    began = time.monotonic()               # when each piece was joined with all before: minutes
+    assert lines_of([b"x" * 4096] * 5000 + [b"\n"]) == [(b"x" * 4096 * 5000, True)]
+    assert time.monotonic() - began < patient(5)
+
+
 def test_a_wait_is_done_in_slices_up_to_its_timeout(monkeypatch):
     monkeypatch.setattr(neuroengine, "SLICE_SECONDS", 0.02)
     here, there = socket.socketpair()
