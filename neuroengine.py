@@ -1461,7 +1461,7 @@ async def in_thread(function, cancel):
         result = error = None
         try:
             result = function()
-        except Exception as why:
+        except BaseException as why:           # gevent's Timeout, say
             error = why
         try:
             loop.call_soon_threadsafe(settle, result, error)
@@ -1576,7 +1576,7 @@ class Batch:
                         return self._taken - 1, prompt
             except StopIteration:
                 pass
-            except Exception as error:
+            except BaseException as error:     # sys.exit(), say: replies() raises it
                 self._error = error
         with self._lock:
             self._ended = True

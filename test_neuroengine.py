@@ -6859,6 +6859,31 @@ def test_map_raises_what_request_raises(relay):
     assert in_thread(ask)()
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_map_raises_whatever_its_prompts_raise(relay, at_once):
+    def prompts():
+        yield "one"
+        raise Timeout
+
+    def ask():
+        with pytest.raises(Timeout):
+            list(client_of(relay, "x").map(prompts(), at_once=at_once))
+        return True
+    assert in_thread(ask)()
+
+
+def test_arequest_raises_whatever_its_thread_raises(monkeypatch):
+    def raise_timeout(*args, **more):
+        raise Timeout
+    api = Neuroengine("x", "http://127.0.0.1:1")
+    monkeypatch.setattr(api, "request", raise_timeout)
+
+    async def ask():
+        with pytest.raises(Timeout):
+            await asyncio.wait_for(api.arequest("hi"), SOON)
+    asyncio.run(ask())
+
+
 def test_closing_map_waits_until_the_relay_was_told(relay, provide, monkeypatch):
     """The program may end at once, and its threads with it."""
     monkeypatch.setattr(neuroengine, "LEAVE_SECONDS", SOON)
