@@ -1,6 +1,6 @@
 /* The two ends of compare.py: clients that ask, and an LLM that takes no time.
 
-     load ask PORT CLIENTS WARM MOST SECONDS RATE PAUSE < REQUEST
+     load ask PORT CLIENTS WARM MOST SECONDS RATE [PAUSE] < REQUEST
      load llm
 
    ask   keeps CLIENTS connections busy with REQUEST, a whole HTTP request in which each
@@ -289,7 +289,7 @@ static int run_clients(char **argv)
     int n = atoi(argv[1]), i;
     double warm = atof(argv[2]), most = atof(argv[3]), seconds = atof(argv[4]);
     double rate = atof(argv[5]), begun = now(), all_started = -1;
-    pause_seconds = atof(argv[6]);
+    pause_seconds = argv[6] ? atof(argv[6]) : 0;
     struct epoll_event events[512];
     struct client *clients = calloc(n, sizeof *clients);
     port = atoi(argv[0]);
@@ -591,11 +591,11 @@ int main(int argc, char **argv)
     setrlimit(RLIMIT_NOFILE, &files);
     signal(SIGPIPE, SIG_IGN);
     poller = epoll_create1(0);
-    if (argc == 9 && !strcmp(argv[1], "ask"))
+    if ((argc == 8 || argc == 9) && !strcmp(argv[1], "ask"))
         return run_clients(argv + 2);
     if (argc == 2 && !strcmp(argv[1], "llm"))
         run_llm();
-    fprintf(stderr, "usage: load ask PORT CLIENTS WARM MOST SECONDS RATE PAUSE < REQUEST\n"
+    fprintf(stderr, "usage: load ask PORT CLIENTS WARM MOST SECONDS RATE [PAUSE] < REQUEST\n"
             "       load llm\n");
     return 2;
 }
