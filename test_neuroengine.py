@@ -17074,7 +17074,7 @@ def blocks(name, language):
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="the blocks are for a Unix shell")
 def test_readmes_first_screen_works_as_printed(paste):
-    relay, provider = blocks("README.md", "sh")[:2]
+    relay, provider = blocks("README.md", "sh")[1:3]
     client, _, use, streamkey = blocks("README.md", "python")[:4]
     assert b"listens" in paste(relay).stdout.readline()
     assert b"Logged in!" in paste(provider).stdout.readline()
