@@ -311,6 +311,7 @@ class Job:
     prefers = None                # the Session that should have it, for a while
     continued = False             # whether its session knew the conversation
     left_at = None                # when the last reader left
+    stranded_at = -math.inf       # when the last provider left that could answer it
     error, error_told = None, False
     has_timer = False             # see _recheck_locked
     created = leased_at = first_at = ended_at = None
@@ -373,11 +374,12 @@ class Identity:
 class Reader:
     """One client's hold on a job: it has read up to `cursor`."""
 
-    __slots__ = ("job", "cursor", "start", "woken", "wanted", "deliver", "has_work",
+    __slots__ = ("job", "cursor", "resumed_at", "woken", "wanted", "deliver", "has_work",
                  "attached", "gone")
 
     def __init__(self, job, cursor):
-        self.job, self.cursor, self.start = job, cursor, cursor
+        self.job, self.cursor = job, cursor
+        self.resumed_at = None        # the job's resume_at, before this one advanced it
         self.woken = None             # the condition its own thread waits for
         self.wanted = math.inf        # of how many items it wants to hear
         self.deliver = None           # see deliver_to; None: its own thread is woken
@@ -388,6 +390,9 @@ class Reader:
 ##############################################################################
 # Queue: whose turn it is
 ##############################################################################
+
+
+LOOK_AHEAD = 8               # jobs of one caller: the first may be kept for another session
 
 
 class Queue:
@@ -445,22 +450,20 @@ class Queue:
             del lines[group]
 
     def take(self, session):
-        """Take out this session's next job; None if there is none. A caller whose first job
-        it may not take is passed over."""
+        """Take out this session's next job; None if there is none. Jobs that it may not take
+        are passed over, so that they hold up no others."""
         for _, job in self._returned:
             if session.may_take(job):
                 self.remove(job)
                 return job
         for lines in self._kinds:
             for group, line in lines.items():
-                if session.may_take(line[0]):
-                    self.size -= 1
-                    self._positions = None
-                    del lines[group]
-                    job = line.popleft()
-                    if line:
-                        lines[group] = line        # behind the other callers
-                    return job
+                for job in itertools.islice(line, LOOK_AHEAD):
+                    if session.may_take(job):
+                        self.remove(job)
+                        if line:
+                            lines.move_to_end(group)           # behind the other callers
+                        return job
         return None
 
     def _returned_jobs(self):
@@ -776,7 +779,9 @@ class Jobs:
         """Count a new job, if it may be queued. Raises RelayError."""
         if self.draining:
             raise self._shutting_down()
-        self._check_still_there_locked(job)
+        self._check_service_locked(job.service)
+        if job.access is not None and job.access.digest not in job.service.keys:
+            raise key_revoked_error()          # while the body came
         job.number, job.created = next(JOB_NUMBERS), self._clock()
         if job.grace is None:
             job.grace = self.limits.grace_seconds
@@ -795,14 +800,6 @@ class Jobs:
         self.counts["jobs"] += 1
         service.numreq += 1
         self._save_later_locked(service)
-
-    def _check_still_there_locked(self, job):
-        """Raise RelayError if the service, or the access key, was deleted after it was looked
-        up: before the body came."""
-        if self._services.get(job.service.name.lower()) is not job.service:
-            raise service_deleted_error(job.service)
-        if job.access is not None and job.access.digest not in job.service.keys:
-            raise key_revoked_error()
 
     def is_known(self, identity):
         """Whether a job has this identity. If its client has hung up unnoticed, submit finds it
@@ -945,12 +942,14 @@ class Jobs:
         self._wake_locked(reader)
         job = reader.job
         job.readers.remove(reader)
-        if not delivered and job.resume_at == reader.cursor:
-            job.resume_at = reader.start              # its last read did not arrive
+        if not delivered and reader.resumed_at is not None and (
+                job.resume_at == reader.cursor):
+            job.resume_at = reader.resumed_at         # its last read did not arrive
         if job.readers:
             return
         named = job.identity is not None and job.identity.named
-        if job.ended_at is not None and delivered and not named:
+        if job.ended_at is not None and not named and (
+                delivered or job.identity is None or job.state != "done"):
             self._forget_locked(job)
         elif job.id in self._jobs:
             job.left_at = self._clock()
@@ -965,6 +964,7 @@ class Jobs:
         followed by _dispatch_locked."""
         job.service.queue.add(job)
         if not job.service.can_answer(job):
+            job.stranded_at = self._clock()
             self._timers.call_later(self.limits.offline_seconds, self._deserted_locked,
                                     job.service, job.id)
 
@@ -1030,6 +1030,7 @@ class Matcher(Jobs):
         with self._lock:
             if self.draining:
                 raise self._shutting_down()
+            self._check_service_locked(service)
             if len(service.sessions) >= self.limits.max_sessions:
                 raise too_many_sessions_error(service)
             session = Session(service, workers, Features(**features), self._lock.lock)
@@ -1051,13 +1052,14 @@ class Matcher(Jobs):
         """
         with self._lock:
             session = self._session_locked(service, session_id)
+            if this_poll.lost:
+                return [], []                   # nobody hears this
             session.poll, session.receiving_until = this_poll, 0.0
             session.has_response.notify_all()        # an older poll of this session ends
             if session.id not in service.sessions:
                 self._connect_locked(session)
             self._confirm_locked(session, running)
-            if not this_poll.lost:
-                self._fill_locked(session)
+            self._fill_locked(session)
             hold = self._poll_seconds_locked(session, timeout)
             self._heard_locked(session, 0 if session.jobs() else hold)
             try:
@@ -1067,7 +1069,7 @@ class Matcher(Jobs):
                     session.parked = False
                     service.idle.pop(session, None)
             if session.poll is not this_poll or this_poll.lost:
-                return [], []                   # a newer one speaks, or nobody hears this
+                return [], []                   # a newer one speaks, or this one broke
             if session.closed:
                 raise session_unknown_error()
             self._fill_locked(session)          # what else fits, if a job woke this poll
@@ -1183,7 +1185,7 @@ class Matcher(Jobs):
             job.first_at = None
         job.attempt += 1
         job.lease = Lease(session, job, (job.id, job.attempt), "offered", self._clock())
-        if job.leased_at is None:
+        if job.first_at is None:           # else its answer goes on
             job.leased_at = self._clock()
         if job.prefixes:
             self.counts["continued"] += self._affinity.note(job, session)
@@ -1198,13 +1200,13 @@ class Matcher(Jobs):
 
     def _park_locked(self, session, this_poll, timeout):
         """Block until this poll has something to say, or a newer one has come."""
-        deadline = self._clock() + timeout
+        deadline, idle = self._clock() + timeout, not session.jobs()
         while not (session.outbox or session.closed or self.closed
                    or session.poll is not this_poll or this_poll.lost):
             if self.draining and not session.jobs():
                 raise self._shutting_down()
             left = deadline - self._clock()
-            if left <= 0:
+            if left <= 0 or idle and session.jobs():   # a push took what woke this poll
                 return
             session.parked = True
             self._idle_locked(session)
@@ -1241,17 +1243,16 @@ class Matcher(Jobs):
         error = entry.get("error")
         ending = entry.get("done") or error
         if lease is None or lease.state == "cancelled":
-            if ending and lease is not None:
-                session.remember_ended(pair, now)
-                lease.move("ended", now)
-            return {"job": pair[0], "error": "fenced"}
+            return self._refuse_locked(session, pair, ending, now)
         job, items = lease.job, entry.get("items", ())
         have = len(job.items)
         if not ending or at > have:
             lease.confirm(now)
-        if entry.get("raw") and job.needs is None:
-            error = ending = not_text_error()
-            items = ()
+        fault = entry.get("fault") or (
+            not_text_error() if entry.get("raw") and job.needs is None else None)
+        if fault is not None:
+            self._cancel_locked(job, fault)
+            return self._refuse_locked(session, pair, ending, now)
         if at > have:
             return {"job": pair[0], "error": "gap", "at": have}
         if at < have:
@@ -1259,14 +1260,20 @@ class Matcher(Jobs):
         if ending:
             session.remember_ended(pair, now)
         if items and not self._append_locked(job, items, now):
-            if ending and lease.state == "cancelled":
-                lease.move("ended", now)              # no need to tell it to stop
-            return {"job": pair[0], "error": "fenced"}
+            return self._refuse_locked(session, pair, ending, now)
         if ending:
             self._end_locked(job, "failed" if error else "done", error)
         elif items:
             self._tell_readers_locked(job)
         return None
+
+    def _refuse_locked(self, session, pair, ending, now):
+        """The refusal of an entry for a job that is the session's no more."""
+        lease = session.leases.get(pair)
+        if ending and lease is not None:              # no need to tell it to stop
+            session.remember_ended(pair, now)
+            lease.move("ended", now)
+        return {"job": pair[0], "error": "fenced"}
 
     def _append_locked(self, job, items, now):
         """Add items to a job; return False if there is no room, which ends the job."""
@@ -1334,7 +1341,11 @@ class Matcher(Jobs):
             return
         service.last_seen = self._wall()
         self._save_later_locked(service)
-        if service.queue.size:
+        stranded = [job for job in service.queue
+                    if session.can_answer(job) and not service.can_answer(job)]
+        for job in stranded:
+            job.stranded_at = self._clock()
+        if stranded:
             self._timers.call_later(self.limits.offline_seconds, self._deserted_locked,
                                     service)
         self._dispatch_locked(service)     # what was kept for this one, or from others
@@ -2766,6 +2777,11 @@ class Broker(Matcher):
         self._changed[service.name] = service
         self._version += 1
 
+    def _check_service_locked(self, service):
+        """Raise RelayError if the service was deleted after it was looked up."""
+        if self._services.get(service.name.lower()) is not service:
+            raise service_deleted_error(service)
+
     def _fail_waiting_locked(self, service, error):
         """End all jobs that wait for a service."""
         for job in list(service.queue):
@@ -2804,8 +2820,8 @@ class Broker(Matcher):
             lease.move("ended", now)                  # the provider has stopped
         elif now - lease.since < CROSSING * self.limits.handover_seconds:
             pass                                      # it may have crossed this poll
-        elif lease.offers < MAX_OFFERS_PER_LEASE and (
-                not lease.job.items or session.features.continues):
+        elif lease.offers < MAX_OFFERS_PER_LEASE and (not lease.job.items or (
+                session.features.continues and only_text(lease.job.items))):
             lease.move("offered", now)                # it was lost there, or on the way
         elif lease.state == "confirmed":
             # It was begun there, and would be begun again behind the items we have.
@@ -2857,8 +2873,9 @@ class Broker(Matcher):
         """Some time after the last provider left that could answer a job: has one come back?
         job_id: of the job that must not wait longer; None: all."""
         for job in list(service.queue) if job_id is None else [self._jobs.get(job_id)]:
-            if job is None or job.state != "queued" or service.can_answer(job):
-                continue
+            if job is None or job.state != "queued" or service.can_answer(job) or (
+                    self._clock() < job.stranded_at + self.limits.offline_seconds):
+                continue                   # or one came back, and left: a later timer looks
             if job.seen:
                 self._end_locked(job, "failed", lost_midway_error(service))
             elif not job.wait:
@@ -2880,8 +2897,10 @@ class Broker(Matcher):
         """What was read is about to be written: a client that sends no offset gets what
         follows it next time. To be called before the write, since the client may ask again
         at once; leave takes it back if the write failed."""
+        job = reader.job
         with self._lock:
-            reader.job.resume_at = max(reader.job.resume_at, reader.cursor)
+            reader.resumed_at = job.resume_at
+            job.resume_at = max(job.resume_at, reader.cursor)
 
     # -- ended jobs, and jobs without a reader: kept for a while, then forgotten --
 
@@ -2967,6 +2986,8 @@ class Broker(Matcher):
         job.payload, job.items, job.encoded = b"", [], None
         self._memory.keep_no_more(job)
         self._memory.hold(job, JOB_BYTES - job.size)
+        if job.identity is not None and job.identity.kind == "repeat":
+            self._disown_locked(job)       # the same Idempotency-Key starts it again
 
     def keep_encoded(self, job, encoder, data):
         """Keep a whole answer as it is sent, so that other readers of the job share it."""
@@ -4432,7 +4453,7 @@ def check_entry(entry):
             entry["raw"] = any(type(item) is Raw for item in entry["items"])
         except (TypeError, ValueError):
             entry["items"] = []
-            entry["error"] = {"message": "its reply is not text"}
+            entry["fault"] = provider_error({"message": "its reply is not text"})
     if entry.get("error"):
         entry["error"] = provider_error(entry["error"])
 

@@ -410,12 +410,145 @@ def test_a_lease_moves_only_as_the_table_says(desk):
 def test_a_lease_that_was_there_counts_even_if_it_is_offered_again(desk):
     reader, session, job = desk.start()
     desk.later(desk.broker.limits.handover_seconds / 5)
-    broken = Poll()
-    broken.lost = True
-    assert desk.poll(session, token=broken) == ([], [])      # does not name it
+
+    class Breaks(Poll):                    # while its response is made
+        looks = 0
+
+        @property
+        def lost(self):
+            self.looks += 1
+            return self.looks > 1
+    assert desk.poll(session, token=Breaks()) == ([], [])    # does not name it
     assert reader.job.lease.state == "offered"
     desk.broker.logout(desk.service, session)
     assert desk.poll(desk.login())[0] == [(job, 2, 0, None)]
+
+
+def test_a_poll_that_broke_before_it_began_connects_nobody(desk):
+    session, good = desk.login(), Poll()
+    desk.poll(session, token=good)
+    desk.broker.poll_lost(session, good)
+    desk.later(desk.broker.limits.close_seconds)
+    assert not desk.service.sessions
+    broken = Poll()
+    desk.broker.poll_lost(session, broken)
+    assert desk.poll(session, token=broken) == ([], []) and not desk.service.sessions
+
+
+def test_what_is_not_text_is_not_offered_again_to_be_continued(desk):
+    session = desk.login(continues=True)
+    reader = desk.submit()
+    (job, _, _, _), = desk.poll(session)[0]
+    desk.push(session, job, ["Hi", b'{"tool_calls":[{"id":"a"}]}'])
+    desk.later(2)
+    assert desk.poll(session) == ([], [])                    # it has lost the job
+    desk.broker.read(reader)
+    desk.later(desk.broker.limits.handover_seconds)
+    assert reader.job.error.name == "provider_lost"
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_each_departure_of_a_provider_gives_its_prompts_the_whole_time(desk, returned):
+    session = desk.start()[1]
+    waiting = desk.submit(caller="bob").job
+    seconds = desk.broker.limits.offline_seconds
+    desk.broker.logout(desk.service, session)
+    desk.later(1)
+    again = desk.login()
+    if returned:                           # the other is queued again with the departure
+        desk.poll(again)
+    desk.later(seconds - 2)
+    desk.poll(again)
+    desk.broker.logout(desk.service, again)
+    desk.later(seconds - 1)
+    assert waiting.state == "queued"
+    desk.later(1)
+    assert waiting.error.name == "service_offline"
+
+
+def test_a_poll_whose_work_a_push_took_does_not_stay_idle(desk):
+    session = desk.login()
+    parked(desk, session)
+    with desk.broker._lock:                # so that a push comes before the woken poll
+        desk.broker._sessions[session].free = lambda: 0
+    reader = desk.submit()
+    del desk.broker._sessions[session].free
+    assert desk.push(session, "gone", ["x"])[1] == [reader.job.id]
+    with desk.broker._lock:
+        desk.broker._sessions[session].has_response.notify_all()
+    until(lambda: not desk.broker._sessions[session].parked)
+    desk.push(session, reader.job.id, ["x"])
+    desk.broker.read(reader)
+    desk.later(desk.broker.limits.lease_seconds + 1)
+    assert reader.job.error.name == "provider_lost"
+
+
+def test_a_prompts_time_with_a_provider_that_died_is_not_the_next_ones(desk):
+    reader, session, job = desk.start()
+    desk.later(60)
+    second = desk.login()
+    desk.poll(second)
+    desk.later(1)
+    desk.push(second, job, ["x"], attempt=2, done=True)
+    assert desk.service.job_seconds == 1
+
+
+@pytest.mark.parametrize("entry", [{"raw": True}, {"fault": RelayError("provider_error", "x")}])
+def test_a_provider_is_told_to_stop_a_job_that_the_relay_ended_for_its_items(desk, entry):
+    reader, session, job = desk.start()
+    assert desk.push(session, job, [b"x"], **entry) == (
+        [{"job": job, "error": "fenced"}], [], [(job, 1)])
+    following = desk.submit()
+    assert reader.job.error.name == "provider_error"
+    assert desk.poll(session, [(job, 1)])[0] == []           # its one worker is not free
+    assert desk.push(session, job, done=True)[1] == [following.job.id]
+
+
+def test_an_idempotency_key_whose_answer_had_to_make_room_starts_the_prompt_again():
+    desk = Desk(max_held_bytes=200000, max_reply_bytes=150000)
+    session, key = desk.login(workers=9), desk.identity("repeat", "k", b"f")
+    first = desk.submit(identity=key)
+    desk.poll(session)
+    desk.push(session, first.job.id, ["x" * 90000], done=True)
+    other = desk.submit(b'"%s"' % (b"y" * 20000), caller="bob")
+    desk.poll(session)
+    desk.push(session, other.job.id, ["z" * 100000])
+    assert first.job.error.name == "relay_busy"
+    desk.broker.cancel(other.job)
+    assert desk.submit(identity=desk.identity("repeat", "k", b"f")).job is not first.job
+
+
+@pytest.mark.parametrize("leaves", ["before", "after"])
+def test_a_failure_that_nobody_heard_is_not_the_answer_to_an_equal_prompt(desk, leaves):
+    session, body = desk.login(), desk.identity("body", "x", b"f")
+    reader = desk.submit(identity=body)
+    (job, _, _, _), = desk.poll(session)[0]
+    if leaves == "before":
+        desk.broker.hang_up(reader)
+    desk.push(session, job, error=RelayError("provider_timeout", "x"))
+    if leaves == "after":
+        desk.broker.hang_up(reader)
+    assert desk.submit(identity=desk.identity("body", "x", b"f")).job is not reader.job
+    assert reader.job.id not in desk.broker._jobs
+
+
+def test_a_stream_that_hangs_up_does_not_move_where_reads_by_the_same_key_go_on(desk):
+    reader, session, job = desk.start(identity=desk.identity("stream", "k", b"f"))
+    desk.push(session, job, list("abc"))
+    desk.broker.read(reader)
+    desk.broker.advance(reader)
+    desk.broker.leave(reader, True)
+    stream = desk.broker.open(desk.identity("stream", "k"), 0)
+    desk.broker.read(stream)
+    desk.broker.hang_up(stream)
+    assert desk.broker.read(desk.broker.open(desk.identity("stream", "k"))) == ([], False)
+
+
+def test_no_session_begins_for_a_service_that_was_deleted_meanwhile(desk):
+    desk.broker.remove(desk.service)
+    with pytest.raises(RelayError) as caught:
+        desk.login()
+    assert caught.value.name == "service_unknown" and not desk.broker._changed
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -2207,14 +2340,14 @@ def test_a_reserved_prompt_goes_to_anyone_when_its_session_has_gone():
     assert desk.take(desk.far)
 
 
-def test_a_reserved_prompt_holds_up_no_other_caller():
+def test_a_reserved_prompt_holds_up_no_other():
     desk = Conversations()
     desk.measured(4.0)
     first, second = desk.ask("a", "x", "b", "x", "c"), desk.ask("new")
     other = desk.ask("of somebody else", caller="bob")
-    assert desk.take(desk.far) == other.job.id
-    assert desk.take(desk.near) == first.job.id            # in the order of their caller
-    assert second.job.state == "queued"
+    assert desk.take(desk.far) == second.job.id            # of the same caller
+    assert desk.take(desk.near) == other.job.id            # whose turn it is
+    assert first.job.state == "queued"
 
 
 def test_only_the_limits_that_turn_something_off_may_be_0():

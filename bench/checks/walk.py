@@ -96,7 +96,7 @@ class Prompt:
 
     def __init__(self, reader, caller, identity):
         self.reader, self.caller, self.identity = reader, caller, identity
-        self.ended = False
+        self.start, self.ended = reader.cursor, False
 
 
 class Walk:
@@ -199,7 +199,7 @@ class Walk:
         insist(not (prompt.ended and items), "items after the end")
         prompt.ended = prompt.ended or ended
         # A reader may claim to have had more than there will be, of an answer begun anew.
-        if ended and job.error is None and reader.start <= self.done.get(job.id, 0):
+        if ended and job.error is None and prompt.start <= self.done.get(job.id, 0):
             insist(self.done.get(job.id) == reader.cursor, "job %s ended at %d, said %s",
                    job.number, reader.cursor, self.done.get(job.id))
 
@@ -424,8 +424,8 @@ class Walk:
             job = prompt.reader.job
             insist(not prompt.reader.attached or jobs.get(job.id) is job,
                    "job %s has a reader and is forgotten", job.number)
-            insist(prompt.reader.cursor in range(prompt.reader.start, 1 + max(
-                job.seen, prompt.reader.start)), "job %s was seen further", job.number)
+            insist(prompt.reader.cursor in range(prompt.start, 1 + max(
+                job.seen, prompt.start)), "job %s was seen further", job.number)
 
     def check_memory(self):
         memory, by = self.broker._memory, {}
