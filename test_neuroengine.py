@@ -13446,7 +13446,7 @@ def test_page_registers_a_service_and_shows_what_to_run(page_relay, page_tab):
     key = tab.tab.text_content("#share-done code")
     assert page_relay.service("My-Llama", key)
     tab.tab.click("#share-done >> text=Copy")
-    assert tab.tab.evaluate("navigator.clipboard.readText()") == key
+    tab.eventually("async (key) => await navigator.clipboard.readText() === key", key)
     commands = tab.tab.inner_text("#share-panel")
     assert "curl -O %s/neuroengine.py" % page_relay.url in commands
     assert "NEUROENGINE_SERVER=%s NEUROENGINE_KEY=%s python3 neuroengine.py share " \
@@ -13501,9 +13501,9 @@ def test_page_limits_callers_without_a_key(page_relay, page_tab):
     assert tab.tab.input_value(field) == "7"
     for text in ("", "0"):
         tab.tab.fill(field, text)
-        with tab.tab.expect_response("**/api/services/Demo"):
-            tab.tab.click("#manage-form >> text=Save")
-    tab.shows("Saved.", ".toast")
+        tab.tab.click("#manage-form >> text=Save")
+        tab.shows("Saved.", ".toast")                    # now another can be sent
+        tab.tab.evaluate("document.querySelector('.toast').remove()")
     assert sent == [{"operator": "Ada", "comment": "A small model on an old machine",
                      "anonymous_per_day": number, "paused": False, "private": False}
                     for number in (None, 0)]
@@ -13704,7 +13704,7 @@ def test_page_stop_reaches_the_provider_and_keeps_the_text(page_provider, page_t
     tab.tab.click("#stop")
     tab.idle()
     tab.shows("Stopped")
-    assert job.cancelled.wait(patient(5))
+    assert job.cancelled.wait(PAGE_WAIT / 1000)
     tab.answers("1, 2, 3")
     tab.tab.click("[aria-label=Continue]")
     again = page_provider.next()
@@ -14159,7 +14159,8 @@ def test_page_dictates_nothing_into_the_next_message(page_provider, page_tab):
 
 def test_page_takes_the_key_of_an_invite_link(page_relay, page_provider, page_tab):
     tab = page_tab().open("/Demo#k=s3cret%2Fkey")
-    tab.eventually("!location.hash.includes('k=')")
+    tab.shows("kept in this browser", ".toast")
+    assert "k=" not in tab.tab.url
     tab.say("Hello")
     job = page_provider.next()
     assert "s3cret" not in json.dumps(job.request)
@@ -14209,6 +14210,7 @@ def test_page_shows_how_to_call_the_service(page_relay, page_tab):
     tab.tab.keyboard.press("ArrowRight")
     tab.shows('base_url="%s/v1"' % page_relay.url, "#code-panel")
     tab.tab.click("#code-panel >> text=Copy")
+    tab.shows("Copied", "#code-panel")
     text = tab.tab.evaluate("navigator.clipboard.readText()")
     compile(text, "snippet", "exec")
     assert 'model="Demo"' in text
@@ -14324,9 +14326,9 @@ def test_page_is_of_use_while_the_service_is_offline(page_relay, page_tab):
     tab.shows("Waiting until it is back online")
     provider = PageProvider(page_relay)
     tab.news()
+    tab.shows("Demo is back.", ".toast")                 # for 8 s
     provider.next().done("Now I am.")
     tab.shows("Now I am.")
-    tab.shows("Demo is back.", ".toast")
     tab.eventually("!document.querySelector('#banner .banner')")
     provider.leave()
 
@@ -14412,7 +14414,7 @@ def test_page_works_by_keyboard_alone(page_provider, page_tab):
     job.push("Endless")
     tab.shows("Endless")
     tab.tab.keyboard.press("Escape")
-    assert job.cancelled.wait(patient(5))
+    assert job.cancelled.wait(PAGE_WAIT / 1000)
     tab.idle()
     seen = set()
     for _ in range(60):
@@ -14465,6 +14467,7 @@ def test_page_keeps_the_focus_where_the_keyboard_was(page_provider, page_tab):
     tab.answers("Two")
     page_tab_to(tab, "More")
     press("Enter")
+    tab.tab.wait_for_selector(".message.last .items button")     # it opens a moment later
     page_tab_to(tab, "Read aloud")
     press("Escape")
     assert page_focus(tab) == "More"
@@ -14626,7 +14629,7 @@ def test_page_editor_is_wide_whole_and_saved_by_a_key(page_provider, page_tab):
     tab.answers("Mine")
     assert page_focus(tab) == "Message"
     tab.tab.click(".message.last [aria-label='Previous version']")
-    assert tab.live() == "Version 1 of 2."
+    tab.eventually("document.querySelector('#live').textContent === 'Version 1 of 2.'")
 
 
 @in_each_browser
@@ -14678,6 +14681,17 @@ def test_page_enter_on_phones_is_a_new_line_or_as_set(page_provider, page_tab):
     tab.tab.wait_for_selector("#open-side:focus")
 
 
+def page_scrolls_away(tab, scroll):
+    """Scroll, and again if that did nothing: WebKitGTK loses a wheel's turn now and then."""
+    shown, turns = "document.querySelector('#latest').offsetParent !== null", 0
+    while turns < 200 and not tab.tab.evaluate(shown):
+        if turns % 40 == 0:
+            scroll()
+        turns += 1
+        tab.tab.wait_for_timeout(50)
+    tab.tab.wait_for_selector("#latest:visible")
+
+
 @in_each_browser
 def test_page_scrolling_never_fights_the_reader(page_provider, page_tab):
     tab = page_tab().open()
@@ -14689,13 +14703,12 @@ def test_page_scrolling_never_fights_the_reader(page_provider, page_tab):
         "return l.scrollHeight - l.scrollTop - l.clientHeight < 40; })()"
     tab.eventually(at_end)
     tab.tab.hover("#log")
-    tab.tab.mouse.wheel(0, -600)
-    tab.eventually("!" + at_end)
-    tab.tab.wait_for_selector("#latest:visible")
-    top = tab.tab.evaluate("document.querySelector('#log').scrollTop")
+    page_scrolls_away(tab, lambda: tab.tab.mouse.wheel(0, -600))
+    place = "document.querySelector('#log').scrollTop"
+    top = tab.at_rest(place)
     job.push(*["more %d\n\n" % n for n in range(80)])
     tab.shows("more 79")
-    assert tab.tab.evaluate("document.querySelector('#log').scrollTop") == top
+    assert abs(tab.tab.evaluate(place) - top) < 2
     tab.tab.click("#latest")
     tab.eventually(at_end)
     job.push(*["last %d\n\n" % n for n in range(40)])
@@ -15029,7 +15042,7 @@ def test_page_hostile_text_stays_text_wherever_it_comes_from(
     page_is_unharmed(tab)
 
 
-def test_page_takes_a_line_of_a_megabyte(page_provider, page_tab):
+def test_page_takes_a_line_of_a_megabyte(page_browser, page_provider, page_tab):
     tab = page_tab().open()
     for line in ("x" * (1 << 20), "```\n" + "y " * (1 << 19) + "\n```\n"):
         tab.say("Big")
@@ -15037,10 +15050,10 @@ def test_page_takes_a_line_of_a_megabyte(page_provider, page_tab):
         tab.idle()
         tab.eventually("(n) => document.querySelector('.last .md').textContent.length >= n",
                        (1 << 20) - 10)
-        started = time.monotonic()
+        page_browser.start_tracing(page=tab.tab, categories=["toplevel"])
         tab.tab.fill("#input", "still awake")
         tab.tab.evaluate("new Promise(requestAnimationFrame)")
-        assert time.monotonic() - started < patient(2)
+        assert page_longest_task(page_browser.stop_tracing()) < 1000
         assert tab.wide() == []
 
 
@@ -15093,7 +15106,7 @@ def test_page_streams_fifty_thousand_characters_smoothly(
         thread = threading.Thread(target=stream)
         thread.start()
         tab.tab.wait_for_selector("#stop:visible")
-        tab.tab.wait_for_selector("#send:visible", timeout=60000)
+        tab.tab.wait_for_selector("#send:visible", timeout=6 * PAGE_WAIT)
         thread.join()
         tab.eventually("(n) => document.querySelector('.last .md').textContent.length > n",
                        35000)                            # what is left without markup
@@ -15740,7 +15753,7 @@ def test_page_stops_an_answer_from_another_tab(page_provider, page_tab):
     other = page_tab(tab.url, tab.tab.context).open(tab.tab.url[len(tab.url):])
     other.shows("1, 2")
     other.tab.click("#stop")
-    assert job.cancelled.wait(patient(5))
+    assert job.cancelled.wait(PAGE_WAIT / 1000)
     other.shows("Stopped")
     tab.shows("Stopped")
 
@@ -15757,7 +15770,7 @@ def test_page_stops_the_answer_of_a_conversation_that_another_tab_deletes(page_p
     other.shows("1, 2")
     other.tab.hover(".list li")
     other.tab.click("[aria-label='Delete Old']")
-    assert job.cancelled.wait(patient(5))
+    assert job.cancelled.wait(PAGE_WAIT / 1000)
     for each in (tab, other):
         each.tab.wait_for_selector(".hello")
     other.tab.reload()
@@ -16113,13 +16126,7 @@ def test_page_scrolling_obeys_the_reader_while_text_streams(page_provider, page_
     thread.start()
     try:
         tab.shows("more 20")
-        shown, turns = "document.querySelector('#latest').offsetParent !== null", 0
-        while turns < 200 and not tab.tab.evaluate(shown):
-            if turns % 40 == 0:            # again: WebKitGTK loses a wheel's turn now and then
-                page_reader_scrolls(tab, how)
-            turns += 1
-            tab.tab.wait_for_timeout(50)
-        tab.tab.wait_for_selector("#latest:visible")
+        page_scrolls_away(tab, lambda: page_reader_scrolls(tab, how))
         place = "document.querySelector('#log').scrollTop"
         top = tab.at_rest(place)                         # a smooth scroll has come to its end
         length = "document.querySelectorAll('.last .md p').length"
