@@ -13505,7 +13505,8 @@ def test_page_limits_callers_without_a_key(page_relay, page_tab):
         tab.shows("Saved.", ".toast")                    # now another can be sent
         tab.tab.evaluate("document.querySelector('.toast').remove()")
     assert sent == [{"operator": "Ada", "comment": "A small model on an old machine",
-                     "anonymous_per_day": number, "paused": False, "private": False}
+                     "suggestions": [], "anonymous_per_day": number,
+                     "paused": False, "private": False}
                     for number in (None, 0)]
 
 
@@ -13571,13 +13572,51 @@ def test_page_shows_a_key_though_its_dialog_was_closed_before_it_came(page_relay
     proxy.close()
 
 
-def page_closes_early(tab, proxy, button):
-    """Press a button of a dialog and close that before the relay answers."""
+def page_closes_early(tab, proxy, button, other=None):
+    """Press a button of a dialog and close that, and open another, before the relay answers."""
     proxy.flows.clear()
     tab.tab.click(button)
     tab.tab.keyboard.press("Escape")
     tab.eventually("!document.querySelector('#dialog').open")
+    if other:
+        tab.tab.click(other)
     proxy.flows.set()
+
+
+def test_page_shows_a_key_though_its_dialog_closes_when_it_comes(page_relay, page_tab):
+    tab = page_tab().open("/")
+    page_manage(tab, page_relay.keys["Demo"])
+    tab.tab.click("text=New service key")
+    tab.tab.evaluate("""() => { const {json} = Response.prototype;
+        Response.prototype.json = async function () {
+            const answer = await json.call(this);
+            if (answer.key) document.querySelector("#dialog").close();
+            return answer; }; }""")
+    tab.tab.click("text=Replace the key?")
+    tab.tab.wait_for_selector("#new-key code")
+    assert page_relay.service("Demo", tab.tab.text_content("#new-key code"))
+
+
+@in_each_browser
+def test_page_ends_what_was_begun_in_a_dialog_that_is_closed(page_relay, page_tab):
+    assert page_relay.ask("POST", "/Demo/keys", page_relay.keys["Demo"], label="Bob")[0] == 201
+    proxy = PageProxy(page_relay.server_port)
+    tab = page_tab(proxy.url).open("/")
+    page_manage(tab, page_relay.keys["Demo"])
+    tab.tab.fill("#manage-comment", "Later")
+    page_closes_early(tab, proxy, "#manage-form button:text('Save')")
+    tab.shows("Saved.", ".toast")
+    assert page_relay.service("Demo")["comment"] == "Later"
+    page_manage(tab, page_relay.keys["Demo"])
+    tab.tab.click(".keys button:text('Revoke')")
+    page_closes_early(tab, proxy, ".keys button:text('Revoke it?')")
+    tab.eventually("document.querySelector('#live').textContent.includes('no longer works')")
+    page_manage(tab, page_relay.keys["Demo"])
+    tab.tab.click("text=Delete Demo")
+    page_closes_early(tab, proxy, "text=Delete for good?", "#open-share")
+    tab.shows("Demo was deleted.", ".toast")
+    assert tab.tab.is_visible("#share-name")
+    proxy.close()
 
 
 def test_page_unlocks_nothing_in_a_dialog_that_was_opened_since(page_relay, page_tab):
@@ -13973,7 +14012,7 @@ def test_page_exports_and_imports(page_provider, page_tab, tmp_path, kind):
     tab.shows("That")
     tab.tab.click("#open-export")
     with tab.tab.expect_download() as download:
-        tab.tab.click("#export-all" if kind == "json" else "#export-md")
+        tab.tab.click("#export-all-json" if kind == "json" else "#export-md")
     path = tmp_path / download.value.suggested_filename
     download.value.save_as(path)
     assert path.suffix == "." + kind
@@ -14130,6 +14169,8 @@ def test_page_keeps_the_draft(page_provider, page_tab):
     tab.tab.fill("#input", "Half a thought")
     tab.tab.reload()
     tab.eventually("document.querySelector('#input').value === 'Half a thought'")
+    tab.tab.goto(tab.url + "/demo")                      # the same service
+    tab.eventually("document.querySelector('#input').value === 'Half a thought'")
     tab.say("Other")
     page_provider.next().done("Yes")
     tab.idle()
@@ -14138,6 +14179,16 @@ def test_page_keeps_the_draft(page_provider, page_tab):
     assert tab.tab.input_value("#input") == ""
     tab.tab.click(".list .pick")
     tab.eventually("document.querySelector('#input').value === 'In here'")
+
+
+def test_page_stays_where_it_is_when_an_open_conversation_is_chosen(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "One", "Un")
+    tab.edit("Uno")
+    before = tab.tab.evaluate("history.length")
+    tab.tab.click(".list .pick")
+    assert tab.tab.input_value(".editing textarea") == "Uno"
+    assert tab.tab.evaluate("history.length") == before
 
 
 def test_page_dictates_nothing_into_the_next_message(page_provider, page_tab):
@@ -14382,6 +14433,21 @@ def test_page_notices_a_relay_that_hangs(page_tab):
     proxy.close()
 
 
+def test_page_understands_what_proxies_say_in_their_own_pages(page_provider, page_tab):
+    tab, status = page_tab().open(), [413]
+    tab.expects_trouble = True
+    tab.tab.route("**/Demo", lambda route: route.fulfill(
+        status=status[0], content_type="text/html", body="<html><h1>nginx</h1></html>"))
+    tab.say("Too large")
+    tab.shows("This is too large for the relay", ".trouble")
+    for status[0] in (502, 503, 504):
+        tab.tab.click("#new")
+        tab.say("Anyone?")
+        tab.shows("The relay cannot be reached. Trying again…")
+        tab.tab.click("#stop")
+        tab.idle()
+
+
 def test_page_says_in_words_that_a_service_does_not_exist(page_tab):
     tab = page_tab()
     tab.expects_trouble = True
@@ -14502,6 +14568,23 @@ def test_page_opens_one_dialog_from_another(page_provider, page_tab):
         page_focus_comes_to(tab, first)
         tab.tab.keyboard.press("Escape")
         tab.tab.wait_for_selector("#open-settings:focus")
+
+
+@in_each_browser
+def test_page_leaves_the_search_by_escape_and_stops_no_answer(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.say("Count")
+    job = tab.prompt(page_provider)
+    job.push("1, 2")
+    tab.shows("1, 2")
+    tab.tab.fill("#search", "cats")
+    tab.tab.press("#search", "Escape")
+    tab.eventually("document.querySelectorAll('.list .pick').length === 1")
+    assert tab.tab.input_value("#search") == ""
+    tab.tab.keyboard.press("Escape")
+    tab.tab.wait_for_selector("#input:focus")
+    job.done(", 3")
+    tab.answers("1, 2, 3")
 
 
 def test_page_notice_stays_while_its_button_is_in_use(page_provider, page_tab):
@@ -14683,13 +14766,13 @@ def test_page_enter_on_phones_is_a_new_line_or_as_set(page_provider, page_tab):
 
 def page_scrolls_away(tab, scroll):
     """Scroll, and again if that did nothing: WebKitGTK loses a wheel's turn now and then."""
-    shown, turns = "document.querySelector('#latest').offsetParent !== null", 0
-    while turns < 200 and not tab.tab.evaluate(shown):
+    deadline, turns = time.monotonic() + PAGE_WAIT / 1000, 0
+    while not tab.tab.is_visible("#latest"):
         if turns % 40 == 0:
             scroll()
         turns += 1
         tab.tab.wait_for_timeout(50)
-    tab.tab.wait_for_selector("#latest:visible")
+        assert time.monotonic() < deadline, "it does not scroll"
 
 
 @in_each_browser
@@ -15186,6 +15269,61 @@ def test_page_sends_an_image_scaled_and_keeps_it(page_provider, page_tab):
     assert tab.tab.evaluate("violations") == []
 
 
+# It takes as long as window.held is true to read an image.
+PAGE_HELD_IMAGES = """() => { const make = createImageBitmap; window.held = true;
+    window.createImageBitmap = async (...all) => {
+        while (held) await new Promise((done) => setTimeout(done, 10));
+        return make(...all); }; }"""
+
+
+@in_each_browser
+def test_page_sends_no_message_before_its_files_are_read(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.tab.evaluate(PAGE_HELD_IMAGES)
+    page_give(tab, "drop", ("a.png", "image/png", page_png(8, 8)), ("b.txt", "", b"Bee"))
+    tab.say("What is this?")
+    tab.shows("a.png", "#files")
+    assert tab.tab.input_value("#input") == "What is this?"
+    tab.tab.evaluate("window.held = false")
+    image, text = tab.prompt(page_provider).request["messages"][0]["content"]
+    assert image["type"] == "image_url"
+    assert text["text"] == "b.txt (1 kB):\n```txt\nBee\n```\n\nWhat is this?"
+    assert tab.tab.input_value("#input") == "" and not tab.tab.query_selector("#files .file")
+
+
+@in_each_browser
+def test_page_sends_no_message_without_a_file_that_it_cannot_read(page_provider, page_tab):
+    tab = page_tab().open()
+    tab.tab.evaluate(PAGE_HELD_IMAGES)
+    page_give(tab, "drop", ("a.png", "image/png", page_png(8, 8)), ("x.bin", "", b"\xff\xfe\0"))
+    tab.say("What are these?")
+    tab.tab.evaluate("window.held = false")
+    tab.shows("x.bin is neither a text nor an image", ".toast")
+    tab.eventually("document.querySelectorAll('#files .file').length === 1")
+    assert tab.tab.input_value("#input") == "What are these?"
+    tab.tab.press("#input", "Enter")
+    image, text = tab.prompt(page_provider).request["messages"][0]["content"]
+    assert (image["type"], text["text"]) == ("image_url", "What are these?")
+
+
+@in_each_browser
+def test_page_keeps_files_with_the_draft_for_which_they_were_chosen(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "One", "Un")
+    tab.tab.evaluate(PAGE_HELD_IMAGES)
+    page_give(tab, "drop", ("b.txt", "", b"Bee"), ("a.png", "image/png", page_png(8, 8)))
+    tab.eventually("document.querySelectorAll('#files .file').length === 2")
+    tab.tab.click("#new")
+    tab.tab.wait_for_selector(".hello")
+    tab.tab.evaluate("window.held = false")
+    tab.say("Two")
+    assert page_contents(tab.prompt(page_provider)) == ["Two"]
+    tab.tab.click(".pick:has-text('One')")
+    tab.tab.wait_for_selector("#files img")
+    tab.tab.click("[aria-label='Remove b.txt']")
+    tab.eventually("document.querySelectorAll('#files .file').length === 1")
+
+
 def test_page_exports_images_with_their_conversation(page_provider, page_tab, tmp_path):
     tab = page_tab().open()
     page_give(tab, "drop", ("a.png", "image/png", page_png(8, 8)))
@@ -15680,11 +15818,34 @@ def test_page_lets_operators_suggest_prompts(page_relay, page_tab):
     tab.tab.keyboard.press("Escape")
     page_manage(tab, key, "My-Llama")
     assert tab.tab.input_value("#manage-suggestions") == "One\nTwo"
-    tab.tab.fill("#manage-suggestions", "Three")
-    tab.tab.click("#manage-form >> text=Save")
-    tab.shows("Saved.", ".toast")
+    for words in ("", "Three"):                          # where there are none, too
+        tab.tab.fill("#manage-suggestions", words)
+        tab.tab.click("#manage-form >> text=Save")
+        tab.shows("Saved.", ".toast")
+        tab.open("/")
+        page_manage(tab, key, "My-Llama")
+        assert tab.tab.input_value("#manage-suggestions") == words
     tab.open("/My-Llama")
     tab.shows("Three", ".suggestions button")
+
+
+PAGE_VOICE = """Object.defineProperty(window, "speechSynthesis", {value: {
+    speak(speech) { window.speech = speech; },
+    cancel() { const {speech} = window; window.speech = null; speech?.onerror?.(); }}});"""
+
+
+def test_page_reads_no_answer_aloud_that_was_left(page_provider, page_tab):
+    tab = page_tab()
+    tab.tab.add_init_script(PAGE_VOICE)
+    tab.open()
+    page_talk(tab, page_provider, "One", "Un")
+    for leave in ("#new", ".side .mark"):
+        page_more(tab, ".message.last", "Read aloud")
+        tab.eventually("window.speech.text === 'Un'")
+        tab.tab.click(leave)
+        tab.eventually("!window.speech")
+        tab.tab.go_back()
+        tab.answers("Un")
 
 
 def test_page_keeps_no_temporary_conversation(page_provider, page_tab):
@@ -15776,6 +15937,58 @@ def test_page_stops_the_answer_of_a_conversation_that_another_tab_deletes(page_p
     other.tab.reload()
     other.tab.wait_for_selector(".hello")
     assert not other.tab.query_selector(".list .pick")
+
+
+def test_page_shares_the_work_between_tabs_without_tls(page_provider, page_tab):
+    """There are no Web Locks then."""
+    tab = page_tab()
+    tab.tab.context.add_init_script("delete Navigator.prototype.locks")
+    tab.open()
+    tab.say("Count")
+    job = tab.prompt(page_provider)
+    job.push("1, 2")
+    tab.shows("1, 2")
+    tab.say("And then?")
+    other = page_tab(tab.url, tab.tab.context)
+    other.tab.add_init_script("""window.asked = 0; const post = BroadcastChannel.prototype.postMessage;
+        BroadcastChannel.prototype.postMessage = function (news) {
+            asked += "claim" in news;
+            return post.call(this, news); };""")
+    other.open(tab.tab.url[len(tab.url):])
+    other.eventually("asked > 1")                        # the first tab has said that it has it
+    other.shows("Answered in another tab")
+    job.done(", 3")
+    second = tab.prompt(page_provider)
+    assert page_contents(second) == ["Count", "1, 2, 3", "And then?"]
+    second.push("4")
+    other.shows("4")
+    assert page_provider.arrived.empty()
+    tab.tab.close()                                      # the other takes it over
+    second.done(", 5")
+    other.answers("4, 5")
+    other.idle()
+    assert page_provider.arrived.empty()
+
+
+@in_each_browser
+def test_page_draws_only_what_another_tab_has_changed(page_provider, page_tab):
+    tab = page_tab().open()
+    page_talk(tab, page_provider, "One", "<think>Hm</think>Un", "Un")
+    page_talk(tab, page_provider, "Two", {"finish_reason": "length"}, "The answer is empty")
+    other = page_tab(tab.url, tab.tab.context).open(tab.tab.url[len(tab.url):])
+    other.shows("The answer is empty")
+    other.tab.click(".think summary")
+    thoughts = "document.querySelector('.think').open"
+    other.eventually(thoughts)
+    tab.tab.click(".message.last [aria-label='Answer again']")
+    tab.prompt(page_provider).done("Deux")
+    other.answers("Deux")
+    other.idle()
+    other.eventually("!document.querySelector('.which')")        # nothing is not a version
+    tab.idle()
+    page_more(tab, ".message.last", "Delete from here on")
+    other.eventually("document.querySelectorAll('.message').length === 3")
+    assert other.tab.evaluate(thoughts)
 
 
 def test_page_waits_on_for_a_provider_though_another_tab_is_opened_late(page_relay, page_tab):
@@ -15987,11 +16200,12 @@ def test_page_replaces_a_key_that_no_longer_works_without_asking(page_relay, pag
     tab.tab.evaluate("localStorage.clear()")
 
 
-def test_page_says_at_once_that_a_key_is_wrong(page_relay, page_provider, page_tab):
+@pytest.mark.parametrize("path", ["/Demo", "/demo"])
+def test_page_says_at_once_that_a_key_is_wrong(page_relay, page_provider, page_tab, path):
     page_relay.change("Demo", private=True)
     tab = page_tab()
     tab.expects_trouble = True
-    tab.open("/Demo#k=wrong")
+    tab.open(path + "#k=wrong")
     tab.shows("Your key for Demo is wrong", ".banner")
     tab.tab.click(".banner >> text=Enter a key")
     tab.tab.fill("#key-key", "wrong too")
@@ -16002,6 +16216,24 @@ def test_page_says_at_once_that_a_key_is_wrong(page_relay, page_provider, page_t
     tab.eventually("!document.querySelector('.banner')")
     assert tab.tab.get_attribute("#status [role=img]", "title") == "Private: you have a key"
     assert page_provider.arrived.empty()                 # no prompt was needed to find out
+
+
+def test_page_forgets_that_a_key_was_wrong_with_the_key(page_relay, page_tab):
+    page_relay.change("Demo", private=True)
+    tab = page_tab()
+    tab.expects_trouble = True
+    tab.open("/Demo#k=wrong")
+    tab.shows("Your key for Demo is wrong", ".banner")
+    other = page_tab(tab.url, tab.tab.context)
+    other.expects_trouble = True
+    other.open("/Demo#k=" + page_relay.keys["Demo"])
+    other.shows("kept in this browser", ".toast")
+    tab.news()
+    tab.shows("Offline right now", ".banner")            # that key is right
+    tab.tab.click("#open-settings")
+    tab.tab.click("text=Forget it")
+    tab.tab.keyboard.press("Escape")
+    tab.shows("This service is private", ".banner")
 
 
 def test_page_asks_the_relay_before_it_takes_the_key_of_an_invite(page_relay, page_tab):
@@ -16053,9 +16285,9 @@ def test_page_directory_sorts_and_hides_what_says_nothing(page_relay, page_tab):
     model = {"connected": True, "private": False, "paused": False, "numreq": 0, "comment": "",
              "operator": "", "queuelen": 0, "workers": 1, "running": 0}
     tab.tab.route("**/api/models", lambda route: route.fulfill(json=[
-        dict(model, name="Asleep", connected=False, tokens_per_second=99),
-        dict(model, name="Bare"), dict(model, name="Fast", tokens_per_second=55.2, vision=True),
-        dict(model, name="Slow", tokens_per_second=3.25, tools=True, context_length=32768),
+        dict(model, name="Asleep", connected=False, tokens_per_s=99),
+        dict(model, name="Bare"), dict(model, name="Fast", tokens_per_s=55.2, vision=True),
+        dict(model, name="Slow", tokens_per_s=3.25, tools=True, context_length=32768),
         dict(model, name="Demo", private=True, queuelen=2, eta_s=20)]))
     tab.open("/Demo")
     tab.tab.evaluate("""() => new Promise((done) => {
@@ -16117,7 +16349,7 @@ def test_page_scrolling_obeys_the_reader_while_text_streams(page_provider, page_
     streams = threading.Event()
 
     def stream():
-        for n in range(3000):
+        for n in itertools.count():
             if streams.wait(0.005):
                 break
             job.push("more %d\n\n" % n)
@@ -16891,7 +17123,7 @@ def test_page_axe_directory(page_relay, page_provider, page_sound):
     page_relay.add("Private", "Bob")
     page_relay.change("Private", private=True)
     tab = page_sound.tab()
-    page_says(tab, vision=True, tools=True, context_length=32768, tokens_per_second=12.5)
+    page_says(tab, vision=True, tools=True, context_length=32768, tokens_per_s=12.5)
     tab.open("/")
     tab.tab.wait_for_selector(".card:nth-child(3)")
     page_sound(tab, "directory")
