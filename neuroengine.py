@@ -5638,7 +5638,7 @@ def try_it_lines(base, name, options, ask=False, key=""):
     curl cannot, ask. key: what ask needs and does not find by itself."""
     import shlex
     import subprocess
-    url, body = "%s/%s" % (base, name), '{"message": "Hello!", "max_new_len": 100}'
+    url, body = "%s/%s" % (base, name), '{"message": "Hello!", "max_new_len": 200}'
     trust = ["--ca", options.ca] if options.ca else ["--insecure"] * options.insecure
     if ask or trust and os.name == "nt":
         return ["%s %s" % (how_to_run("neuroengine.py"), (

@@ -9844,7 +9844,7 @@ def test_the_line_that_tries_a_service_trusts_the_certificate_that_share_does(mo
         options = dict({"ca": None, "insecure": False}, **options)
         return neuroengine.try_it_lines("https://r", "X", types.SimpleNamespace(**options))[0]
     monkeypatch.setattr(neuroengine.os, "name", "posix")
-    body = """ https://r/X -d '{"message": "Hello!", "max_new_len": 100}'"""
+    body = """ https://r/X -d '{"message": "Hello!", "max_new_len": 200}'"""
     assert line(ca="my cert.pem") == "curl --cacert 'my cert.pem'" + body
     assert line(insecure=True) == "curl --insecure" + body and line() == "curl" + body
 
