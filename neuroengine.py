@@ -4213,10 +4213,10 @@ class Upstream:
                               "%s %d" % pair for pair in USUAL))
 
     def check(self, ids=()):
-        """Raise Unavailable if it is not there any more, or lacks a model that it had."""
+        """Raise Unavailable if it is not there any more, or has models, but not all of these."""
         entries = self._entries(self.transport)
-        for id in ids:
-            if id in self.entries and id not in entries:
+        for id in ids if entries else ():      # LM Studio lists none as long as none is loaded
+            if id not in entries:
                 raise Unavailable("The LLM server at %s does not have %s any more." % (
                     self.transport.base, id))
 
@@ -4434,7 +4434,8 @@ class Share:
         once."""
         import asyncio
         if self._checking is None:
-            ids = [bridge.model.id for bridge in self.bridges]
+            ids = [bridge.model.id for bridge in self.bridges
+                   if not bridge.listening.server._paused]     # those wait for theirs
             self._checking = asyncio.ensure_future(in_thread(
                 lambda: self.upstream.check(ids), lambda: None))
             self._checking.add_done_callback(self._checked)

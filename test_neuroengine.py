@@ -9021,6 +9021,33 @@ def test_share_learns_which_model_the_llm_server_has_now():
         assert "b" not in [entry["job"] for entry in relay.entries]    # it was handed back
 
 
+def test_share_goes_on_with_its_model_when_the_llm_server_lists_none():
+    with fake_llm() as (llm, url), sharing(url) as (relay, listenings):
+        assert relay.ask({"message": "x"}, "a")[1]["done"]
+        llm.model = None                       # an id that is no text: it is left out
+        llm.script += [(404, {"error": {"message": "No model is loaded."}})]
+        assert "No model is loaded" in relay.ask({"message": "x"}, "b")[1]["error"]["message"]
+        assert relay.ask({"message": "x"}, "c")[1]["done"]
+        assert llm.got[-1][1]["model"] == "/secret/model.gguf"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_service_that_waits_for_its_model_stops_no_other_of_the_same_llm_server(waits):
+    def bridge(id, paused):
+        return types.SimpleNamespace(model=neuroengine.Model(id), listening=types.SimpleNamespace(
+            server=types.SimpleNamespace(_paused=paused), pause=lambda: None,
+            status=neuroengine.Status()))
+
+    async def check(url):
+        share = neuroengine.Share(neuroengine.Upstream(url))
+        share.upstream.find()
+        share.bridges = [bridge(FakeLLM.model, False), bridge("gone", waits)]
+        await share.check()
+    with fake_llm() as (_, url), contextlib.nullcontext() if waits else pytest.raises(
+            neuroengine.Unavailable, match="gone"):
+        asyncio.run(check(url))
+
+
 def test_an_upstream_whose_list_of_models_never_ends_is_none(monkeypatch):
     monkeypatch.setattr(neuroengine, "LOOK_UPSTREAM_SECONDS", 0.2)
 
