@@ -4796,11 +4796,11 @@ def choose_service(options):
     names = [name for name in connected if name not in closed] or [
         name for name in closed if not client.key and operators_key(client, name)]
     if not names:
+        words = ["%s is %s" % pair for pair in itertools.islice(closed.items(), 5)]
+        words += ["and so on"] * (len(closed) > len(words))
         raise NeuroengineError(NO_CONNECTION, "Of the services that are connected at %s, none "
                                "takes a prompt of yours: %s.%s" % (
-                                   client._transport.base, ", ".join(
-                                       "%s is %s" % pair for pair in closed.items()),
-                                   " Give an access key by --key or $NEUROENGINE_ACCESS_KEY."
+                                   client._transport.base, ", ".join(words), " Give an access key by --key or $NEUROENGINE_ACCESS_KEY."
                                    if "private" in closed.values() else " Try again later."),
                                "no_service")
     return "Neuroengine-Large" if "Neuroengine-Large" in names else names[0]
@@ -5401,7 +5401,9 @@ class Operating:
 
     def change(self, words, **fields):
         """Change the service, and say so."""
-        self.call("PATCH", body=fields)
+        model = as_dict(self.call("PATCH", body=fields))
+        if "anonymous_per_day" in fields and model.get("private"):
+            words += ", when it is open"
         print("%s %s." % (self.name, words), flush=True)
 
 
@@ -5450,7 +5452,7 @@ def run_keys(options):
             "the relay's number of" if usual else options.anonymous),
             anonymous_per_day=None if usual else options.anonymous)
     if options.paused is not None:
-        service.change("is paused now" if options.paused else "goes on now",
+        service.change("is paused now" if options.paused else "takes prompts again",
                        paused=options.paused)
     if options.add is not None:
         add_key(service, options.add, limits)
@@ -5521,7 +5523,7 @@ def key_words(key):
               for name in KEY_LIMITS if key.get(name) is not None]
     expires = seconds_of(key.get("expires"))
     if expires is not None:
-        limits.append("until " + time.strftime("%Y-%m-%d %H:%M", time.localtime(expires)))
+        limits.append("until " + time.strftime("%Y-%m-%d %H:%M %z", time.localtime(expires)))
     return printable("%s  %-20s  today %s requests, %s tokens  %s" % (
         key.get("id"), key.get("label"), key.get("requests_today"),
         key.get("tokens_today"), ", ".join(limits) or "no limits"))

@@ -9907,6 +9907,7 @@ def test_ask_models_and_register_do_what_they_say(start, command):
 @pytest.mark.parametrize("closed, words", [
     ({"A": "private"}, "A is private. Give an access key by --key or $NEUROENGINE_ACCESS_KEY."),
     ({"A": "private", "B": "paused"}, "A is private, B is paused. Give an access key"),
+    (dict.fromkeys("ABDEFG", "private"), "E is private, F is private, and so on. Give"),
     ({"B": "paused"}, "B is paused. Try again later."), ({}, "No service is connected")])
 def test_ask_says_why_no_service_that_is_connected_takes_its_prompt(
         command, relay, monkeypatch, closed, words):
@@ -9963,7 +9964,7 @@ def test_keys_are_made_listed_and_revoked_from_the_command_line(command, relay):
     assert "Others cannot open that link: 127.0.0.1 is this machine. Replace " + relay.url in text
     assert "is private" in Neuroengine(name, relay.url).request("x")
     assert "No provider" in Neuroengine(name, relay.url, key=key).request("x")
-    run("keys", name, "--anonymous", "3")
+    assert "3 prompts a day now, when it is open." in run("keys", name, "--anonymous", "3")
     listed = run("keys", name)
     assert "; when it is open, callers without a key have 3 prompts a day." in listed
     assert "Ann" in listed and "requests per day 5" in listed and key not in listed
@@ -9994,7 +9995,7 @@ def test_a_service_is_paused_resumed_and_drained_from_the_command_line(
     api, service = client_of(relay, name), relay.broker.find(name)
     assert "is paused now" in command(relay, *keys, "--pause")[1]
     assert "paused" in api.request("x")
-    assert "goes on now" in command(relay, *keys, "--resume")[1]
+    assert "takes prompts again" in command(relay, *keys, "--resume")[1]
     first, second = in_thread(api.request, "x"), in_thread(api.request, "y")
     until(lambda: service.queue.size == 1)
     for number in range(2):
@@ -10013,7 +10014,7 @@ def test_a_service_is_paused_resumed_and_drained_from_the_command_line(
     (["--anonymous", "0"], {"anonymous_per_day": 0}, "key 0 prompts a day"),
     (["--anonymous", "default"], {"anonymous_per_day": None}, "the relay's number"),
     (["--private"], {"private": True}, "is private"), (["--open"], {"private": False}, "open"),
-    (["--pause"], {"paused": True}, "is paused"), (["--resume"], {"paused": False}, "on")])
+    (["--pause"], {"paused": True}, "is paused"), (["--resume"], {"paused": False}, "again")])
 def test_keys_sends_what_it_says(relay, command, monkeypatch, args, sent, words):
     calls = []
     monkeypatch.setattr(neuroengine.Transport, "call", lambda self, method, path, body, key:
