@@ -11,19 +11,22 @@ is generated. It hosts no LLM, and it neither stores nor logs prompts or answers
     python3 neuroengine_server.py --port 443 --cert fullchain.pem --key privkey.pem
     python3 neuroengine_server.py doctor        # what is wrong? --help: more commands
 
-How to read this file. The spine comes first and takes about an hour: what a job is,
-who waits for what, how a prompt gets in and items get out. The machinery follows, in
-sections of any order. "####" finds all sections; ROUTES, at the end of the spine,
+How to read this file. The spine comes first and takes about an hour; half an hour is enough
+for post_native, submit_native; Jobs.submit, _accept_locked, _end_locked, _leave_locked;
+Matcher.poll, push, _dispatch_locked, _lease_locked, _hand_over_locked, _push_locked,
+_release_locked, _broken_locked, _silent_locked; Lease; Outlet.deliver, work. The machinery
+follows, in sections of any order. "####" finds all sections; ROUTES, at the end of the spine,
 lists all paths.
 
-In: Connection -> Exchange -> handler -> Broker (which asks Admission) -> Queue -> Lease
-(a provider's right to work on a job) -> poll. Out: push -> Broker -> Outlet (one per
-response) -> Connection.
+In: Connection -> Exchange -> handler -> Broker.submit (Admission says whether) -> Queue ->
+Lease (a provider's right to work on a job) -> the response to its poll. Out: push -> Broker
+-> Outlet (one per client's response) -> Connection.
 
-Threads: each request has one, which runs its Exchange. A client's waits for Reader.woken, a
-provider's poll for Session.has_response, upkeep for Timers. submit wakes a poll. A push sends
-items itself, and wakes the client's thread only for what could block. HangUps calls hang_up
-(of a client) or poll_lost (of a provider). The Lobby holds idle connections.
+Threads: one per request. A client's waits for Reader.woken (a whole answer's first for the
+client's next bytes), a provider's poll for Session.has_response, upkeep for Timers. The
+thread that pushes items also sends them; the client's own does what could block. When a peer
+goes, HangUps calls hang_up (client) or poll_broken (provider). The Lobby holds idle
+connections.
 
 docs/ repeats the tables ERRORS, LIMITS and ..._FIELDS. Relay and provider can read what
 passes through them.
@@ -31,7 +34,7 @@ passes through them.
 
 import sys
 
-if sys.version_info < (3, 8):    # Python 2 fails at "from None", and so shows this line
+if sys.version_info < (3, 8):    # Python 2 cannot parse "from None", and shows this line
     raise SystemExit("neuroengine needs Python 3.8 or newer: try python3.") from None
 
 import argparse
@@ -126,8 +129,8 @@ ERRORS = {name: ErrorKind(*row) for name, row in {
 class RelayError(Exception):
     """What went wrong, in words for the person who asked.
 
-    name: a row of ERRORS; retry, status, type and code replace the row's (the last three are
-    the upstream LLM server's). param: the field at fault. retry_after: seconds. allow: the
+    name: a row of ERRORS. retry, status, type, code: in place of the row's; the last three as
+    the upstream LLM server sent them. param: the field at fault. retry_after: seconds. allow: the
     methods of a path. limit: the rate limit that was exceeded.
     """
 
@@ -160,7 +163,7 @@ ITEM_BYTES = 64              # what an item takes besides its text
 
 
 class Service:
-    """A name under which an LLM is shared, and who waits and works for it."""
+    """A name under which an LLM is shared: its queue, and its providers' sessions."""
 
     def __init__(self, name, key_digest, operator="", comment="", created=0, numreq=0,
                  last_seen=None, private=False, paused=False, anonymous_per_day=None,
@@ -175,7 +178,7 @@ class Service:
         self.stored = False           # whether it is in the data file
         self.keys = {}                # digest -> AccessKey
         self.sessions = {}            # id -> Session, the connected ones
-        self.idle = OrderedDict()     # sessions with a parked poll and a free worker
+        self.idle = OrderedDict()     # sessions with a parked poll, a free worker, nothing to say
         self.queue = Queue()          # jobs that wait
         self.job_seconds = None       # moving average
         self.tokens_per_second = None
@@ -212,9 +215,9 @@ class Features:
 class Session:
     """One logged-in provider.
 
-    connected (in service.sessions): it gets jobs. lost: its poll broke close_seconds ago; it
-    keeps the jobs that clients have seen, and may come back. closed: silent for lease_seconds,
-    or logged out; its jobs go to others.
+    connected (in service.sessions): it gets jobs. away: its poll broke close_seconds ago; it
+    keeps the jobs that clients have seen, and may come back, also to others that still wait.
+    closed: silent for lease_seconds, or logged out; its jobs go to others.
     """
 
     def __init__(self, service, workers, features, lock):
@@ -251,7 +254,7 @@ class Session:
             return False
         if job.prefers not in (None, self) and job.prefers.id in self.service.sessions:
             return False                   # see Affinity
-        # Not again to the one that lost it, if another is free.
+        # Not again to the session that it was taken from, if another is free.
         return job.avoid is not self or not any(
             other.free() > 0 and other.can_answer(job)
             for other in self.service.sessions.values() if other is not self)
@@ -271,18 +274,7 @@ class Session:
 class Poll:
     """One poll: its identity tells it from a newer one of the session."""
 
-    lost = False                      # its connection has broken
-
-
-def unique_ids():
-    """Yield names unique to all processes. Not secret: a system call for each would cost more
-    than the rest of a job's record."""
-    prefix = secrets.token_hex(8)
-    return map((prefix + "%08x").__mod__, itertools.count())
-
-
-JOB_IDS = unique_ids()
-JOB_NUMBERS = itertools.count()
+    broken = False                    # its connection has closed
 
 
 class Job:
@@ -300,10 +292,10 @@ class Job:
 
     # Class attributes, because most jobs never change them.
     state = "queued"
-    number = None                 # in the order of arrival
+    number = None                 # in the order of arrival, which ids cannot tell
     identity = None               # how other requests find it
     returned = False              # a provider had it: it goes before all others
-    seen = 0                      # items that a client has taken
+    seen = 0                      # items that some reader was given
     resume_at = 0                 # where a read by key that names no `at` goes on
     attempt = deaths = 0          # leases so far; of them, those whose provider died
     died = False                  # whether the last lease is one of these
@@ -333,7 +325,8 @@ class Job:
         self.cost = cost                  # how many prompts it counts as
         self.needs = needs                # the API that its provider must have; None: text
         self.prefixes = prefixes          # see prefixes_of
-        self.items, self.size, self.readers = [], 0, []
+        self.items, self.readers = [], []
+        self.size = 0                     # bytes that it takes, all together
 
     def move(self, state):
         """Change the state, in one of the ways that MOVES has."""
@@ -347,7 +340,7 @@ class Job:
         return self.size - JOB_BYTES - len(self.payload)
 
     def readable(self):
-        """Whether its items may be shown: not while it may be generated anew."""
+        """Whether its items may be shown: not while it waits to be generated anew."""
         return self.state != "queued" or self.seen > 0
 
 
@@ -381,8 +374,9 @@ class Reader:
         self.job, self.cursor = job, cursor
         self.resumed_at = None        # the job's resume_at, before this one advanced it
         self.woken = None             # the condition its own thread waits for
-        self.wanted = math.inf        # of how many items it wants to hear
-        self.deliver = None           # see deliver_to; None: its own thread is woken
+        self.wanted = math.inf        # it wants to hear when the job has so many items
+        self.deliver = None           # called by whoever brings items, see deliver_to; None:
+                                      # its own thread is woken
         self.has_work = False         # for its own thread
         self.attached, self.gone = True, False
 
@@ -500,8 +494,9 @@ class Lease:
     cancelled   the provider must stop, and has not said that it did
     ended       over
 
-    One that was sent and that a poll does not name is offered again, if the provider can begin
-    or continue the job; else it is handed_out, and its job goes to another session.
+    A provider has lost a lease that it was sent and its poll does not name. It is offered again
+    if the provider can begin or continue the job; else it counts as handed_out once more, and
+    handover_seconds later the job goes to another session.
     """
 
     MOVES = {
@@ -511,7 +506,7 @@ class Lease:
         "cancelled": ("cancelled", "ended"),
         "ended": (),
     }
-    UNSENT = ("offered", "cancelled")     # the next response has to say so
+    TO_SAY = ("offered", "cancelled")     # in the next response
 
     __slots__ = ("session", "job", "pair", "state", "since", "sent", "offers")
 
@@ -522,7 +517,7 @@ class Lease:
         self.sent = state != "offered"     # whether the provider may have it
         self.offers = 0                    # responses that carried it
         session.leases[pair] = self
-        if state in self.UNSENT:
+        if state in self.TO_SAY:
             session.outbox[self] = True
 
     def move(self, state, now):
@@ -532,7 +527,7 @@ class Lease:
                 self.pair, self.state, state))
         self.state, self.since = state, now
         self.sent = self.sent or state in ("handed_out", "confirmed")
-        if state in self.UNSENT:
+        if state in self.TO_SAY:
             self.session.outbox[self] = True
         else:
             self.session.outbox.pop(self, None)
@@ -559,7 +554,7 @@ class Lease:
 
 class Timers:
     """A heap of calls and their instants on the injected clock. Its user holds the lock.
-    Arguments name a job by its id: a timer would keep the Job in memory."""
+    Arguments name a job by its id, so that no timer keeps a Job in memory."""
 
     def __init__(self, clock, lock):
         self._clock, self._heap = clock, []
@@ -621,8 +616,8 @@ class Admission:
 
     def admit(self, job):
         """Raise RelayError unless service, quota, queue and rate limits allow this job; return
-        the job that must leave a full queue for it, or None. It counts for the rate limits
-        even if memory is full then: only callers below them can make others give way."""
+        the job that must leave a full queue for it, or None. Rates are charged first, even if
+        memory is full then: a caller above them makes no others give way."""
         service = job.service
         if service.paused and not job.by_operator:
             raise paused_error(service)
@@ -642,7 +637,7 @@ class Admission:
             raise too_many_waiting_error(service, mine, limits, self.retry_after(service))
         most = limits.max_queue
         if job.by_operator or job.access is not None:
-            most += most // RESERVED           # for when no stranger gives way
+            most += most // RESERVED           # a tenth more, for when no stranger gives way
         victim = gives_way(service.queue, job) if service.queue.size >= limits.max_queue else None
         if service.queue.size >= most and victim is None:
             raise queue_full_error(service, self.retry_after(service))
@@ -679,20 +674,22 @@ class Admission:
 # Broker: matches jobs with polls, and carries items to readers
 ##############################################################################
 
-MAX_SESSIONS_PER_JOB = 3     # a job goes to at most this many sessions
+MAX_LEASES_PER_JOB = 3       # then no provider can answer it
 MAX_OFFERS_PER_LEASE = 3     # then the provider ignores it, and another gets the job
 MAX_DEATHS_PER_JOB = 2       # then the prompt is the cause
-MAX_READERS_PER_JOB = 100    # a push to 100 takes 9 ms
+MAX_READERS_PER_JOB = 100    # then a push takes 9 ms
+CROSSING = 0.2               # of handover_seconds: so late a poll may have crossed a response
+REPEAT_AFTER = 0.5           # of handover_seconds: then what was said may be said again
 POLL_GAP_SECONDS = 0.5       # a provider with a free worker polls again within this
 MAX_UNKNOWN_LEASES = 64      # of a session, which could make up any number
 MAX_HANDOVER_BYTES = 1 << 22     # of prompts in one response, if more than one
-HANDOVER_BYTES_PER_SECOND = 1 << 16      # a provider may be silent while it receives
+HANDOVER_BYTES_PER_SECOND = 1 << 16      # so slow may a provider receive, in silence
 
 
 class DeliveryLock:
     """The broker's lock. The thread that releases it then makes the deliveries gathered under
-    it: items go out in the thread that brought them, but not under the lock. Waiting for a
-    condition delivers nothing, so no method waits once deliveries are gathered."""
+    it: items go out in the thread that brought them, but not under the lock. A wait would hold
+    them up, so no method gathers deliveries and then waits."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -763,7 +760,7 @@ class Jobs:
             known = self._find_job_locked(identity)
             if known is not None:
                 return self._attach_locked(known, at)
-            if at:
+            if at:                         # what came before is gone
                 raise stream_unknown_error(self.limits)
             self._accept_locked(job)
             if identity is not None:
@@ -801,20 +798,10 @@ class Jobs:
         service.numreq += 1
         self._save_later_locked(service)
 
-    def is_known(self, identity):
-        """Whether a job has this identity. If its client has hung up unnoticed, submit finds it
-        only after HangUps.look."""
-        return identity.key in self._identified
-
     def open(self, identity, at=None):
         """Return a Reader of a job that was submitted before. Raises RelayError."""
         with self._lock:
             return self._attach_locked(self._known_job_locked(identity), at)
-
-    def cancel_stream(self, identity):
-        """Stop a job that was submitted before. Raises RelayError."""
-        with self._lock:
-            self._cancel_locked(self._known_job_locked(identity))
 
     def read(self, reader, most=None):
         """Return (the next items, at most `most`; whether none will follow). Does not block:
@@ -844,16 +831,6 @@ class Jobs:
             self._wait_locked(reader, timeout,
                               lambda: reader.has_work or not reader.attached)
             reader.has_work = False
-
-    def queue_position(self, job):
-        """Where a queued job stands, as clients are told; None if it is not queued."""
-        with self._lock:
-            if job.state != "queued":
-                return None
-            position = job.service.queue.position(job)
-            return {"position": position, "waiting": job.service.queue.size,
-                    "eta_s": self._admission.eta(job.service, position),
-                    "connected": bool(job.service.sessions)}
 
     def leave(self, reader, delivered=False):
         """Detach the reader. delivered: what it read has reached its client."""
@@ -955,7 +932,7 @@ class Jobs:
             job.left_at = self._clock()
             if job.ended_at is not None:
                 self._memory.keep(job)     # without a reader: the first to make room
-            if job.identity is not None:   # a duplicate may have taken its place
+            if job.identity is not None:   # an equal body may have taken its place
                 self._identified[job.identity.key] = job
             self._recheck_locked(job)
 
@@ -1016,11 +993,12 @@ class Matcher(Jobs):
 
     A provider logs in, polls and pushes, and logs out. One thread runs upkeep.
 
-    When a poll's connection breaks (poll_lost), _broken_locked after close_seconds queues again
-    the jobs of which no client has seen an item. After lease_seconds of silence _silent_locked
-    ends the session and releases the rest: queued again, before all others, if another session
-    can continue, else failed. If the lease was confirmed, this is a death; two deaths, or three
-    leases, end a job. _confirm_locked, in Broker, repairs lost responses by what polls name.
+    When a poll's connection breaks, its unseen jobs are queued again after close_seconds, before
+    all others (_broken_locked). After lease_seconds of silence, not counting the hold of an
+    idle poll, the session ends (_silent_locked), and the jobs that clients have seen go to
+    another session that can continue them, or fail. A provider that is back sooner, and names a
+    job that still waits, has it again. Two deaths (a confirmed lease lost) or three leases end
+    a job.
     """
 
     # -- providers --
@@ -1047,12 +1025,12 @@ class Matcher(Jobs):
         offers: tuples (Job, attempt, offset of its next item, text so far or None).
         cancels: pairs (job id, attempt). running: the pairs that the provider has in hand; what
         it does not name is offered again, what it has no right to is cancelled. this_poll: a
-        new Poll, for poll_lost. Blocks up to timeout, poll_seconds, or busy_poll_seconds while
+        new Poll, for poll_broken. Blocks up to timeout, poll_seconds, or busy_poll_seconds while
         jobs run, so that silence is noticed within the lease.
         """
         with self._lock:
             session = self._session_locked(service, session_id)
-            if this_poll.lost:
+            if this_poll.broken:
                 return [], []                   # nobody hears this
             session.poll, session.receiving_until = this_poll, 0.0
             session.has_response.notify_all()        # an older poll of this session ends
@@ -1068,7 +1046,7 @@ class Matcher(Jobs):
                 if session.poll is this_poll:
                     session.parked = False
                     service.idle.pop(session, None)
-            if session.poll is not this_poll or this_poll.lost:
+            if session.poll is not this_poll or this_poll.broken:
                 return [], []                   # a newer one speaks, or this one broke
             if session.closed:
                 raise session_unknown_error()
@@ -1097,14 +1075,14 @@ class Matcher(Jobs):
             return (refused,) + self._hand_over_locked(session)
 
     def logout(self, service, session_id):
-        """End a session; its unfinished jobs go back to the front of the queue."""
+        """End a session, and release its jobs: see _release_locked."""
         with self._lock:
             self._end_session_locked(self._session_locked(service, session_id))
 
-    def poll_lost(self, session_id, this_poll):
+    def poll_broken(self, session_id, this_poll):
         """The connection of this poll has closed."""
         with self._lock:
-            this_poll.lost = True                     # even if the poll has not begun
+            this_poll.broken = True                     # even if the poll has not begun
             session = self._sessions.get(session_id)
             if session is None or session.poll is not this_poll or session.closed:
                 return
@@ -1202,7 +1180,7 @@ class Matcher(Jobs):
         """Block until this poll has something to say, or a newer one has come."""
         deadline, idle = self._clock() + timeout, not session.jobs()
         while not (session.outbox or session.closed or self.closed
-                   or session.poll is not this_poll or this_poll.lost):
+                   or session.poll is not this_poll or this_poll.broken):
             if self.draining and not session.jobs():
                 raise self._shutting_down()
             left = deadline - self._clock()
@@ -1304,7 +1282,7 @@ class Matcher(Jobs):
         job.lease = None
         self._idle_locked(session)
         service = session.service
-        if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_SESSIONS_PER_JOB:
+        if job.deaths >= MAX_DEATHS_PER_JOB or job.attempt >= MAX_LEASES_PER_JOB:
             self._end_locked(job, "failed", lost_too_often_error(job))
         elif job.seen and not (only_text(job.items) and service.continues(but=session)):
             # Half a tool call, say, cannot be continued.
@@ -1314,9 +1292,46 @@ class Matcher(Jobs):
         else:
             job.move("queued")
             self.counts["requeued"] += 1
-            job.avoid, job.returned = session, True       # others have time to poll
+            job.avoid, job.returned = session, True
+            # The others have time to poll.
             self._timers.call_later(POLL_GAP_SECONDS, self._open_to_all_locked, job.id)
             self._enqueue_locked(job)
+
+    # -- lost responses: each poll names what its provider has in hand --
+
+    def _confirm_locked(self, session, running):
+        """Compare what the provider has in hand with what we think it has."""
+        now, running = self._clock(), set(running)
+        unknown = sum(lease.job is None for lease in session.leases.values())
+        for pair in running:
+            lease = session.leases.get(pair) or self._restore_lease_locked(session, pair)
+            if lease is not None and lease.state != "cancelled":
+                lease.confirm(now)
+            elif lease is not None:
+                # Say it again only if the response that said it may have been lost.
+                if now - lease.since >= REPEAT_AFTER * self.limits.handover_seconds:
+                    lease.move("cancelled", now)
+            elif pair not in session.ended and unknown < MAX_UNKNOWN_LEASES:
+                # Not its own (else its last push overtook this poll).
+                Lease(session, None, pair, "cancelled", now)
+                unknown += 1
+        for lease in list(session.leases.values()):
+            if lease.pair not in running and lease not in session.outbox:
+                self._missing_locked(session, lease, now)
+
+    def _missing_locked(self, session, lease, now):
+        """A poll does not name this lease, which was mentioned in an earlier response."""
+        if lease.state == "cancelled":
+            lease.move("ended", now)                  # the provider has stopped
+        elif now - lease.since < CROSSING * self.limits.handover_seconds:
+            pass                                      # it may have crossed this poll
+        elif lease.offers < MAX_OFFERS_PER_LEASE and (not lease.job.items or (
+                session.features.continues and only_text(lease.job.items))):
+            lease.move("offered", now)                # it was lost there, or on the way
+        elif lease.state == "confirmed":
+            # It was begun there, and would be begun again behind the items we have.
+            lease.move("handed_out", now)
+            self._check_handover_later_locked(session, self.limits.handover_seconds)
 
     # -- sessions that come and go --
 
@@ -1397,7 +1412,6 @@ class Matcher(Jobs):
 # Exchange: one request and its one response
 ##############################################################################
 
-REQUEST_IDS = unique_ids()
 JSON = "application/json"
 MAX_SMALL_BODY_BYTES = 1 << 18   # of requests that are neither a prompt nor a push
 LARGE_BODY_BYTES = 1 << 16       # only one of these is parsed at a time
@@ -1495,7 +1509,7 @@ class Exchange:
             slot.release()
 
     def fail(self, error):
-        """Answer with an error. Raises PeerGone if a part of the response was sent."""
+        """Answer with an error. Raises PeerGone, also if a part of the response was sent."""
         self.release_slot()
         self.release_large_body()
         if self.started:
@@ -1705,7 +1719,8 @@ class StreamOutlet(Outlet):
         return max(0.01, silence)
 
     def send_next(self, may_block):
-        count = len(self.job.items) - self.reader.cursor     # before their size: more may come
+        # Counted before their size is looked at: those that come later may be large.
+        count = len(self.job.items) - self.reader.cursor
         if not may_block and self.size() > DIRECT_ITEM_BYTES:
             return
         most = max(1, len(self.next_items()) if may_block else count)
@@ -1851,13 +1866,13 @@ def post_native(exchange, name):
 
 
 def submit_native(exchange, service, request, by_operator, access):
-    """Submit a native prompt, or find the job it already is; return a Reader."""
+    """Submit a native prompt, or find the job that it means; return a Reader."""
     prompt, at = request.get("message", request.get("messages")), request.get("at")
     if prompt is None and not request.get("key"):
         raise RelayError("invalid_request", "message is missing: the prompt, a text.",
                          param="message")
     identity = native_identity(exchange, service, request, access, prompt)
-    if identity.kind == "stream" and (prompt is None or at):       # it must be there
+    if identity.kind == "stream" and (prompt is None or at):       # it began before
         with charging_guesses(exchange):
             return exchange.broker.open(identity, at)
     cap_length(request, access, "max_new_len")
@@ -1903,7 +1918,7 @@ def post_poll(exchange, name):
         raise RelayError("invalid_request", "running has more than %d jobs."
                          % (4 * exchange.limits.max_workers), param="running")
     this_poll, broker = Poll(), exchange.broker
-    lost = functools.partial(broker.poll_lost, session, this_poll)
+    lost = functools.partial(broker.poll_broken, session, this_poll)
     # when_gone: while this poll waits. on_close: between two requests.
     exchange.connection.when_gone(lost)
     exchange.connection.on_close = lost if exchange.keep_alive else None
@@ -2695,8 +2710,16 @@ class Memory:
 ##############################################################################
 
 
-CROSSING = 0.2               # of handover_seconds: so late a poll may have crossed a response
-REPEAT_AFTER = 0.5           # of handover_seconds: then what was said may be said again
+def unique_ids():
+    """Yield names unique to all processes: a random prefix and a number. Easy to guess; random
+    ones would cost more than the rest of a job's record."""
+    prefix = secrets.token_hex(8)
+    return map((prefix + "%08x").__mod__, itertools.count())
+
+
+JOB_IDS = unique_ids()
+REQUEST_IDS = unique_ids()
+JOB_NUMBERS = itertools.count()
 
 
 class Broker(Matcher):
@@ -2792,41 +2815,7 @@ class Broker(Matcher):
         for session in [s for s in self._sessions.values() if s.service is service]:
             self._end_session_locked(session)
 
-    # -- lost responses: each poll names what its provider has in hand --
-
-    def _confirm_locked(self, session, running):
-        """Compare what the provider has in hand with what we think it has."""
-        now, running = self._clock(), set(running)
-        unknown = sum(lease.job is None for lease in session.leases.values())
-        for pair in running:
-            lease = session.leases.get(pair) or self._restore_lease_locked(session, pair)
-            if lease is not None and lease.state != "cancelled":
-                lease.confirm(now)
-            elif lease is not None:
-                # Say it again only if the response that said it may have been lost.
-                if now - lease.since >= REPEAT_AFTER * self.limits.handover_seconds:
-                    lease.move("cancelled", now)
-            elif pair not in session.ended and unknown < MAX_UNKNOWN_LEASES:
-                # Not its own (else its last push overtook this poll).
-                Lease(session, None, pair, "cancelled", now)
-                unknown += 1
-        for lease in list(session.leases.values()):
-            if lease.pair not in running and lease not in session.outbox:
-                self._missing_locked(session, lease, now)
-
-    def _missing_locked(self, session, lease, now):
-        """A poll does not name this lease, which was mentioned in an earlier response."""
-        if lease.state == "cancelled":
-            lease.move("ended", now)                  # the provider has stopped
-        elif now - lease.since < CROSSING * self.limits.handover_seconds:
-            pass                                      # it may have crossed this poll
-        elif lease.offers < MAX_OFFERS_PER_LEASE and (not lease.job.items or (
-                session.features.continues and only_text(lease.job.items))):
-            lease.move("offered", now)                # it was lost there, or on the way
-        elif lease.state == "confirmed":
-            # It was begun there, and would be begun again behind the items we have.
-            lease.move("handed_out", now)
-            self._check_handover_later_locked(session, self.limits.handover_seconds)
+    # -- lost responses: leases that a poll names, and should not, or the other way round --
 
     def _restore_lease_locked(self, session, pair, at=0):
         """Give a job back to a provider that seemed to be gone, if it waits and the provider
@@ -2880,6 +2869,28 @@ class Broker(Matcher):
                 self._end_locked(job, "failed", lost_midway_error(service))
             elif not job.wait:
                 self._end_locked(job, "failed", offline_error(service, self._wall(), waited=True))
+
+    # -- what else clients ask --
+
+    def is_known(self, identity):
+        """Whether a job has this identity. If its client has hung up unnoticed, submit finds it
+        only after HangUps.look."""
+        return identity.key in self._identified
+
+    def cancel_stream(self, identity):
+        """Stop a job that was submitted before. Raises RelayError."""
+        with self._lock:
+            self._cancel_locked(self._known_job_locked(identity))
+
+    def queue_position(self, job):
+        """Where a queued job stands, as clients are told; None if it is not queued."""
+        with self._lock:
+            if job.state != "queued":
+                return None
+            position = job.service.queue.position(job)
+            return {"position": position, "waiting": job.service.queue.size,
+                    "eta_s": self._admission.eta(job.service, position),
+                    "connected": bool(job.service.sessions)}
 
     # -- reads by key --
 

@@ -304,7 +304,7 @@ def test_a_provider_that_lost_a_job_has_it_again_if_the_others_do_not_poll(desk)
 
 def test_a_poll_whose_connection_broke_before_it_began_takes_no_job(desk):
     session, reader, poll = desk.login(), desk.submit(), Poll()
-    desk.broker.poll_lost(session, poll)
+    desk.broker.poll_broken(session, poll)
     desk.poll(session, token=poll)
     assert reader.job.state == "queued"
 
@@ -329,7 +329,7 @@ def test_a_provider_that_comes_back_is_no_death_even_after_a_lease_that_was_neve
     other, poll = desk.login(), Poll()
     parked(desk, other)
     desk.poll(session, [(job, 1)], token=poll)
-    desk.broker.poll_lost(session, poll)
+    desk.broker.poll_broken(session, poll)
     with desk.broker._lock:                # so that the parked poll has not woken yet
         desk.broker._broken_locked(desk.broker._sessions[session], poll)
         assert reader.job.deaths == 1 and reader.job.lease.session.id == other
@@ -415,7 +415,7 @@ def test_a_lease_that_was_there_counts_even_if_it_is_offered_again(desk):
         looks = 0
 
         @property
-        def lost(self):
+        def broken(self):
             self.looks += 1
             return self.looks > 1
     assert desk.poll(session, token=Breaks()) == ([], [])    # does not name it
@@ -427,11 +427,11 @@ def test_a_lease_that_was_there_counts_even_if_it_is_offered_again(desk):
 def test_a_poll_that_broke_before_it_began_connects_nobody(desk):
     session, good = desk.login(), Poll()
     desk.poll(session, token=good)
-    desk.broker.poll_lost(session, good)
+    desk.broker.poll_broken(session, good)
     desk.later(desk.broker.limits.close_seconds)
     assert not desk.service.sessions
     broken = Poll()
-    desk.broker.poll_lost(session, broken)
+    desk.broker.poll_broken(session, broken)
     assert desk.poll(session, token=broken) == ([], []) and not desk.service.sessions
 
 
@@ -1022,7 +1022,7 @@ def test_a_lost_providers_unseen_job_is_back_at_the_front_within_a_second(desk):
     (job, _, _, _), = desk.poll(session)[0]
     desk.poll(session, [(job, 1)], token)
     second = desk.submit(b'"second"')
-    desk.broker.poll_lost(session, token)
+    desk.broker.poll_broken(session, token)
     desk.later(1.0)
     assert desk.broker.queue_position(first.job)["position"] == 1
     assert desk.broker.queue_position(second.job)["position"] == 2
@@ -1072,7 +1072,7 @@ def test_a_long_prompt_is_back_soon_if_its_way_to_the_provider_breaks(desk):
     long = desk.submit(b"x" * 12000000)
     assert desk.poll(session, (), token)[0]
     desk.later(3)
-    desk.broker.poll_lost(session, token)
+    desk.broker.poll_broken(session, token)
     desk.later(1)
     assert long.job.state == "queued"
 
@@ -1084,7 +1084,7 @@ def test_a_connection_that_closes_behind_a_poll_takes_no_job_away_at_once(desk):
     desk.later(desk.broker.limits.handover_seconds - 0.1)
     late = desk.submit()
     assert desk.poll(session, [(job, attempt)], token)[0]
-    desk.broker.poll_lost(session, token)
+    desk.broker.poll_broken(session, token)
     desk.later(0.2)                        # of close_seconds, 0.5
     assert late.job.state == "leased"
     (job, _, _, _), = desk.poll(session, [(job, attempt)])[0]
@@ -1120,7 +1120,7 @@ def test_a_hand_over_that_was_never_confirmed_is_no_death(desk):
     for _ in range(2):
         session, token = desk.login(), Poll()
         assert desk.poll(session, (), token)[0]
-        desk.broker.poll_lost(session, token)
+        desk.broker.poll_broken(session, token)
         desk.later(1)
     assert reader.job.state == "queued" and reader.job.deaths == 0
 
@@ -1228,7 +1228,7 @@ def test_a_provider_whose_job_passed_to_another_is_fenced_off(desk):
     token = Poll()
     desk.poll(session, [(job, 1)], token)
     other = desk.login()
-    desk.broker.poll_lost(session, token)
+    desk.broker.poll_broken(session, token)
     desk.later(1)
     assert desk.poll(other)[0] == [(job, 2, 0, None)]
     refused, _, _ = desk.push(session, job, ["late"], attempt=1)
@@ -1339,7 +1339,7 @@ def test_a_provider_that_only_lost_its_connection_gets_its_job_back(desk):
     desk.push(session, job, ["w"])
     token = Poll()
     desk.poll(session, [(job, 1)], token)
-    desk.broker.poll_lost(session, token)
+    desk.broker.poll_broken(session, token)
     desk.later(1)
     assert reader.job.state == "queued"
     assert desk.broker.read(reader) == ([], False)    # another may begin anew
@@ -1354,7 +1354,7 @@ def test_a_stream_goes_on_when_its_provider_is_back_within_the_lease(desk):
     desk.broker.read(reader)
     token = Poll()
     desk.poll(session, [(job, 1)], token)
-    desk.broker.poll_lost(session, token)
+    desk.broker.poll_broken(session, token)
     desk.later(14)
     desk.push(session, job, ["b"], at=1)
     desk.poll(session, [(job, 1)])
@@ -1385,7 +1385,7 @@ def test_a_broken_poll_hands_its_jobs_out_again_at_once(desk):
     session, token = desk.login(), Poll()
     reader = desk.submit()
     assert desk.poll(session, (), token)[0]
-    desk.broker.poll_lost(session, token)
+    desk.broker.poll_broken(session, token)
     assert desk.poll(session)[0] == [(reader.job.id, 1, 0, None)]
 
 
@@ -1403,7 +1403,7 @@ def test_an_older_poll_takes_nothing_from_a_newer_one(desk, monkeypatch):
     session, old = desk.login(), Poll()
     desk.poll(session, token=old)
     desk.poll(session)
-    desk.broker.poll_lost(session, old)
+    desk.broker.poll_broken(session, old)
     desk.later(1)
     assert session in desk.service.sessions
 
@@ -1414,7 +1414,7 @@ def test_a_newer_poll_ends_the_one_that_is_parked(desk):
     until(lambda: desk.broker._sessions[session].parked)
     desk.poll(session)
     assert ended() == ([], [])
-    desk.broker.poll_lost(session, old)
+    desk.broker.poll_broken(session, old)
     desk.submit()
     assert len(desk.poll(session)[0]) == 1
 
@@ -1423,14 +1423,14 @@ def test_a_newer_poll_ends_the_one_that_is_parked(desk):
 def test_a_poll_whose_connection_breaks_ends_at_once_and_takes_nothing(desk, before):
     session, token, got = desk.login(), Poll(), []
     if before:                             # the hang-up can be seen before the poll begins
-        desk.broker.poll_lost(session, token)
-        desk.broker.poll_lost(session, Poll())  # and that of another after it
+        desk.broker.poll_broken(session, token)
+        desk.broker.poll_broken(session, Poll())  # and that of another after it
     thread = threading.Thread(target=lambda: got.append(desk.broker.poll(
         desk.service, session, token, ())))
     thread.start()
     if not before:
         until(lambda: desk.broker._sessions[session].parked)
-        desk.broker.poll_lost(session, token)
+        desk.broker.poll_broken(session, token)
     thread.join(SOON)
     assert got == [([], [])] and not desk.service.idle
     desk.submit()
@@ -3426,7 +3426,7 @@ def test_a_polled_stream_ends_after_job_seconds_even_if_each_read_finds_a_token(
 def test_a_provider_that_asks_for_its_connection_to_be_closed_is_not_lost_by_that(monkeypatch):
     with running_relay() as relay:
         hand, lost = Hand(relay), []
-        monkeypatch.setattr(relay.broker, "poll_lost", lambda *poll: lost.append(poll))
+        monkeypatch.setattr(relay.broker, "poll_broken", lambda *poll: lost.append(poll))
         prompt = in_thread(ask, relay, "/" + hand.name, {"message": "x"})
         job, = ask(relay, "/provider/%s/poll" % hand.name, {"session": hand.session},
                    Authorization="Bearer " + hand.key, Connection="close")[1]["jobs"]

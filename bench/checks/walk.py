@@ -251,7 +251,7 @@ class Walk:
         if lost < 0.9:
             provider.take(offers, cancels)
         elif lost < 0.95:                  # the response is lost, and the connection with it
-            self.broker.poll_lost(provider.id, token)
+            self.broker.poll_broken(provider.id, token)
 
     def ended(self, provider):
         if provider in self.providers and self.rand.random() < 0.8:
@@ -334,7 +334,7 @@ class Walk:
         provider = self.pick(self.providers)
         session = provider and self.broker._sessions.get(provider.id)
         if session is not None and session.poll is not None:
-            self.broker.poll_lost(provider.id, session.poll)
+            self.broker.poll_broken(provider.id, session.poll)
             if self.rand.random() < 0.5:   # for good
                 self.providers.remove(provider)
 
@@ -405,7 +405,7 @@ class Walk:
                    "nothing looks whether a job has arrived")
             insist(lease.state == "cancelled" if lease.job is None else lease.job.lease is lease,
                    "a lease of no job is %s", lease.state)
-            insist((lease in lease.session.outbox) == (lease.state in lease.UNSENT)
+            insist((lease in lease.session.outbox) == (lease.state in lease.TO_SAY)
                    or lease.state == "cancelled", "the outbox lacks a lease")
         for job in queued:
             insist(jobs.get(job.id) is job, "job %s waits and is unknown", job.number)
