@@ -783,9 +783,9 @@ class RelayTransport(Transport):
                 if isinstance(models, list) and models and "neuroengine" not in [
                         model.get("owned_by") for model in models if isinstance(model, dict)]:
                     return NeuroengineError(NO_CONNECTION, (
-                        "%s is an LLM server, not a relay. Share it with `%s share NAME --relay URL "
-                        "--upstream %s`." % (self.base, how_to_run("neuroengine.py"),
-                                             self.base)), "llm_server")
+                        "%s is an LLM server, not a relay. Share it with `%s share NAME "
+                        "--relay URL --upstream %s`." % (
+                            self.base, how_to_run("neuroengine.py"), self.base)), "llm_server")
             except NeuroengineError:
                 pass
         return error
@@ -4798,11 +4798,11 @@ def choose_service(options):
     if not names:
         words = ["%s is %s" % pair for pair in itertools.islice(closed.items(), 5)]
         words += ["and so on"] * (len(closed) > len(words))
+        step = "Give an access key by --key or $NEUROENGINE_ACCESS_KEY." \
+            if "private" in closed.values() else "Try again later."
         raise NeuroengineError(NO_CONNECTION, "Of the services that are connected at %s, none "
-                               "takes a prompt of yours: %s.%s" % (
-                                   client._transport.base, ", ".join(words), " Give an access key by --key or $NEUROENGINE_ACCESS_KEY."
-                                   if "private" in closed.values() else " Try again later."),
-                               "no_service")
+                               "takes a prompt of yours: %s. %s" % (
+                                   client._transport.base, ", ".join(words), step), "no_service")
     return "Neuroengine-Large" if "Neuroengine-Large" in names else names[0]
 
 
@@ -5637,8 +5637,8 @@ def patiently(status, action):
 
 
 def try_it_lines(base, name, options, ask=False, key=""):
-    """Commands that try a service, for the shells of this system: curl, or if it is wanted or
-    curl cannot, ask. key: what ask needs and does not find by itself."""
+    """Commands that try a service, for the shells of this system: curl; or `ask`, if that is
+    wanted. key: the key for `ask`, if it does not find it by itself."""
     import shlex
     import subprocess
     url, body = "%s/%s" % (base, name), '{"message": "Hello!", "max_new_len": 200}'
@@ -5854,8 +5854,9 @@ def add_keys_options(keys):
     pausing.add_argument("--drain", action="store_true", help="pause, and wait until "
                          "nothing waits or runs, so that providers can be stopped")
     for limit, text in KEY_LIMITS.items():
-        keys.add_argument("--" + limit.replace("_", "-"), type=or_word("none", whole(
-            0 if limit.endswith("_per_day") else 1)), metavar="N", help="with --add or --change: %s; `none`: no limit"
+        least = 0 if limit.endswith("_per_day") else 1
+        keys.add_argument("--" + limit.replace("_", "-"), type=or_word("none", whole(least)),
+                          metavar="N", help="with --add or --change: %s; `none`: no limit"
                           % text)
     keys.add_argument("--days", type=or_word("none", decimal), metavar="N",
                       help="with --add or --change: it expires in N days; `none`: never")
