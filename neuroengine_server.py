@@ -9572,15 +9572,22 @@ class HelpAll(argparse.Action):
         parser.exit()
 
 
+def how_to_run(file="neuroengine_server.py"):
+    """How to run one of our two programs here: pip installs them as commands."""
+    if re.search(r"[\\/](site|dist)-packages[\\/]", __file__):
+        return file[:-3].replace("_", "-")
+    return "%s %s" % ("py" if os.name == "nt" else "python3", file)
+
+
 def build_parser(everything=False):
     """Return the parser. everything: its help shows all limits, not only two groups."""
     rows = "".join("  %-10s %-11s%s\n" % (name, argument, text)
                    for name, (_, argument, text) in COMMANDS.items())
     parser = Parser(
-        prog="neuroengine_server.py", formatter_class=HelpFormatter,
+        prog=how_to_run().split()[-1], formatter_class=HelpFormatter,
         usage="%(prog)s [options] [COMMAND] [ARGUMENT]",
         description="The neuroengine relay: people share a locally hosted LLM through it.\n"
-                    "Try it: python3 neuroengine_server.py --demo",
+                    "Try it: %s --demo" % how_to_run(),
         epilog="commands; they work on the data file, also while the relay runs:\n" + rows)
     parser.add_argument("words", nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS,
@@ -9694,7 +9701,7 @@ def refuse_wrong_command(parser, options):
         close = close_matches(name, COMMANDS, 1)
         parser.error("unknown command %s; %s" % (printable(name, 60), (
             "did you mean --port %s?" % name) if name.isdigit() else (
-            "the client has it: neuroengine.py %s" % name) if name in CLIENT_COMMANDS else (
+            "the client has it: %s %s" % (how_to_run("neuroengine.py"), name)) if name in CLIENT_COMMANDS else (
             "the relay starts without one") if name in ("start", "run", "serve") else (
             "did you mean %s?" % close[0]) if close else "--help lists them"))
     takes = COMMANDS[name][1] if name else ""
@@ -10341,11 +10348,11 @@ def run_backup(options):
     except OSError as error:
         raise StoreError("Cannot write %s: %s. Name a new file." % (path, error.strerror))
     if options.engine:
-        print("Copied to %s. To restore it into an empty engine: neuroengine_server.py import "
-              "%s --engine %s" % (path, path, engine.shown))
+        print("Copied to %s. To restore it into an empty engine: %s import %s --engine %s" % (
+            path, how_to_run(), path, engine.shown))
         return
-    print("Copied to %s. To restore it, stop the relay and run: neuroengine_server.py "
-          "restore %s" % (path, path))
+    print("Copied to %s. To restore it, stop the relay and run: %s restore %s" % (
+        path, how_to_run(), path))
 
 
 def run_restore(options):

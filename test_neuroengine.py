@@ -7411,7 +7411,7 @@ def test_the_services_name_in_the_address_is_told_from_a_proxys_path(relay, hand
 @pytest.mark.parametrize("url, error, words", [
     ("http://localhost:8000", ConnectionRefusedError(111, "Connection refused"),
      "No relay runs at http://localhost:8000 (connection refused). Start one there with "
-     "`python3 neuroengine_server.py --port 8000`."),
+     "`%s --port 8000`." % neuroengine.how_to_run("neuroengine_server.py")),
     ("https://relay.example", ConnectionRefusedError(111, "Connection refused"),
      "No relay runs at https://relay.example (connection refused). Are the address and the "
      "port right?"),
@@ -7428,9 +7428,14 @@ def test_a_relay_that_is_not_there_is_told_by_what_is_known_of_it(url, error, wo
 
 
 def test_advice_names_the_commands_that_pip_installs(monkeypatch):
-    assert neuroengine.how_to_run("neuroengine_server.py") == "python3 neuroengine_server.py"
-    monkeypatch.setattr(neuroengine, "__file__", "/x/lib/site-packages/neuroengine.py")
-    assert neuroengine.how_to_run("neuroengine_server.py") == "neuroengine-server"
+    for module in (neuroengine, neuroengine_server):
+        monkeypatch.setattr(module.os, "name", "posix")
+        run = module.how_to_run
+        assert run("neuroengine_server.py") == "python3 neuroengine_server.py"
+        monkeypatch.setattr(module, "__file__", "/x/lib/site-packages/neuroengine.py")
+        assert run("neuroengine_server.py") == "neuroengine-server"
+    text = neuroengine_server.build_parser().format_help()
+    assert "usage: neuroengine-server " in text and "Try it: neuroengine-server --demo" in text
     error = NeuroengineError(30, "Invalid key.", "invalid_key")
     assert "that `neuroengine register` printed" in neuroengine.advise(
         error, neuroengine.PYTHON, service="x", kind="service_key").message
@@ -10141,7 +10146,7 @@ def test_ask_as_json_and_an_answer_that_was_cut(command, relay, provide):
     (["models", "--relai", "x"], "unknown option --relai; did you mean --relay?"),
     (["ask", "x", "--prot", "8000"], "unknown option --prot"),
     (["list"], "`models` lists the services. (To send it as a prompt: ask"),
-    (["doctor"], "belongs to the relay: python3 neuroengine_server.py doctor"),
+    (["doctor"], "neuroengine_server.py doctor"),
     (["aks", "hello"], 'did you mean ask? (To send it as a prompt: ask "aks")'),
     (["rename", "X"], "the new name is missing"), (["ask", "--model", "x"], "mean --service?"),
     (["keys", "X", "--concurrency", "2"], "whose limits? Add --add LABEL"),
@@ -10806,7 +10811,8 @@ def test_a_limit_that_help_does_not_show_is_an_option_all_the_same():
     ("--grace-seconds nan", "--grace-seconds: a number of at least 0 is needed, not nan"),
     ("--trusted-proxy here", "--trusted-proxy: an address (10.0.0.1) or network"),
     ("--ssl", "unknown option --ssl; did you mean --cert?"),
-    ("register", "unknown command register; the client has it: neuroengine.py register"),
+    ("register", "unknown command register; the client has it: %s register"
+     % neuroengine.how_to_run("neuroengine.py")),
     ("start", "unknown command start; the relay starts without one"),
     ("list x", "list takes no argument"),
     ("backup a b", "backup takes one argument: FILE"),
