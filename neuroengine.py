@@ -5000,7 +5000,7 @@ def state_words(model):
     seen = seconds_of(model.get("last_seen"))
     state = ("paused" if model.get("paused") else
              "connected" if model.get("connected") else
-             "offline for " + span_words(max(0, time.time() - seen))
+             "offline, last seen %s ago" % span_words(max(0, time.time() - seen))
              if seen else "never connected")
     return state + (", private" if model.get("private") else "")
 

@@ -10230,7 +10230,7 @@ def test_chat_on_a_terminal_says_at_once_that_nobody_will_answer(command, relay,
     status, text = command(relay, "chat", "--service", "nosuch")
     assert status == 1 and "There is no service nosuch at" in text and "Talking" not in text
     status, text = command(relay, "chat", "--service", hand.name)
-    assert status == 0 and "%s is offline for " % hand.name in text and "Talking to" in text
+    assert status == 0 and "%s is offline, last seen " % hand.name in text and "Talking to" in text
 
 
 def test_a_key_that_is_not_used_is_said_not_to_be(command, relay, monkeypatch):
@@ -10464,7 +10464,7 @@ def test_models_tells_the_state_of_each_service(command, relay, provide, monkeyp
     lines = [re.sub("  +", "|", line) for line in command(relay, "models")[1].splitlines()]
     assert lines == ["NAME|STATE|SPEED|CAN|WAITING|ABOUT",
                      "C|connected|45.2 tokens/s|32k, images, tools, embeddings|3|c (o)",
-                     "A|never connected, private", "B|offline for 2 h", "D|paused"]
+                     "A|never connected, private", "B|offline, last seen 2 h ago", "D|paused"]
     assert len(json.loads(command(relay, "models", "--json")[1])) == 4
 
 
