@@ -7267,7 +7267,15 @@ def certificate_of(cert, key):
 
 def names_in(certificate):
     """The names and addresses that a certificate of certificate_of() is for, in words."""
-    return ", ".join(name for _, name in certificate.get("subjectAltName", ())) or "no name"
+    return ", ".join(short_name(name) for _, name in certificate.get(
+        "subjectAltName", ())) or "no name"
+
+
+def short_name(name):
+    """A name of a certificate; an IPv6 address as people write it."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name.strip()))
+    return name
 
 
 def own_names(more=()):
