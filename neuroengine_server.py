@@ -8099,8 +8099,7 @@ class ClusterBroker(Broker):
             self._given_up.notify_all()
 
     def wait_to_lose(self, name, seconds):
-        """Block until this relay is not home to a service any more, or closes; or for so many
-        seconds."""
+        """Block up to `seconds` until this relay is not home to a service, or closes."""
         with self._lock:
             self._given_up.wait_for(lambda: self.closed or name not in self._services, seconds)
 
