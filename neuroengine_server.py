@@ -8190,7 +8190,7 @@ class EngineFollower(Registry):
 
     def make_sure(self):
         """This relay is late with its beat: ask whether it is still home, before it acts as
-        one. Does nothing while the engine is known to be silent: nobody can take over."""
+        one. Does nothing while the engine is known to be silent: see keep_asking."""
         if time.monotonic() - self._failed_at > MEMBER_SECONDS - BEAT_SECONDS:
             with self.changing:
                 if time.monotonic() > max(self.sure_until, self._failed_at + 1):

@@ -384,6 +384,18 @@ class Cluster:
         time.sleep(10)
         line.mend()
 
+    def home_cut_off_and_stopped_3_s(self):
+        """The others take its services over, and it cannot hear of that from the engine."""
+        home = self.home()
+        line = self.lines[self.nodes.index(home)]
+        line.cut()
+        time.sleep(6)                      # its membership has ended
+        home.child.send(signal.SIGSTOP)
+        time.sleep(3)
+        home.child.send(signal.SIGCONT)
+        time.sleep(10)
+        line.mend()
+
     def other_relay_killed(self):
         home = self.home()
         other = next(node for node in self.nodes if node is not home)
@@ -393,7 +405,7 @@ class Cluster:
     FAULTS = ("home_killed", "home_stopped_10_s", "home_sigterm", "other_relay_killed",
               "engine_killed_and_restarted", "engine_down_10_s", "engine_frozen_10_s",
               "engine_emptied", "engine_down_60_s", "engine_replaced_by_replica",
-              "home_cut_from_engine_10_s")
+              "home_cut_from_engine_10_s", "home_cut_off_and_stopped_3_s")
     RANDOM = [name for name in FAULTS
               if name not in ("engine_down_60_s", "engine_replaced_by_replica")]
 
@@ -445,7 +457,8 @@ def run_fault(cluster, name, recovery=RECOVERY_SECONDS):
     return silence, twice
 
 
-BOUNDS = {"home_killed": 6, "home_stopped_10_s": 9, "home_sigterm": 2}   # others: 6
+BOUNDS = {"home_killed": 6, "home_stopped_10_s": 9, "home_sigterm": 2,   # others: 6
+          "home_cut_off_and_stopped_3_s": 9}
 UNSEEN = ("home_sigterm", "engine_killed_and_restarted", "engine_down_10_s",
           "engine_down_60_s", "engine_frozen_10_s")     # no prompt fails or runs twice
 
