@@ -4837,16 +4837,22 @@ class Answer:
         try:
             return self._show(client, messages, fields)
         except NeuroengineError as error:
-            # The user operates the service: what is closed to others is not to them.
+            # The user may operate the service: what is closed to others is not to them.
             if client.key or error.name not in ("invalid_key", "service_paused"):
                 raise
-            client.key = operators_key(client, client.service_name)
+            client.key, refusal = operators_key(client, client.service_name), error
             if not client.key:
                 raise
-            print("%s is %s: asking as its operator, whose key is here." % (
-                printable(client.service_name),
-                "private" if error.name == "invalid_key" else "paused"), file=sys.stderr)
-        self._show(client, messages, fields)
+        print("%s is %s: asking as its operator, whose key is here." % (
+            printable(client.service_name),
+            "private" if refusal.name == "invalid_key" else "paused"), file=sys.stderr)
+        try:
+            self._show(client, messages, fields)
+        except NeuroengineError as error:
+            if error.name != "invalid_key":
+                raise
+            client.key = ""                    # it was the key of an earlier service
+            raise refusal
 
     def _show(self, client, messages, fields):
         self._line.show("waiting ...")
