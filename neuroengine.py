@@ -2303,19 +2303,25 @@ class Workers:
         self._todo = collections.deque()
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)   # work in _todo
-        self._threads = self._resting = 0      # workers, and those with nothing to do
+        self._threads = []                     # workers, and the one of coroutines
+        self._workers = self._resting = 0      # how many there are, and have nothing to do
         self._called = False                   # one of them is on its way to _todo
         self._loop = None                      # of coroutines
         self._closed = False
 
     def close(self):
-        """End the threads, each when what it runs has ended."""
+        """End the threads, each when what it runs has ended; wait a moment for them: the
+        program may end now, and iterators may have something to clean up."""
         with self._lock:
             self._closed = True
             self._arrived.notify_all()
+            threads = list(self._threads)
         if self._loop is not None:
             import asyncio
             asyncio.run_coroutine_threadsafe(self._end_loop(), self._loop)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        for thread in threads:
+            thread.join(max(0, deadline - time.monotonic()))
 
     async def _end_loop(self):
         import asyncio
@@ -2351,10 +2357,14 @@ class Workers:
         if self._resting:
             self._called = True
             self._arrived.notify()
-        elif self._threads < self._most:
+        elif self._workers < self._most:
             self._called = True
-            self._threads += 1
-            threading.Thread(target=self._work, daemon=True).start()
+            self._workers += 1
+            self._start_locked(self._work)
+
+    def _start_locked(self, target):
+        self._threads.append(threading.Thread(target=target, daemon=True))
+        self._threads[-1].start()
 
     def _work(self):
         self._called = False
@@ -2427,7 +2437,7 @@ class Workers:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._run_loop, daemon=True).start()
+                self._start_locked(self._run_loop)
         task = asyncio.run_coroutine_threadsafe(self._await(work, answer), self._loop)
         work.stop = task.cancel
         if work.cancelled:

@@ -6333,6 +6333,33 @@ def test_listen_leaves_no_thread_and_no_descriptor_behind(relay, kind):
     assert kind == "threads" or until(workers._loop.is_closed)
 
 
+def test_listen_returns_when_what_it_cancelled_was_cleaned_up(relay, monkeypatch):
+    """The program may end then, and its threads with it."""
+    monkeypatch.setattr(neuroengine, "LEAVE_SECONDS", SOON)
+    hand, begun, cleaned = Hand(relay), threading.Event(), []
+    hand.logout()
+
+    def answer(request):
+        try:
+            while True:
+                yield "x"
+                begun.set()
+                time.sleep(0.01)
+        finally:
+            time.sleep(0.3)
+            cleaned.append(1)
+    server = NeuroengineServer(relay.url)
+    assert server.login(hand.name, hand.key) == 0
+    ended = in_thread(lambda: server.listen(answer) or True)
+    stream = client_of(relay, hand.name).stream("hi")
+    assert "x" in next(stream) and begun.wait(SOON)
+    server.stop()
+    ended()
+    assert cleaned
+    with contextlib.suppress(NeuroengineError):
+        stream.close()
+
+
 def test_a_signal_at_the_end_of_listen_finds_no_lock_held(relay, monkeypatch):
     """The handler of listen takes the lock that closing the status takes."""
     handlers, close = [], neuroengine.Status.close
