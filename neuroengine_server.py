@@ -7749,15 +7749,22 @@ if redis.call('hsetnx', key('services'), a[2], a[3]) == 1 then
 end
 """
 
-# what and whom, most, seconds -> milliseconds that it comes too early (see Rates)
+# seconds, then what and whom, and most, of each bound -> milliseconds that it comes too early
+# (see Rates), and the place of the bound that says so
 RATE = """
-local time, all = redis.call('time'), a[3] * 1000
+local time, all, late, place, dues = redis.call('time'), a[1] * 1000, 0, 0, {}
 local now = time[1] * 1000 + time[2] / 1000
-local due = math.max(now, tonumber(redis.call('get', key('rate:' .. a[1]))) or 0) + all / a[2]
-if due > now + all + 1 then return math.ceil(due - now - all) end
-redis.call('set', key('rate:' .. a[1]), string.format('%.3f', due), 'px',
-    string.format('%d', due - now + 1))
-return 0
+for i = 2, #a, 2 do
+    dues[i] = math.max(now, tonumber(redis.call('get', key('rate:' .. a[i]))) or 0)
+        + all / a[i + 1]
+    if dues[i] - now - all > math.max(late, 1) then late, place = dues[i] - now - all, i end
+end
+if late > 0 then return {math.ceil(late), place} end
+for i, due in pairs(dues) do
+    redis.call('set', key('rate:' .. a[i]), string.format('%.3f', due), 'px',
+        string.format('%d', due - now + 1))
+end
+return {0, 0}
 """
 
 
@@ -8035,12 +8042,13 @@ class EngineRates(Rates):
     def take_all(self, bounds, seconds, what, name="rate_limited", count=1):
         """As Rates; count: always 1."""
         super().take_all(bounds, seconds, what)        # so strangers cannot load it
+        words = [seconds]
         for caller, most in bounds:
-            hashed = hashlib.sha256(caller.encode()).hexdigest()[:32]
-            with contextlib.suppress(EngineError):
-                late = self._engine.run(RATE, self._kind + hashed, most, seconds) / 1000
-                if late:
-                    raise too_many(what, most, seconds, late)
+            words += [self._kind + hashlib.sha256(caller.encode()).hexdigest()[:32], most]
+        with contextlib.suppress(EngineError):
+            late, place = self._engine.run(RATE, *words)
+            if late:
+                raise too_many(what, words[place], seconds, late / 1000)
 
 
 # The registry: what each relay knows of all services, and what it is home to.

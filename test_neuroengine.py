@@ -12137,6 +12137,20 @@ def test_cluster_wrong_keys_count_at_all_relays_together(cluster):
     assert statuses == [401] * 3 + [429]
 
 
+def test_cluster_what_is_refused_counts_for_none_of_the_networks_of_its_caller(engine):
+    def take(*bounds):                     # each time at another relay
+        neuroengine_server.EngineRates(neuroengine_server.Engine(engine.url), "kind:").take_all(
+            bounds, 60, "tries")
+    take(("/64", 3), ("/48", 1))
+    for _ in range(3):
+        with pytest.raises(RelayError, match="Too many tries: 1 in"):
+            take(("/64", 3), ("/48", 1))
+    for _ in range(2):
+        take(("/64", 3))
+    with pytest.raises(RelayError, match="Too many tries: 3 in"):
+        take(("/64", 3))
+
+
 def test_cluster_without_an_engine_yet_waits_for_it(engine, cluster):
     engine.kill()
     relay = neuroengine_server.ClusterRelay(
