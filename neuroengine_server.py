@@ -4139,6 +4139,8 @@ def check_counts(body):
 
 def parse_json(body):
     """Return the JSON object that body is. Raises RelayError."""
+    if body[:3] == b"\xef\xbb\xbf":        # a byte order mark, as PowerShell's files have
+        body = body[3:]
     if len(body) > MAX_BRACKETS:
         check_counts(body)
     if too_deep(body):

@@ -2691,6 +2691,10 @@ def test_long_paths_lead_nowhere_and_are_not_remembered():
     assert find(head.path)[1] == (model.replace("%20", " "),)
 
 
+def test_a_body_may_begin_with_a_byte_order_mark():
+    assert neuroengine_server.parse_json('\ufeff{"a": "\ufeff"}'.encode()) == {"a": "\ufeff"}
+
+
 @pytest.mark.parametrize("depth", [98, 100, 102, 5000])
 def test_the_depth_of_json_is_measured_exactly(depth):
     for opening, closing in ((b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")):
