@@ -4490,7 +4490,8 @@ def provider_error(error):
     name = error.get("error")
     if not isinstance(name, str) or name not in PROVIDER_ERRORS:
         name = "provider_error"
-    words = printable(error.get("message", "no reason given"), 500).rstrip(".")
+    words = str(error.get("message", "no reason given"))
+    words = printable(" ".join(words[:2000].split()), 500).rstrip(".")   # many have lines
     upstream = clean_upstream_error(error)
     if not upstream:
         words = "The provider could not answer: %s." % words

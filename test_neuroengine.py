@@ -5077,6 +5077,11 @@ def test_a_head_of_more_than_16_kb_is_refused_with_and_without_an_end(relay, end
     assert raw(relay, head).startswith(b"HTTP/1.1 431")
 
 
+def test_a_providers_error_of_several_lines_becomes_one():
+    error = neuroengine_server.provider_error({"status": 400, "message": "[\n  {\r\n\t5}\n]"})
+    assert error.words == "[ { 5} ]"
+
+
 def test_text_of_others_becomes_one_line_of_ascii_in_logs_and_words(capfd):
     text = "a\nb\r\x1b[2J\x00\x7f\u202e\u2028 \ud800 level=\"x\""
     neuroengine_server.log("event", text=text)
