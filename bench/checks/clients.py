@@ -519,6 +519,29 @@ def tools_whole_and_streamed(service):
     said(answer.choices[0].message.content, service)
 
 
+@case("openai", "Bridge", "Real")
+def a_stream_has_lines_of_data_alone(service):
+    with openai_client().chat.completions.with_streaming_response.create(
+            model=service, messages=user("Hello there"), max_tokens=16, stream=True) as got:
+        lines = list(filter(None, got.iter_lines()))
+    assert lines[-1] == "data: [DONE]"
+    assert all(line[:6] == "data: " or line[2:] for line in lines), lines
+
+
+@case("openai", "Bridge")
+def before_tool_calls_stands_no_empty_text(service):
+    chunks = openai_client().chat.completions.create(
+        model=service, messages=user("tools x"), tools=[TOOL], stream=True)
+    assert {chunk.choices[0].delta.content for chunk in chunks} == {None}
+
+
+@case("openai", "Real")
+def logprobs_by_the_name_that_llama_cpp_has_for_them(service):
+    answer = openai_client().chat.completions.create(
+        model=service, messages=user("Hello there"), max_tokens=4, extra_body={"n_probs": 2})
+    assert len(answer.choices[0].logprobs.content[0].top_logprobs) == 2
+
+
 @case("openai", "Text")
 def required_tools_of_a_provider_of_text(service):
     for stream in (False, True):
