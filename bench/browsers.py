@@ -135,7 +135,8 @@ class WebKit:
         "ExecuteScript": ("POST", "/execute/sync"),
         "ElementClick": ("POST", "/element/{id}/click"),
         "ElementSendKeys": ("POST", "/element/{id}/value"),
-        "PerformActions": ("POST", "/actions"), "TakeScreenshot": ("GET", "/screenshot"),
+        "PerformActions": ("POST", "/actions"), "ReleaseActions": ("DELETE", "/actions"),
+        "TakeScreenshot": ("GET", "/screenshot"),
     }
     BROWSERS = "/usr/lib/*/webkit2gtk-4.*/MiniBrowser"
 
@@ -435,5 +436,7 @@ class Mouse:
                           parameters={"pointerType": "mouse"})
 
     def wheel(self, across, down):
-        """Turn the wheel where the pointer is."""
+        """Turn the wheel where the pointer is. WebKit's driver turns it by what differs from the
+        turn before, which has to be forgotten."""
         self.page.actions("wheel", dict(self.place, type="scroll", deltaX=across, deltaY=down))
+        self.page.command("ReleaseActions")
