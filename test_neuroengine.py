@@ -14855,7 +14855,7 @@ def test_page_enter_on_phones_is_a_new_line_or_as_set(page_provider, page_tab):
 
 
 def page_scrolls_away(tab, scroll):
-    """Scroll, and again if that did nothing: WebKitGTK loses a wheel's turn now and then."""
+    """Scroll, and again if that did nothing: it may have been too little."""
     deadline, turns = time.monotonic() + PAGE_WAIT / 1000, 0
     while not tab.tab.is_visible("#latest"):
         if turns % 40 == 0:
