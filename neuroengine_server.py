@@ -9719,7 +9719,8 @@ def refuse_wrong_command(parser, options):
         close = close_matches(name, COMMANDS, 1)
         parser.error("unknown command %s; %s" % (printable(name, 60), (
             "did you mean --port %s?" % name) if name.isdigit() else (
-            "the client has it: %s %s" % (how_to_run("neuroengine.py"), name)) if name in CLIENT_COMMANDS else (
+            "the client has it: %s %s" % (how_to_run("neuroengine.py"), name)) if (
+                name in CLIENT_COMMANDS) else (
             "the relay starts without one") if name in ("start", "run", "serve") else (
             "did you mean %s?" % close[0]) if close else "--help lists them"))
     takes = COMMANDS[name][1] if name else ""

@@ -2641,7 +2641,8 @@ GOOD_HEAD = b"POST /a HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @pytest.mark.parametrize("head", [
-    b"GET /\r\nHost: localhost\r\n", b"GET / HTTP/2.0\r\nHost: localhost\r\n", b"GET / HTTP/1.1\r\n",
+    b"GET /\r\nHost: localhost\r\n", b"GET / HTTP/2.0\r\nHost: localhost\r\n",
+    b"GET / HTTP/1.1\r\n",
     b"GET  / HTTP/1.1\r\nHost: localhost\r\n", b"GET /a b HTTP/1.1\r\nHost: localhost\r\n",
     b"G\x00T / HTTP/1.1\r\nHost: localhost\r\n", b"GET / HTTP/1.1\nHost: localhost\r\n",
     b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", b"GET / HTTP/1.1\r\nHost: a b\r\n",
@@ -3370,7 +3371,8 @@ def test_an_answered_prompt_frees_its_slot_at_once(relay, hand, monkeypatch):
         until(lambda: relay.bounds.waiting.taken == 0)
 
 
-@pytest.mark.parametrize("api, encoder", [("", "NativeWhole"), ("/v1/chat/completions", "TextWhole")])
+@pytest.mark.parametrize("api, encoder", [
+    ("", "NativeWhole"), ("/v1/chat/completions", "TextWhole")])
 def test_an_answer_that_must_make_room_while_it_is_encoded_is_an_error(
         relay, hand, monkeypatch, api, encoder):
     whole = getattr(neuroengine_server, encoder).whole
@@ -3871,7 +3873,8 @@ def test_no_failing_statement_leaves_a_change_half_done(tmp_path, stays):
         threading.Thread(target=target, daemon=True).start()
 
     def shown(service, *counted):
-        return [getattr(service, c) for c in ("key_digest",) + neuroengine_server.SERVICE_SETTINGS + counted]
+        return [getattr(service, c) for c in (
+            "key_digest", *neuroengine_server.SERVICE_SETTINGS, *counted)]
 
     def agree(*counted):
         with contextlib.closing(Store(path, existing=True)) as store:
@@ -4216,7 +4219,8 @@ def test_a_chunked_request_is_read_and_cannot_smuggle_another(relay, hand):
 
 
 def test_head_and_options_are_answered(relay):
-    answer = raw(relay, b"HEAD /api/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    answer = raw(relay, b"HEAD /api/models HTTP/1.1\r\nHost: localhost\r\n"
+                 b"Connection: close\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n")
     status, _, headers = ask(relay, "/v1/models", method="OPTIONS",
                              Access_Control_Request_Headers="authorization, x-stainless-os")
@@ -8243,7 +8247,8 @@ def test_a_continued_answer_has_the_tokens_that_are_left(relay):
         lambda request: asked.append(request) or "d",), kwargs={"continues": True})
     thread.start()
     until(lambda: len(relay.broker.find(first.name).sessions) > 1)
-    until(lambda: any(s.features.continues for s in relay.broker.find(first.name).sessions.values()))
+    until(lambda: any(session.features.continues for session in
+                      relay.broker.find(first.name).sessions.values()))
     first.logout()
     assert b'"d"' in answer()[1]
     assert (asked[0]["reply_so_far"], asked[0]["max_new_len"]) == ("abc", 7)
@@ -9603,7 +9608,8 @@ def test_names_and_models_of_share():
 
 @pytest.mark.parametrize("text, url", [
     ("localhost:8080", "http://localhost:8080"), ("http://x/v1/", "http://x"),
-    ("https://x:1/v1/chat/completions", "https://x:1"), (" 10.0.0.7:1234/ ", "http://10.0.0.7:1234"),
+    ("https://x:1/v1/chat/completions", "https://x:1"),
+    (" 10.0.0.7:1234/ ", "http://10.0.0.7:1234"),
     ("ftp://x", None), ("http://", None), ("x:port", None)])
 def test_an_upstreams_address_is_understood_or_refused_at_once(text, url):
     if url:
@@ -12244,8 +12250,8 @@ def test_cluster_a_change_waits_for_the_engines_replica(cluster, engine, tmp_pat
     relay = cluster()
     port = free_port()
     engine.call("CONFIG", "SET", "port", str(port))
-    replica = subprocess.Popen([ENGINE_PROGRAM, "--port", str(free_port()), "--dir", str(tmp_path), "--save",
-                                "", "--replicaof", "127.0.0.1", str(port)],
+    replica = subprocess.Popen([ENGINE_PROGRAM, "--port", str(free_port()), "--dir", str(tmp_path),
+                                "--save", "", "--replicaof", "127.0.0.1", str(port)],
                                stdout=subprocess.DEVNULL)
     try:
         until(lambda: relay.registry.engine.replicas, 60)
@@ -13465,9 +13471,11 @@ class PageTab:
             if (document.scrollingElement.scrollWidth > width) out.push("page");
             for (const el of document.querySelectorAll("body *")) {
               const box = el.getBoundingClientRect();
-              if (!box.width || el.closest("pre, .table, .wide, .unseen, .skip, svg, .side:not(.open)")) continue;
+              if (!box.width || el.closest(
+                "pre, .table, .wide, .unseen, .skip, svg, .side:not(.open)")) continue;
               if (!el.checkVisibility({visibilityProperty: true})) continue;
-              if (box.right > width + 1 || box.left < -1) out.push(el.tagName + "#" + el.id + "." + el.className);
+              if (box.right > width + 1 || box.left < -1)
+                out.push(el.tagName + "#" + el.id + "." + el.className);
             }
             return out; }""")
 
@@ -13942,13 +13950,16 @@ def test_page_renders_markdown(page_provider, page_tab):
     got = tab.tab.evaluate("""() => {
         const md = document.querySelector(".last .md"), all = (s) => [...md.querySelectorAll(s)];
         const texts = (s) => all(s).map((el) => el.textContent);
-        return {top: [...md.children].map((el) => el.tagName), em: texts("em"), strong: texts("strong"),
-          del: texts("del"), code: texts(":not(pre) > code"), links: all("a").map((a) => a.href),
+        return {top: [...md.children].map((el) => el.tagName), em: texts("em"),
+          strong: texts("strong"), del: texts("del"), code: texts(":not(pre) > code"),
+          links: all("a").map((a) => a.href),
           rel: all("a").map((a) => a.rel), th: texts("th"), td: texts("td"), end: texts("td.end"),
-          pre: texts("pre"), k: texts(".k"), c: texts(".c"), s: texts(".s"), n: texts(".n"), ol: all("ol > li").length,
+          pre: texts("pre"), k: texts(".k"), c: texts(".c"), s: texts(".s"), n: texts(".n"),
+          ol: all("ol > li").length,
           deep: texts("ol li ul li strong"), quote: texts("blockquote li"),
           math: all("math").map((el) => el.getAttribute("alttext")),
-          last: md.lastElementChild.textContent, task: all("li.task [role=img]").map((el) => el.ariaLabel)}; }""")
+          last: md.lastElementChild.textContent,
+          task: all("li.task [role=img]").map((el) => el.ariaLabel)}; }""")
     assert got["top"] == ["H1", "P", "OL", "UL", "BLOCKQUOTE", "DIV", "DIV", "HR", "P", "P"]
     assert got["em"] == ["title", "it"]
     assert got["strong"] == ["bold", "er", "z"] and got["deep"] == ["er"]
@@ -14402,7 +14413,8 @@ def test_page_reload_picks_the_answer_up(page_provider, page_tab):
     tab.shows("Once upon a time it ended.")
 
 
-PAGE_SLOW_STORE = """for (const [kind, name, delay] of [[IDBObjectStore, "", 900], [IDBIndex, "c", 300]]) {
+PAGE_SLOW_STORE = """
+for (const [kind, name, delay] of [[IDBObjectStore, "", 900], [IDBIndex, "c", 300]]) {
     const getAll = kind.prototype.getAll;
     kind.prototype.getAll = function (key) {             // one that is asked for by name
         const end = performance.now() + delay;
@@ -14897,7 +14909,8 @@ def test_page_right_to_left_and_reduced_motion(page_provider, page_tab):
     job = page_provider.next()
     job.push("مرحبا بالعالم\n\n- نقطة\n\nEnglish")
     tab.shows("English")
-    assert tab.tab.evaluate("getComputedStyle(document.querySelector('.pulse')).animationName") == "none"
+    assert tab.tab.evaluate(
+        "getComputedStyle(document.querySelector('.pulse')).animationName") == "none"
     job.done()
     tab.idle()
     directions = tab.tab.evaluate(
@@ -15161,7 +15174,8 @@ $$
 
 </details>
 
-""".replace("RLO", "\u202e").replace(r"\u2066", "\u2066") + "\n\n".join(PAGE_ATTACKS.split("\n")) + \
+""".replace("RLO", "\u202e").replace(r"\u2066", "\u2066") + \
+    "\n\n".join(PAGE_ATTACKS.split("\n")) + \
     "\x00<\x00script>pwned=1</script>\x1b]8;;https://evil.example\x07\ufeff<script>" + \
     "[" * 3000 + "*" * 3000 + "`" * 999 + ">" * 500 + "\n" + "> " * 500 + "deep\n" + \
     "".join("  " * n + "- x\n" for n in range(200))
@@ -15206,7 +15220,8 @@ def test_page_hostile_text_stays_text_wherever_it_comes_from(
     tab.tab.evaluate("document.querySelectorAll('.message details').forEach((d) => d.open = true)")
     tab.shows("U+202E", ".code pre")
     links = tab.tab.evaluate("[...document.querySelectorAll('.md a')].map((a) => a.href)")
-    assert links and all(re.match("(https://|mailto:a@)(evil|ok).example/?", link) for link in links)
+    assert links and all(re.match("(https://|mailto:a@)(evil|ok).example/?", link)
+                         for link in links)
     page_is_unharmed(tab)
     tab.expects_trouble = True
     tab.say("And now?")
@@ -16040,7 +16055,8 @@ def test_page_shares_the_work_between_tabs_without_tls(page_provider, page_tab):
     tab.shows("1, 2")
     tab.say("And then?")
     other = page_tab(tab.url, tab.tab.context)
-    other.tab.add_init_script("""window.asked = 0; const post = BroadcastChannel.prototype.postMessage;
+    other.tab.add_init_script("""window.asked = 0;
+        const post = BroadcastChannel.prototype.postMessage;
         BroadcastChannel.prototype.postMessage = function (news) {
             asked += "claim" in news;
             return post.call(this, news); };""")
@@ -16208,7 +16224,8 @@ def test_page_shows_tool_calls_and_says_why_an_answer_is_empty(page_provider, pa
     tab.shows('"city": "Rome"', ".tools pre")
     for item, words in (({"finish_reason": "stop"}, "The answer is empty. The model ended it."),
                         ({"finish_reason": "content_filter"}, "Withheld by a filter"),
-                        ({"finish_reason": "constructor"}, "The answer is empty. Ended: constructor."),
+                        ({"finish_reason": "constructor"},
+                         "The answer is empty. Ended: constructor."),
                         ({"reasoning": "Hm."}, "The model thought, but gave no answer")):
         tab.say("Again")
         tab.prompt(page_provider).done(item)
@@ -16392,8 +16409,8 @@ def test_page_directory_sorts_and_hides_what_says_nothing(page_relay, page_tab):
     assert tab.tab.eval_on_selector_all(".card h2", "all => all.map((el) => el.innerText)") == [
         "Demo", "Fast", "Slow", "Bare", "Asleep"]
     text = tab.tab.inner_text("#cards")
-    for words in ("2 waiting · about 20", "Used by you", "55 tokens/s", "sees images", "uses tools",
-                  "3.3 tokens/s", "32k context"):
+    for words in ("2 waiting · about 20", "Used by you", "55 tokens/s", "sees images",
+                  "uses tools", "3.3 tokens/s", "32k context"):
         assert words in text
     assert not re.search(r"\b0\b", text)
     assert tab.tab.eval_on_selector_all(".card [role=img]", "all => all.map((el) => el.title)") \
@@ -16789,7 +16806,7 @@ $\neg p \land q \implies r \iff s$
 $\forall \epsilon > 0\, \exists \delta > 0$
 $\hat{y}, \bar{x}, \vec{v}, \tilde{A}, \dot{q}, \ddot{q}, \widehat{ABC}$
 $\overline{AB} \parallel \underline{CD}$
-$\mathbf{A}\mathbf{x} = \mathbf{b}, \mathcal{L}, \mathfrak{g}, \mathsf{T}, \mathtt{x}, \boldsymbol{\beta}$
+$\mathbf{A}\mathbf{x} = \mathbf{b}, \mathcal L, \mathfrak g, \mathsf T, \mathtt x, \boldsymbol\beta$
 $\mathrm{d}x\,\mathrm{d}y$
 $10 \text{ m/s}^2$
 $x \in [0, 1)$
@@ -16830,7 +16847,7 @@ $ABC$
 \[ \sum_{n=1}^{\infty} \frac{1}{n^2} = \frac{\pi^2}{6} \]
 $$\sum\limits_{i=1}^{n} i = \frac{n(n+1)}{2}$$
 $$x = \frac{-b \pm \sqrt{b^2 - 4ac}}{2a}$$
-$$\oint_{\partial S} \mathbf{B} \cdot d\mathbf{l} = \mu_0 I + \mu_0\varepsilon_0 \frac{d\Phi_E}{dt}$$
+$$\oint_{\partial S} \mathbf B \cdot d\mathbf{l} = \mu_0 I + \mu_0\varepsilon_0 \frac{d\Phi_E}{dt}$$
 $$\nabla \times \vec{E} = -\frac{\partial \vec{B}}{\partial t}$$
 $$i\hbar\frac{\partial}{\partial t}\Psi = \hat{H}\Psi$$
 $$\prod_{p \text{ prime}} \frac{1}{1 - p^{-s}}$$
@@ -16982,7 +16999,8 @@ def test_page_ends_a_formula_that_never_ended(page_provider, page_tab):
 
 
 @pytest.mark.parametrize("source, strong", [
-    ("**重要。**后面", ["重要。"]), ("他说**“你好”**吗", ["“你好”"]), ("前**（注）**后", ["（注）"]),
+    ("**重要。**后面", ["重要。"]),
+    ("他说**“你好”**吗", ["“你好”"]), ("前**（注）**后", ["（注）"]),
     ("これは**「大事」**です", ["「大事」"]), ("**중요(important)**은", ["중요(important)"]),
     ("a **b** c**d**e", ["b", "d"]), ("2 ** 3 ** 4", []), ("**$x$**，**`y`**。", ["x", "y"])])
 def test_page_finds_emphasis_next_to_punctuation(page_provider, page_tab, source, strong):
@@ -17127,7 +17145,8 @@ PAGE_LONG = {
     "stars": "*a " * 33000, "nested stars": "*a **b " * 8000 + "b** a* " * 8000,
     "brackets": "[" * 50000 + "](x)" * 12000, "images": "![" * 25000 + "](x)" * 12000,
     "dollars": "$" * 50000 + "$a " * 16000, "escapes": "\\(" * 50000 + "\\)",
-    "open formulas": "\\[\n" * 30000 + "$$\na\n" * 1500, "commands": ("$" + "\\frac" * 180 + "$ ") * 90,
+    "open formulas": "\\[\n" * 30000 + "$$\na\n" * 1500,
+    "commands": ("$" + "\\frac" * 180 + "$ ") * 90,
     "braces": ("$$" + "{" * 1900 + "}" * 1900 + "$$\n\n") * 25,
     "scripts": ("$$" + "x^{" * 900 + "y" + "}" * 900 + "$$\n\n") * 25,
     "quotes": ">" * 50000 + "\n" + "> " * 25000, "backticks": "".join(
@@ -17166,10 +17185,12 @@ def test_page_takes_long_runs_of_signs(page_browser, page_provider, page_tab, ki
 
 
 PAGE_BLOCKS = {
-    "list": "- item with **bold** and `code`\n" * 7500, "quote": "> quoted *text* goes on\n" * 10000,
+    "list": "- item with **bold** and `code`\n" * 7500,
+    "quote": "> quoted *text* goes on\n" * 10000,
     "table": "| a | b |\n|---|---|\n" + "| 1 **b** | some words and `code` |\n" * 6700,
     "code": "```python\n" + "def f(x):  # comment\n    return x\n" * 7000 + "```\n",
-    "paragraph": "A line of a paragraph with **bold** words.\n" * 5600, "line": "word *words* " * 18500,
+    "paragraph": "A line of a paragraph with **bold** words.\n" * 5600,
+    "line": "word *words* " * 18500,
     "paragraphs": "a\n\n" * 80000, "headings": "# a\n" * 60000}
 
 

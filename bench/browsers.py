@@ -306,7 +306,8 @@ class Page:
     def _with(self, selector, body, *args, state="attached"):
         """What a function body returns for the element el and its further arguments."""
         def attempt():
-            return self.command("ExecuteScript", args=[selector, state == "visible", *args], script=(
+            taken = [selector, state == "visible", *args]
+            return self.command("ExecuteScript", args=taken, script=(
                 FIND + "const [selector, visible, ...args] = arguments;"
                 "const el = find(selector).find((el) => !visible || shown(el));"
                 "if (!el) return null; %s" % body))

@@ -378,7 +378,8 @@ def cert_swap(siege, figures):
     other_cert, other_key = siege.certificate("other")
     with open(cert) as file:
         old = file.read()
-    with Relay(siege, tls=True, cert=(cert, key)) as relay, Modest(relay, every=0.01) as modest_client:
+    with Relay(siege, tls=True, cert=(cert, key)) as relay, \
+            Modest(relay, every=0.01) as modest_client:
         def served():
             return ssl.get_server_certificate(("127.0.0.1", relay.port))
 

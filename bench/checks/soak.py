@@ -241,7 +241,8 @@ class Actions:
 
     def page(self, relay):
         status, headers, data = self.ask(relay, "GET", self.rand.choice(("/", "/" + SERVICE)))
-        if status != 200 or b"</html>" not in data or data != self.soak.page or not headers["Content-Security-Policy"]:
+        if status != 200 or b"</html>" not in data or data != self.soak.page or (
+                not headers["Content-Security-Policy"]):
             raise Wrong("the page: %d, %d bytes" % (status, len(data)))
 
     def directory(self, relay):
