@@ -2879,7 +2879,6 @@ def test_every_field_reaches_the_provider_and_control_fields_do_not(relay, hand)
 BAD_NATIVE = [
     (b"{", 400, "invalid_json"), (b"[1]", 400, "invalid_json"), (b"", 400, "invalid_json"),
     (b'{"message":"x"}{}', 400, "invalid_json"), (b'{"message":"x"}\0', 400, "invalid_json"),
-    (b'\xef\xbb\xbf{"message":"x"}', 400, "invalid_json"),
     (b' \r\n\t{"command":"nosuch"}\n ', 400, "invalid_request"),
     (b'"x"', 400, "invalid_json"), (b"\xff", 400, "invalid_json"),
     (b"[" * 100000, 400, "invalid_json"),
@@ -3102,7 +3101,7 @@ def test_an_error_before_the_first_item_has_its_status(relay, hand):
     hand.reply(hand.next_job(), error={"error": "provider_error", "message": "no\r\nluck"})
     status, body, _ = answer()
     assert status == 502 and body["error"] == "provider_error"
-    assert body["reply"] == "The provider could not answer: no??luck."
+    assert body["reply"] == "The provider could not answer: no luck."
 
 
 def test_an_error_after_the_first_item_is_the_last_record(relay, hand):
