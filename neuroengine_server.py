@@ -711,7 +711,7 @@ class Jobs:
     """The clients' half of the Broker: all jobs, in memory.
 
     A client submits a prompt or opens a stream, reads until the job has ended, and leaves.
-    Methods named _locked need the lock; the others take it, except find and is_known.
+    Methods named _locked need the lock; the others take it, except find.
 
     The Broker is one class in three parts: Jobs, Matcher (next), and Broker (in the machinery:
     services, lost responses, ended jobs, memory, metrics).
@@ -724,7 +724,7 @@ class Jobs:
         # Guards everything below, and all records. All conditions share it.
         self._lock = DeliveryLock()
         self._services = {}           # lower-case name -> Service
-        self._sessions = {}           # id -> Session, also lost ones
+        self._sessions = {}           # id -> Session, also those that are away
         self._jobs = {}               # id -> Job
         self._identified = {}         # Identity.key -> Job
         self._timers = Timers(clock, self._lock.lock)
@@ -1082,7 +1082,7 @@ class Matcher(Jobs):
     def poll_broken(self, session_id, this_poll):
         """The connection of this poll has closed."""
         with self._lock:
-            this_poll.broken = True                     # even if the poll has not begun
+            this_poll.broken = True             # even if the poll has not begun
             session = self._sessions.get(session_id)
             if session is None or session.poll is not this_poll or session.closed:
                 return
