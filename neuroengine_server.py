@@ -1834,10 +1834,12 @@ def post_native(exchange, name):
         service = exchange.broker.find(name)
         by_operator, access = access_of(exchange, service)
     except RelayError:
+        models = False
         with contextlib.suppress(RelayError):
-            if asks_for_models(exchange):
-                return send_models(exchange)           # as on any path
-        raise
+            models = asks_for_models(exchange)
+        if not models:
+            raise
+        return send_models(exchange)       # as on any path
     request = exchange.read_object()
     command = request.get("command")
     if command == "getmodels":
