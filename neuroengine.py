@@ -1013,7 +1013,7 @@ class Call:
 
     def __init__(self):
         self.cancelled = False
-        self.undo = None                       # called if its reply comes to nobody
+        self.undo = None                       # see replied
         self._connection = None
         self._lock = threading.RLock()         # guards all; a destructor may cancel
 
@@ -1030,7 +1030,7 @@ class Call:
             self._connection = None
 
     def replied(self, undo):
-        """The prompt has its reply. undo: called if nobody waits for it any more."""
+        """The prompt has its reply. undo: called if the prompt was or will be cancelled."""
         with self._lock:
             self.undo = undo
             if self.cancelled:
@@ -2184,7 +2184,7 @@ class Outbox:
         return may
 
     def hold(self):
-        """The sender looks by itself: wake it for nothing."""
+        """The sender looks by itself: do not wake it."""
         self._sender = BUSY
 
     def take(self, only=None):
@@ -3947,8 +3947,8 @@ class Completion(StreamParser):
 
     def _index_of(self, call, number):
         """The index of a tool call. Some leave it out, even if each call is an event of its
-        own; clients would make one call of them all. What has no id either goes on with the
-        last call."""
+        own; clients would make one call of them all. A piece without an id, too, belongs to
+        the last call."""
         if type(call.get("index")) is int:
             return call["index"]
         if not isinstance(call.get("id"), str):
@@ -5682,7 +5682,7 @@ def run_share(options):
 
     def say(words):                            # the server is not there
         status.event(words)
-        for word in options.names:             # what is wrong with a name is told now
+        for word in options.names:             # a bad name is an error at once, not later
             server_of_share(options, word.partition("=")[0], status)
     upstream.wait(say)
     share = Share(upstream, options.workers)

@@ -178,7 +178,7 @@ class Service:
         self.stored = False           # whether it is in the data file
         self.keys = {}                # digest -> AccessKey
         self.sessions = {}            # id -> Session, the connected ones
-        self.idle = OrderedDict()     # sessions with a parked poll, a free worker, nothing to say
+        self.idle = OrderedDict()     # sessions with a parked poll, a free worker, no outbox
         self.queue = Queue()          # jobs that wait
         self.job_seconds = None       # moving average
         self.tokens_per_second = None
@@ -215,8 +215,8 @@ class Features:
 class Session:
     """One logged-in provider.
 
-    connected (in service.sessions): it gets jobs. away: its poll broke close_seconds ago; it
-    keeps the jobs that clients have seen, and may come back, also to others that still wait.
+    connected (in service.sessions): it gets jobs. away: its poll broke close_seconds ago. It
+    keeps the jobs that clients have seen. If it comes back, it has the others again that wait.
     closed: silent for lease_seconds, or logged out; its jobs go to others.
     """
 
@@ -374,9 +374,9 @@ class Reader:
         self.job, self.cursor = job, cursor
         self.resumed_at = None        # the job's resume_at, before this one advanced it
         self.woken = None             # the condition its own thread waits for
-        self.wanted = math.inf        # it wants to hear when the job has so many items
-        self.deliver = None           # called by whoever brings items, see deliver_to; None:
-                                      # its own thread is woken
+        self.wanted = math.inf        # number of items at which it wants to be told
+        self.deliver = None           # called by the thread that brings items, see deliver_to;
+                                      # None: its own thread is woken
         self.has_work = False         # for its own thread
         self.attached, self.gone = True, False
 
@@ -444,8 +444,8 @@ class Queue:
             del lines[group]
 
     def take(self, session):
-        """Take out this session's next job; None if there is none. Jobs that it may not take
-        are passed over, so that they hold up no others."""
+        """Take out this session's next job; None if there is none. It skips jobs that it may
+        not take, so that the others need not wait for them."""
         for _, job in self._returned:
             if session.may_take(job):
                 self.remove(job)
@@ -494,9 +494,9 @@ class Lease:
     cancelled   the provider must stop, and has not said that it did
     ended       over
 
-    A provider has lost a lease that it was sent and its poll does not name. It is offered again
-    if the provider can begin or continue the job; else it counts as handed_out once more, and
-    handover_seconds later the job goes to another session.
+    If a poll does not name a lease that its provider was sent, the provider has lost it. The
+    lease is offered again if the provider can begin or continue the job; else it counts as
+    handed_out once more, and handover_seconds later the job goes to another session.
     """
 
     MOVES = {
@@ -683,7 +683,7 @@ REPEAT_AFTER = 0.5           # of handover_seconds: then what was said may be sa
 POLL_GAP_SECONDS = 0.5       # a provider with a free worker polls again within this
 MAX_UNKNOWN_LEASES = 64      # of a session, which could make up any number
 MAX_HANDOVER_BYTES = 1 << 22     # of prompts in one response, if more than one
-HANDOVER_BYTES_PER_SECOND = 1 << 16      # so slow may a provider receive, in silence
+HANDOVER_BYTES_PER_SECOND = 1 << 16      # a provider that receives more slowly is silent
 
 
 class DeliveryLock:
@@ -787,7 +787,8 @@ class Jobs:
             raise share_taken_error(size, self.limits)
         victim = self._admission.admit(job)
         if not self._make_room_locked(size, job.holder):
-            charge_quota(job, self.limits, self._admission.quotas, -job.cost)  # it waits a day
+            # Not counted after all: a quota is renewed only in a day.
+            charge_quota(job, self.limits, self._admission.quotas, -job.cost)
             raise memory_full_error()
         if victim is not None:
             self._cancel_locked(victim, gave_way_error(
@@ -1059,9 +1060,10 @@ class Matcher(Jobs):
         """Take items for many jobs; return (refused, offers, cancels), the last two as poll.
 
         An entry is a dict: job, attempt, at (offset of its first item), items; at the end done
-        or error (a RelayError); raw, if it is not text. Repeats are dropped. refused: what was
-        not taken, as {job, error}: "gap", with `at`, the offset to push from, or "fenced": the
-        session has no such lease. Raises RelayError.
+        or error (a RelayError); raw, if it is not text; fault, a RelayError, if check_entry found
+        it malformed, which ends the job. Repeats are dropped. refused: what was not taken, as
+        {job, error}: "gap", with `at`, the offset to push from, or "fenced": the session has no
+        such lease. Raises RelayError.
         """
         with self._lock:
             session = self._session_locked(service, session_id)
@@ -2402,8 +2404,8 @@ def charge_rates(job, limits, rates, quotas):
 
 
 def charge_quota(job, limits, quotas, count):
-    """Count `count` prompts of this day for a caller without an access key; below zero: not any
-    longer. Raises RelayError if that is too many."""
+    """Count prompts for the day of a caller without an access key; count below zero takes some
+    back. Raises RelayError if that is too many."""
     if not job.by_operator and job.access is None and (
             job.rated or job.service.anonymous_per_day):
         most, name = job.service.anonymous_per_day or limits.max_anonymous_per_day, (
@@ -2817,7 +2819,7 @@ class Broker(Matcher):
         for session in [s for s in self._sessions.values() if s.service is service]:
             self._end_session_locked(session)
 
-    # -- lost responses: leases that a poll names, and should not, or the other way round --
+    # -- leases that a provider has again, or never confirmed --
 
     def _restore_lease_locked(self, session, pair, at=0):
         """Give a job back to a provider that seemed to be gone, if it waits and the provider
@@ -5333,7 +5335,7 @@ def check_api(api, service, request, opaque):
     if sessions and not any(session.features.has(api) for session in sessions):
         what = APIS[api].path
         if opaque and api in ("chat", "completions"):
-            what += " with n, best_of, logprobs or the like, echo, or a prompt that is a list"
+            what += " with n, best_of, echo, a prompt that is a list, or logprobs in any form"
         raise RelayError("not_found", "The provider of %s has no %s." % (service.name, what))
 
 
@@ -5851,8 +5853,8 @@ def change_service(exchange, name):
 
 
 def log_change(exchange, service, request):
-    """Log what a request has changed of a service: its new key; switches and numbers; of texts
-    that they changed."""
+    """Log what a request has changed of a service. Switches and numbers are logged as they are
+    now; of a text and of a key, only that it changed."""
     if request.get("new_key"):
         log("new_key", service=service.name, address=exchange.address)
     changed = {field: "changed" if field in SERVICE_FIELDS else value

@@ -455,7 +455,7 @@ def test_each_departure_of_a_provider_gives_its_prompts_the_whole_time(desk, ret
     desk.broker.logout(desk.service, session)
     desk.later(1)
     again = desk.login()
-    if returned:                           # the other is queued again with the departure
+    if returned:                           # then the departure queues it again
         desk.poll(again)
     desk.later(seconds - 2)
     desk.poll(again)
@@ -14247,10 +14247,7 @@ def test_page_sends_nothing_while_a_conversation_loads(page_provider, page_tab):
 def test_page_shows_an_answer_that_ended_in_another_tab_while_it_was_loaded(
         page_provider, page_tab):
     tab = page_tab().open()
-    tab.say("Count")
-    job = tab.prompt(page_provider)
-    job.push("1, 2")
-    tab.shows("1, 2")
+    job = page_begin(tab, page_provider)
     other = page_tab(tab.url, tab.tab.context)
     other.tab.add_init_script(PAGE_HELD_STORE)
     other.open()
@@ -14676,10 +14673,7 @@ def test_page_opens_one_dialog_from_another(page_provider, page_tab):
 @in_each_browser
 def test_page_leaves_the_search_by_escape_and_stops_no_answer(page_provider, page_tab):
     tab = page_tab().open()
-    tab.say("Count")
-    job = tab.prompt(page_provider)
-    job.push("1, 2")
-    tab.shows("1, 2")
+    job = page_begin(tab, page_provider)
     tab.tab.fill("#search", "cats")
     tab.tab.press("#search", "Escape")
     tab.eventually("document.querySelectorAll('.list .pick').length === 1")
@@ -15594,6 +15588,15 @@ def page_talk(tab, provider, question, reply, shown=None):
     tab.idle()
 
 
+def page_begin(tab, provider):
+    """The job of a prompt whose answer has begun with "1, 2"."""
+    tab.say("Count")
+    job = tab.prompt(provider)
+    job.push("1, 2")
+    tab.shows("1, 2")
+    return job
+
+
 def page_more(tab, where, item):
     """Choose from the menu below a message."""
     tab.tab.hover(where)
@@ -16013,10 +16016,7 @@ def test_page_two_tabs_show_the_same_conversation(page_provider, page_tab):
 
 def test_page_stops_an_answer_from_another_tab(page_provider, page_tab):
     tab = page_tab().open()
-    tab.say("Count")
-    job = tab.prompt(page_provider)
-    job.push("1, 2")
-    tab.shows("1, 2")
+    job = page_begin(tab, page_provider)
     other = page_tab(tab.url, tab.tab.context).open(tab.tab.url[len(tab.url):])
     other.shows("1, 2")
     other.tab.click("#stop")
@@ -16029,10 +16029,7 @@ def test_page_stops_an_answer_from_another_tab(page_provider, page_tab):
 def test_page_stops_the_answer_of_a_conversation_that_another_tab_deletes(page_provider, page_tab):
     tab = page_tab().open()
     page_talk(tab, page_provider, "Old", "Older")
-    tab.say("Count")
-    job = tab.prompt(page_provider)
-    job.push("1, 2")
-    tab.shows("1, 2")
+    job = page_begin(tab, page_provider)
     other = page_tab(tab.url, tab.tab.context).open(tab.tab.url[len(tab.url):])
     other.shows("1, 2")
     other.tab.hover(".list li")
@@ -16050,10 +16047,7 @@ def test_page_shares_the_work_between_tabs_without_tls(page_provider, page_tab):
     tab = page_tab()
     tab.tab.context.add_init_script("delete Navigator.prototype.locks")
     tab.open()
-    tab.say("Count")
-    job = tab.prompt(page_provider)
-    job.push("1, 2")
-    tab.shows("1, 2")
+    job = page_begin(tab, page_provider)
     tab.say("And then?")
     other = page_tab(tab.url, tab.tab.context)
     other.tab.add_init_script("""window.asked = 0;
