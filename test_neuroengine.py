@@ -4146,6 +4146,14 @@ def test_an_error_reply_arrives_although_the_request_is_too_large(relay):
         assert status == 413 and answer["error"] == "request_too_large"
 
 
+def test_a_directory_that_cannot_be_sent_is_told_as_that_on_every_path(relay, monkeypatch):
+    def busy(exchange):
+        raise RelayError("relay_busy", "Not now.")
+    monkeypatch.setattr(relay.directory, "send", busy)
+    for path in ("/", "/nobody"):
+        assert ask(relay, path, {"command": "getmodels"})[1]["error"] == "relay_busy"
+
+
 def test_a_request_that_fails_does_not_wait_for_the_garbage_collector(relay):
     def left():
         return [each for each in gc.get_objects() if type(each) is
